@@ -1,0 +1,69 @@
+"""Multi-task optimisation for JAX.
+
+Every published way to balance several losses, as an ``optax`` transformation of
+stacked per-task gradients. This namespace is the core: it imports jax, optax and
+jaxtyping, nothing else. ``mtljax.models``, ``mtljax.data`` and ``mtljax.training``
+need the extra ``mtljax[train]``.
+"""
+
+import importlib.metadata
+
+from mtljax import metrics as metrics
+from mtljax import solvers as solvers
+from mtljax import stack as stack
+from mtljax.balancer import Balancer as Balancer
+from mtljax.balancer import observe as observe
+from mtljax.gradients import check_labels as check_labels
+from mtljax.gradients import label_params as label_params
+from mtljax.gradients import shared_params as shared_params
+from mtljax.gradients import task_gramian as task_gramian
+from mtljax.gradients import value_and_balanced_grad as value_and_balanced_grad
+from mtljax.gradients import value_and_task_grads as value_and_task_grads
+from mtljax.methods import METHODS as METHODS
+from mtljax.methods import cagrad as cagrad
+from mtljax.methods import dwa as dwa
+from mtljax.methods import famo as famo
+from mtljax.methods import get_method as get_method
+from mtljax.methods import imtl_g as imtl_g
+from mtljax.methods import linear as linear
+from mtljax.methods import mgda as mgda
+from mtljax.methods import nash_mtl as nash_mtl
+from mtljax.methods import pcgrad as pcgrad
+from mtljax.methods import random_loss_weighting as random_loss_weighting
+from mtljax.methods import scale_invariant as scale_invariant
+from mtljax.methods import uncertainty as uncertainty
+
+__version__ = importlib.metadata.version("mtljax")
+
+__all__ = [
+    # the abstraction
+    "Balancer",
+    "observe",
+    # gradients
+    "value_and_balanced_grad",
+    "value_and_task_grads",
+    "task_gramian",
+    "label_params",
+    "shared_params",
+    "check_labels",
+    # loss balancing
+    "linear",
+    "scale_invariant",
+    "random_loss_weighting",
+    "uncertainty",
+    "dwa",
+    "famo",
+    # gradient balancing
+    "mgda",
+    "pcgrad",
+    "imtl_g",
+    "cagrad",
+    "nash_mtl",
+    # the list of methods
+    "METHODS",
+    "get_method",
+    # rooms
+    "metrics",
+    "solvers",
+    "stack",
+]

@@ -1,0 +1,161 @@
+"""The balanced gradient, by the cheapest engine that is exactly equal."""
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+import jax.numpy as jnp
+import optax
+
+from mtljax import stack
+from mtljax.balancer import as_mask, check_choice, weigh_stacked
+from mtljax.gradients._task_grads import (
+    Pullback,
+    Strategy,
+    linearize,
+    own_cotangent,
+    task_rows,
+)
+from mtljax.types import Heads, Mask, Weights
+
+Engine: TypeAlias = Literal["auto", "losses", "stacked"]
+
+
+def _losses_engine(balancer, pull: Pullback, state, mask, rows):
+    """One weighted backward pass: the weights do not depend on the gradients."""
+    del rows
+    weights, state = balancer.weigh(state, losses=pull.losses, mask=mask)
+    return pull.shared(weights.astype(pull.losses.dtype)), weights, state
+
+
+def _stacked_engine(balancer, pull: Pullback, state, mask, rows):
+    """T backward passes, then the balancer's own update."""
+    grads = rows(pull.shared, pull.losses)
+    if getattr(balancer, "weigh", None) is None:
+        if mask is not None:
+            grads = stack.select(grads, mask)
+        transform = optax.with_extra_args_support(balancer)
+        update, state = transform.update(grads, state, losses=pull.losses, mask=mask)
+        return update, None, state
+    weights, grads, state = weigh_stacked(
+        balancer, grads, state, losses=pull.losses, mask=mask
+    )
+    return stack.combine(grads, weights), weights, state
+
+
+# A Gramian engine, which never stacks, takes its place here.
+_ENGINES = {"losses": _losses_engine, "stacked": _stacked_engine}
+
+
+def _pick_engine(engine: Engine, needs: str, name: str) -> str:
+    check_choice("value_and_balanced_grad", "engine", engine, Engine)
+    if engine == "losses" and needs != "losses":
+        raise ValueError(
+            f"engine='losses' cannot serve {name}, which needs the {needs}; "
+            "use engine='auto' or 'stacked'."
+        )
+    if engine == "auto":
+        return "losses" if needs == "losses" else "stacked"
+    return engine
+
+
+def _own_weights(
+    heads: Heads, weights: Weights | None, pull: Pullback, mask: Mask | None
+):
+    if heads == "own" or weights is None:
+        return own_cotangent(pull.losses, mask)
+    return weights.astype(pull.losses.dtype)
+
+
+def value_and_balanced_grad(
+    task_losses: Callable[..., Any],
+    balancer: optax.GradientTransformationExtraArgs,
+    *,
+    labels: Any = None,
+    heads: Heads = "own",
+    has_aux: bool = False,
+    engine: Engine = "auto",
+    strategy: Strategy = "auto",
+    chunk_size: int = 4,
+) -> Callable[..., Any]:
+    """Losses and the balanced gradient, computed the cheapest exact way.
+
+    Equal to stacking the gradients with :func:`value_and_task_grads` and passing them
+    through ``balancer.update``, but a balancer that reads only the losses costs a
+    single backward pass.
+
+    Args:
+      task_losses: ``task_losses(params, *args, **kwargs) -> losses[T]`` (or
+        ``(losses[T], aux)``).
+      balancer: A :class:`mtljax.Balancer` (or any transformation of stacked gradients).
+      labels: Marks parameters ``"shared"`` or ``"own"``, see
+        :func:`value_and_task_grads`. The balancer sees the shared ones only.
+      heads: What own parameters receive: ``"own"``, the gradient of their own task's
+        loss, or ``"weighted"``, that gradient times the task's weight. Reference
+        codebases differ; the papers that balance "shared parameters" mean the first.
+      has_aux: ``task_losses`` returns ``(losses, aux)``.
+      engine: ``"losses"`` (one weighted backward pass), ``"stacked"`` (T backward
+        passes) or ``"auto"``, by what the balancer needs.
+      strategy: How T backward passes run, see :func:`value_and_task_grads`.
+      chunk_size: Tasks in a chunk.
+
+    Returns:
+      ``function(params, state, *args, mask=None, **kwargs)`` that returns
+      ``(losses[T], grad, state)``, or ``((losses[T], aux), grad, state)``. ``state`` is
+      the balancer's (``balancer.init(params)``); ``grad`` is shaped like ``params``.
+      ``mask`` ``[T]`` marks the tasks present in the batch; the loss of an absent task
+      must still be finite, and differentiable to finite numbers, where a single
+      weighted pass is used (write ``where``-safe losses).
+
+    Raises:
+      ValueError: If the balancer was built for another number of tasks, the losses are
+        not a vector, or ``heads="weighted"`` meets a balancer without weights.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, mtljax, optax
+      >>> def task_losses(params, x):
+      ...     h = x @ params["trunk"]
+      ...     pair = zip((0.0, 1.0), params["heads"])
+      ...     return jnp.stack([jnp.mean((h @ v - y) ** 2) for y, v in pair])
+      >>> params = {"trunk": jnp.ones((2, 3)), "heads": [jnp.ones(3), -jnp.ones(3)]}
+      >>> balancer = mtljax.mgda(2)
+      >>> grad_fn = value_and_balanced_grad(
+      ...     task_losses, balancer, labels={"trunk": "shared", "heads": "own"})
+      >>> state = balancer.init(params)
+      >>> losses, grad, state = jax.jit(grad_fn)(params, state, jnp.eye(2))
+      >>> jax.tree.map(jnp.shape, grad)
+      {'heads': [(3,), (3,)], 'trunk': (2, 3)}
+    """
+    needs = getattr(balancer, "needs", "grads")
+    num_tasks = getattr(balancer, "num_tasks", None)
+    name = getattr(balancer, "name", "the transformation")
+    check_choice("value_and_balanced_grad", "heads", heads, Heads)
+    if heads == "weighted" and getattr(balancer, "weigh", None) is None:
+        raise ValueError(
+            f"heads='weighted' needs task weights, but {name} has none; "
+            "use heads='own'."
+        )
+    run = _ENGINES[_pick_engine(engine, needs, name)]
+
+    def rows(pullback, losses):
+        return task_rows(pullback, losses, strategy, chunk_size)
+
+    def function(params, state, *args, mask=None, **kwargs):
+        pull = linearize(
+            lambda p: task_losses(p, *args, **kwargs),
+            params,
+            has_aux=has_aux,
+            labels=labels,
+        )
+        found = pull.losses.shape[0]
+        if num_tasks is not None and found != num_tasks:
+            raise ValueError(
+                f"task_losses returns {found} losses, but {name} was built with "
+                f"num_tasks={num_tasks}."
+            )
+        mask = None if mask is None else as_mask(name, found, jnp.asarray(mask))
+        shared, weights, state = run(balancer, pull, state, mask, rows)
+        own = pull.own and pull.own(_own_weights(heads, weights, pull, mask))
+        grad = pull.merge(shared, own)
+        return ((pull.losses, pull.aux) if has_aux else pull.losses), grad, state
+
+    return function

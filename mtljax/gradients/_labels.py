@@ -1,0 +1,164 @@
+"""Which parameters are shared by the tasks, and which belong to one of them."""
+
+import fnmatch
+from collections.abc import Callable, Sequence
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtljax import stack
+from mtljax.types import Label, Params
+
+_SHOWN = 8  # paths listed in an error
+
+
+def _paths(params: Params) -> list[str]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return [stack.path_name(path) for path, _ in leaves]
+
+
+def _listing(paths: Sequence[str]) -> str:
+    more = f", … ({len(paths)} in all)" if len(paths) > _SHOWN else ""
+    return ", ".join(paths[:_SHOWN]) + more
+
+
+def label_params(params: Params, *, own: str | Sequence[str]) -> Any:
+    """Labels every parameter ``"shared"`` or ``"own"`` by its path.
+
+    Args:
+      params: The parameters, any pytree.
+      own: Paths of the parameters that belong to a single task: a prefix
+        (``"heads"``, ``"params/head_a"``) or a glob (``"*/decoder_*/*"``), or
+        several of them. Paths are written with slashes, as
+        ``trunk/dense/kernel``. All other parameters are shared.
+
+    Returns:
+      A tree of strings of the structure of ``params``, for the ``labels`` of
+      :func:`value_and_balanced_grad` and for ``optax.partition``.
+
+    Raises:
+      ValueError: If a pattern matches no parameter, or nothing is left to share.
+
+    Examples:
+      >>> params = {"trunk": {"w": 1.0}, "heads": {"a": 2.0, "b": 3.0}}
+      >>> label_params(params, own="heads")
+      {'heads': {'a': 'own', 'b': 'own'}, 'trunk': {'w': 'shared'}}
+    """
+    patterns = [own] if isinstance(own, str) else list(own)
+    paths = _paths(params)
+
+    def matches(path, pattern):
+        prefix = pattern.rstrip("/")
+        return (
+            path == prefix
+            or path.startswith(prefix + "/")
+            or fnmatch.fnmatchcase(path, pattern)
+        )
+
+    for pattern in patterns:
+        if not any(matches(path, pattern) for path in paths):
+            raise ValueError(
+                f"label_params: own={pattern!r} matches no parameter; the paths are "
+                f"{_listing(paths)}."
+            )
+
+    def label(path, _):
+        name = stack.path_name(path)
+        return "own" if any(matches(name, p) for p in patterns) else "shared"
+
+    labels = jax.tree_util.tree_map_with_path(label, params)
+    if "shared" not in jax.tree.leaves(labels):
+        raise ValueError(
+            f"label_params: own={own!r} matches every parameter; nothing is shared, "
+            "so there is nothing to balance."
+        )
+    return labels
+
+
+def resolve_labels(labels: Any, params: Params) -> list[Any]:
+    """One label per leaf of ``params``, from a tree, a prefix tree or a predicate.
+
+    Raises:
+      ValueError: Naming the path with a label that is neither "shared" nor "own",
+        or saying which of the two labels marks nothing.
+    """
+    if isinstance(labels, str):
+        raise ValueError(
+            f"labels={labels!r} is a string; pass a tree of 'shared'/'own', a function "
+            "of the path, or mtljax.label_params(params, own=...)."
+        )
+    if callable(labels):
+        paths = jax.tree_util.tree_leaves_with_path(params)
+        flat = [labels(stack.path_name(path)) for path, _ in paths]
+    else:
+        try:
+            full = jax.tree.map(
+                lambda label, sub: jax.tree.map(lambda _: label, sub), labels, params
+            )
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"labels must be a tree like the parameters, or a prefix of it: {error}"
+            ) from None
+        flat = jax.tree.leaves(full)
+    for path, label in zip(_paths(params), flat, strict=True):
+        if label not in get_args(Label):
+            raise ValueError(
+                f"labels: parameter {path!r} is labelled {label!r}; "
+                "it must be 'shared' or 'own'."
+            )
+    for label in get_args(Label):
+        if label not in flat:
+            raise ValueError(
+                f"labels mark no parameter as {label!r}; the paths are "
+                f"{_listing(_paths(params))}."
+                + (" Leave labels out if all are shared." if label == "own" else "")
+            )
+    return flat
+
+
+def shared_params(params: Params, labels: Any) -> Params:
+    """The parameters with every own leaf replaced by ``optax.MaskedNode()``.
+
+    What a balancer sees when ``labels`` are given: initialise one whose state is
+    shaped like the gradients with ``balancer.init(shared_params(params, labels))``.
+
+    Examples:
+      >>> params = {"trunk": 1.0, "head": 2.0}
+      >>> shared_params(params, {"trunk": "shared", "head": "own"})
+      {'head': MaskedNode(), 'trunk': 1.0}
+    """
+    flat = iter(resolve_labels(labels, params))
+    return jax.tree.map(
+        lambda leaf: leaf if next(flat) == "shared" else optax.MaskedNode(), params
+    )
+
+
+def check_labels(
+    task_losses: Callable[..., Any], labels: Any, params: Params, *args: Any
+) -> None:
+    """Checks on one batch that every own parameter serves at most one task.
+
+    Costs T backward passes; call it once, outside ``jit``, before training.
+
+    Args:
+      task_losses: As for :func:`value_and_task_grads` (without ``has_aux``).
+      labels: As for :func:`value_and_balanced_grad`.
+      params: Parameters.
+      *args: Further arguments of ``task_losses``.
+
+    Raises:
+      ValueError: Naming the first own parameter that several tasks depend on.
+    """
+    rows = jax.jacrev(task_losses)(params, *args)
+    flat = resolve_labels(labels, params)
+    leaves = jax.tree_util.tree_leaves_with_path(rows)
+    for (path, row), label in zip(leaves, flat, strict=True):
+        touched = jnp.abs(row).reshape(row.shape[0], -1).max(1) > 0
+        tasks = jnp.flatnonzero(touched).tolist()
+        if label == "own" and len(tasks) > 1:
+            raise ValueError(
+                f"labels: parameter {stack.path_name(path)!r} is labelled 'own' but "
+                f"tasks {tasks} all depend on it; label it 'shared'."
+            )

@@ -1,0 +1,257 @@
+"""Per-task gradients: one vector-Jacobian product per task, four ways to run them."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtljax import stack
+from mtljax.balancer import check_choice
+from mtljax.gradients._labels import resolve_labels
+from mtljax.types import Grads, Losses, Mask, Params
+
+Strategy: TypeAlias = Literal["auto", "unrolled", "vmap", "map", "chunked"]
+
+# XLA:CPU runs batched matmuls and grouped convolutions slowly, so separate passes
+# win there until their number makes the program long.
+_UNROLL_LIMIT = {"cpu": 16}
+
+
+class Pullback(NamedTuple):
+    """The forward pass, and what maps a cotangent ``[T]`` to gradients."""
+
+    losses: Losses
+    aux: Any
+    # Gradients of the shared parameters, in a tree that holds MaskedNode for own ones.
+    shared: Callable[[Losses], Any]
+    own: Callable[[Losses], Any] | None  # those of own ones; None without labels
+    merge: Callable[[Any, Any], Any]  # (shared, own) -> a tree like the parameters
+
+
+def check_losses(losses: Any) -> Losses:
+    """Raises unless ``task_losses`` returned a float vector."""
+    if not hasattr(losses, "ndim") or losses.ndim != 1:
+        found = (
+            f"an array of shape {losses.shape}"
+            if hasattr(losses, "shape")
+            else f"a {type(losses).__name__}"
+        )
+        raise ValueError(
+            f"task_losses must return a vector of T scalar losses, not {found}; "
+            "reduce every loss to a scalar and return jnp.stack([loss_1, ..., loss_T])."
+        )
+    if losses.shape[0] == 0:
+        raise ValueError("task_losses returned no loss at all (a vector of length 0).")
+    if not jnp.issubdtype(losses.dtype, jnp.floating):
+        raise ValueError(
+            f"task_losses must return floating-point losses, not {losses.dtype}."
+        )
+    return losses
+
+
+def _split_aux(out: Any, has_aux: bool) -> tuple[Any, Any]:
+    if not has_aux:
+        if isinstance(out, tuple):
+            raise ValueError(
+                "task_losses returned a tuple; pass has_aux=True if it is "
+                "(losses, aux), or stack the losses into one vector."
+            )
+        return out, None
+    if not (isinstance(out, tuple) and len(out) == 2):
+        raise ValueError("has_aux=True: task_losses must return a pair (losses, aux).")
+    return out
+
+
+def linearize(
+    function: Callable[[Params], Any], params: Params, *, has_aux: bool, labels: Any
+) -> Pullback:
+    """One forward pass of ``function``, ready for any number of backward passes."""
+
+    def checked(p):
+        losses, aux = _split_aux(function(p), has_aux)
+        return check_losses(losses), aux
+
+    if labels is None:
+        losses, vjp, aux = jax.vjp(checked, params, has_aux=True)
+        return Pullback(losses, aux, lambda c: vjp(c)[0], None, lambda g, _: g)
+
+    flat = resolve_labels(labels, params)
+    leaves, treedef = jax.tree.flatten(params)
+
+    def split(label):
+        return [x for x, mark in zip(leaves, flat, strict=True) if mark == label]
+
+    def merge(shared, own):
+        sources = {"shared": iter(jax.tree.leaves(shared)), "own": iter(own)}
+        return jax.tree.unflatten(treedef, [next(sources[label]) for label in flat])
+
+    absent = [optax.MaskedNode()] * flat.count("own")
+
+    losses, vjp, aux = jax.vjp(
+        lambda s, o: checked(merge(s, o)),
+        split("shared"),
+        split("own"),
+        has_aux=True,
+    )
+    # Under jit the half of each pass that is not used is never computed.
+    return Pullback(
+        losses, aux, lambda c: merge(vjp(c)[0], absent), lambda c: vjp(c)[1], merge
+    )
+
+
+def pick_strategy(strategy: Strategy, num_tasks: int) -> Strategy:
+    """Resolves ``"auto"`` from the backend and T."""
+    check_choice("value_and_task_grads", "strategy", strategy, Strategy)
+    if strategy != "auto":
+        return strategy
+    limit = _UNROLL_LIMIT.get(jax.default_backend(), 1)
+    return "unrolled" if num_tasks <= limit else "vmap"
+
+
+def task_rows(
+    pullback: Callable[[Losses], Any],
+    losses: Losses,
+    strategy: Strategy,
+    chunk_size: int,
+) -> Grads:
+    """Stacked gradients: ``pullback`` of every unit cotangent."""
+    num_tasks = losses.shape[0]
+    strategy = pick_strategy(strategy, num_tasks)
+    basis = jnp.eye(num_tasks, dtype=losses.dtype)
+    if strategy == "vmap":
+        return jax.vmap(pullback)(basis)
+    if strategy == "map":
+        return jax.lax.map(pullback, basis)
+    if strategy == "chunked":
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1, not {chunk_size}.")
+        return jax.lax.map(pullback, basis, batch_size=min(chunk_size, num_tasks))
+    rows = [pullback(basis[task]) for task in range(num_tasks)]
+    return jax.tree.map(lambda *row: jnp.stack(row), *rows)
+
+
+def own_cotangent(losses: Losses, mask: Mask | None) -> Losses:
+    """Ones for present tasks: every own parameter follows its own loss."""
+    ones = jnp.ones_like(losses)
+    return ones if mask is None else jnp.where(mask, ones, 0)
+
+
+def value_and_task_grads(
+    task_losses: Callable[..., Any],
+    *,
+    argnums: int | tuple[int, ...] = 0,
+    has_aux: bool = False,
+    labels: Any = None,
+    strategy: Strategy = "auto",
+    chunk_size: int = 4,
+) -> Callable[..., Any]:
+    """Losses and the gradient of each, stacked along a new leading axis.
+
+    ``jax.value_and_grad`` for a function that returns T losses: one forward pass
+    and T backward passes from the same residuals.
+
+    Args:
+      task_losses: ``task_losses(params, *args, **kwargs) -> losses[T]`` (or
+        ``(losses[T], aux)``). The other arguments are free: one batch for all tasks,
+        or a dict with a batch per task, of any shapes.
+      argnums: Which positional argument(s) to differentiate.
+      has_aux: ``task_losses`` returns ``(losses, aux)``.
+      labels: Marks parameters ``"shared"`` or ``"own"``: a tree of strings, a prefix
+        of one, or a function of the path (see :func:`label_params`). Own leaves are
+        then not stacked: they get the gradient of the sum of the losses, which is
+        that of their own task's loss.
+      strategy: ``"unrolled"`` (T separate passes), ``"vmap"`` (one batched pass),
+        ``"map"`` (a loop, least memory beside the result), ``"chunked"`` (a loop of
+        batched passes of ``chunk_size`` tasks) or ``"auto"``: unrolled on CPU up to
+        16 tasks, vmap else. All give the same numbers up to rounding.
+      chunk_size: Tasks in a chunk.
+
+    Returns:
+      A function of the same arguments that returns ``(losses[T], grads)``, or
+      ``((losses[T], aux), grads)``; every (shared) leaf of ``grads`` has shape
+      ``[T, *leaf]``. Rows are exact also where another task's loss is not finite.
+
+    Raises:
+      ValueError: If the losses are not a vector, a label is unknown or marks nothing.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> def task_losses(params, x):
+      ...     h = params["w"] * x
+      ...     return jnp.stack([jnp.mean(h**2), jnp.mean((h - 1) ** 2)])
+      >>> x = jnp.array([1.0, 3.0])
+      >>> losses, grads = value_and_task_grads(task_losses)({"w": jnp.array(1.0)}, x)
+      >>> losses.tolist(), grads["w"].tolist()
+      ([5.0, 2.0], [10.0, 6.0])
+    """
+    if labels is not None and not isinstance(argnums, int):
+        raise ValueError("labels go with a single differentiated argument (argnums).")
+
+    def function(*args, **kwargs):
+        indices = (argnums,) if isinstance(argnums, int) else argnums
+
+        def at(params):
+            full = list(args)
+            for index, param in zip(indices, params, strict=True):
+                full[index] = param
+            return task_losses(*full, **kwargs)
+
+        if isinstance(argnums, int):
+            pull = linearize(
+                lambda p: at((p,)), args[argnums], has_aux=has_aux, labels=labels
+            )
+        else:
+            pull = linearize(
+                at, tuple(args[i] for i in argnums), has_aux=has_aux, labels=None
+            )
+        rows = task_rows(pull.shared, pull.losses, strategy, chunk_size)
+        own = pull.own and pull.own(own_cotangent(pull.losses, None))
+        grads = pull.merge(rows, own)
+        return ((pull.losses, pull.aux) if has_aux else pull.losses), grads
+
+    return function
+
+
+def task_gramian(
+    task_losses: Callable[..., Any],
+    *,
+    has_aux: bool = False,
+    labels: Any = None,
+    strategy: Strategy = "auto",
+    chunk_size: int = 4,
+) -> Callable[..., Any]:
+    """Losses and the Gramian of their gradients.
+
+    Args:
+      task_losses: As for :func:`value_and_task_grads`.
+      has_aux: ``task_losses`` returns ``(losses, aux)``.
+      labels: Restricts the Gramian to the shared parameters.
+      strategy: How the T backward passes run.
+      chunk_size: Tasks in a chunk.
+
+    Returns:
+      A function of ``(params, *args)`` that returns ``(losses[T], gramian[T, T])``, or
+      ``((losses, aux), gramian)``. Cost: one forward and T backward passes.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> losses, gramian = task_gramian(lambda p: jnp.array([2.0, -1.0]) * p)(3.0)
+      >>> gramian.tolist()
+      [[4.0, -2.0], [-2.0, 1.0]]
+    """
+
+    def function(params, *args, **kwargs):
+        pull = linearize(
+            lambda p: task_losses(p, *args, **kwargs),
+            params,
+            has_aux=has_aux,
+            labels=labels,
+        )
+        rows = task_rows(pull.shared, pull.losses, strategy, chunk_size)
+        stack.check(rows, pull.losses.shape[0], "task_gramian")
+        gramian = stack.gramian(rows)
+        return ((pull.losses, pull.aux) if has_aux else pull.losses), gramian
+
+    return function

@@ -1,0 +1,18 @@
+"""One paper, one file: every method as a :class:`mtljax.Balancer`."""
+
+from mtljax.methods._cagrad import cagrad as cagrad
+from mtljax.methods._dwa import dwa as dwa
+from mtljax.methods._famo import famo as famo
+from mtljax.methods._imtl_g import imtl_g as imtl_g
+from mtljax.methods._linear import linear as linear
+from mtljax.methods._mgda import mgda as mgda
+from mtljax.methods._nash_mtl import nash_mtl as nash_mtl
+from mtljax.methods._pcgrad import pcgrad as pcgrad
+from mtljax.methods._random_loss_weighting import (
+    random_loss_weighting as random_loss_weighting,
+)
+from mtljax.methods._registry import METHODS as METHODS
+from mtljax.methods._registry import Method as Method
+from mtljax.methods._registry import get_method as get_method
+from mtljax.methods._scale_invariant import scale_invariant as scale_invariant
+from mtljax.methods._uncertainty import uncertainty as uncertainty

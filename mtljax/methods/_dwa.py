@@ -1,0 +1,112 @@
+"""Dynamic weight average: more weight to the losses that fall least."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mtljax.balancer import Balancer, from_weights
+from mtljax.types import Losses, Mask, Scale, Weights
+
+
+class DWAState(NamedTuple):
+    """State of :func:`dwa`."""
+
+    running: Losses  # sum of the losses in the window now filling
+    steps: Int[Array, " tasks"]  # steps of each task in that window
+    windows: Int[Array, " tasks"]  # windows completed
+    last: Losses  # mean loss of the last complete window
+    previous: Losses  # and of the one before
+    task_weights: Weights
+
+
+def dwa_weights(
+    last: Losses, previous: Losses, temperature: float, mask: Mask | None = None
+) -> Weights:
+    """``n softmax(r/τ)`` with ``r_i = last_i / previous_i`` over n present tasks."""
+    mask = jnp.ones(last.shape, bool) if mask is None else mask
+    safe = jnp.where(previous == 0, 1, previous)
+    ratio: Float[Array, " tasks"] = jnp.where(previous == 0, 1, last / safe)
+    return mask.sum() * jax.nn.softmax(ratio / temperature, where=mask)
+
+
+def dwa(
+    num_tasks: int,
+    *,
+    window: int = 25,
+    temperature: float = 2.0,
+    scale: Scale = "native",
+) -> Balancer:
+    """Dynamic weight average (DWA).
+
+    ``w = T softmax(r/τ)``, ``r_i = L_i(k-1) / L_i(k-2)``, the ratio of a task's mean
+    loss over the last two complete windows; all weights are 1 until there are two.
+
+    Args:
+      num_tasks: T, length of the leading axis of every leaf of the gradients.
+      window: Steps in a window. The paper averages over an epoch: pass your steps per
+        epoch. 25 is what nash-mtl and its descendants use.
+      temperature: τ; 2 in the paper.
+      scale: ``"native"`` and ``"sum"`` are weights that sum to T (the paper's);
+        ``"mean"`` divides by T.
+
+    Returns:
+      A balancer; needs ``losses``. One backward pass; state: 5 T numbers. A task's
+      window counts the batches in which it was present.
+
+    Raises:
+      ValueError: If ``window`` or ``temperature`` is not positive.
+
+    Examples:
+      >>> import jax.numpy as jnp, mtljax
+      >>> balancer = mtljax.dwa(2, window=1)
+      >>> grads = {"w": jnp.ones((2, 1))}
+      >>> state = balancer.init(grads)
+      >>> for losses in ([1.0, 1.0], [0.5, 1.0], [0.5, 0.5]):
+      ...     _, state = balancer.update(grads, state, losses=jnp.array(losses))
+      >>> state.task_weights.tolist()
+      [0.8756, 1.1243]
+
+    References:
+      Liu et al., `End-to-End Multi-Task Learning with Attention
+      <https://arxiv.org/abs/1803.10704>`_, 2019.
+    """
+    if window < 1:
+        raise ValueError(f"dwa: window must be at least one step, not {window}.")
+    if not temperature > 0:
+        raise ValueError(f"dwa: temperature must be positive, not {temperature}.")
+
+    def init():
+        zeros = jnp.zeros(num_tasks, jnp.float32)
+        count = jnp.zeros(num_tasks, jnp.int32)
+        return DWAState(zeros, count, count, zeros, zeros, zeros + 1)
+
+    def weigh(state, *, losses, gramian, mask):
+        del gramian
+        ready = (state.windows >= 2) | ~mask
+        ones = jnp.ones(num_tasks, jnp.float32)
+        weights = dwa_weights(state.last, state.previous, temperature, mask)
+        weights = jnp.where(ready.all(), weights, ones)
+        running = jnp.where(mask, state.running + losses, state.running)
+        steps = state.steps + mask
+        full = steps >= window
+        return weights, DWAState(
+            running=jnp.where(full, 0, running),
+            steps=jnp.where(full, 0, steps),
+            windows=state.windows + full,
+            last=jnp.where(full, running / window, state.last),
+            previous=jnp.where(full, state.last, state.previous),
+            task_weights=weights,
+        )
+
+    return from_weights(
+        "dwa",
+        num_tasks,
+        init=init,
+        weigh=weigh,
+        needs="losses",
+        native="sum",
+        scale=scale,
+        reads_losses=True,
+    )

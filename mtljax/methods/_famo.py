@@ -1,0 +1,145 @@
+"""FAMO: equal rates of improvement of all losses at the price of one backward pass."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from mtljax import per_task
+from mtljax.balancer import Balancer, as_losses, as_mask, from_weights
+from mtljax.types import Losses, Mask, Scale, Weights
+
+
+class FAMOState(NamedTuple):
+    """State of :func:`famo`."""
+
+    learned: per_task.PerTask  # value: the logits ξ, [T]
+    previous: Losses  # losses of the last batch, before the step
+    pending: Mask  # tasks whose change of loss ξ has not seen yet
+    task_weights: Weights
+
+    @property
+    def logits(self) -> Float[Array, " tasks"]:
+        """The logits ξ."""
+        return self.learned.value
+
+
+def famo_weights(
+    logits: Float[Array, " tasks"], excess: Losses, mask: Mask | None = None
+) -> Weights:
+    """``w_i = c z_i/D_i``, ``z = softmax(ξ)``, ``c = 1/Σ z_j/D_j``; they sum to 1."""
+    raw = jax.nn.softmax(logits, where=mask) / excess
+    return raw / jnp.maximum(raw.sum(), jnp.finfo(raw.dtype).tiny)
+
+
+def famo_slope(
+    logits: Float[Array, " tasks"], before: Losses, after: Losses, mask: Mask
+) -> Float[Array, " tasks"]:
+    """Gradient in ξ: ``z∘(δ − z·δ)`` with ``δ = log D − log D⁺``."""
+    z = jax.nn.softmax(logits, where=mask)
+    change = jnp.where(mask, jnp.log(before) - jnp.log(after), 0)
+    return z * (change - z @ change)
+
+
+def famo(
+    num_tasks: int,
+    *,
+    learning_rate: float = 0.025,
+    weight_decay: float = 1e-3,
+    min_losses: float | Losses = 0.0,
+    scale: Scale = "native",
+) -> Balancer:
+    """Fast adaptive multi-task optimisation (FAMO).
+
+    With ``D = ℓ − b`` and ``z = softmax(ξ)`` the weights are ``w_i = c z_i / D_i``, so
+    that every step descends ``c Σ z_i log D_i``. After the step the logits follow, by
+    Adam, the change of the log losses: a task that fell less than the others gains
+    weight.
+
+    The change should be measured on the *same* batch, after the step:
+    ``state = mtljax.observe(balancer, state, losses=losses_after)``, one more forward
+    pass (the paper's O(1) is one backward and two forwards). Where ``observe`` is not
+    called, the losses of the next batch stand in for it: no extra cost, but the change
+    then holds the difference between two batches. Evaluate the second losses without
+    dropout noise of their own and without touching BatchNorm statistics.
+
+    Args:
+      num_tasks: T, length of the leading axis of every leaf of the gradients.
+      learning_rate: Of Adam on the logits.
+      weight_decay: γ, L2 on the logits, added to their gradient as PyTorch's Adam does.
+        It is the method's regulariser. 1e-3 in the authors' NYUv2, CelebA and QM9
+        scripts, LibMTL and TorchJD; 1e-2 for Cityscapes; 1e-5 as their class default.
+      min_losses: b, a lower bound of every loss.
+      scale: ``"native"`` and ``"mean"`` are weights that sum to 1; ``"sum"`` multiplies
+        by the number of tasks.
+
+    Returns:
+      A balancer; needs ``losses`` above ``min_losses``. One backward pass (and one
+      forward, with ``observe``); state: 5 T numbers.
+
+    Raises:
+      ValueError: If ``learning_rate`` is not positive, ``weight_decay`` is negative, or
+        a concrete loss is not above zero (with ``min_losses=0``).
+
+    Examples:
+      >>> import jax.numpy as jnp, mtljax
+      >>> balancer = mtljax.famo(3)
+      >>> grads = {"w": jnp.eye(3)}
+      >>> state = balancer.init(grads)
+      >>> _, state = balancer.update(grads, state, losses=jnp.array([0.5, 2.0, 1.0]))
+      >>> state.task_weights.tolist()
+      [0.5714, 0.1429, 0.2857]
+
+    References:
+      Liu et al., `FAMO: Fast Adaptive Multitask Optimization
+      <https://arxiv.org/abs/2306.03792>`_, 2023.
+    """
+    if not learning_rate > 0:
+        raise ValueError(f"famo: learning_rate must be positive, not {learning_rate}.")
+    if not weight_decay >= 0:
+        raise ValueError(f"famo: weight_decay must not be negative: {weight_decay}.")
+    inner = optax.chain(
+        optax.add_decayed_weights(weight_decay), optax.adam(learning_rate)
+    )
+
+    def excess(losses):
+        return jnp.maximum(losses - min_losses + 1e-8, 1e-8)
+
+    def init():
+        zeros = jnp.zeros(num_tasks, jnp.float32)
+        nothing = jnp.zeros(num_tasks, bool)
+        return FAMOState(per_task.init(inner, zeros), zeros + 1, nothing, zeros + 1)
+
+    def learn(state, losses, seen):
+        seen = seen & state.pending
+        slope = famo_slope(state.logits, excess(state.previous), excess(losses), seen)
+        learned = per_task.step(inner, state.learned, slope, seen)
+        return state._replace(learned=learned, pending=state.pending & ~seen)
+
+    def weigh(state, *, losses, gramian, mask):
+        del gramian
+        state = learn(state, losses, mask)
+        weights = famo_weights(state.logits, excess(losses), mask)
+        return weights, state._replace(
+            previous=jnp.where(mask, losses, state.previous),
+            pending=state.pending | mask,
+        )
+
+    def observe(state, *, losses, mask=None):
+        losses = as_losses("famo", num_tasks, losses)
+        return learn(state, losses, as_mask("famo", num_tasks, mask))
+
+    return from_weights(
+        "famo",
+        num_tasks,
+        init=init,
+        weigh=weigh,
+        needs="losses",
+        native="mean",
+        scale=scale,
+        reads_losses=True,
+        positive_losses=isinstance(min_losses, float) and min_losses == 0,
+        observe=observe,
+    )

@@ -1,0 +1,92 @@
+"""The list of all methods: what documentation, tests and experiments iterate over."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jaxtyping import PRNGKeyArray
+
+from mtljax.balancer import Balancer
+from mtljax.methods._cagrad import cagrad
+from mtljax.methods._dwa import dwa
+from mtljax.methods._famo import famo
+from mtljax.methods._imtl_g import imtl_g
+from mtljax.methods._linear import linear
+from mtljax.methods._mgda import mgda
+from mtljax.methods._nash_mtl import nash_mtl
+from mtljax.methods._pcgrad import pcgrad
+from mtljax.methods._random_loss_weighting import random_loss_weighting
+from mtljax.methods._scale_invariant import scale_invariant
+from mtljax.methods._uncertainty import uncertainty
+
+
+class Method(NamedTuple):
+    """A row of the table of methods."""
+
+    factory: Callable[..., Balancer]
+    label: str  # the acronym that tables of the field print
+    family: str  # "loss balancing" or "gradient balancing"
+    source: str  # arXiv id, or venue where there is none
+    cost: str  # in passes over the network, T tasks
+    state: str  # numbers kept between steps
+    promise: str  # one line: what it guarantees, or is
+
+    @property
+    def name(self) -> str:
+        """Name of the factory."""
+        return self.factory.__name__
+
+    @property
+    def random(self) -> bool:
+        """Whether the factory takes a ``key``."""
+        return "key" in inspect.signature(self.factory).parameters
+
+    def build(
+        self, num_tasks: int, *, key: PRNGKeyArray | None = None, **options: Any
+    ) -> Balancer:
+        """The balancer; ``key`` is passed on to the methods that draw numbers."""
+        if self.random:
+            options["key"] = key
+        return self.factory(num_tasks, **options)
+
+
+_LOSS, _GRAD = "loss balancing", "gradient balancing"
+_ONE, _TWO, _ALL = (
+    "1 forward, 1 backward",
+    "2 forward, 1 backward",
+    "1 forward, T backward",
+)
+
+METHODS: dict[str, Method] = {
+    m.name: m
+    for m in (
+        Method(linear, "LS", _LOSS, "2209.11379", _ONE, "0", "constant weights; the baseline to tune"),
+        Method(scale_invariant, "SI", _LOSS, "2202.01017", _ONE, "0", "invariant to the unit of each loss"),
+        Method(random_loss_weighting, "RLW", _LOSS, "2111.10603", _ONE, "key", "equal weights in expectation"),
+        Method(uncertainty, "UW", _LOSS, "1705.07115", _ONE, "4T", "learned noise variance per task"),
+        Method(dwa, "DWA", _LOSS, "1803.10704", _ONE, "5T", "more weight to losses that fall least"),
+        Method(famo, "FAMO", _LOSS, "2306.03792", _TWO, "6T", "equal relative improvement, in the long run"),
+        Method(mgda, "MGDA", _GRAD, "1810.04650", _ALL, "0", "no task gets worse; zero at Pareto stationarity"),
+        Method(pcgrad, "PCGrad", _GRAD, "2001.06782", _ALL, "key", "no conflict for T = 2"),
+        Method(imtl_g, "IMTL-G", _GRAD, "ICLR 2021", _ALL, "0", "equal projections on all task gradients"),
+        Method(cagrad, "CAGrad", _GRAD, "2110.14048", _ALL, "0", "best worst-case gain within c‖g₀‖ of the mean"),
+        Method(nash_mtl, "Nash-MTL", _GRAD, "2202.01017", _ALL, "T", "proportional fairness; invariant to loss scale"),
+    )
+}  # fmt: skip
+
+
+def get_method(name: str) -> Method:
+    """The row of a method by the name of its factory.
+
+    Raises:
+      ValueError: With the names there are.
+
+    Examples:
+      >>> get_method("cagrad").build(3)
+      Balancer(cagrad, num_tasks=3, needs='gramian')
+    """
+    if name not in METHODS:
+        raise ValueError(
+            f"There is no method {name!r}; the methods are {', '.join(METHODS)}."
+        )
+    return METHODS[name]

@@ -1,0 +1,111 @@
+"""Uncertainty weighting: a learned noise variance for every task."""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, TypeAlias
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from mtljax import per_task
+from mtljax.balancer import Balancer, check_choice, check_num_tasks, from_weights
+from mtljax.types import Losses, Scale, Weights
+
+Kind: TypeAlias = Literal["regression", "classification"]
+
+
+class UncertaintyState(NamedTuple):
+    """State of :func:`uncertainty`."""
+
+    log_variances: per_task.PerTask  # value: s_i = log σ_i², [T]
+    task_weights: Weights
+
+
+def uncertainty_weights(
+    log_variances: Float[Array, " tasks"], losses: Losses, factors: Weights
+) -> tuple[Weights, Weights]:
+    """Weights, and the gradient in s, of ``Σ_i a_i e^{-s_i} ℓ_i + s_i/2``."""
+    weights = factors * jnp.exp(-log_variances)
+    return weights, 0.5 - weights * losses
+
+
+def uncertainty(
+    num_tasks: int,
+    *,
+    kinds: Kind | Sequence[Kind] = "regression",
+    initial_log_variance: float = 0.0,
+    learning_rate: float = 0.025,
+    optimizer: optax.GradientTransformation | None = None,
+    scale: Scale = "native",
+) -> Balancer:
+    """Homoscedastic uncertainty weighting (UW).
+
+    Descends ``Σ_i a_i e^{-s_i} ℓ_i + s_i/2`` in the parameters and in the log-variances
+    ``s_i``; ``a_i`` is 1/2 for regression (Gaussian likelihood) and 1 for
+    classification. The log-variances are learned here, by their own optimiser, and not
+    by that of the model, so neither weight decay nor its schedule reaches them.
+
+    Args:
+      num_tasks: T, length of the leading axis of every leaf of the gradients.
+      kinds: The kind of every task, or one for all. nash-mtl and TorchJD use
+        ``"regression"`` for all.
+      initial_log_variance: s at the start; 0 in TorchJD and nash-mtl, -0.5 in LibMTL.
+      learning_rate: Of Adam on s; 0.025 as in nash-mtl. Not given by the paper.
+      optimizer: Replaces Adam (and ``learning_rate``).
+      scale: ``"native"``, or weights normalised to the ``"sum"`` or ``"mean"`` scale
+        (what s learns from is not changed by it).
+
+    Returns:
+      A balancer; needs ``losses``. One backward pass; state: 3 T floats with Adam.
+
+    Raises:
+      ValueError: If a kind is unknown or their number is not T.
+
+    Examples:
+      >>> import jax.numpy as jnp, mtljax
+      >>> balancer = mtljax.uncertainty(2, kinds=["classification", "regression"])
+      >>> grads = {"w": jnp.ones((2, 1))}
+      >>> state = balancer.init(grads)
+      >>> _, state = balancer.update(grads, state, losses=jnp.array([2.0, 0.1]))
+      >>> state.task_weights.tolist(), state.log_variances.value.tolist()
+      ([1.0, 0.5], [0.025, -0.025])
+
+    References:
+      Kendall et al., `Multi-Task Learning Using Uncertainty to Weigh Losses
+      <https://arxiv.org/abs/1705.07115>`_, 2018.
+    """
+    check_num_tasks("uncertainty", num_tasks)
+    listed = [kinds] * num_tasks if isinstance(kinds, str) else list(kinds)
+    for kind in listed:
+        check_choice("uncertainty", "kinds", kind, Kind)
+    if len(listed) != num_tasks:
+        raise ValueError(
+            f"uncertainty: kinds has {len(listed)} entries for num_tasks={num_tasks}."
+        )
+    factors = jnp.array(
+        [0.5 if k == "regression" else 1.0 for k in listed], jnp.float32
+    )
+    inner = optax.adam(learning_rate) if optimizer is None else optimizer
+
+    def init():
+        start = jnp.full(num_tasks, initial_log_variance, jnp.float32)
+        return UncertaintyState(
+            per_task.init(inner, start), jnp.ones(num_tasks, jnp.float32)
+        )
+
+    def weigh(state, *, losses, gramian, mask):
+        del gramian
+        weights, slope = uncertainty_weights(state.log_variances.value, losses, factors)
+        learned = per_task.step(inner, state.log_variances, slope, mask)
+        return weights, state._replace(log_variances=learned)
+
+    return from_weights(
+        "uncertainty",
+        num_tasks,
+        init=init,
+        weigh=weigh,
+        needs="losses",
+        native="free",
+        scale=scale,
+        reads_losses=True,
+    )

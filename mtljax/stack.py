@@ -1,0 +1,83 @@
+"""Algebra on stacked trees: pytrees whose leaves lead with the task axis."""
+
+import functools
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mtljax.types import Grads, Gramian, Mask, Update, Weights
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """The path of a leaf as people write it: ``trunk/dense/kernel``."""
+    return jax.tree_util.keystr(path, simple=True, separator="/") or "(root)"
+
+
+def check(grads: Any, num_tasks: int, name: str = "balancer") -> None:
+    """Raises unless every leaf is a float array with ``num_tasks`` leading rows.
+
+    Args:
+      grads: Stacked gradients.
+      num_tasks: Length that the first axis of every leaf must have.
+      name: Method on whose behalf the check is made; the error starts with it.
+
+    Raises:
+      ValueError: Naming the first offending leaf, its shape and ``num_tasks``.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(grads)
+    if not leaves:
+        raise ValueError(f"{name}: the gradients are an empty tree.")
+    for path, leaf in leaves:
+        if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] != num_tasks:
+            raise ValueError(
+                f"{name}: gradient {path_name(path)!r} has shape {jnp.shape(leaf)}; "
+                f"its first axis must be num_tasks={num_tasks} (one row per task, as "
+                "mtljax.value_and_task_grads returns them)."
+            )
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise ValueError(
+                f"{name}: gradient {path_name(path)!r} has dtype "
+                f"{jnp.result_type(leaf)}; only real floating-point leaves can be "
+                "balanced."
+            )
+
+
+def gramian(grads: Grads) -> Gramian:
+    """Inner products of the task gradients over all leaves.
+
+    Accumulated in float32 (float64 where a leaf is) at the highest matmul
+    precision, whatever the dtype of the leaves.
+    """
+
+    def leaf_gramian(g):
+        flat = g.reshape(g.shape[0], -1)
+        flat = flat.astype(jnp.promote_types(g.dtype, jnp.float32))
+        return jnp.matmul(flat, flat.T, precision="highest")
+
+    return functools.reduce(operator.add, map(leaf_gramian, jax.tree.leaves(grads)))
+
+
+def combine(grads: Grads, weights: Weights) -> Update:
+    """Weighted sum of the task gradients; each leaf keeps its own dtype."""
+
+    def leaf_sum(g):
+        wide = jnp.promote_types(g.dtype, jnp.float32)
+        out = jnp.tensordot(
+            weights.astype(wide), g.astype(wide), 1, precision="highest"
+        )
+        return out.astype(g.dtype)
+
+    return jax.tree.map(leaf_sum, grads)
+
+
+def select(grads: Grads, mask: Mask) -> Grads:
+    """Zeroes the rows of absent tasks, also where they hold NaN or infinity."""
+
+    def leaf_select(g):
+        return jnp.where(
+            mask.reshape((-1,) + (1,) * (g.ndim - 1)), g, jnp.zeros_like(g)
+        )
+
+    return jax.tree.map(leaf_select, grads)
