@@ -1,0 +1,106 @@
+"""Feeding a set that does not fit on the device, through grain."""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mtljax.data.resident import check_batch
+from mtljax.data.types import DataError
+
+if TYPE_CHECKING:
+    import grain
+
+Batch = dict[str, Any]
+
+
+def stream(
+    source: Any,
+    batch_size: int,
+    *,
+    seed: int,
+    transform: Callable[[Batch], Batch] | None = None,
+    num_threads: int = 0,
+) -> "grain.DatasetIterator":
+    """An endless, resumable iterator of shuffled batches.
+
+    Indices are shuffled and batched first, then a batch is read at once: a gather per
+    array, or one ``source.__getitems__`` call. Every epoch has another order; within
+    one no example comes twice, and the remainder that does not fill a batch is dropped.
+
+    Args:
+      source: A dict of arrays of one length (numpy, or memory-mapped), or a random
+        access source of dicts with ``__len__`` and ``__getitems__`` or
+        ``__getitem__``, such as :func:`mtljax.data.tfds_source`.
+      batch_size: Examples per batch.
+      seed: Of the order, 0 to ``2**32 - 1``.
+      transform: Applied to each batch, a dict of arrays; must be deterministic, for a
+        resumed stream to repeat it.
+      num_threads: Threads that read ahead, when reading is slow (files, decoding). With
+        arrays in memory they cost more than they gain.
+
+    Returns:
+      An iterator of dicts of arrays ``[batch_size, ...]``. Its ``get_state()`` is a
+      small dict, its ``set_state()`` goes back there; orbax saves it with
+      ``grain.checkpoint.CheckpointSave(iterator)`` and restores it into a new
+      ``stream`` of the same arguments with ``CheckpointRestore``.
+
+    Raises:
+      DataError: If the batch is larger than the set, arrays differ in length, or the
+        seed is out of range.
+
+    Examples:
+      >>> from mtljax.data import load, stream
+      >>> train = load("multidigits", train_size=100).train
+      >>> batches = stream(train, 32, seed=0)
+      >>> next(batches)["image"].shape
+      (32, 12, 12, 1)
+      >>> state = batches.get_state()
+      >>> following = next(batches)["left"]
+      >>> batches.set_state(state)
+      >>> (next(batches)["left"] == following).all()
+      np.True_
+    """
+    import grain
+
+    length, gather = _reader(source)
+    check_batch(batch_size, length)
+    if not 0 <= seed < 2**32:
+        raise DataError(f"seed must be between 0 and 2**32 - 1, not {seed}.")
+
+    def read(idx: np.ndarray) -> Batch:
+        batch = gather(np.asarray(idx))
+        return batch if transform is None else transform(batch)
+
+    indices = grain.MapDataset.range(length).seed(seed).shuffle()
+    # Batches before repeats: no batch straddles two epochs.
+    batches = indices.batch(batch_size, drop_remainder=True).repeat(None).map(read)
+    options = grain.ReadOptions(
+        num_threads=num_threads, prefetch_buffer_size=2 * num_threads
+    )
+    return iter(batches.to_iter_dataset(options))
+
+
+def _reader(source: Any) -> tuple[int, Callable[[np.ndarray], Batch]]:
+    if isinstance(source, Mapping):
+        arrays = dict(source)
+        lengths = {key: len(array) for key, array in arrays.items()}
+        if len(set(lengths.values())) != 1:
+            raise DataError(
+                f"stream needs one or more arrays of equal length, not {lengths}."
+            )
+        gather = lambda idx: {key: array[idx] for key, array in arrays.items()}
+        return next(iter(lengths.values())), gather
+
+    if not hasattr(source, "__len__") or not hasattr(source, "__getitem__"):
+        raise DataError(
+            "stream needs a dict of arrays or a source with __len__ and __getitem__, "
+            f"not {type(source).__name__}."
+        )
+
+    def gather_rows(idx: np.ndarray) -> Batch:
+        many = getattr(source, "__getitems__", None)
+        rows = many(idx.tolist()) if many else [source[i] for i in idx.tolist()]
+        return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+
+    return len(source), gather_rows

@@ -1,0 +1,166 @@
+"""Regression metrics over all elements of two arrays of one shape.
+
+``mask`` leaves out elements (padding, invalid pixels); with none left a mean is NaN.
+Use ``jax.vmap`` for one number per output.
+"""
+
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
+
+
+def rmse(
+    predictions: Float[ArrayLike, "*shape"],
+    targets: Float[ArrayLike, "*shape"],
+    mask: Bool[ArrayLike, "*shape"] | None = None,
+) -> Float[Array, ""]:
+    """Root of the mean squared error, in the targets' units.
+
+    Args:
+      predictions: Of the model.
+      targets: True values.
+      mask: Elements that count; all by default.
+
+    Returns:
+      A number of at least zero.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax.metrics import rmse
+      >>> rmse(jnp.array([1.0, 2.0]), jnp.array([1.0, 4.0]))
+      Array(1.4142135, dtype=float32)
+    """
+    return jnp.sqrt(_mean(jnp.square(_error(predictions, targets)), mask))
+
+
+def mae(
+    predictions: Float[ArrayLike, "*shape"],
+    targets: Float[ArrayLike, "*shape"],
+    mask: Bool[ArrayLike, "*shape"] | None = None,
+) -> Float[Array, ""]:
+    """Mean absolute error, in the targets' units.
+
+    Args:
+      predictions: Of the model.
+      targets: True values.
+      mask: Elements that count; all by default.
+
+    Returns:
+      A number of at least zero.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax.metrics import mae
+      >>> mae(jnp.array([1.0, 2.0]), jnp.array([1.0, 4.0]))
+      Array(1., dtype=float32)
+    """
+    return _mean(jnp.abs(_error(predictions, targets)), mask)
+
+
+def relative_error(
+    predictions: Float[ArrayLike, "*shape"],
+    targets: Float[ArrayLike, "*shape"],
+    mask: Bool[ArrayLike, "*shape"] | None = None,
+) -> Float[Array, ""]:
+    """Mean of ``|prediction - target| / |target|``, a fraction.
+
+    Elements whose target is zero are left out: in depth maps zero means "not measured".
+
+    Args:
+      predictions: Of the model.
+      targets: True values.
+      mask: Elements that count; all by default.
+
+    Returns:
+      A number of at least zero; NaN if every target is zero.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax.metrics import relative_error
+      >>> relative_error(jnp.array([1.0, 3.0, 5.0]), jnp.array([2.0, 4.0, 0.0]))
+      Array(0.375, dtype=float32)
+
+    References:
+      Liu et al., `End-to-End Multi-Task Learning with Attention
+      <https://arxiv.org/abs/1803.10704>`_, 2019 (its relative depth error).
+    """
+    targets = jnp.asarray(targets)
+    valid = targets != 0
+    relative = jnp.abs(_error(predictions, targets) / jnp.where(valid, targets, 1))
+    return _mean(relative, valid if mask is None else valid & jnp.asarray(mask))
+
+
+def r2(
+    predictions: Float[ArrayLike, "*shape"],
+    targets: Float[ArrayLike, "*shape"],
+    mask: Bool[ArrayLike, "*shape"] | None = None,
+) -> Float[Array, ""]:
+    """Coefficient of determination, ``1 - squared error / variance of the targets``.
+
+    Args:
+      predictions: Of the model.
+      targets: True values.
+      mask: Elements that count; all by default.
+
+    Returns:
+      At most 1; 0 is the constant mean prediction. For constant targets, where it is
+      not defined, 1 if every prediction is exact and else 0, as in scikit-learn.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax.metrics import r2
+      >>> r2(jnp.array([1.0, 2.0, 4.0]), jnp.array([1.0, 2.0, 3.0]))
+      Array(0.5, dtype=float32)
+    """
+    targets = jnp.asarray(targets)
+    error = _mean(jnp.square(_error(predictions, targets)), mask)
+    variance = _mean(jnp.square(targets - _mean(targets, mask)), mask)
+    return _one_minus_ratio(error, variance)
+
+
+def explained_variance(
+    predictions: Float[ArrayLike, "*shape"],
+    targets: Float[ArrayLike, "*shape"],
+    mask: Bool[ArrayLike, "*shape"] | None = None,
+) -> Float[Array, ""]:
+    """``1 - variance of the error / variance of the targets``: :func:`r2` without bias.
+
+    Args:
+      predictions: Of the model.
+      targets: True values.
+      mask: Elements that count; all by default.
+
+    Returns:
+      At most 1. For constant targets 1 if the error is constant and else 0.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax.metrics import explained_variance
+      >>> explained_variance(jnp.array([2.0, 3.0, 4.0]), jnp.array([1.0, 2.0, 3.0]))
+      Array(1., dtype=float32)
+    """
+    targets = jnp.asarray(targets)
+    error = _error(predictions, targets)
+    unexplained = _mean(jnp.square(error - _mean(error, mask)), mask)
+    variance = _mean(jnp.square(targets - _mean(targets, mask)), mask)
+    return _one_minus_ratio(unexplained, variance)
+
+
+def _error(predictions: ArrayLike, targets: ArrayLike) -> Array:
+    predictions, targets = jnp.asarray(predictions), jnp.asarray(targets)
+    if predictions.shape != targets.shape:  # broadcasting would hide this mistake
+        raise ValueError(
+            f"predictions has shape {predictions.shape} and targets "
+            f"{targets.shape}; they must be equal."
+        )
+    return predictions - targets
+
+
+def _mean(values: Array, mask: ArrayLike | None) -> Float[Array, ""]:
+    return jnp.mean(values, where=None if mask is None else jnp.asarray(mask))
+
+
+def _one_minus_ratio(error: Array, variance: Array) -> Float[Array, ""]:
+    ratio = error / jnp.where(variance == 0, 1, variance)
+    constant = jnp.where(error == 0, 1.0, jnp.where(jnp.isnan(error), error, 0.0))
+    return jnp.where(variance == 0, constant, 1 - ratio)

@@ -1,0 +1,21 @@
+"""Models for multi-task experiments: a shared trunk and one head a task.
+
+This floor imports Flax; the core of the library takes any pytree of parameters.
+"""
+
+from mtljax.models.lenet import LeNet
+from mtljax.models.mlp import MLP
+from mtljax.models.multitask import ApplyFn, Model, Variables, build, multitask
+from mtljax.models.resnet import BasicBlock, ResNet
+
+__all__ = [
+    "build",
+    "multitask",
+    "Model",
+    "ApplyFn",
+    "Variables",
+    "MLP",
+    "LeNet",
+    "ResNet",
+    "BasicBlock",
+]

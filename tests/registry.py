@@ -1,0 +1,63 @@
+"""What every method promises; the contract and property tests iterate over it."""
+
+from typing import Any, NamedTuple
+
+import jax
+
+import mtljax
+
+
+class Case(NamedTuple):
+    """One way to build a method, and what then must hold (full-rank gradients)."""
+
+    name: str
+    options: dict[str, Any] = {}  # noqa: RUF012
+    degree: float | None = 1.0  # J -> cJ gives D -> c^degree D, losses fixed
+    permutation: bool = True  # relabelling the tasks changes nothing
+    non_conflicting: int = 0  # <g_i, D> >= 0 for every task up to this T (0: never)
+    task_scale: bool = False  # direction unchanged under g_i -> c_i g_i
+    simplex: bool = False  # weights are >= 0 and sum to 1
+    deterministic: bool = True
+
+    @property
+    def id(self) -> str:
+        extra = ",".join(f"{k}={v}" for k, v in self.options.items())
+        return f"{self.name}({extra})" if extra else self.name
+
+    def build(self, num_tasks: int, key=None, **more) -> mtljax.Balancer:
+        key = jax.random.key(0) if key is None else key
+        method = mtljax.get_method(self.name)
+        return method.build(num_tasks, key=key, **(self.options | more))
+
+
+ANY = 10**6  # non-conflicting for every T
+
+CASES = [
+    Case("linear"),
+    Case("linear", {"scale": "mean"}, simplex=True),
+    Case("scale_invariant"),
+    Case("random_loss_weighting", permutation=False, simplex=True, deterministic=False),
+    Case("uncertainty"),
+    Case("uncertainty", {"kinds": "classification", "initial_log_variance": -0.5}),
+    Case("dwa", {"window": 2}),
+    Case("famo", simplex=True),
+    Case("mgda", non_conflicting=ANY, simplex=True),
+    Case("mgda", {"normalize": "l2"}, simplex=True),
+    Case(
+        "mgda",
+        {"normalize": "l2", "apply_to": "normalized"},
+        degree=0.0,
+        non_conflicting=ANY,
+        task_scale=True,
+    ),
+    Case("mgda", {"normalize": "loss+"}, simplex=True),
+    Case("pcgrad", permutation=False, non_conflicting=2, deterministic=False),
+    Case("pcgrad", {"order": "fixed"}, permutation=False, non_conflicting=2),
+    Case("imtl_g"),
+    Case("imtl_g", {"sign_guard": True}, non_conflicting=ANY, task_scale=True),
+    Case("cagrad"),
+    Case("cagrad", {"c": 1.5}, non_conflicting=ANY),
+    Case("cagrad", {"rescale": "1+c^2"}),
+    Case("nash_mtl", degree=0.0, non_conflicting=ANY, task_scale=True),
+    Case("nash_mtl", {"update_every": 3}, degree=0.0, non_conflicting=ANY),
+]

@@ -1,0 +1,348 @@
+"""Every method keeps one contract; a method is done when it passes this file."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from registry import CASES, Case
+from zoo import J3, LOSSES3, ZOO
+
+import mtljax
+
+each = pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+LOSSES = jnp.asarray(LOSSES3, jnp.float32)
+
+
+def tree(matrix, dtype=jnp.float32):
+    """The rows of a matrix as a tree of two leaves, one of them a matrix."""
+    matrix = np.asarray(matrix)
+    split = matrix.shape[1] // 2
+    a, b = matrix[:, :split], matrix[:, split:]
+    return {
+        "a": {"kernel": jnp.asarray(a.reshape(*a.shape, 1), dtype)},
+        "b": jnp.asarray(b, dtype),
+    }
+
+
+def flat(update):
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(update)])
+
+
+@functools.cache
+def jitted(balancer):
+    """One compilation per balancer and shape, however many inputs follow."""
+    return jax.jit(balancer.update)
+
+
+@functools.cache
+def built(case_id, tasks):
+    return next(c for c in CASES if c.id == case_id).build(tasks)
+
+
+def run(balancer, matrix, losses=LOSSES, state=None, **extra):
+    if isinstance(balancer, Case):
+        balancer = built(balancer.id, len(matrix))
+    grads = tree(matrix)
+    state = balancer.init(grads) if state is None else state
+    losses = jnp.asarray(losses, jnp.float32)
+    update, state = jitted(balancer)(grads, state, losses=losses, **extra)
+    return flat(update).astype(np.float64), state
+
+
+@each
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_update_is_shaped_like_the_parameters(case: Case, dtype):
+    grads = tree(J3, dtype)
+    params = jax.tree.map(lambda g: g[0], grads)
+    balancer = case.build(3)
+    state = balancer.init(params)
+    update, new = balancer.update(grads, state, params, losses=LOSSES.astype(dtype))
+    chex.assert_trees_all_equal_shapes_and_dtypes(update, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
+    chex.assert_tree_all_finite(update)
+
+
+@each
+def test_chains_with_adam_in_a_scan_and_ignores_unknown_side_inputs(case: Case):
+    balancer = case.build(3)
+    opt = optax.chain(balancer, optax.adam(1e-2))
+    params = {"w": jnp.array([1.0, -2.0, 3.0, 0.5])}
+    targets = jnp.asarray(J3, jnp.float32)
+
+    def task_losses(p):
+        return ((p["w"] - targets) ** 2).mean(1) + 0.1
+
+    def step(carry, _):
+        params, state = carry
+        losses, grads = mtljax.value_and_task_grads(task_losses)(params)
+        updates, state = opt.update(grads, state, params, losses=losses, tag=7)
+        return (optax.apply_updates(params, updates), state), losses
+
+    (_, state), losses = jax.jit(
+        lambda: jax.lax.scan(step, (params, opt.init(params)), length=30)
+    )()
+    weights = optax.tree_utils.tree_get(state, "task_weights")
+    assert weights.shape == (3,)
+    assert jnp.isfinite(weights).all()
+    assert losses[-1].max() < losses[0].max()
+
+
+@each
+def test_vmap_over_seeds_is_the_loop(case: Case):
+    keys = jax.random.split(jax.random.key(3), 4)
+    matrices = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3, 4)), jnp.float32)
+
+    def update(key, matrix):
+        balancer = case.build(3, key)
+        return balancer.update({"w": matrix}, balancer.init({}), losses=LOSSES)
+
+    together, state = jax.jit(jax.vmap(update))(keys, matrices)
+    for i in range(4):
+        alone, alone_state = jax.jit(update)(keys[i], matrices[i])
+        np.testing.assert_allclose(together["w"][i], alone["w"], rtol=2e-4, atol=2e-5)
+        np.testing.assert_allclose(
+            state.task_weights[i], alone_state.task_weights, rtol=2e-4, atol=2e-5
+        )
+
+
+@each
+def test_every_matrix_of_the_zoo_gives_a_finite_update(case: Case):
+    for name, matrix in ZOO.items():
+        update, state = run(case, matrix)
+        assert np.isfinite(update).all(), name
+        for leaf in jax.tree.leaves(state):
+            if jnp.issubdtype(leaf.dtype, jnp.floating):
+                assert jnp.isfinite(leaf).all(), name
+        if name == "zero":
+            assert (update == 0).all()
+
+
+@each
+def test_wrong_task_axis_names_the_leaf_and_the_numbers(case: Case):
+    balancer = case.build(3)
+    grads = {"ok": jnp.ones((3, 2)), "trunk": {"bad": jnp.ones((4, 2))}}
+    with pytest.raises(ValueError, match=r"'trunk/bad'.*\(4, 2\).*num_tasks=3"):
+        balancer.update(grads, balancer.init(grads), losses=LOSSES)
+    with pytest.raises(ValueError, match=f"{case.name}.*integer"):
+        case.build(0)
+
+
+@each
+def test_compiles_once(case: Case):
+    balancer = case.build(3)
+    update = jax.jit(chex.assert_max_traces(balancer.update, n=1))
+    state = balancer.init({})
+    for seed in range(3):
+        grads = {"w": jnp.asarray(np.random.default_rng(seed).normal(size=(3, 5)))}
+        _, state = update(grads, state, losses=LOSSES)
+    chex.clear_trace_counter()
+
+
+@each
+def test_docstring_has_the_sections(case: Case):
+    doc = mtljax.METHODS[case.name].factory.__doc__
+    assert doc
+    for section in ("Args:", "Returns:", "Examples:", "References:", "backward"):
+        assert section in doc, section
+
+
+@each
+def test_a_masked_task_is_a_dropped_task(case: Case):
+    if case.options.get("update_every", 1) > 1 or not case.deterministic:
+        pytest.skip("its solution is kept between steps, or it draws numbers")
+    rng = np.random.default_rng(2)
+    big, small = case.build(4), case.build(3)
+    big_state, small_state = big.init({}), small.init({})
+    present = np.array([0, 1, 3])
+    mask = jnp.array([True, True, False, True])
+    untouched = jax.tree.map(lambda x: x[2], _per_task(big_state, 4))
+    for _ in range(6):
+        matrix = rng.normal(size=(4, 6))
+        losses = rng.uniform(0.5, 2, size=4)
+        gone = matrix.copy()
+        gone[2] = np.nan  # whatever an absent task holds must not matter
+        lost = losses.copy()
+        lost[2] = np.nan
+        masked, big_state = run(big, gone, lost, big_state, mask=mask)
+        dropped, small_state = run(
+            small, matrix[present], losses[present], small_state
+        )
+        np.testing.assert_allclose(masked, dropped, rtol=2e-4, atol=1e-5)
+    chex.assert_trees_all_equal(
+        jax.tree.map(lambda x: x[2], _per_task(big_state, 4)), untouched
+    )
+
+
+def _per_task(state, num_tasks):
+    """The leaves of a state that have one entry per task, but for the log."""
+    leaves = [
+        leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+        if leaf.ndim and leaf.shape[0] == num_tasks and "task_weights" not in str(path)
+    ]
+    return leaves
+
+
+@each
+def test_an_empty_batch_changes_nothing(case: Case):
+    balancer = case.build(3)
+    state = balancer.init({})
+    update, new = run(balancer, J3, state=state, mask=jnp.zeros(3, bool))
+    assert (update == 0).all()
+    chex.assert_trees_all_equal(new, state)
+
+
+@each
+def test_non_finite_input_passes_through_and_spares_the_state(case: Case):
+    balancer = case.build(3)
+    state = balancer.init({})
+    bad = J3.copy()
+    bad[1, 0] = np.inf
+    update, new = run(balancer, bad, losses=LOSSES.at[1].set(jnp.nan), state=state)
+    assert not np.isfinite(update).all()
+    if balancer.needs == "gramian" or balancer.reads_losses:
+        assert not np.isfinite(update).any()
+        chex.assert_trees_all_equal(new, state)
+    # Downstream, optax.apply_if_finite can skip the step.
+    opt = optax.chain(balancer, optax.apply_if_finite(optax.sgd(1.0), 5))
+    grads = tree(bad)
+    skipped, _ = opt.update(
+        grads, opt.init(jax.tree.map(lambda g: g[0], grads)), losses=LOSSES
+    )
+    assert (flat(skipped) == 0).all()
+
+
+def test_every_registered_method_has_a_case():
+    assert {case.name for case in CASES} == set(mtljax.METHODS)
+
+
+@pytest.mark.parametrize("name", mtljax.METHODS)
+@pytest.mark.parametrize("scale", ["sum", "mean"])
+def test_scale_is_what_it_says(name, scale):
+    if name in ("imtl_g",):
+        pytest.skip("its weights may be negative: covered by its own test")
+    balancer = mtljax.get_method(name).build(3, key=jax.random.key(0), scale=scale)
+    native = mtljax.get_method(name).build(3, key=jax.random.key(0))
+    mask = jnp.array([True, False, True])
+    for extra, present in (({}, 3), ({"mask": mask}, 2)):
+        scaled, state = run(balancer, np.eye(3), **extra)
+        plain, _ = run(native, np.eye(3), **extra)
+        wanted = present if scale == "sum" else 1
+        np.testing.assert_allclose(state.task_weights.sum(), wanted, rtol=1e-5)
+        ratio = np.linalg.norm(scaled) / np.linalg.norm(plain)
+        np.testing.assert_allclose(scaled, ratio * plain, rtol=1e-5)
+    with pytest.raises(ValueError, match="scale='big' is not one of"):
+        mtljax.get_method(name).build(3, key=jax.random.key(0), scale="big")
+
+
+@pytest.mark.parametrize("name", mtljax.METHODS)
+def test_losses_that_a_method_reads_are_checked(name):
+    balancer = mtljax.get_method(name).build(2, key=jax.random.key(0))
+    grads = {"w": jnp.eye(2)}
+    state = balancer.init(grads)
+    if balancer.reads_losses:
+        with pytest.raises(ValueError, match=f"{name} reads the task losses"):
+            balancer.update(grads, state)
+        with pytest.raises(ValueError, match=r"shape \(3,\); it must be \(2,\)"):
+            balancer.update(grads, state, losses=jnp.ones(3))
+    if balancer.positive_losses:
+        with pytest.raises(ValueError, match="loss of task 1 is -1"):
+            balancer.update(grads, state, losses=jnp.array([1.0, -1.0]))
+    with pytest.raises(ValueError, match=r"mask has shape \(3,\)"):
+        balancer.update(grads, state, losses=jnp.ones(2), mask=jnp.ones(3))
+
+
+# --- properties over random inputs -------------------------------------------------
+
+
+def _random(seed, tasks, dim, spread):
+    """Full-rank rows of unequal length, with a common part so that few conflict."""
+    rng = np.random.default_rng(seed)
+    matrix = rng.normal(size=(tasks, dim)) + rng.uniform(0, 1) * rng.normal(size=dim)
+    matrix *= 10.0 ** rng.uniform(-spread, spread, size=(tasks, 1))
+    return matrix, rng.uniform(0.5, 2.0, size=tasks), rng
+
+
+problems = given(seed=st.integers(0, 2**31), tasks=st.sampled_from([2, 3, 5]))
+fuzz = settings(max_examples=15, deadline=None, derandomize=True, database=None)
+
+
+def _close(a, b, tolerance=3e-3):
+    scale = max(np.linalg.norm(a), np.linalg.norm(b), 1e-30)
+    np.testing.assert_allclose(a / scale, b / scale, atol=tolerance)
+
+
+@each
+@problems
+@fuzz
+def test_orthogonal_transformations_of_parameter_space_commute(case, seed, tasks):
+    """Holds exactly for methods that read only the Gramian: the proof of `needs`."""
+    matrix, losses, rng = _random(seed, tasks, 8, 0.5)
+    rotation, _ = np.linalg.qr(rng.normal(size=(8, 8)))
+    plain, _ = run(case, matrix, losses)
+    turned, _ = run(case, matrix @ rotation, losses)
+    _close(plain @ rotation, turned)
+
+
+@each
+@problems
+@fuzz
+def test_degree_of_homogeneity(case, seed, tasks):
+    matrix, losses, rng = _random(seed, tasks, 8, 0.5)
+    factor = 10.0 ** rng.uniform(-4, 4)
+    plain, _ = run(case, matrix, losses)
+    scaled, _ = run(case, factor * matrix, losses)
+    _close(plain * factor**case.degree, scaled)
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.permutation], ids=lambda c: c.id
+)
+@problems
+@fuzz
+def test_relabelling_the_tasks_changes_nothing(case, seed, tasks):
+    matrix, losses, rng = _random(seed, tasks, 8, 0.5)
+    order = rng.permutation(tasks)
+    plain, _ = run(case, matrix, losses)
+    relabelled, _ = run(case, matrix[order], losses[order])
+    _close(plain, relabelled)
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.non_conflicting], ids=lambda c: c.id
+)
+@problems
+@fuzz
+def test_no_task_gets_worse(case, seed, tasks):
+    tasks = min(tasks, case.non_conflicting)
+    matrix, losses, _ = _random(seed, tasks, 8, 0.5)
+    update, _ = run(case, matrix, losses)
+    unit = matrix / np.linalg.norm(matrix, axis=1, keepdims=True)
+    assert (unit @ update).min() >= -1e-4 * np.linalg.norm(update)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.task_scale], ids=lambda c: c.id)
+@problems
+@fuzz
+def test_direction_does_not_depend_on_the_scale_of_a_task(case, seed, tasks):
+    matrix, losses, rng = _random(seed, tasks, 8, 0.5)
+    factors = 10.0 ** rng.uniform(-2, 2, size=(tasks, 1))
+    plain, _ = run(case, matrix, losses)
+    scaled, _ = run(case, factors * matrix, losses)
+    _close(plain / np.linalg.norm(plain), scaled / np.linalg.norm(scaled))
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.simplex], ids=lambda c: c.id)
+@problems
+@fuzz
+def test_weights_lie_on_the_simplex(case, seed, tasks):
+    matrix, losses, _ = _random(seed, tasks, 8, 0.5)
+    _, state = run(case, matrix, losses)
+    assert (state.task_weights >= 0).all()
+    np.testing.assert_allclose(state.task_weights.sum(), 1, rtol=1e-5)

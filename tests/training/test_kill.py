@@ -1,0 +1,106 @@
+"""Runs in processes of their own, stopped by signals."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import toy
+
+from mtljax import training
+
+ENV = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+
+
+def start(*args):
+    command = [sys.executable, "-W", "error", toy.__file__, *map(str, args)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV
+    )
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("whole")
+    out, err = start(run_dir).communicate(timeout=60)
+    assert not err
+    return run_dir, out
+
+
+def wait_for_rows(run_dir, count, process):
+    deadline = time.monotonic() + 40
+    path = run_dir / "metrics.jsonl"
+    while process.poll() is None and time.monotonic() < deadline:
+        if path.exists() and path.read_bytes().count(b"\n") > count:
+            return
+        time.sleep(0.01)
+
+
+def test_output_off_a_terminal_is_plain_lines(uninterrupted):
+    _, out = uninterrupted
+    assert "toy: step 60/60 (100%)" in out
+    assert all(c.isprintable() or c == "\n" for c in out)
+
+
+def test_kill_9_at_any_instant(tmp_path, uninterrupted):
+    whole_dir, whole_out = uninterrupted
+    rng, kills, out = random.Random(0), 0, ""
+    for _ in range(30):
+        process = start(tmp_path, "--resume", "auto")
+        rows = tmp_path / "metrics.jsonl"
+        have = rows.read_bytes().count(b"\n") if rows.exists() else 0
+        if kills < 4:
+            wait_for_rows(tmp_path, have + rng.randrange(2, 9), process)
+            time.sleep(rng.uniform(0, 0.15))  # a save takes about 0.05 s
+            process.kill()
+        out, err = process.communicate(timeout=60)
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, err
+        kills += 1
+    assert kills >= 3
+    assert out.splitlines()[-1] == whole_out.splitlines()[-1]  # the digest
+    assert toy.comparable(tmp_path) == toy.comparable(whole_dir)
+    names = [p.name for p in (tmp_path / "checkpoints").iterdir()]
+    assert all(name.isdecimal() for name in names)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_with_0(tmp_path, uninterrupted, number):
+    process = start(tmp_path, "--slow", 0.05)
+    wait_for_rows(tmp_path, 5, process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    last = out.splitlines()[-1] if "Stopped" in out.splitlines()[-1] else out
+    assert f"Stopped by {number.name} after step" in last
+    assert "the same command with --resume goes on" in last
+    steps = training.Checkpointer(tmp_path / "checkpoints").steps()
+    assert f"step {steps[-1]} of 60" in last
+    if number == signal.SIGINT:  # the rest is the same
+        return
+    out, _ = start(tmp_path, "--resume").communicate(timeout=60)
+    assert out.splitlines()[-1] == uninterrupted[1].splitlines()[-1]
+    assert toy.comparable(tmp_path) == toy.comparable(uninterrupted[0])
+
+
+def test_importing_the_package_stays_cheap():
+    code = (
+        "import sys, mtljax.training; "
+        "heavy = {'orbax', 'rich', 'matplotlib', 'grain', 'tensorboardX', 'flax'}; "
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=ENV,
+        check=False,
+    )
+    assert out.stdout.strip() == "[]", out.stderr

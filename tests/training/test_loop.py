@@ -1,0 +1,147 @@
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import toy
+
+from mtljax import training
+from mtljax.training import loop
+
+
+def arrays():
+    return jax.tree.map(jnp.asarray, toy.make_data())
+
+
+def test_the_same_program_runs_any_split_of_the_steps_to_the_same_bits():
+    run = training.make_chunk(toy.step, batch_size=8, chunk=30)
+    init_key, order_key = training.split_run_key(jax.random.key(3))
+    whole, whole_metrics = run(toy.init(init_key), arrays(), order_key, 0, 30)
+    state, losses = toy.init(init_key), []
+    for start, n in [(0, 7), (7, 13), (20, 1), (21, 9)]:  # an epoch has 8 steps
+        state, metrics = run(state, arrays(), order_key, start, n)
+        losses.append(np.asarray(metrics["losses"])[:n])
+    assert training.tree_digest(state) == training.tree_digest(whole)
+    np.testing.assert_array_equal(np.concatenate(losses), whole_metrics["losses"])
+    assert run._cache_size() == 1
+
+
+def test_each_epoch_visits_every_example_at_most_once_in_a_new_order():
+    key, size = jax.random.key(0), 70
+    epochs = [np.asarray(loop.epoch_order(key, e, size, 8)) for e in range(3)]
+    for order in epochs:
+        assert order.shape == (8, 8)
+        assert len(set(order.ravel())) == 64
+    assert (epochs[0] != epochs[1]).any()
+    np.testing.assert_array_equal(epochs[2], loop.epoch_order(key, 2, size, 8))
+
+
+def test_the_chunk_follows_epoch_order_across_epochs():
+    step = lambda state, batch: (state, {"rows": batch})
+    run = training.make_chunk(step, batch_size=8, chunk=20)
+    key = jax.random.key(5)
+    _, metrics = run(jnp.float32(0), jnp.arange(70), key, 3, 17)
+    orders = [loop.epoch_order(key, e, 70, 8) for e in range(3)]
+    np.testing.assert_array_equal(metrics["rows"][:17], jnp.concatenate(orders)[3:20])
+
+
+def test_seeds_are_a_vmap_axis():
+    keys = jax.random.split(jax.random.key(1), 8)
+    init_keys, order_keys = training.split_run_key(keys)
+    run = training.make_chunk(toy.step, batch_size=8, chunk=20, seeds=True)
+    states, metrics = run(jax.vmap(toy.init)(init_keys), arrays(), order_keys, 0, 20)
+    assert metrics["losses"].shape == (20, 8, 2)
+    single = training.make_chunk(toy.step, batch_size=8, chunk=20)
+    for s in range(8):
+        state, expected = single(toy.init(init_keys[s]), arrays(), order_keys[s], 0, 20)
+        np.testing.assert_allclose(
+            metrics["losses"][:, s], expected["losses"], rtol=2e-5, atol=1e-6
+        )
+        np.testing.assert_allclose(
+            states.params["w"][s], state.params["w"], rtol=2e-5, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("num_steps", [5, 16, 20])
+def test_make_train_gives_the_drivers_numbers(num_steps):
+    train = training.make_train(toy.init, toy.step, num_steps=num_steps, batch_size=8)
+    state, metrics = jax.jit(train)(jax.random.key(0), arrays())
+    result = toy.run(num_steps, key=0, log_every=1)
+    losses = [r["losses"] for r in result.rows if r["kind"] == "train"]
+    np.testing.assert_allclose(metrics["losses"], losses, rtol=1e-5)
+    np.testing.assert_allclose(
+        state.params["w"], result.state.params["w"], rtol=1e-5, atol=1e-6
+    )
+
+
+def test_make_train_vmaps_over_keys():
+    train = training.make_train(toy.init, toy.step, num_steps=20, batch_size=8)
+    keys = jax.random.split(jax.random.key(2), 8)
+    _, many = jax.jit(jax.vmap(train, (0, None)))(keys, arrays())
+    one = jax.jit(train)
+    for s in range(8):
+        _, metrics = one(keys[s], arrays())
+        np.testing.assert_allclose(many["losses"][s], metrics["losses"], rtol=2e-5)
+
+
+def test_make_train_can_be_differentiated():
+    def init(rate):
+        return {"w": jnp.float32(0), "rate": rate}
+
+    def step(state, x):
+        w = state["w"] - state["rate"] * (state["w"] - x.mean())
+        return {**state, "w": w}, {"losses": jnp.square(w - x.mean())[None]}
+
+    def final(rate):
+        train = training.make_train(
+            lambda key: init(rate), step, num_steps=6, batch_size=2
+        )
+        return train(jax.random.key(0), jnp.ones(8))[1]["losses"][-1, 0]
+
+    # w = 1 - (1 - r)^6, so the loss is (1 - r)^12
+    np.testing.assert_allclose(jax.grad(final)(0.1), -12 * 0.9**11, rtol=1e-5)
+
+
+def test_static_mistakes_are_said_in_one_sentence():
+    with pytest.raises(ValueError, match=r"\['y'\] has 6 examples, but \['x'\] has 5"):
+        loop.num_examples({"x": jnp.ones(5), "y": jnp.ones(6)}, 2)
+    with pytest.raises(ValueError, match="batch_size=9 must lie between 1 and the 5"):
+        loop.num_examples({"x": jnp.ones(5)}, 9)
+    with pytest.raises(ValueError, match="hold no array"):
+        loop.num_examples({}, 9)
+    with pytest.raises(ValueError, match="is a scalar"):
+        loop.num_examples({"x": jnp.float32(1)}, 1)
+    with pytest.raises(ValueError, match=r"leaf \['n'\] as nothing; it was int32\[\]"):
+        loop.check_step(lambda s, b: ({}, {}), {"n": jnp.int32(0)}, None)
+    with pytest.raises(ValueError, match="another structure"):
+        loop.check_step(lambda s, b: ([s[0]], {}), (jnp.int32(0),), None)
+    with pytest.raises(ValueError, match="chunk=0"):
+        training.make_chunk(toy.step, batch_size=1, chunk=0)
+
+
+def test_hyper_parameters_are_a_vmap_axis_too():
+    def step(state, x):
+        opt = optax.sgd(state["rate"])
+        updates, _ = opt.update(state["w"] - x.mean(), opt.init(state["w"]))
+        w = optax.apply_updates(state["w"], updates)
+        return {**state, "w": w}, {"losses": jnp.square(w - x.mean())[None]}
+
+    rates = jnp.array([0.1, 0.5, 1.0])
+    result = training.fit(
+        {"w": jnp.zeros(3), "rate": rates},
+        step,
+        jnp.ones(8),
+        num_steps=3,
+        batch_size=4,
+        order_key=jax.random.split(jax.random.key(0), 3),
+        seeds=[{"seed": 0, "lr": r} for r in (0.1, 0.5, 1.0)],
+        log_every=1,
+        progress=False,
+    )
+    np.testing.assert_allclose(result.state["w"], 1 - (1 - rates) ** 3, rtol=1e-5)
+    assert [r["lr"] for r in result.rows[:3]] == [0.1, 0.5, 1.0]

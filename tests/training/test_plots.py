@@ -1,0 +1,74 @@
+import sys
+
+import numpy as np
+import pytest
+
+from mtljax.training import plots
+
+METHODS = [f"method_{i}" for i in range(12)]
+TASKS = ["a", "b", "c"]
+
+
+def history(seeds=3, last=3):
+    rng = np.random.default_rng(0)
+    steps = np.arange(1, 2001, 100)
+    shape = (seeds, len(steps), last)
+    return {
+        m: plots.Curve(steps, np.exp(0.1 * rng.normal(size=shape))) for m in METHODS
+    }
+
+
+def scatter():
+    rng = np.random.default_rng(0)
+    points = {m: rng.normal(0.5, 0.02, (2, 5)) for m in METHODS}
+    return plots.tradeoff_scatter(
+        {m: (x, y) for m, (x, y) in points.items()},
+        xlabel="accuracy a",
+        ylabel="accuracy b",
+        reference=(0.5, 0.5),
+    )
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: plots.loss_curves(history(), TASKS, title="title", window=3),
+        lambda: plots.weight_trajectories(history(), TASKS),
+        lambda: plots.cosine_over_time(history(seeds=1), TASKS),
+        scatter,
+    ],
+)
+def test_figures_are_written_without_pyplot(make, tmp_path):
+    path = plots.save(make(), tmp_path / "deep" / "figure.png")
+    assert path.read_bytes()[:4] == b"\x89PNG"
+    assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_names_in_a_scatter_do_not_overlap():
+    figure = scatter()
+    figure.canvas.draw()
+    axis = figure.axes[0]
+    boxes = [
+        t.get_tightbbox() if t.arrow_patch is None else t.get_window_extent()
+        for t in axis.texts
+        if t.get_text() in METHODS
+    ]
+    boxes = [b.frozen() for b in boxes]
+    assert len(boxes) == 12
+    for i, a in enumerate(boxes):
+        for b in boxes[:i]:
+            mine, other = (a.x0, a.y0, a.x1, a.y1), (b.x0, b.y0, b.x1, b.y1)
+            assert plots._overlap(mine, other) < 0.15 * a.width * a.height
+
+
+def test_a_method_keeps_its_colour():
+    looks = [tuple(plots.style(m, METHODS).values()) for m in METHODS]
+    assert len(set(looks)) == 12
+    few = plots.loss_curves({METHODS[7]: history()[METHODS[7]]}, TASKS, methods=METHODS)
+    line = few.axes[0].lines[0]
+    assert line.get_color() == plots.style(METHODS[7], METHODS)["color"]
+
+
+def test_curve_needs_the_metric():
+    with pytest.raises(ValueError, match="No eval row has 'acc'"):
+        plots.curve([{"kind": "train", "acc": 1, "step": 1}], "acc", "eval")

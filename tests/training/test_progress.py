@@ -1,0 +1,55 @@
+import io
+
+from mtljax import training
+from mtljax.training.progress import describe
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def show(stream, **kwargs):
+    with training.Progress(
+        100, task_names=["a", "b"], title="m [x]", stream=stream, **kwargs
+    ) as progress:
+        progress.start(0)
+        for step in range(10, 101, 10):
+            progress.update(step, {"losses": [0.5, 0.1]}, "val_loss 0.3")
+        progress.note("a [note]")
+
+
+def test_plain_lines_are_few_and_without_control_characters():
+    stream = io.StringIO()
+    show(stream)
+    lines = stream.getvalue().splitlines()
+    assert [line.split("  ")[0] for line in lines[:2]] == [
+        "m [x]: step 10/100 (10%)",
+        "m [x]: step 100/100 (100%)",
+    ]
+    assert lines[1].endswith("0:00 left  loss a 0.500 b 0.100  val_loss 0.3")
+    assert lines[2] == "a [note]"
+    assert all(c.isprintable() or c == "\n" for c in stream.getvalue())
+
+
+def test_plain_lines_come_at_a_cadence():
+    stream = io.StringIO()
+    show(stream, every_seconds=0.0)
+    assert len(stream.getvalue().splitlines()) == 11
+
+
+def test_a_terminal_gets_a_bar():
+    stream = Terminal()
+    show(stream)
+    assert "100/100" in stream.getvalue()
+    assert "a [note]" in stream.getvalue()
+
+
+def test_disabled_shows_only_notes():
+    stream = io.StringIO()
+    show(stream, enabled=False)
+    assert stream.getvalue() == "a [note]\n"
+
+
+def test_seeds_are_averaged():
+    assert describe({"losses": [[1.0, 2.0], [3.0, 4.0]]}) == "loss 2.00 3.00"
