@@ -145,3 +145,34 @@ def test_hyper_parameters_are_a_vmap_axis_too():
     )
     np.testing.assert_allclose(result.state["w"], 1 - (1 - rates) ** 3, rtol=1e-5)
     assert [r["lr"] for r in result.rows[:3]] == [0.1, 0.5, 1.0]
+
+
+def test_the_loop_on_the_host_is_the_same_training(tmp_path):
+    on_device = toy.run(20)
+    on_host = toy.run(20, loop_on="host", run_dir=tmp_path / "a")
+    for a, b in zip(on_device.rows, on_host.rows, strict=True):
+        name = "losses" if a["kind"] == "train" else "val_losses"
+        np.testing.assert_allclose(a[name], b[name], rtol=1e-5)
+    toy.run(7, loop_on="host", run_dir=tmp_path / "b")
+    resumed = toy.run(20, loop_on="host", run_dir=tmp_path / "b", resume=True)
+    digest = training.tree_digest
+    assert digest(resumed.state) == digest(on_host.state)
+    assert toy.comparable(tmp_path / "a") == toy.comparable(tmp_path / "b")
+
+
+def test_the_loop_on_the_host_takes_seeds():
+    keys = jax.random.split(jax.random.key(1), 3)
+    init_keys, order_keys = training.split_run_key(keys)
+    many = loop.make_host_chunk(toy.step, batch_size=8, seeds=True)
+    _, metrics = many(jax.vmap(toy.init)(init_keys), arrays(), order_keys, 3, 9)
+    run = training.make_chunk(toy.step, batch_size=8, chunk=20, seeds=True)
+    _, expected = run(jax.vmap(toy.init)(init_keys), arrays(), order_keys, 3, 9)
+    np.testing.assert_allclose(
+        metrics["losses"], expected["losses"][:9], rtol=2e-5, atol=1e-6
+    )
+
+
+def test_convolutions_on_a_cpu_are_looped_on_the_host():
+    conv = lambda s, b: (s, {"y": jnp.convolve(b, s)})
+    shapes = jnp.ones(3), jnp.ones(8)
+    assert loop.prefers_host_loop(conv, *shapes) == (jax.default_backend() == "cpu")

@@ -2,6 +2,7 @@ import sys
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 
 from mtljax.training import plots
 
@@ -49,11 +50,10 @@ def test_names_in_a_scatter_do_not_overlap():
     figure.canvas.draw()
     axis = figure.axes[0]
     boxes = [
-        t.get_tightbbox() if t.arrow_patch is None else t.get_window_extent()
+        Text.get_window_extent(t).frozen()  # without the line to the point
         for t in axis.texts
         if t.get_text() in METHODS
     ]
-    boxes = [b.frozen() for b in boxes]
     assert len(boxes) == 12
     for i, a in enumerate(boxes):
         for b in boxes[:i]:

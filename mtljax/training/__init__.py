@@ -1,0 +1,70 @@
+"""Training runs around any step: loops, checkpoints, rows, progress, plots, tables.
+
+A step is ``step(state, batch) -> (state, metrics)``. :func:`fit` drives it with
+evaluation, checkpoints and a clean stop; :func:`make_train` is the same training as a
+pure function. Orbax, rich, matplotlib and tensorboardX are imported when first used.
+"""
+
+from mtljax.training.checkpoint import Checkpointer, Restored, tree_digest
+from mtljax.training.errors import (
+    CheckpointError,
+    ConfigMismatchError,
+    NonFiniteLossError,
+    RunExistsError,
+    TrainingError,
+    TreeMismatchError,
+)
+from mtljax.training.fit import Best, FitResult, fit, load_run
+from mtljax.training.loop import (
+    Step,
+    epoch_order,
+    make_chunk,
+    make_stream_step,
+    make_train,
+    split_run_key,
+)
+from mtljax.training.progress import Progress
+from mtljax.training.records import MAY_DIFFER, environment, to_json
+from mtljax.training.writers import (
+    JsonlWriter,
+    MemoryWriter,
+    TensorBoardWriter,
+    Writer,
+    read_jsonl,
+)
+
+__all__ = [
+    # the driver
+    "fit",
+    "FitResult",
+    "Best",
+    "load_run",
+    # pure loops
+    "Step",
+    "make_chunk",
+    "make_stream_step",
+    "make_train",
+    "split_run_key",
+    "epoch_order",
+    # checkpoints
+    "Checkpointer",
+    "Restored",
+    "tree_digest",
+    # rows and progress
+    "Writer",
+    "JsonlWriter",
+    "MemoryWriter",
+    "TensorBoardWriter",
+    "read_jsonl",
+    "Progress",
+    "environment",
+    "to_json",
+    "MAY_DIFFER",
+    # errors
+    "TrainingError",
+    "NonFiniteLossError",
+    "CheckpointError",
+    "ConfigMismatchError",
+    "TreeMismatchError",
+    "RunExistsError",
+]

@@ -1,0 +1,497 @@
+"""Figures of runs, for PNG files that a person looks at.
+
+Each function returns a :class:`matplotlib.figure.Figure` (made without pyplot, so
+there is no global state and no display); :func:`save` writes it. A method keeps its
+colour and dash in every figure that is given the same ``methods`` list.
+"""
+
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+# Paul Tol's "bright" and "muted" sets, interleaved: apart for the colour-blind too.
+PALETTE = (
+    "#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377",
+    "#332288", "#999933", "#882255", "#44AA99", "#CC6677", "#117733",
+)  # fmt: skip
+DASHES = ("-", "--", ":", "-.")
+MARKERS = "osD^vPX<>*hp"
+INK = "#333333"
+
+_STYLE: Any = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.labelsize": 10,
+    "axes.edgecolor": "#999999",
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": "#E6E6E6",
+    "grid.linewidth": 0.8,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "text.color": INK,
+}
+
+
+class Curve(NamedTuple):
+    """Values over time of one method.
+
+    ``steps`` is ``[P]``; ``values`` is ``[P]``, ``[S, P]`` with seeds, and has a last
+    axis ``[..., K]`` where there are several (tasks, pairs of tasks).
+    """
+
+    steps: Any
+    values: Any
+
+
+def curve(rows: Sequence[Mapping[str, Any]], name: str, kind: str = "train") -> Curve:
+    """Collects a metric of the rows of a run, seeds stacked.
+
+    Args:
+      rows: Rows of :func:`mtljax.training.fit` or :func:`read_jsonl`.
+      name: The metric, e.g. ``"losses"``.
+      kind: ``"train"`` or ``"eval"``.
+
+    Returns:
+      Steps ``[P]`` and values ``[S, P, ...]``; only steps that all seeds have.
+
+    Raises:
+      ValueError: If no row has the metric.
+
+    Examples:
+      >>> rows = [{"step": s, "kind": "train", "seed": k, "losses": [s, k]}
+      ...         for s in (1, 2, 3) for k in (0, 1)]
+      >>> curve(rows, "losses").values.shape
+      (2, 3, 2)
+    """
+    found: dict[Any, dict[int, Any]] = {}
+    for row in rows:
+        if row.get("kind") == kind and name in row:
+            label = tuple(
+                (k, v) for k, v in row.items() if k in ("seed",) and v is not None
+            )
+            found.setdefault(label, {})[row["step"]] = row[name]
+    if not found:
+        raise ValueError(f"No {kind} row has {name!r}.")
+    steps = sorted(set.intersection(*(set(f) for f in found.values())))
+    values = [[f[s] for s in steps] for f in found.values()]
+    return Curve(np.asarray(steps), np.asarray(values, np.float64))
+
+
+def style(
+    method: str, methods: Sequence[str], reference: str | None = None
+) -> dict[str, Any]:
+    """Colour and dash of a method, by its place in ``methods``.
+
+    Examples:
+      >>> style("b", ["a", "b"])
+      {'color': '#EE6677', 'linestyle': '-'}
+    """
+    if method == reference:
+        return {"color": "black", "linestyle": "-"}
+    i = list(methods).index(method)
+    n = len(PALETTE)
+    # Neighbours in the second half of a long list differ in the dash as well.
+    dash = (i // n + (i >= 6)) % len(DASHES)
+    return {"color": PALETTE[i % n], "linestyle": DASHES[dash]}
+
+
+def _figure(panels: int, *, columns: int, width: float, height: float, legend: bool):
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    columns = min(columns, panels)
+    lines = math.ceil(panels / columns)
+    size = (columns * width + (1.9 if legend else 0.0), lines * height + 0.5)
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=size, layout="constrained", dpi=150)
+        axes = figure.subplots(lines, columns, squeeze=False)
+    for spare in axes.flat[panels:]:
+        spare.set_visible(False)
+    return figure, list(axes.flat[:panels])
+
+
+def _legend(figure, axis, count: int) -> None:
+    import matplotlib as mpl
+
+    handles, labels = axis.get_legend_handles_labels()
+    with mpl.rc_context(_STYLE):
+        if count > 5:
+            figure.legend(handles, labels, loc="outside right upper")
+        else:
+            axis.legend(handles, labels)
+
+
+def _band(values: Any) -> tuple[np.ndarray, np.ndarray | None]:
+    """Mean and standard deviation over the leading axis of ``[S, P]`` or ``[P]``."""
+    array = np.asarray(values, np.float64)
+    if array.ndim == 1 or array.shape[0] == 1:
+        return array.reshape(array.shape[-1]), None
+    return array.mean(0), array.std(0, ddof=1)
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Centred running mean over the last axis; shorter at the two ends.
+
+    Examples:
+      >>> smooth(np.array([0.0, 3.0, 6.0, 3.0]), 3)
+      array([1.5, 3. , 4. , 4.5])
+    """
+    if window <= 1:
+        return values
+    kernel = np.ones(window)
+    count = np.convolve(np.ones(values.shape[-1]), kernel, mode="same")
+    total = [
+        np.convolve(v, kernel, "same") for v in values.reshape(-1, values.shape[-1])
+    ]
+    return np.reshape(total, values.shape) / count
+
+
+def _draw(axis, steps, values, *, look, label, window) -> None:
+    mean, sd = _band(smooth(np.asarray(values, np.float64), window))
+    axis.plot(steps, mean, label=label, linewidth=1.5, **look)
+    if sd is not None:
+        low, high = mean - sd, mean + sd
+        if axis.get_yscale() == "log":  # a band must not fall off the axis
+            low = np.maximum(low, mean**2 / high)
+        axis.fill_between(
+            steps, low, high, color=look["color"], alpha=0.12, linewidth=0
+        )
+
+
+def loss_curves(
+    history: Mapping[str, Curve],
+    task_names: Sequence[str],
+    *,
+    ylabel: str = "train loss",
+    log: bool = True,
+    window: int = 1,
+    methods: Sequence[str] | None = None,
+    title: str | None = None,
+) -> Any:
+    """One panel a task, one line a method: the mean over seeds and a band of ± 1 sd.
+
+    Args:
+      history: Method -> curve with values ``[P, T]`` or ``[S, P, T]``.
+      task_names: T names.
+      ylabel: What the values are, with a unit if they have one.
+      log: Whether the vertical axis is logarithmic.
+      window: Points of a centred running mean; 1 draws the values as they are.
+      methods: All methods of the report, which fixes the colours.
+      title: Above the figure.
+
+    Returns:
+      The figure.
+    """
+    names = list(methods or history)
+    figure, axes = _figure(
+        len(task_names), columns=3, width=3.3, height=3.0, legend=len(history) > 5
+    )
+    for t, (axis, task) in enumerate(zip(axes, task_names, strict=True)):
+        if log:
+            axis.set_yscale("log")
+            _plain_log(axis)
+        for method, (steps, values) in history.items():
+            column = np.asarray(values)[..., t]
+            look = style(method, names)
+            _draw(axis, steps, column, look=look, label=method, window=window)
+        axis.set_title(task)
+        axis.set_xlabel("step")
+        _steps_axis(axis)
+    axes[0].set_ylabel(ylabel)
+    _legend(figure, axes[0], len(history))
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+def _steps_axis(axis) -> None:
+    """Steps as 0, 5k, 10k, which does not run into the next panel."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    short = lambda x: f"{x / 1e3:g}k" if abs(x) >= 1e3 else f"{x:g}"
+    axis.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10], integer=True))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
+    axis.margins(x=0.02)
+
+
+def _plain_log(axis) -> None:
+    """Labels 0.2, 0.5, 1, 2 ... rather than powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _small_multiples(
+    history: Mapping[str, Curve],
+    line_names: Sequence[str],
+    *,
+    ylabel: str,
+    window: int,
+    level: float | None,
+    title: str | None,
+) -> Any:
+    """One panel a method, one line for each of the K values; one scale for all."""
+    figure, axes = _figure(
+        len(history), columns=4, width=2.5, height=2.1, legend=len(line_names) > 0
+    )
+    for i, (axis, (method, (steps, values))) in enumerate(
+        zip(axes, history.items(), strict=True)
+    ):
+        if level is not None:
+            axis.axhline(level, color="#777777", linewidth=1.0, linestyle=(0, (4, 3)))
+        for k, name in enumerate(line_names):
+            look = {"color": PALETTE[k % len(PALETTE)], "linestyle": "-"}
+            column = np.asarray(values)[..., k]
+            _draw(axis, steps, column, look=look, label=name, window=window)
+        axis.set_title(method)
+        _steps_axis(axis)
+        if i % 4 == 0:
+            axis.set_ylabel(ylabel)
+        if i + 4 >= len(history):
+            axis.set_xlabel("step")
+    low = min(axis.dataLim.y0 for axis in axes)
+    high = max(axis.dataLim.y1 for axis in axes)
+    pad = 0.05 * (high - low) or 0.1
+    for axis in axes:
+        axis.set_ylim(low - pad, high + pad)
+    _legend(figure, axes[0], 99)
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+def weight_trajectories(
+    history: Mapping[str, Curve],
+    task_names: Sequence[str],
+    *,
+    normalise: bool = True,
+    window: int = 1,
+    title: str | None = None,
+) -> Any:
+    """One panel a method: the weight of each task over time, mean and ± 1 sd.
+
+    Args:
+      history: Method -> curve of the weights, ``[P, T]`` or ``[S, P, T]``.
+      task_names: T names.
+      normalise: Whether to divide by the sum of the absolute weights, without which
+        methods of different scales cannot be compared.
+      window: Points of a centred running mean.
+      title: Above the figure.
+
+    Returns:
+      The figure; a dashed line marks equal weights.
+    """
+    shares = {}
+    for method, (steps, values) in history.items():
+        array = np.asarray(values, np.float64)
+        if normalise:
+            total = np.abs(array).sum(-1, keepdims=True)
+            array = array / np.where(total > 0, total, 1.0)
+        shares[method] = Curve(steps, array)
+    return _small_multiples(
+        shares,
+        task_names,
+        ylabel="share of the weights" if normalise else "task weight",
+        window=window,
+        level=1.0 / len(task_names) if normalise else None,
+        title=title,
+    )
+
+
+def cosine_over_time(
+    history: Mapping[str, Curve],
+    pair_names: Sequence[str],
+    *,
+    window: int = 1,
+    title: str | None = None,
+) -> Any:
+    """One panel a method: the cosine of each pair of task gradients over time.
+
+    Args:
+      history: Method -> curve of the cosines, ``[P, K]`` or ``[S, P, K]``.
+      pair_names: K names, e.g. ``"seg · depth"``.
+      window: Points of a centred running mean.
+      title: Above the figure.
+
+    Returns:
+      The figure; below the dashed line at 0 the tasks conflict.
+    """
+    return _small_multiples(
+        history,
+        pair_names,
+        ylabel="cosine of gradients",
+        window=window,
+        level=0.0,
+        title=title,
+    )
+
+
+def tradeoff_scatter(
+    points: Mapping[str, tuple[Any, Any]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    reference: tuple[float, float] | None = None,
+    better: tuple[str, str] = ("max", "max"),
+    methods: Sequence[str] | None = None,
+    title: str | None = None,
+) -> Any:
+    """Two metrics, one point a method: mean over seeds with bars of ± 1 sd.
+
+    Args:
+      points: Method -> (values of x over seeds, values of y over seeds).
+      xlabel: First metric, with its unit.
+      ylabel: Second metric, with its unit.
+      reference: The two single-task results, drawn as dashed lines.
+      better: Which direction is better on each axis: ``"max"`` or ``"min"``.
+      methods: All methods of the report, which fixes the colours.
+      title: Above the figure.
+
+    Returns:
+      The figure; every point has its name beside it.
+    """
+    names = list(methods or points)
+    figure, (axis,) = _figure(1, columns=1, width=6.2, height=4.6, legend=False)
+    centres, bars = {}, []
+    for method, values in points.items():
+        x, y = (np.atleast_1d(np.asarray(v, np.float64)) for v in values)
+        sds = [v.std(ddof=1) if len(v) > 1 else 0.0 for v in (x, y)]
+        centre = centres[method] = (float(x.mean()), float(y.mean()))
+        for k in (0, 1):  # the ends of the two bars
+            ends = np.tile(centre, (2, 1))
+            ends[:, k] += (-sds[k], sds[k])
+            bars.append(ends)
+        axis.errorbar(
+            x.mean(),
+            y.mean(),
+            xerr=sds[0],
+            yerr=sds[1],
+            marker=MARKERS[names.index(method) % len(MARKERS)],
+            markersize=7,
+            color=style(method, names)["color"],
+            ecolor=style(method, names)["color"] + "66",
+            elinewidth=1.2,
+            markeredgecolor="white",
+            markeredgewidth=0.6,
+        )
+    axis.margins(0.12)
+    axis.autoscale_view()
+    if reference is not None:
+        line = {"color": "#777777", "linewidth": 1.0, "linestyle": (0, (4, 3))}
+        axis.axvline(reference[0], **line)
+        axis.axhline(reference[1], **line)
+        axis.annotate(
+            "single task",
+            (1.0, reference[1]),
+            xycoords=axis.get_yaxis_transform(),
+            xytext=(-3, 3),
+            textcoords="offset points",
+            ha="right",
+            color="#777777",
+            fontsize=8,
+        )
+    arrows = [{"max": "→", "min": "←"}[better[0]], {"max": "→", "min": "←"}[better[1]]]
+    axis.set_xlabel(f"{xlabel}   (better {arrows[0]})")
+    axis.set_ylabel(f"{ylabel}   (better {arrows[1]})")
+    if title:
+        axis.set_title(title)
+    lines = [(reference[0], None), (None, reference[1])] if reference else []
+    _place_labels(figure, axis, centres, bars, lines)
+    return figure
+
+
+def _place_labels(figure, axis, centres, bars, lines) -> None:
+    """Names beside their points, at the free place nearest to each."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure).draw()  # fixes the layout, hence the pixels
+    renderer = figure.canvas.get_renderer()
+    scale = figure.dpi / 72
+    pixels = {m: axis.transData.transform(c) for m, c in centres.items()}
+    frame = axis.get_window_extent(renderer)
+    marks = [(x - 5 * scale, y - 5 * scale, x + 5 * scale, y + 5 * scale)
+             for x, y in pixels.values()]  # fmt: skip
+    soft = []  # what a name may cross if it must
+    for ends in bars:
+        (x0, y0), (x1, y1) = axis.transData.transform(ends)
+        soft.append((x0 - 1, y0 - 1, x1 + 1, y1 + 1))
+    for at_x, at_y in lines:
+        x, y = axis.transData.transform((at_x or 0.0, at_y or 0.0))
+        if at_x is None:
+            soft.append((frame.x0, y - 2, frame.x1, y + 2))
+        else:
+            soft.append((x - 2, frame.y0, x + 2, frame.y1))
+    taken = []
+    directions = [(1, 0.6), (1, -0.6), (-1, 0.6), (-1, -0.6), (0, 1), (0, -1), (1, 1.4),
+                  (1, -1.4), (-1, 1.4), (-1, -1.4)]  # fmt: skip
+    for method in sorted(centres, key=lambda m: -pixels[m][1]):
+        x, y = pixels[method]
+        text = axis.annotate(
+            method, centres[method], fontsize=8.5, color=INK, annotation_clip=False
+        )
+        extent = text.get_window_extent(renderer)
+        width, height = extent.width, extent.height
+        best = None
+        for reach in (7, 13, 20, 28, 38, 50):
+            for dx, dy in directions:
+                left = x + reach * scale * dx - (width if dx < 0 else 0)
+                left -= width / 2 if dx == 0 else 0
+                base = y + reach * scale * dy - height / 2
+                box = (left - 2, base - 1, left + width + 2, base + height + 1)
+                cost = 5 * sum(_overlap(box, other) for other in taken + marks)
+                cost += sum(_overlap(box, other) for other in soft)
+                inside = (frame.x0, frame.y0, frame.x1, frame.y1)
+                cost += (box[2] - box[0]) * (box[3] - box[1]) - _overlap(box, inside)
+                if best is None or cost < best[0] - 1e-6:
+                    best = (cost, box, (left - x, base - y), reach)
+            if best is not None and best[0] <= 1e-6:
+                break
+        assert best is not None
+        _, box, offset, reach = best
+        taken.append(box)
+        text.remove()
+        arrow = {"arrowstyle": "-", "color": "#AAAAAA", "linewidth": 0.7, "shrinkB": 3}
+        axis.annotate(
+            method,
+            centres[method],
+            xytext=(offset[0] / scale, offset[1] / scale),
+            textcoords="offset points",
+            va="bottom",
+            fontsize=8.5,
+            color=INK,
+            arrowprops=arrow if reach > 13 else None,
+        )
+
+
+def _overlap(a, b) -> float:
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    return max(0.0, width) * max(0.0, height)
+
+
+def save(figure: Any, path: str | pathlib.Path) -> pathlib.Path:
+    """Writes a figure as PNG, making the folder if needed.
+
+    Args:
+      figure: A figure of this module.
+      path: The file.
+
+    Returns:
+      The path.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, facecolor="white")
+    return path

@@ -1,0 +1,189 @@
+"""Plain-JSON records: configurations, their differences, and where a run ran."""
+
+import base64
+import dataclasses
+import datetime
+import enum
+import functools
+import importlib.metadata
+import math
+import os
+import pathlib
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+MAY_DIFFER = frozenset(
+    {
+        "num_steps", "epochs", "num_epochs", "log_every", "eval_every",
+        "checkpoint_every", "chunk", "progress", "tensorboard", "plots", "resume",
+        "overwrite", "run_dir", "out_dir", "output_dir", "out",
+    }
+)  # fmt: skip
+"""Fields of a configuration that a resumed run may change by default."""
+
+
+def to_json(value: Any) -> Any:  # noqa: PLR0911 one return for each kind
+    """Turns a configuration, array or number into plain JSON types.
+
+    Dataclasses and NamedTuples become dicts, tuples and arrays lists, paths and
+    enumerations strings, and NaN or an infinity ``None`` (JSON has neither).
+
+    Args:
+      value: Anything a configuration or a metric row may hold.
+
+    Returns:
+      Dicts, lists, strings, numbers, booleans and None.
+
+    Raises:
+      TypeError: If a value has no plain form; the sentence names its type.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> to_json({"lr": jnp.float32(0.5), "sizes": (3, 4), "best": float("inf")})
+      {'lr': 0.5, 'sizes': [3, 4], 'best': None}
+    """
+    if value is None or isinstance(value, bool | str):
+        return value.value if isinstance(value, enum.Enum) else value
+    if isinstance(value, enum.Enum):
+        return value.name
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, np.generic | np.ndarray | jax.Array):
+        array = np.asarray(value)
+        if array.dtype.kind not in "biuSU":
+            array = array.astype(np.float64)
+        return to_json(array.tolist())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in dataclasses.fields(value)]
+        return {name: to_json(getattr(value, name)) for name in names}
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return {k: to_json(v) for k, v in value._asdict().items()}  # pyright: ignore
+    if isinstance(value, Mapping):
+        return {str(k): to_json(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        items = sorted(value) if isinstance(value, set | frozenset) else value
+        return [to_json(v) for v in items]
+    if isinstance(value, os.PathLike):
+        return str(value)
+    raise TypeError(f"A {type(value).__name__} cannot be written as JSON: {value!r}.")
+
+
+def pack_bytes(value: Any) -> Any:
+    """JSON form of an iterator's state, which some loaders give as bytes."""
+    if isinstance(value, bytes):
+        return {"__bytes__": base64.b64encode(value).decode("ascii")}
+    return to_json(value)
+
+
+def unpack_bytes(value: Any) -> Any:
+    """Inverse of :func:`pack_bytes`."""
+    if isinstance(value, Mapping) and set(value) == {"__bytes__"}:
+        return base64.b64decode(value["__bytes__"])
+    return value
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one level with dotted names.
+
+    Examples:
+      >>> flatten({"lr": 0.1, "model": {"width": 8}})
+      {'lr': 0.1, 'model.width': 8}
+    """
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], may_differ: Iterable[str] = ()
+) -> list[str]:
+    """Says which fields of two plain configurations differ, with both values.
+
+    Args:
+      old: Configuration of the run on disk.
+      new: Configuration asked for.
+      may_differ: Dotted names (or first parts of dotted names) to pass over.
+
+    Returns:
+      One ``"name: old -> new"`` per differing field, sorted by name.
+
+    Examples:
+      >>> differences({"lr": 0.1, "num_steps": 5}, {"lr": 0.2, "num_steps": 9},
+      ...             may_differ=["num_steps"])
+      ['lr: 0.1 -> 0.2']
+    """
+    flat_old, flat_new, free = flatten(old), flatten(new), set(may_differ)
+    found = []
+    for name in sorted(flat_old.keys() | flat_new.keys()):
+        parts = name.split(".")
+        if any(".".join(parts[: i + 1]) in free for i in range(len(parts))):
+            continue
+        before, after = flat_old.get(name, "(absent)"), flat_new.get(name, "(absent)")
+        if before != after:
+            found.append(f"{name}: {before} -> {after}")
+    return found
+
+
+@functools.cache
+def git_commit(directory: str | None = None) -> str | None:
+    """Commit of the checkout that holds ``directory`` (default: this package).
+
+    Returns:
+      The hash, with ``+changes`` if tracked files differ from it, or None outside
+      a git checkout.
+    """
+    where = directory or str(pathlib.Path(__file__).parent)
+    run = functools.partial(
+        subprocess.run, cwd=where, capture_output=True, text=True, timeout=10
+    )
+    try:
+        head = run(["git", "rev-parse", "HEAD"])
+        if head.returncode != 0:
+            return None
+        status = run(["git", "status", "--porcelain", "--untracked-files=no"])
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return head.stdout.strip() + ("+changes" if status.stdout.strip() else "")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and device of this process, as plain JSON.
+
+    Examples:
+      >>> sorted(environment())
+      ['commit', 'device', 'versions']
+      >>> sorted(environment()["versions"])
+      ['jax', 'mtljax', 'optax', 'python']
+    """
+    devices = jax.devices()
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in ("jax", "optax", "mtljax")},
+        },
+        "commit": git_commit(),
+        "device": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
+    }
+
+
+def now() -> str:
+    """UTC time, to the second, in ISO form."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,0 +1,184 @@
+"""Tables of results: mean and spread over seeds, the best in bold."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+
+class Cell(NamedTuple):
+    """Mean and sample standard deviation over seeds."""
+
+    mean: float
+    sd: float  # NaN for a single seed
+    number: int  # of finite values
+
+
+def summarise(values: Any) -> Cell:
+    """Mean and sample standard deviation of the finite values.
+
+    Examples:
+      >>> summarise([1.0, 3.0])
+      Cell(mean=2.0, sd=1.4142135623730951, number=2)
+    """
+    array = np.asarray(values, np.float64).ravel()
+    array = array[np.isfinite(array)]
+    if not len(array):
+        return Cell(math.nan, math.nan, 0)
+    sd = float(array.std(ddof=1)) if len(array) > 1 else math.nan
+    return Cell(float(array.mean()), sd, len(array))
+
+
+def format_cell(cell: Cell, digits: int = 3) -> str:
+    """``mean ± sd``; without the spread for a single seed, a dash without a value.
+
+    Examples:
+      >>> format_cell(Cell(0.5, 0.012, 3)), format_cell(Cell(2.0, math.nan, 1), 1)
+      ('0.500 ± 0.012', '2.0')
+    """
+    if not cell.number:
+        return "-"
+    text = f"{cell.mean:.{digits}f}"
+    return text if math.isnan(cell.sd) else f"{text} ± {cell.sd:.{digits}f}"
+
+
+def _cells(
+    rows: Mapping[str, Mapping[str, Any]],
+    columns: Mapping[str, Literal["min", "max", ""]],
+    digits: int | Mapping[str, int],
+    exclude: Sequence[str],
+) -> list[tuple[str, list[tuple[str, bool]]]]:
+    """Texts of the body, each with whether it is its column's best."""
+    summaries = {
+        name: {c: summarise(row.get(c, math.nan)) for c in columns}
+        for name, row in rows.items()
+    }
+    best = {}
+    for column, better in columns.items():
+        means = [
+            s[column].mean
+            for name, s in summaries.items()
+            if s[column].number and name not in exclude
+        ]
+        if better and means:
+            best[column] = min(means) if better == "min" else max(means)
+    body = []
+    for name, cells in summaries.items():
+        line = []
+        for column, cell in cells.items():
+            places = digits if isinstance(digits, int) else digits.get(column, 3)
+            top = best.get(column, math.nan)
+            # Equal as printed is equal: the table claims no more than it shows.
+            same = f"{cell.mean:.{places}f}" == f"{top:.{places}f}"
+            line.append((format_cell(cell, places), same and name not in exclude))
+        body.append((name, line))
+    return body
+
+
+def _title(column: str, better: str) -> str:
+    return column + {"min": " ↓", "max": " ↑", "": ""}[better]
+
+
+def markdown_table(
+    rows: Mapping[str, Mapping[str, Any]],
+    columns: Mapping[str, Literal["min", "max", ""]],
+    *,
+    digits: int | Mapping[str, int] = 3,
+    head: str = "method",
+    exclude: Sequence[str] = (),
+) -> str:
+    """A Markdown table of ``mean ± sd``, the best of each column in bold.
+
+    Args:
+      rows: Method -> column -> values over seeds (or one number).
+      columns: Column -> whether less or more is better, or "" for neither.
+      digits: Digits after the point, for all or for each column.
+      head: Title of the first column.
+      exclude: Rows that do not compete, such as a single-task reference.
+
+    Returns:
+      The table, lines joined by newlines.
+
+    Examples:
+      >>> rows = {"sum": {"acc": [0.5, 0.7]}, "pcgrad": {"acc": [0.7, 0.9]}}
+      >>> print(markdown_table(rows, {"acc": "max"}, digits=2))
+      | method | acc ↑ |
+      |:--|--:|
+      | sum | 0.60 ± 0.14 |
+      | pcgrad | **0.80 ± 0.14** |
+    """
+    titles = [head, *(_title(c, better) for c, better in columns.items())]
+    lines = ["| " + " | ".join(titles) + " |", "|:--" + "|--:" * len(columns) + "|"]
+    for name, cells in _cells(rows, columns, digits, exclude):
+        texts = [f"**{text}**" if best else text for text, best in cells]
+        lines.append("| " + " | ".join([name, *texts]) + " |")
+    return "\n".join(lines)
+
+
+def rich_table(
+    rows: Mapping[str, Mapping[str, Any]],
+    columns: Mapping[str, Literal["min", "max", ""]],
+    *,
+    digits: int | Mapping[str, int] = 3,
+    head: str = "method",
+    exclude: Sequence[str] = (),
+    title: str | None = None,
+) -> Any:
+    """The table of :func:`markdown_table` for a terminal.
+
+    Args:
+      rows: Method -> column -> values over seeds (or one number).
+      columns: Column -> whether less or more is better, or "" for neither.
+      digits: Digits after the point, for all or for each column.
+      head: Title of the first column.
+      exclude: Rows that do not compete.
+      title: Shown above.
+
+    Returns:
+      A :class:`rich.table.Table`, for ``rich.print``.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title)
+    table.add_column(head)
+    for column, better in columns.items():
+        table.add_column(_title(column, better), justify="right", no_wrap=True)
+    for name, cells in _cells(rows, columns, digits, exclude):
+        styled = [Text(text, "bold green" if best else "") for text, best in cells]
+        table.add_row(Text(name), *styled)
+    return table
+
+
+def rows_at_best(
+    rows: Sequence[Mapping[str, Any]], select: str, mode: Literal["min", "max"] = "min"
+) -> list[dict[str, Any]]:
+    """For each seed, the evaluation row with the best validation metric.
+
+    Pick the step by a validation metric and read the test metrics of the same row:
+    this chooses for each seed on its own, also when the seeds were vmapped.
+
+    Args:
+      rows: Rows of :func:`mtljax.training.fit` or :func:`read_jsonl`.
+      select: Name of a scalar metric; the earliest of equals wins.
+      mode: Whether less or more is better.
+
+    Returns:
+      One row for each seed, in order of appearance.
+
+    Examples:
+      >>> rows = [{"kind": "eval", "seed": 0, "step": s, "val": v, "test": -v}
+      ...         for s, v in [(1, 3.0), (2, 1.0), (3, 2.0)]]
+      >>> rows_at_best(rows, "val")[0]["step"]
+      2
+    """
+    best: dict[Any, dict[str, Any]] = {}
+    sign = 1 if mode == "min" else -1
+    for row in rows:
+        if row.get("kind") != "eval" or row.get(select) is None:
+            continue
+        old = best.get(row.get("seed"))
+        if old is None or sign * row[select] < sign * old[select]:
+            best[row.get("seed")] = dict(row)
+    return list(best.values())

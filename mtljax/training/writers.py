@@ -1,0 +1,252 @@
+"""Where metric rows go: JSON lines (always), TensorBoard (optional), memory."""
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+from mtljax.training.records import to_json
+
+Row = dict[str, Any]
+
+
+@runtime_checkable
+class Writer(Protocol):
+    """Receives the rows of a run; :func:`mtljax.training.fit` calls these in order."""
+
+    def open(self, header: Mapping[str, Any], resume_step: int | None) -> None:
+        """Starts a run, or goes on after ``resume_step``, forgetting later rows."""
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Takes one row of plain JSON with at least ``step`` and ``kind``."""
+
+    def flush(self, *, durable: bool = False) -> None:
+        """Hands rows to the system; if durable, to the disk."""
+
+    def close(self) -> None:
+        """Ends the run."""
+
+
+def read_jsonl(path: str | pathlib.Path) -> tuple[Row, list[Row]]:
+    """Reads a metrics file, forgiving an unfinished last line.
+
+    Args:
+      path: The file, or the run directory that holds ``metrics.jsonl``.
+
+    Returns:
+      The header (configuration, seeds, sessions, ...) and the rows.
+
+    Raises:
+      FileNotFoundError: If there is no such file.
+      ValueError: If a line other than the last is damaged; names the line.
+
+    Examples:
+      >>> import tempfile
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "metrics.jsonl"
+      >>> writer = JsonlWriter(path)
+      >>> writer.open({"config": {"lr": 0.1}}, None)
+      >>> writer.write({"step": 1, "kind": "train", "losses": [0.5, 0.25]})
+      >>> writer.close()
+      >>> header, rows = read_jsonl(path)
+      >>> header["config"], rows[0]["losses"]
+      ({'lr': 0.1}, [0.5, 0.25])
+    """
+    path = pathlib.Path(path)
+    path = path / "metrics.jsonl" if path.is_dir() else path
+    lines = path.read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines[:-1], 1):  # the last has no newline: torn
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            raise ValueError(f"Line {number} of {path} is damaged.") from None
+    if not rows or rows[0].get("kind") != "header":
+        return {}, rows
+    return rows[0], rows[1:]
+
+
+def atomic_write(path: pathlib.Path, text: str) -> None:
+    """Writes a file so that a reader, or a kill, finds the old or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".new")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+class JsonlWriter:
+    """Appends rows to a file of JSON lines whose first line is the header.
+
+    A kill leaves at most one unfinished last line. A resume drops it, the rows beyond
+    the restored step, and the rows marked ``final`` (written only because an earlier
+    run was shorter), all in one atomic rewrite: the finished file equals that of an
+    uninterrupted run but for ``seconds`` in the rows and ``sessions`` in the header.
+
+    Args:
+      path: The file; its folder is made if absent.
+    """
+
+    def __init__(self, path: str | pathlib.Path):
+        self.path = pathlib.Path(path)
+        self.rows: list[Row] = []
+        self._file = None
+
+    def open(self, header: Mapping[str, Any], resume_step: int | None) -> None:
+        """Starts the file, or cuts it back to ``resume_step``.
+
+        Args:
+          header: Plain JSON; its ``sessions`` are appended to those in the file.
+          resume_step: None to start afresh.
+        """
+        first = {"kind": "header", **to_json(header)}
+        if resume_step is not None and self.path.exists():
+            old, rows = read_jsonl(self.path)
+            self.rows = [r for r in rows if keeps(r, resume_step)]
+            first["sessions"] = old.get("sessions", []) + first.get("sessions", [])
+        lines = [json.dumps(row, allow_nan=False) for row in [first, *self.rows]]
+        atomic_write(self.path, "\n".join(lines) + "\n")
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def load(self) -> bool:
+        """Takes the rows of the file as they are; False if there is no file."""
+        if not self.path.exists():
+            return False
+        self.rows = read_jsonl(self.path)[1]
+        return True
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Appends a row; NaN and infinities become null."""
+        if self._file is None:
+            raise ValueError("The writer is not open.")
+        plain = to_json(row)
+        self.rows.append(plain)
+        self._file.write(json.dumps(plain, allow_nan=False) + "\n")
+
+    def flush(self, *, durable: bool = False) -> None:
+        """Makes the rows visible to readers; if durable, proof against power loss."""
+        if self._file is not None:
+            self._file.flush()
+            if durable:
+                os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Flushes to the disk and closes."""
+        if self._file is not None:
+            self.flush(durable=True)
+            self._file.close()
+            self._file = None
+
+
+class MemoryWriter:
+    """Keeps the rows of this process in ``rows``; :func:`fit` without a directory.
+
+    Examples:
+      >>> writer = MemoryWriter()
+      >>> writer.open({}, None)
+      >>> writer.write({"step": 1, "kind": "train", "losses": [0.5, 0.25]})
+      >>> writer.rows
+      [{'step': 1, 'kind': 'train', 'losses': [0.5, 0.25]}]
+    """
+
+    def __init__(self):
+        self.rows: list[Row] = []
+
+    def open(self, header: Mapping[str, Any], resume_step: int | None) -> None:
+        """Starts empty."""
+        del header, resume_step
+        self.rows = []
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Keeps a row, in the same plain form as a file would."""
+        self.rows.append(to_json(row))
+
+    def flush(self, *, durable: bool = False) -> None:
+        """Does nothing."""
+        del durable
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
+def keeps(row: Mapping[str, Any], resume_step: int) -> bool:
+    """Whether a row belongs to a run that goes on after ``resume_step``."""
+    return row.get("step", 0) <= resume_step and not row.get("final")
+
+
+class TensorBoardWriter:
+    """Writes the numbers of the rows as TensorBoard scalars.
+
+    ``{"kind": "train", "seed": 3, "losses": [..]}`` becomes ``train/losses/<task>``
+    (with ``/seed_3`` appended when the run has several seeds).
+
+    Args:
+      directory: Where the event files go.
+
+    Raises:
+      ImportError: If tensorboardX is not installed.
+    """
+
+    def __init__(self, directory: str | pathlib.Path):
+        try:
+            import tensorboardX
+        except ImportError:
+            raise ImportError(
+                "TensorBoardWriter needs tensorboardX: "
+                "pip install 'mtljax[tensorboard]'."
+            ) from None
+        self._make = tensorboardX.SummaryWriter
+        self._directory = str(directory)
+        self._events: Any = None
+        self._tasks: list[str] = []
+        self._many = False
+
+    def open(self, header: Mapping[str, Any], resume_step: int | None) -> None:
+        """Opens an event file that hides the events after ``resume_step``."""
+        self._tasks = list(header.get("task_names") or [])
+        self._many = len(header.get("seeds") or []) > 1
+        purge = None if resume_step is None else resume_step + 1
+        self._events = self._make(self._directory, purge_step=purge)
+        if resume_step is None:
+            config = json.dumps(to_json(header.get("config")), indent=2)
+            self._events.add_text("config", f"```\n{config}\n```")
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Adds the row's numbers; lists of one number per task use the task names."""
+        suffix = f"/seed_{row['seed']}" if self._many and "seed" in row else ""
+        for name, value in to_json(row).items():
+            if name in ("step", "kind", "seed", "final"):
+                continue
+            for tag, number in self._scalars(f"{row['kind']}/{name}", value):
+                self._events.add_scalar(tag + suffix, number, row["step"])
+
+    def _scalars(self, tag: str, value: Any):
+        if isinstance(value, list):
+            named = len(value) == len(self._tasks)
+            for i, item in enumerate(value):
+                yield from self._scalars(
+                    f"{tag}/{self._tasks[i] if named else i}", item
+                )
+        elif isinstance(value, dict):
+            for name, item in value.items():
+                yield from self._scalars(f"{tag}/{name}", item)
+        elif isinstance(value, int | float):
+            yield tag, value
+
+    def flush(self, *, durable: bool = False) -> None:
+        """Hands the events to the system; they are a copy, never made durable."""
+        del durable
+        self._events.flush()
+
+    def close(self) -> None:
+        """Closes the event file."""
+        if self._events is not None:
+            self._events.close()
+            self._events = None
