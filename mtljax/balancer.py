@@ -229,7 +229,7 @@ def from_weights(
                     f"({num_tasks}, {num_tasks}), not "
                     f"{None if gramian is None else gramian.shape}."
                 )
-            gramian = jnp.where(present[:, None] & present, gramian, 0)
+            gramian = jnp.where(present[:, None] & present[None, :], gramian, 0)
             healthy &= jnp.isfinite(gramian).all()
             # Solvers may loop: give them numbers they can finish on.
             gramian = jnp.where(

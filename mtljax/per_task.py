@@ -31,7 +31,7 @@ def step(
 ) -> PerTask:
     """One optimiser step on the entries of present tasks; the others stay."""
     updates, opt_state = jax.vmap(optimizer.update)(grad, state.opt_state, state.value)
-    new = PerTask(optax.apply_updates(state.value, updates), opt_state)
+    new = PerTask(state.value + jnp.asarray(updates), opt_state)
 
     def keep(n, o):
         return jnp.where(mask.reshape((-1,) + (1,) * (n.ndim - 1)), n, o)

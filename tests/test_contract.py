@@ -76,7 +76,7 @@ def test_chains_with_adam_in_a_scan_and_ignores_unknown_side_inputs(case: Case):
     targets = jnp.asarray(J3, jnp.float32)
 
     def task_losses(p):
-        return ((p["w"] - targets) ** 2).mean(1) + 0.1
+        return ((p["w"][None] - targets) ** 2).mean(1) + 0.1
 
     def step(carry, _):
         params, state = carry
@@ -124,6 +124,7 @@ def test_every_matrix_of_the_zoo_gives_a_finite_update(case: Case):
 
 
 @each
+@pytest.mark.usefixtures("as_users")
 def test_wrong_task_axis_names_the_leaf_and_the_numbers(case: Case):
     balancer = case.build(3)
     grads = {"ok": jnp.ones((3, 2)), "trunk": {"bad": jnp.ones((4, 2))}}
@@ -222,25 +223,26 @@ def test_every_registered_method_has_a_case():
     assert {case.name for case in CASES} == set(mtljax.METHODS)
 
 
+@pytest.mark.usefixtures("as_users")
 @pytest.mark.parametrize("name", mtljax.METHODS)
 @pytest.mark.parametrize("scale", ["sum", "mean"])
 def test_scale_is_what_it_says(name, scale):
-    if name in ("imtl_g",):
-        pytest.skip("its weights may be negative: covered by its own test")
     balancer = mtljax.get_method(name).build(3, key=jax.random.key(0), scale=scale)
     native = mtljax.get_method(name).build(3, key=jax.random.key(0))
     mask = jnp.array([True, False, True])
     for extra, present in (({}, 3), ({"mask": mask}, 2)):
         scaled, state = run(balancer, np.eye(3), **extra)
         plain, _ = run(native, np.eye(3), **extra)
-        wanted = present if scale == "sum" else 1
-        np.testing.assert_allclose(state.task_weights.sum(), wanted, rtol=1e-5)
+        if name != "cagrad":  # it goes beyond the mean
+            wanted = present if scale == "sum" else 1
+            np.testing.assert_allclose(state.task_weights.sum(), wanted, rtol=1e-5)
         ratio = np.linalg.norm(scaled) / np.linalg.norm(plain)
         np.testing.assert_allclose(scaled, ratio * plain, rtol=1e-5)
     with pytest.raises(ValueError, match="scale='big' is not one of"):
         mtljax.get_method(name).build(3, key=jax.random.key(0), scale="big")
 
 
+@pytest.mark.usefixtures("as_users")
 @pytest.mark.parametrize("name", mtljax.METHODS)
 def test_losses_that_a_method_reads_are_checked(name):
     balancer = mtljax.get_method(name).build(2, key=jax.random.key(0))

@@ -3,8 +3,8 @@
 - :func:`load` builds a set by name: ``multidigits`` needs no files, the
   MultiMNIST family reads MNIST and Fashion-MNIST from IDX or ``.npz`` files or from
   tensorflow-datasets.
-- A set that fits on the device stays there: :func:`epoch_order` says which examples
-  make which batch, :func:`take` gathers them inside ``jit``.
+- A set that fits on the device stays there: pass its arrays to
+  :func:`mtljax.training.fit`, which gathers batches inside the compiled program.
 - A set that does not fit goes through grain: :func:`stream`.
 
 Arrays are numpy arrays; scikit-learn, tensorflow-datasets and grain are imported by
@@ -17,7 +17,6 @@ from mtljax.data._stream import stream
 from mtljax.data.catalogue import save_tfds, tfds_source
 from mtljax.data.files import read_idx, read_images, write_idx
 from mtljax.data.registry import available, load
-from mtljax.data.resident import epoch_order, take
 from mtljax.data.types import (
     DataError,
     Dataset,
@@ -44,8 +43,6 @@ __all__ = [
     "to_float",
     # feeding a step
     "stream",
-    "epoch_order",
-    "take",
     # files and the catalogue
     "read_idx",
     "write_idx",

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mtljax.data.resident import check_batch
 from mtljax.data.types import DataError
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ def stream(
     import grain
 
     length, gather = _reader(source)
-    check_batch(batch_size, length)
+    _check_batch(batch_size, length)
     if not 0 <= seed < 2**32:
         raise DataError(f"seed must be between 0 and 2**32 - 1, not {seed}.")
 
@@ -104,3 +103,12 @@ def _reader(source: Any) -> tuple[int, Callable[[np.ndarray], Batch]]:
         return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
     return len(source), gather_rows
+
+
+def _check_batch(batch_size: int, num_examples: int) -> None:
+    """Raises unless at least one batch fits in the set."""
+    if not 1 <= batch_size <= num_examples:
+        raise DataError(
+            f"batch_size must be between 1 and the {num_examples} examples of the set, "
+            f"not {batch_size}."
+        )

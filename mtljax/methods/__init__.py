@@ -14,5 +14,6 @@ from mtljax.methods._random_loss_weighting import (
 from mtljax.methods._registry import METHODS as METHODS
 from mtljax.methods._registry import Method as Method
 from mtljax.methods._registry import get_method as get_method
+from mtljax.methods._registry import methods_table as methods_table
 from mtljax.methods._scale_invariant import scale_invariant as scale_invariant
 from mtljax.methods._uncertainty import uncertainty as uncertainty

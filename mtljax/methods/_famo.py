@@ -140,6 +140,6 @@ def famo(
         native="mean",
         scale=scale,
         reads_losses=True,
-        positive_losses=isinstance(min_losses, float) and min_losses == 0,
+        positive_losses=isinstance(min_losses, (int, float)) and min_losses == 0,
         observe=observe,
     )

@@ -26,7 +26,7 @@ def imtl_g_weights(
     norms = jnp.sqrt(jnp.maximum(jnp.diagonal(gramian), 0))
     active = mask & (norms > jnp.finfo(gramian.dtype).tiny)
     norms = jnp.where(active, norms, 1)
-    cosines = gramian / norms[:, None] / norms
+    cosines = gramian / norms[:, None] / norms[None, :]
     ones = active.astype(gramian.dtype)
     solution, outside = pinv_solve(cosines, ones)
     # Rows of the smallest gradient as unit of length keep the weights in range.

@@ -35,7 +35,7 @@ def mgda_weights(
     gramian: Gramian, norms: Weights, mask: Mask | None = None
 ) -> tuple[Weights, SolverStatus]:
     """``argmin_w ‖Σ w_i g_i/n_i‖²`` over the simplex."""
-    return min_norm_point(gramian / norms[:, None] / norms, mask)
+    return min_norm_point(gramian / norms[:, None] / norms[None, :], mask)
 
 
 def mgda(

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 from jaxtyping import PRNGKeyArray
 
 from mtljax.balancer import Balancer
@@ -90,3 +91,27 @@ def get_method(name: str) -> Method:
             f"There is no method {name!r}; the methods are {', '.join(METHODS)}."
         )
     return METHODS[name]
+
+
+def methods_table() -> str:
+    """The Markdown table of all methods, as the README prints it.
+
+    Examples:
+      >>> print(methods_table().splitlines()[2][:26])
+      | `linear` | LS | [2209.11
+    """
+    lines = [
+        "| name | in tables | source | reads | cost of a step | state | what it is |",
+        "|:--|:--|:--|:--|:--|:--|:--|",
+    ]
+    for method in METHODS.values():
+        source = method.source
+        if source[:4].isdigit():
+            source = f"[{source}](https://arxiv.org/abs/{source})"
+        balancer = method.build(2, key=jax.random.key(0))
+        reads = "losses" if balancer.reads_losses else "nothing"
+        reads = {"gramian": "Gramian", "grads": "gradients"}.get(balancer.needs, reads)
+        cells = (f"`{method.name}`", method.label, source, reads)
+        cells += (method.cost, method.state, method.promise)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)

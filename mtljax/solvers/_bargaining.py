@@ -63,11 +63,11 @@ def solve_bargaining(
     active = mask & (norms > jnp.finfo(dtype).tiny)
     count = jnp.maximum(active.sum(), 1).astype(dtype)
     norms = jnp.where(active, norms, 1)
-    pairs = active[:, None] & active
+    pairs = active[:, None] & active[None, :]
     # Inactive entries become an independent task of their own, solved by u = 1.
     cosines = jnp.where(
         pairs & ~jnp.eye(num, dtype=bool),
-        gramian / norms[:, None] / norms,
+        gramian / norms[:, None] / norms[None, :],
         jnp.eye(num, dtype=dtype),
     )
     # With u = w n: C u = b u^(-p), b = n^(p-1) up to its geometric mean.
@@ -83,7 +83,7 @@ def solve_bargaining(
         curvature = 1 + power * force(s.u) / s.u
         scaling = jax.lax.rsqrt(curvature)
         hessian = cosines + jnp.diag(power * force(s.u) / s.u)
-        hessian = scaling[:, None] * hessian * scaling
+        hessian = scaling[:, None] * hessian * scaling[None, :]
         factor = jnp.linalg.cholesky(hessian + num * eps * jnp.eye(num, dtype=dtype))
         step = jax.scipy.linalg.cho_solve((factor, True), -scaling * gradient)
         decrement = jnp.maximum(-(scaling * gradient) @ step, 0)

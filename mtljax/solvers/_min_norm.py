@@ -43,7 +43,7 @@ def min_norm_point(
     x = solution.x / jnp.maximum(jnp.max(solution.x), jnp.finfo(gramian.dtype).tiny)
     weights = x / jnp.maximum(x.sum(), jnp.finfo(gramian.dtype).tiny)
     slope = jnp.matmul(gramian, weights, precision="highest")
-    terms = jnp.max(jnp.where(mask, jnp.abs(gramian * weights).sum(1), 0))
+    terms = jnp.max(jnp.where(mask, jnp.abs(gramian * weights[None, :]).sum(1), 0))
     gap = weights @ slope - jnp.min(jnp.where(mask, slope, jnp.inf))
     residual = jnp.maximum(gap, 0) / jnp.where(terms > 0, terms, 1)
     residual = jnp.where(mask.any(), residual, 0)

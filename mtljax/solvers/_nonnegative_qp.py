@@ -79,7 +79,7 @@ def nonnegative_qp(
     largest = jnp.where(largest > 0, largest, 1)
     # A zero row has no scale of its own; a tiny one keeps everything finite.
     scale = jax.lax.rsqrt(jnp.maximum(diagonal / largest, eps**2))
-    quadratic = scale[:, None] * (quadratic / largest) * scale
+    quadratic = scale[:, None] * (quadratic / largest) * scale[None, :]
     linear = jnp.where(mask, linear * scale, 0)
     size = jnp.max(jnp.abs(linear), initial=0)
     size = jnp.where(size > 0, size, 1)
@@ -88,7 +88,7 @@ def nonnegative_qp(
     identity = jnp.eye(num, dtype=dtype)
 
     def solve(free):
-        face = free[:, None] & free
+        face = free[:, None] & free[None, :]
         masked = jnp.where(face, quadratic, 0)
         factor = jnp.linalg.cholesky(
             jnp.where(face, quadratic, identity) + ridge * identity
@@ -102,7 +102,7 @@ def nonnegative_qp(
         return jax.lax.scan(refine, jnp.zeros_like(linear), length=_REFINEMENTS)[0]
 
     def gradient(x):
-        terms = quadratic * x
+        terms = quadratic * x[None, :]
         noise = 4 * eps * (jnp.abs(terms).sum(1) + jnp.abs(linear))
         return jnp.matmul(quadratic, x, precision="highest") + linear, noise
 
@@ -143,7 +143,7 @@ def nonnegative_qp(
 def _residual(quadratic: Gramian, linear: Weights, x: Weights, mask: Mask) -> Scalar:
     """Largest complementarity violation relative to the terms in each slope."""
     slope = jnp.matmul(quadratic, x, precision="highest") + linear
-    terms = jnp.abs(quadratic * x).sum(1) + jnp.abs(linear)
+    terms = jnp.abs(quadratic * x[None, :]).sum(1) + jnp.abs(linear)
     terms = jnp.where(terms > 0, terms, 1)
     wrong = jnp.where(x > 0, jnp.abs(slope), jnp.maximum(-slope, 0))
     return jnp.max(jnp.where(mask, wrong / terms, 0), initial=0)

@@ -19,6 +19,7 @@ from mtljax.training.loop import (
     Step,
     epoch_order,
     make_chunk,
+    make_runner,
     make_stream_step,
     make_train,
     split_run_key,
@@ -42,6 +43,7 @@ __all__ = [
     # pure loops
     "Step",
     "make_chunk",
+    "make_runner",
     "make_stream_step",
     "make_train",
     "split_run_key",

@@ -117,7 +117,7 @@ class _Resident:
     """Runs chunks over data that live on the device."""
 
     def __init__(
-        self, step, data, *, one, batch_size, order_key, chunk, seeds, on_host
+        self, step, data, *, one, batch_size, order_key, chunk, seeds, loop_on
     ):
         if batch_size is None or order_key is None:
             raise ValueError(
@@ -130,22 +130,19 @@ class _Resident:
         self.batch = jax.eval_shape(
             lambda d: jax.tree.map(lambda a: a[:batch_size], d), self._data
         )
-        if on_host is None:
-            on_host = loop.prefers_host_loop(step, one, self.batch)
-        self._on_host = on_host
-        if on_host:
-            self._run = loop.make_host_chunk(step, batch_size=batch_size, seeds=seeds)
-        else:
-            self._run = loop.make_chunk(
-                step, batch_size=batch_size, chunk=chunk, seeds=seeds
-            )
+        self._run = loop.make_runner(
+            step,
+            one,
+            self.batch,
+            batch_size=batch_size,
+            chunk=chunk,
+            seeds=seeds,
+            loop_on=loop_on,
+        )
 
     def advance(self, state, start: int, n: int):
-        bounds: Any = (start, n)
-        if not self._on_host:
-            bounds = jax.device_put((np.int32(start), np.int32(n)))
         with jax.transfer_guard("disallow"):
-            state, metrics = self._run(state, self._data, self._key, *bounds)
+            state, metrics = self._run(state, self._data, self._key, start, n)
         metrics = jax.device_get(metrics)
         return state, jax.tree.map(lambda m: m[:n], metrics)
 
@@ -705,7 +702,7 @@ def fit(
             chunk=chunk,
             seeds=many,
             one=one,
-            on_host=None if loop_on is None else loop_on == "host",
+            loop_on=loop_on,
         )
         _check_metrics(loop.check_step(step, one, engine.batch), task_names)
     identity = {

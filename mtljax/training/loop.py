@@ -7,7 +7,7 @@ dict of arrays of fixed shapes. Nothing here knows about losses, tasks or models
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -285,6 +285,44 @@ def prefers_host_loop(step: Step, state: PyTree, batch: PyTree) -> bool:
     if jax.default_backend() != "cpu":
         return False
     return "conv_general_dilated" in str(jax.make_jaxpr(step)(state, batch))
+
+
+def make_runner(
+    step: Step,
+    state: PyTree,
+    batch: PyTree,
+    *,
+    batch_size: int,
+    chunk: int = 1000,
+    seeds: bool = False,
+    loop_on: Literal["device", "host"] | None = None,
+) -> Callable[..., tuple[Any, Metrics]]:
+    """The faster of :func:`make_chunk` and :func:`make_host_chunk` for this step.
+
+    Args:
+      step: ``step(state, batch) -> (state, metrics)``.
+      state: State of one run, or its shapes.
+      batch: A batch, or its shapes.
+      batch_size: Examples per step.
+      chunk: The most steps of one call.
+      seeds: Whether the states to run have a leading axis ``[S]``.
+      loop_on: Overrules :func:`prefers_host_loop`.
+
+    Returns:
+      ``(state, data, order_key, start_step, n) -> (state, metrics)`` with host
+      integers; the first ``n`` rows of the metrics count. Donates the state.
+    """
+    if loop_on is None:
+        loop_on = "host" if prefers_host_loop(step, state, batch) else "device"
+    if loop_on == "host":
+        return make_host_chunk(step, batch_size=batch_size, seeds=seeds)
+    run = make_chunk(step, batch_size=batch_size, chunk=chunk, seeds=seeds)
+
+    def run_chunk(state, data, order_key, start_step, n):
+        bounds = jax.device_put((np.int32(start_step), np.int32(n)))
+        return run(state, data, order_key, *bounds)
+
+    return run_chunk
 
 
 @functools.lru_cache(maxsize=16)

@@ -146,6 +146,7 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
       >>> smooth(np.array([0.0, 3.0, 6.0, 3.0]), 3)
       array([1.5, 3. , 4. , 4.5])
     """
+    window = max(1, min(window, values.shape[-1]))
     if window <= 1:
         return values
     kernel = np.ones(window)

@@ -152,9 +152,12 @@ def rich_table(
 
 
 def rows_at_best(
-    rows: Sequence[Mapping[str, Any]], select: str, mode: Literal["min", "max"] = "min"
+    rows: Sequence[Mapping[str, Any]],
+    select: str,
+    mode: Literal["min", "max"] = "min",
+    by: Sequence[str] = ("seed",),
 ) -> list[dict[str, Any]]:
-    """For each seed, the evaluation row with the best validation metric.
+    """For each run, the evaluation row with the best validation metric.
 
     Pick the step by a validation metric and read the test metrics of the same row:
     this chooses for each seed on its own, also when the seeds were vmapped.
@@ -163,9 +166,10 @@ def rows_at_best(
       rows: Rows of :func:`mtljax.training.fit` or :func:`read_jsonl`.
       select: Name of a scalar metric; the earliest of equals wins.
       mode: Whether less or more is better.
+      by: Fields of the label that tell vmapped runs apart.
 
     Returns:
-      One row for each seed, in order of appearance.
+      One row for each run, in order of appearance.
 
     Examples:
       >>> rows = [{"kind": "eval", "seed": 0, "step": s, "val": v, "test": -v}
@@ -178,7 +182,8 @@ def rows_at_best(
     for row in rows:
         if row.get("kind") != "eval" or row.get(select) is None:
             continue
-        old = best.get(row.get("seed"))
+        run = tuple(row.get(field) for field in by)
+        old = best.get(run)
         if old is None or sign * row[select] < sign * old[select]:
-            best[row.get("seed")] = dict(row)
+            best[run] = dict(row)
     return list(best.values())

@@ -1,0 +1,1 @@
+"""Experiments: one folder a question. They use the library and never each other."""

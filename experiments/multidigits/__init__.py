@@ -1,0 +1,1 @@
+"""The main job: many methods on real overlaid digits, side by side."""

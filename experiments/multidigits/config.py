@@ -1,0 +1,140 @@
+"""What can be set, and the presets."""
+
+import dataclasses
+import pathlib
+from typing import Literal
+
+import mtljax
+
+SINGLE_TASK = "single_task"
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message is for the user."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Trains single-task baselines and multi-task methods and compares them."""
+
+    methods: tuple[str, ...] = tuple(mtljax.METHODS)
+    """Factories of mtljax, in the order of the table; single-task runs come first."""
+    seeds: int = 3
+    """Runs of every method, trained together by vmap."""
+    first_seed: int = 0
+    """Seeds are first_seed, first_seed + 1, ..."""
+
+    data: Literal[
+        "multidigits", "multi_mnist", "multi_fashion", "multi_fashion_mnist"
+    ] = "multidigits"
+    """multidigits needs no files; the others read --data-dir."""
+    data_dir: pathlib.Path | None = None
+    """Folder with mnist/ and fashion_mnist/ files, or prepared tensorflow-datasets."""
+    source: Literal["files", "tfds"] = "files"
+    """Where the MultiMNIST family comes from."""
+    download: bool = False
+    """Let tensorflow-datasets download what is absent."""
+    train_size: int | None = None
+    """Training examples; None is the data set's default."""
+    eval_size: int = 2000
+    """Validation and test examples used, at most."""
+
+    model: Literal["mlp", "lenet", "resnet18"] = "mlp"
+    """Trunk that the tasks share; each has a linear head of its own."""
+    hidden: tuple[int, ...] = (128, 128)
+    """Widths of the MLP's trunk."""
+    kernels: tuple[int, int] = (9, 5)
+    """Kernel sizes of LeNet; (5, 3) fits the 12x12 canvas of multidigits."""
+    heads: Literal["own", "weighted"] = "own"
+    """Heads follow their own loss, or their loss times the task's weight."""
+    steps: int = 1500
+    """Updates of every run."""
+    batch_size: int = 128
+    """Examples per update."""
+    lrs: tuple[float, ...] = (1e-3,)
+    """Learning rates of Adam; with several, validation picks one for each method."""
+    clip_norm: float | None = None
+    """Clips the global norm of the balanced gradient, for all methods alike."""
+
+    eval_every: int = 150
+    """Steps between evaluations (validation picks the step that is reported)."""
+    log_every: int = 30
+    """Steps between rows of training losses and weights."""
+    probe_size: int = 256
+    """Training examples on which the cosines of task gradients are measured."""
+    time_steps: int = 50
+    """Steps of one timing round, of three; 0 leaves the timing out."""
+
+    out: pathlib.Path = pathlib.Path("results/multidigits")
+    """Rows, checkpoints, table and plots go here."""
+    resume: bool = False
+    """Go on where an interrupted run stopped; what is finished is not run again."""
+    overwrite: bool = False
+    """Delete an earlier run in --out first."""
+    tensorboard: bool = False
+    """Write TensorBoard files as well (needs mtljax[tensorboard])."""
+    plots: bool = True
+    """Write the PNGs."""
+
+
+PRESETS = {
+    "smoke": (
+        "Seconds: three methods, a few steps; for tests.",
+        Config(
+            methods=("linear", "famo", "cagrad"),
+            seeds=2,
+            train_size=512,
+            eval_size=256,
+            hidden=(32,),
+            steps=12,
+            batch_size=64,
+            eval_every=6,
+            log_every=3,
+            probe_size=64,
+            time_steps=0,
+            out=pathlib.Path("results/multidigits-smoke"),
+        ),
+    ),
+    "demo": (
+        "The default, below 3 minutes on 2 CPU cores: all methods, 3 seeds.",
+        Config(),
+    ),
+    "full": (
+        "About an hour on 2 CPU cores: LeNet, learning rates tuned, 5 seeds.",
+        Config(
+            model="lenet",
+            kernels=(5, 3),
+            seeds=5,
+            steps=4000,
+            eval_every=250,
+            log_every=50,
+            lrs=(3e-4, 1e-3, 3e-3),
+            out=pathlib.Path("results/multidigits-full"),
+        ),
+    ),
+}
+
+
+def check(config: Config) -> None:
+    """Raises on what only shows later, before anything is written.
+
+    Raises:
+      ConfigError: One sentence that names the field.
+    """
+    for name in config.methods:
+        try:
+            mtljax.get_method(name)
+        except ValueError as error:
+            raise ConfigError(f"--methods: {error}") from None
+    if not config.methods:
+        raise ConfigError("--methods is empty; name at least one method.")
+    for field in ("seeds", "steps", "batch_size", "eval_every", "log_every"):
+        if getattr(config, field) < 1:
+            raise ConfigError(
+                f"--{field.replace('_', '-')} must be positive, "
+                f"not {getattr(config, field)}."
+            )
+    if not config.lrs or min(config.lrs) <= 0:
+        raise ConfigError(f"--lrs must be positive numbers, not {config.lrs}.")
+    if config.resume and config.overwrite:
+        raise ConfigError("--resume and --overwrite exclude each other.")

@@ -1,0 +1,199 @@
+"""From rows to the table and the plots; no training code."""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+import mtljax
+from experiments.multidigits.config import SINGLE_TASK, Config
+from mtljax import metrics, training
+from mtljax.training import plots, tables
+
+BY = ("seed", "lr", "task")
+LOWER = ("mae",)
+
+
+class Report(NamedTuple):
+    """What is printed and written."""
+
+    columns: dict[str, Literal["min", "max", ""]]
+    rows: dict[str, dict[str, Any]]  # label -> column -> values over seeds
+    digits: dict[str, int]
+
+
+def label_of(method: str) -> str:
+    """The name that tables print."""
+    return "single task" if method == SINGLE_TASK else mtljax.METHODS[method].label
+
+
+def better(column: str) -> Literal["min", "max"]:
+    """Whether less or more of a test metric is better."""
+    return "min" if column.endswith(LOWER) else "max"
+
+
+def chosen_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The reported row of every seed (and task): step and learning rate by validation.
+
+    The learning rate is one for all seeds of a method: that of the best mean.
+    """
+    best = tables.rows_at_best(rows, "val_score", "max", by=BY)
+    found = []
+    for task in dict.fromkeys(row["task"] for row in best):
+        mine = [row for row in best if row["task"] == task]
+        rates = {row["lr"] for row in mine}
+        lr = max(
+            rates,
+            key=lambda r: np.mean([x["val_score"] for x in mine if x["lr"] == r]),
+        )
+        found += sorted((r for r in mine if r["lr"] == lr), key=lambda r: r["seed"])
+    return found
+
+
+def values_of(
+    method: str,
+    rows: Sequence[Mapping[str, Any]],
+    columns: Mapping[str, int],
+    names: Sequence[str],
+) -> dict[str, list[float]]:
+    """Test metrics over seeds; a baseline's come from the run on that task."""
+    chosen = chosen_rows(rows)
+
+    def of(column, task):
+        wanted = names[task] if method == SINGLE_TASK else "all"
+        return [row[f"test_{column}"] for row in chosen if row["task"] == wanted]
+
+    return {column: of(column, task) for column, task in columns.items()}
+
+
+def make_report(
+    rows: Mapping[str, Sequence[Mapping[str, Any]]],
+    columns: Mapping[str, int],
+    names: Sequence[str],
+    times: Mapping[str, float],
+) -> Report:
+    """Metrics, Δm both ways, mean rank and step time, the best mean rank first."""
+    values = {m: values_of(m, r, columns, names) for m, r in rows.items()}
+    higher = np.array([better(c) == "max" for c in columns])
+    groups = np.array(list(columns.values()))
+    main = [c for c in columns if not c.endswith(LOWER)]
+    stacked = {m: np.array([v[c] for c in columns]).T for m, v in values.items()}
+    methods = [m for m in rows if m != SINGLE_TASK]
+    means = np.array([stacked[m].mean(0) for m in methods])
+    ranks = np.asarray(metrics.mean_rank(means, higher)) if methods else []
+    table = {}
+    for method, found in values.items():
+        row: dict[str, Any] = {c.replace("_", " "): v for c, v in found.items()}
+        row["average"] = np.mean([found[c] for c in main], axis=0)
+        if method != SINGLE_TASK and SINGLE_TASK in values:
+            baseline = stacked[SINGLE_TASK].mean(0)
+            each = metrics.delta_m(stacked[method], baseline, higher)
+            tasks = metrics.delta_m(stacked[method], baseline, higher, groups=groups)
+            row |= {"Δm % (metrics)": each, "Δm % (tasks)": tasks}
+            row["mean rank"] = float(ranks[methods.index(method)])
+        if method in times and "linear" in times and method != SINGLE_TASK:
+            row["step time / LS"] = times[method] / times["linear"]
+        table[label_of(method)] = row
+    order = sorted(
+        table, key=lambda k: (k != "single task", table[k].get("mean rank", 0.0))
+    )
+    directions: dict[str, Literal["min", "max", ""]] = {
+        c.replace("_", " "): better(c) for c in columns
+    }
+    directions |= {"average": "max", "Δm % (metrics)": "min", "Δm % (tasks)": "min"}
+    directions |= {"mean rank": "min"} | ({"step time / LS": ""} if times else {})
+    digits = dict.fromkeys(directions, 3)
+    digits |= {"Δm % (metrics)": 1, "Δm % (tasks)": 1}
+    digits |= {"mean rank": 2, "step time / LS": 2}
+    return Report(directions, {k: table[k] for k in order}, digits)
+
+
+def write_table(report: Report, config: Config, command: str) -> pathlib.Path:
+    """``table.md``: the command, the versions, the table."""
+    text = tables.markdown_table(
+        report.rows, report.columns, digits=report.digits, exclude=["single task"]
+    )
+    about = training.environment()
+    about = {**about.pop("versions"), **about}
+    lines = [
+        f"# {config.data}: {len(report.rows)} rows, {config.seeds} seeds",
+        "",
+        f"`{command}`",
+        "",
+        text,
+        "",
+        "Mean ± standard deviation over seeds on the test split, at the step (and "
+        "learning rate) that validation chose. Δm is relative to the mean of the "
+        "single-task runs, in percent, lower is better: over all metrics, and over "
+        "tasks. Mean rank is among the multi-task rows. Bold is the best of these.",
+        "",
+        "| " + " | ".join(about) + " |",
+        "|" + ":--|" * len(about),
+        "| " + " | ".join(str(v) for v in about.values()) + " |",
+        "",
+    ]
+    path = config.out / "table.md"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def write_rows(
+    rows: Mapping[str, Sequence[Mapping[str, Any]]],
+    times: Mapping[str, float],
+    config: Config,
+) -> pathlib.Path:
+    """``results.jsonl``: a line per method and run, with the whole configuration."""
+    path = config.out / "results.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for method, found in rows.items():
+            for row in chosen_rows(found):
+                line = {"method": method, **row, "step_ms": times.get(method)}
+                about = {"config": training.to_json(config), **training.environment()}
+                file.write(json.dumps(training.to_json(line | about)) + "\n")
+    return path
+
+
+def shown_rows(
+    method: str, rows: Sequence[Mapping[str, Any]]
+) -> list[Mapping[str, Any]]:
+    """Rows of the learning rate that is reported, for the plots."""
+    del method
+    lr = chosen_rows(rows)[0]["lr"]
+    return [row for row in rows if row.get("lr") == lr]
+
+
+def write_plots(
+    rows: Mapping[str, Sequence[Mapping[str, Any]]],
+    report: Report,
+    names: Sequence[str],
+    config: Config,
+) -> list[pathlib.Path]:
+    """Loss curves, weights, cosines and the trade-off between the first two tasks."""
+    labels = {m: label_of(m) for m in rows if m != SINGLE_TASK}
+    shown = {labels[m]: shown_rows(m, rows[m]) for m in labels}
+    order = [name for name in report.rows if name in shown]
+    losses = {k: plots.curve(shown[k], "losses") for k in order}
+    weights = {k: plots.curve(shown[k], "task_weights") for k in order}
+    cosines = {k: plots.curve(shown[k], "cosines", "eval") for k in order}
+    pairs = [f"{a} · {b}" for i, a in enumerate(names) for b in list(names)[i + 1 :]]
+    figures = {
+        "losses": plots.loss_curves(losses, names, window=5),
+        "weights": plots.weight_trajectories(weights, names, window=3),
+        "cosines": plots.cosine_over_time(cosines, pairs),
+    }
+    x, y = [c for c in report.columns if c.endswith((" acc", " r2"))][:2]
+    reference = report.rows.get("single task")
+    figures["tradeoff"] = plots.tradeoff_scatter(
+        {k: (report.rows[k][x], report.rows[k][y]) for k in order},
+        xlabel=f"{x}, test",
+        ylabel=f"{y}, test",
+        reference=None
+        if reference is None
+        else (float(np.mean(reference[x])), float(np.mean(reference[y]))),
+    )
+    return [
+        plots.save(figure, config.out / f"{name}.png")
+        for name, figure in figures.items()
+    ]

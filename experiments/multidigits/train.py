@@ -1,0 +1,301 @@
+"""The problem, one step of it, and a run of one method with all its seeds."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+import mtljax
+from experiments.multidigits.config import SINGLE_TASK, Config
+from mtljax import data, metrics, models, training
+
+Batch = Mapping[str, Array]
+
+
+class State(NamedTuple):
+    """Everything that changes in a run."""
+
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    balancer: Any
+    lr: Float[Array, ""]
+    constants: Float[Array, " tasks"]  # task weights of the single-task baselines
+    step: Int[Array, ""]
+
+
+class Problem(NamedTuple):
+    """A data set with a model and what is measured on it."""
+
+    dataset: data.Dataset
+    model: models.Model
+    train: Batch
+    task_losses: Callable[..., Any]
+    evaluate: Callable[[State], dict[str, Array]]
+    columns: dict[str, int]  # metric -> task, in the order of the table
+
+
+class Program(NamedTuple):
+    """A method on a problem: ``init(key, lr, constants)`` and ``step(state, batch)``.
+
+    Made once per method, so that training and timing share one compilation.
+    """
+
+    init: Callable[..., State]
+    step: Callable[[State, Batch], tuple[State, dict[str, Array]]]
+
+
+class Run(NamedTuple):
+    """One entry of the vmapped axis: a seed at a learning rate (on one task)."""
+
+    seed: int
+    lr: float
+    task: int | None
+
+    def label(self, names: list[str]) -> dict[str, Any]:
+        """What tells this run apart in the rows."""
+        task = "all" if self.task is None else names[self.task]
+        return {"seed": self.seed, "lr": self.lr, "task": task}
+
+
+HIGHER_IS_BETTER = {"acc": True, "r2": True, "mae": False}
+
+
+def load(config: Config) -> data.Dataset:
+    """The data set of the configuration."""
+    options: dict[str, Any] = {"data_dir": config.data_dir}
+    if config.data != "multidigits":
+        options |= {"source": config.source, "download": config.download}
+    if config.train_size is not None:
+        options["train_size"] = config.train_size
+    return data.load(config.data, **options)
+
+
+def build_model(config: Config, dataset: data.Dataset) -> models.Model:
+    """The trunk of the configuration with one head a task."""
+    options: dict[str, dict[str, Any]] = {
+        "mlp": {"hidden": config.hidden},
+        "lenet": {"kernels": config.kernels},
+        "resnet18": {"stem": "imagenet"},
+    }
+    heads = {task.name: task.size for task in dataset.tasks}
+    return models.build(config.model, heads, **options[config.model])
+
+
+def make_problem(config: Config) -> Problem:
+    """Loads the data and binds model, losses and metrics."""
+    dataset = load(config)
+    model = build_model(config, dataset)
+
+    def predict(params, batch_stats, batch, *, train):
+        images = data.to_float(batch["image"], dataset.image_max)
+        return model.apply((params, batch_stats), images, train=train)
+
+    def losses_of(outputs, batch):
+        losses = []
+        for task in dataset.tasks:
+            out, target = outputs[task.name], batch[task.name]
+            if task.kind == "classification":
+                loss = optax.softmax_cross_entropy_with_integer_labels(out, target)
+            else:
+                loss = jnp.square(out[:, 0] - target)
+            losses.append(loss.mean())
+        return jnp.stack(losses)
+
+    def task_losses(params, batch_stats, batch):
+        outputs, batch_stats = predict(params, batch_stats, batch, train=True)
+        return losses_of(outputs, batch), batch_stats
+
+    def scores(outputs, batch, prefix):
+        found = {}
+        for task in dataset.tasks:
+            out, target = outputs[task.name], batch[task.name]
+            if task.kind == "classification":
+                found[f"{prefix}_{task.name}_acc"] = metrics.accuracy(out, target)
+            else:
+                found[f"{prefix}_{task.name}_r2"] = metrics.r2(out[:, 0], target)
+                found[f"{prefix}_{task.name}_mae"] = metrics.mae(out[:, 0], target)
+        return found
+
+    def on_device(split, size):
+        return {k: jnp.asarray(v[:size]) for k, v in split.items()}
+
+    train = on_device(dataset.train, None)
+    probe = {k: v[: config.probe_size] for k, v in train.items()}
+    splits = {
+        "val": on_device(dataset.val, config.eval_size),
+        "test": on_device(dataset.test, config.eval_size),
+    }
+
+    def evaluate(params, batch_stats, constants, splits, probe):
+        found: dict[str, Array] = {}
+        for name, split in splits.items():
+            outputs, _ = predict(params, batch_stats, split, train=False)
+            found[f"{name}_losses"] = losses_of(outputs, split)
+            found |= scores(outputs, split, name)
+        # A single-task run is chosen by its own task, the others by the mean.
+        main = jnp.stack([found[f"val_{column}"] for column in main_columns])
+        found["val_score"] = (constants * main).sum() / constants.sum()
+        _, gramian = mtljax.task_gramian(
+            lambda trunk: task_losses(params | {"trunk": trunk}, batch_stats, probe)[0]
+        )(params["trunk"])
+        upper = jnp.triu_indices(len(dataset.tasks), k=1)
+        return found | {"cosines": metrics.cosine_matrix(gramian)[upper]}
+
+    kinds = {"classification": ("acc",), "regression": ("r2", "mae")}
+    columns = {
+        f"{task.name}_{kind}": i
+        for i, task in enumerate(dataset.tasks)
+        for kind in kinds[task.kind]
+    }
+    main_columns = [c for c in columns if not c.endswith("mae")]
+    # One program for all methods: only what is measured goes in.
+    jitted = jax.jit(jax.vmap(evaluate, in_axes=(0, 0, 0, None, None)))
+
+    def evaluate_states(state: State):
+        return jitted(state.params, state.batch_stats, state.constants, splits, probe)
+
+    return Problem(dataset, model, train, task_losses, evaluate_states, columns)
+
+
+def make_program(config: Config, problem: Problem, method: str) -> Program:
+    """Initial state and step of a method."""
+    num_tasks = len(problem.dataset.tasks)
+    clip = (
+        optax.identity()
+        if config.clip_norm is None
+        else optax.clip_by_global_norm(config.clip_norm)
+    )
+    optimizer = optax.chain(clip, optax.scale_by_adam())
+
+    def balancer_of(constants, key):
+        if method == SINGLE_TASK:
+            return mtljax.linear(num_tasks, weights=constants)
+        return mtljax.get_method(method).build(num_tasks, key=key)
+
+    def init(key, lr, constants):
+        init_key, balancer_key = jax.random.split(key)
+        image = jnp.asarray(problem.dataset.train["image"][:1])
+        image = data.to_float(image, problem.dataset.image_max)
+        params, batch_stats = problem.model.init(init_key, image)
+        return State(
+            params=params,
+            batch_stats=batch_stats,
+            opt_state=optimizer.init(params),
+            balancer=balancer_of(constants, balancer_key).init(params),
+            lr=lr,
+            constants=constants,
+            step=jnp.int32(0),
+        )
+
+    def step(state: State, batch: Batch):
+        # The key of a random method lives in its state; this one is never drawn from.
+        balancer = balancer_of(state.constants, jax.random.key(0))
+        gradient = mtljax.value_and_balanced_grad(
+            problem.task_losses,
+            balancer,
+            labels={"trunk": "shared", "heads": "own"},
+            heads=config.heads,
+            has_aux=True,
+        )
+        (losses, batch_stats), grad, balancer_state = gradient(
+            state.params, state.balancer, state.batch_stats, batch
+        )
+        direction, opt_state = optimizer.update(grad, state.opt_state, state.params)
+        updates = jax.tree.map(lambda d: -state.lr * d, direction)
+        params = optax.apply_updates(state.params, updates)
+        if balancer.observe is not None:
+            after, _ = problem.task_losses(params, batch_stats, batch)
+            balancer_state = mtljax.observe(balancer, balancer_state, losses=after)
+        new = State(
+            params,
+            batch_stats,
+            opt_state,
+            balancer_state,
+            state.lr,
+            state.constants,
+            state.step + 1,
+        )
+        return new, {"losses": losses, "task_weights": balancer_state.task_weights}
+
+    return Program(init, step)
+
+
+def runs_of(config: Config, problem: Problem, method: str) -> list[Run]:
+    """The vmapped axis: seeds x learning rates, and tasks for the baselines."""
+    tasks = range(len(problem.dataset.tasks)) if method == SINGLE_TASK else (None,)
+    seeds = range(config.first_seed, config.first_seed + config.seeds)
+    return [Run(s, lr, task) for task in tasks for lr in config.lrs for s in seeds]
+
+
+def initial_state(config: Config, problem: Problem, method: str, program: Program):
+    """The stacked states of all runs of a method, and their keys of data order."""
+    runs = runs_of(config, problem, method)
+    num_tasks = len(problem.dataset.tasks)
+    keys = jnp.stack([jax.random.key(run.seed) for run in runs])
+    init_keys, order_keys = training.split_run_key(keys)
+    constants = jnp.array(
+        [
+            [1.0 if run.task in (None, t) else 0.0 for t in range(num_tasks)]
+            for run in runs
+        ]
+    )
+    lrs = jnp.array([run.lr for run in runs])
+    return jax.jit(jax.vmap(program.init))(init_keys, lrs, constants), order_keys
+
+
+def make_train(
+    config: Config, method: str, problem: Problem | None = None
+) -> Callable[..., Any]:
+    """A pure ``train(key, lr) -> (state, metrics)``; jit it, vmap it over both.
+
+    The same steps as :func:`run_method` without evaluation and files. Metrics have a
+    leading axis of ``config.steps``.
+    """
+    problem = make_problem(config) if problem is None else problem
+    init, step = make_program(config, problem, method)
+    ones = jnp.ones(len(problem.dataset.tasks))
+
+    def train(key, lr=config.lrs[0], constants=ones):
+        run = training.make_train(
+            lambda k: init(k, jnp.asarray(lr, jnp.float32), constants),
+            step,
+            num_steps=config.steps,
+            batch_size=config.batch_size,
+        )
+        return run(key, problem.train)
+
+    return train
+
+
+def run_method(
+    config: Config, problem: Problem, method: str, program: Program
+) -> training.FitResult:
+    """Trains all runs of a method; rows and checkpoints go below ``config.out``."""
+    state, order_keys = initial_state(config, problem, method, program)
+    names = [task.name for task in problem.dataset.tasks]
+    return training.fit(
+        state,
+        program.step,
+        problem.train,
+        num_steps=config.steps,
+        batch_size=config.batch_size,
+        order_key=order_keys,
+        seeds=[run.label(names) for run in runs_of(config, problem, method)],
+        task_names=names,
+        eval_fn=problem.evaluate,
+        eval_every=config.eval_every,
+        select="val_score",
+        select_mode="max",
+        log_every=config.log_every,
+        run_dir=config.out / "runs" / method,
+        resume="auto" if config.resume else False,
+        overwrite=config.overwrite,
+        config=config,
+        may_differ=("methods", "steps", "time_steps", "data_dir", "plots"),
+        tensorboard=config.tensorboard,
+        title=method,
+    )
