@@ -62,7 +62,9 @@ def test_update_is_shaped_like_the_parameters(case: Case, dtype):
     params = jax.tree.map(lambda g: g[0], grads)
     balancer = case.build(3)
     state = balancer.init(params)
-    update, new = balancer.update(grads, state, params, losses=LOSSES.astype(dtype))
+    update, new = jax.jit(balancer.update)(
+        grads, state, params, losses=LOSSES.astype(dtype)
+    )
     chex.assert_trees_all_equal_shapes_and_dtypes(update, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
     chex.assert_tree_all_finite(update)
@@ -171,9 +173,7 @@ def test_a_masked_task_is_a_dropped_task(case: Case):
         lost = losses.copy()
         lost[2] = np.nan
         masked, big_state = run(big, gone, lost, big_state, mask=mask)
-        dropped, small_state = run(
-            small, matrix[present], losses[present], small_state
-        )
+        dropped, small_state = run(small, matrix[present], losses[present], small_state)
         np.testing.assert_allclose(masked, dropped, rtol=2e-4, atol=1e-5)
     chex.assert_trees_all_equal(
         jax.tree.map(lambda x: x[2], _per_task(big_state, 4)), untouched
@@ -213,7 +213,7 @@ def test_non_finite_input_passes_through_and_spares_the_state(case: Case):
     # Downstream, optax.apply_if_finite can skip the step.
     opt = optax.chain(balancer, optax.apply_if_finite(optax.sgd(1.0), 5))
     grads = tree(bad)
-    skipped, _ = opt.update(
+    skipped, _ = jax.jit(opt.update)(
         grads, opt.init(jax.tree.map(lambda g: g[0], grads)), losses=LOSSES
     )
     assert (flat(skipped) == 0).all()

@@ -77,7 +77,7 @@ def make_report(
     """Metrics, Δm both ways, mean rank and step time, the best mean rank first."""
     values = {m: values_of(m, r, columns, names) for m, r in rows.items()}
     higher = np.array([better(c) == "max" for c in columns])
-    groups = np.array(list(columns.values()))
+    groups = list(columns.values())
     main = [c for c in columns if not c.endswith(LOWER)]
     stacked = {m: np.array([v[c] for c in columns]).T for m, v in values.items()}
     methods = [m for m in rows if m != SINGLE_TASK]
@@ -102,8 +102,11 @@ def make_report(
     directions: dict[str, Literal["min", "max", ""]] = {
         c.replace("_", " "): better(c) for c in columns
     }
-    directions |= {"average": "max", "Δm % (metrics)": "min", "Δm % (tasks)": "min"}
-    directions |= {"mean rank": "min"} | ({"step time / LS": ""} if times else {})
+    directions["average"] = "max"
+    for column in ("Δm % (metrics)", "Δm % (tasks)", "mean rank"):
+        directions[column] = "min"
+    if times:
+        directions["step time / LS"] = ""
     digits = dict.fromkeys(directions, 3)
     digits |= {"Δm % (metrics)": 1, "Δm % (tasks)": 1}
     digits |= {"mean rank": 2, "step time / LS": 2}
@@ -155,11 +158,8 @@ def write_rows(
     return path
 
 
-def shown_rows(
-    method: str, rows: Sequence[Mapping[str, Any]]
-) -> list[Mapping[str, Any]]:
+def shown_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Rows of the learning rate that is reported, for the plots."""
-    del method
     lr = chosen_rows(rows)[0]["lr"]
     return [row for row in rows if row.get("lr") == lr]
 
@@ -172,14 +172,15 @@ def write_plots(
 ) -> list[pathlib.Path]:
     """Loss curves, weights, cosines and the trade-off between the first two tasks."""
     labels = {m: label_of(m) for m in rows if m != SINGLE_TASK}
-    shown = {labels[m]: shown_rows(m, rows[m]) for m in labels}
+    shown = {labels[m]: shown_rows(rows[m]) for m in labels}
     order = [name for name in report.rows if name in shown]
+    all_labels = [m.label for m in mtljax.METHODS.values()]  # fixes the colours
     losses = {k: plots.curve(shown[k], "losses") for k in order}
     weights = {k: plots.curve(shown[k], "task_weights") for k in order}
     cosines = {k: plots.curve(shown[k], "cosines", "eval") for k in order}
     pairs = [f"{a} · {b}" for i, a in enumerate(names) for b in list(names)[i + 1 :]]
     figures = {
-        "losses": plots.loss_curves(losses, names, window=5),
+        "losses": plots.loss_curves(losses, names, window=5, methods=all_labels),
         "weights": plots.weight_trajectories(weights, names, window=3),
         "cosines": plots.cosine_over_time(cosines, pairs),
     }
@@ -189,6 +190,7 @@ def write_plots(
         {k: (report.rows[k][x], report.rows[k][y]) for k in order},
         xlabel=f"{x}, test",
         ylabel=f"{y}, test",
+        methods=all_labels,
         reference=None
         if reference is None
         else (float(np.mean(reference[x])), float(np.mean(reference[y]))),

@@ -46,6 +46,7 @@ class Program(NamedTuple):
 
     init: Callable[..., State]
     step: Callable[[State, Batch], tuple[State, dict[str, Array]]]
+    positive_losses: bool
 
 
 class Run(NamedTuple):
@@ -221,7 +222,8 @@ def make_program(config: Config, problem: Problem, method: str) -> Program:
         )
         return new, {"losses": losses, "task_weights": balancer_state.task_weights}
 
-    return Program(init, step)
+    example = balancer_of(jnp.ones(num_tasks), jax.random.key(0))
+    return Program(init, step, example.positive_losses)
 
 
 def runs_of(config: Config, problem: Problem, method: str) -> list[Run]:
@@ -256,13 +258,13 @@ def make_train(
     leading axis of ``config.steps``.
     """
     problem = make_problem(config) if problem is None else problem
-    init, step = make_program(config, problem, method)
+    program = make_program(config, problem, method)
     ones = jnp.ones(len(problem.dataset.tasks))
 
     def train(key, lr=config.lrs[0], constants=ones):
         run = training.make_train(
-            lambda k: init(k, jnp.asarray(lr, jnp.float32), constants),
-            step,
+            lambda k: program.init(k, jnp.asarray(lr, jnp.float32), constants),
+            program.step,
             num_steps=config.steps,
             batch_size=config.batch_size,
         )
@@ -297,5 +299,6 @@ def run_method(
         config=config,
         may_differ=("methods", "steps", "time_steps", "data_dir", "plots"),
         tensorboard=config.tensorboard,
+        positive_losses=program.positive_losses,
         title=method,
     )

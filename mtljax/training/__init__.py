@@ -10,6 +10,7 @@ from mtljax.training.errors import (
     CheckpointError,
     ConfigMismatchError,
     NonFiniteLossError,
+    NonPositiveLossError,
     RunExistsError,
     TrainingError,
     TreeMismatchError,
@@ -65,6 +66,7 @@ __all__ = [
     # errors
     "TrainingError",
     "NonFiniteLossError",
+    "NonPositiveLossError",
     "CheckpointError",
     "ConfigMismatchError",
     "TreeMismatchError",

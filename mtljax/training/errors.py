@@ -28,6 +28,10 @@ class NonFiniteLossError(TrainingError):
         self.checkpoint = checkpoint
 
 
+class NonPositiveLossError(NonFiniteLossError):
+    """A loss whose logarithm the method takes was zero or negative."""
+
+
 class CheckpointError(TrainingError):
     """No usable checkpoint: none there, or all of them damaged."""
 

@@ -20,6 +20,7 @@ from mtljax.training.errors import (
     CheckpointError,
     ConfigMismatchError,
     NonFiniteLossError,
+    NonPositiveLossError,
     RunExistsError,
 )
 from mtljax.training.progress import Progress
@@ -316,6 +317,7 @@ class _Run:
         select_mode,
         log_every,
         checkpoint_every,
+        positive_losses,
         screen,
     ):
         self.engine, self.folder, self.identity = engine, folder, identity
@@ -323,6 +325,7 @@ class _Run:
         self.task_names, self.eval_fn, self.eval_every = task_names, eval_fn, eval_every
         self.select, self.select_mode = select, select_mode
         self.log_every, self.checkpoint_every = log_every, checkpoint_every
+        self.positive_losses = positive_losses
         self.screen: Progress = screen
         self.window = _Window(log_every)
         self.best: Best | None = None
@@ -503,20 +506,27 @@ class _Run:
             self.best = Best(self.done, value, records.to_json(values))
         self.score, self.score_text = value, f"{self.select} {value:#.4g}"
 
-    @staticmethod
-    def _first_bad(metrics: Mapping[str, np.ndarray]) -> tuple[int, ...] | None:
-        """Index ``(step in the chunk, [seed,] task)`` of the first non-finite loss."""
-        finite = np.isfinite(metrics.get("losses", np.zeros(1)))
-        return None if finite.all() else tuple(map(int, np.argwhere(~finite)[0]))
+    def _first_bad(self, metrics: Mapping[str, np.ndarray]) -> tuple[int, ...] | None:
+        """Index ``(step in the chunk, [seed,] task)`` of the first unusable loss."""
+        losses = metrics.get("losses", np.ones(1))
+        good = np.isfinite(losses)
+        if self.positive_losses:
+            good &= losses > 0
+        return None if good.all() else tuple(map(int, np.argwhere(~good)[0]))
 
     def _raise_bad(self, bad: tuple[int, ...], losses: np.ndarray) -> None:
         step, task = self.done + bad[0] + 1, bad[-1]
         name = self.task_names[task] if self.task_names else str(task)
         label = self.labels[bad[1]] if self.many else self.labels[0]
         who = ", ".join(f"{k} {v}" for k, v in label.items()) if self.many else ""
-        raise NonFiniteLossError(
-            f"The loss of task {name!r} became {float(losses[bad])} in step {step}"
-            f"{f' ({who})' if who else ''}; {self._good()}.",
+        value = float(losses[bad])
+        kind, why = NonFiniteLossError, ""
+        if np.isfinite(value):
+            kind = NonPositiveLossError
+            why = ", but the method takes the logarithm of the losses"
+        raise kind(
+            f"The loss of task {name!r} became {value} in step {step}"
+            f"{f' ({who})' if who else ''}{why}; {self._good()}.",
             step=step,
             task=name,
             checkpoint=self._last_checkpoint(),
@@ -603,6 +613,7 @@ def fit(
     progress: bool = True,
     title: str = "",
     chunk: int = 1000,
+    positive_losses: bool = False,
     loop_on: Literal["device", "host"] | None = None,
 ) -> FitResult:
     """Trains: ``num_steps`` of ``step``, with everything a run needs around it.
@@ -650,6 +661,8 @@ def fit(
       progress: Whether to show progress.
       title: What runs, shown before the progress.
       chunk: The most steps between two looks of the host.
+      positive_losses: Whether a loss of zero or less stops the run as well; pass a
+        balancer's ``positive_losses``.
       loop_on: Whether steps over arrays are looped over inside the compiled program or
         on the host; by default on the host only for convolutions on a CPU.
 
@@ -662,6 +675,7 @@ def fit(
       ConfigMismatchError: The run to resume has another configuration.
       TreeMismatchError: The run to resume has another state.
       NonFiniteLossError: A loss is NaN or infinite; names step, task and checkpoint.
+      NonPositiveLossError: Likewise, a loss is not positive (``positive_losses``).
       ValueError: Arguments or shapes do not fit together.
 
     Examples:
@@ -736,6 +750,7 @@ def fit(
             select_mode=select_mode,
             log_every=log_every,
             checkpoint_every=checkpoint_every,
+            positive_losses=positive_losses,
             screen=screen,
         )
         if folder is not None:

@@ -226,10 +226,10 @@ def _steps_axis(axis) -> None:
 
 
 def _plain_log(axis) -> None:
-    """Labels 0.2, 0.5, 1, 2 ... rather than powers of ten."""
+    """Labels 0.2, 0.3, 0.5, 1 ... rather than powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
 
@@ -395,11 +395,11 @@ def tradeoff_scatter(
         axis.axhline(reference[1], **line)
         axis.annotate(
             "single task",
-            (1.0, reference[1]),
+            (0.0, reference[1]),
             xycoords=axis.get_yaxis_transform(),
-            xytext=(-3, 3),
+            xytext=(4, 3),
             textcoords="offset points",
-            ha="right",
+            ha="left",
             color="#777777",
             fontsize=8,
         )

@@ -320,3 +320,22 @@ def test_the_initial_state_is_not_consumed():
 def test_evaluation_of_the_initial_state(tmp_path):
     result = toy.run(6, eval_at_start=True, run_dir=tmp_path)
     assert [r["step"] for r in result.rows] == [0, 4, 6, 6]
+
+
+def test_a_loss_that_is_not_positive_stops_a_method_that_takes_logarithms():
+    def step(state, batch):
+        return state + 1, {"losses": jnp.stack([batch.mean(), 3.0 - state])}
+
+    def run(**options):
+        return training.fit(
+            jnp.float32(0), step, jnp.ones(8), num_steps=6, batch_size=4,
+            order_key=jax.random.key(0), task_names=["a", "b"], progress=False,
+            **options,
+        )  # fmt: skip
+
+    run()
+    with pytest.raises(
+        training.NonPositiveLossError,
+        match=r"task 'b' became 0.0 in step 4, but the method takes the logarithm",
+    ):
+        run(positive_losses=True)
