@@ -102,9 +102,9 @@ def value_and_balanced_grad(
       ``function(params, state, *args, mask=None, **kwargs)`` that returns
       ``(losses[T], grad, state)``, or ``((losses[T], aux), grad, state)``. ``state`` is
       the balancer's (``balancer.init(params)``); ``grad`` is shaped like ``params``.
-      ``mask`` ``[T]`` marks the tasks present in the batch; the loss of an absent task
-      must still be finite, and differentiable to finite numbers, where a single
-      weighted pass is used (write ``where``-safe losses).
+      ``mask`` ``[T]`` marks the tasks present in the batch. The loss of an absent task
+      may be NaN, but must be differentiable to finite numbers (0 · NaN is NaN in any
+      backward pass): write ``where``-safe losses.
 
     Raises:
       ValueError: If the balancer was built for another number of tasks, the losses are

@@ -171,7 +171,8 @@ def value_and_task_grads(
     Returns:
       A function of the same arguments that returns ``(losses[T], grads)``, or
       ``((losses[T], aux), grads)``; every (shared) leaf of ``grads`` has shape
-      ``[T, *leaf]``. Rows are exact also where another task's loss is not finite.
+      ``[T, *leaf]``. A task whose loss has no finite derivative spoils the rows of
+      the others too (0 · NaN is NaN): write ``where``-safe losses for absent tasks.
 
     Raises:
       ValueError: If the losses are not a vector, a label is unknown or marks nothing.
