@@ -79,7 +79,8 @@ def max_min_in_ball(
         )
 
     def unfinished(s: _Search):
-        tolerance = 2 * eps * (jnp.abs(s.bound) + radius)
+        # Relative to the bound alone: it may be the gain of a very short gradient.
+        tolerance = 4 * eps * (jnp.abs(s.bound) + eps * radius)
         return (s.change > tolerance) & (s.iteration < _MAX_STEPS)
 
     start, _ = min_norm_point(gramian, mask)
@@ -93,9 +94,9 @@ def max_min_in_ball(
         state.radius > radius, radius / jnp.maximum(state.radius, eps**2), 1
     )
     x = jnp.where(radius > 0, state.x * shrink, 0)
-    slack = jnp.matmul(gramian, center + x, precision="highest")
-    worst = jnp.min(jnp.where(mask, slack, jnp.inf))
-    terms = jnp.maximum(jnp.abs(slope).max() + radius, eps**2)
-    residual = jnp.where(mask.any(), jnp.maximum(state.bound - worst, 0) / terms, 0)
+    gains = jnp.matmul(gramian, center + x, precision="highest")
+    lengths = jnp.sqrt(jnp.maximum(jnp.diagonal(gramian), 0)) * norm(center + x)
+    short = jnp.maximum(state.bound - gains, 0) / jnp.where(lengths > 0, lengths, 1)
+    residual = jnp.max(jnp.where(mask & (lengths > 0), short, 0), initial=0)
     converged = residual <= jnp.sqrt(eps)
     return x, SolverStatus(residual, state.iteration, converged)

@@ -9,8 +9,9 @@ exchange when that stops helping, which makes it finite. A handful of T×T Chole
 solves, no step size, no duality gap.
 
 Two things make it safe in float32. Variables are scaled so that the diagonal of Q
-is one, hence gradients of very different length do not hurt; and a ridge of a few
-rounding errors, undone by iterative refinement, keeps singular faces solvable.
+is one, hence gradients of very different length do not hurt. And the pivoting runs on
+Q plus a ridge of a few rounding errors, so that every face is solvable and it ends;
+proximal-point steps, warm started, then take the ridge out of the solution again.
 """
 
 from typing import NamedTuple
@@ -22,7 +23,8 @@ from jaxtyping import Array, Bool, Scalar
 from mtljax.solvers._status import SolverStatus
 from mtljax.types import Gramian, Mask, Weights
 
-_REFINEMENTS = 3
+_REFINEMENTS = 2
+_PROXIMAL_STEPS = 3
 _PATIENCE = 3  # full exchanges without progress before Murty's rule
 
 
@@ -85,59 +87,21 @@ def nonnegative_qp(
     size = jnp.where(size > 0, size, 1)
     linear = linear / size
     ridge = 2 * num * eps
-    identity = jnp.eye(num, dtype=dtype)
+    regular = quadratic + ridge * jnp.eye(num, dtype=dtype)
 
-    def solve(free):
-        face = free[:, None] & free[None, :]
-        masked = jnp.where(face, quadratic, 0)
-        factor = jnp.linalg.cholesky(
-            jnp.where(face, quadratic, identity) + ridge * identity
-        )
+    def proximal(carry, _):
+        free, x, iterations = carry
+        state = _pivot_to_signs(regular, linear - ridge * x, free, mask)
+        x = jnp.maximum(state.x, 0)
+        return (state.free, x, iterations + state.iteration), None
 
-        def refine(x, _):
-            rest = -linear - jnp.matmul(masked, x, precision="highest")
-            rest = jnp.where(free, rest, 0)
-            return x + jax.scipy.linalg.cho_solve((factor, True), rest), None
-
-        return jax.lax.scan(refine, jnp.zeros_like(linear), length=_REFINEMENTS)[0]
-
-    def gradient(x):
-        terms = quadratic * x[None, :]
-        noise = 4 * eps * (jnp.abs(terms).sum(1) + jnp.abs(linear))
-        return jnp.matmul(quadratic, x, precision="highest") + linear, noise
-
-    def judge(free, x):
-        slope, noise = gradient(x)
-        negative = free & (x < -4 * eps * jnp.max(jnp.abs(x), initial=0))
-        return mask & (negative | (~free & (slope < -noise)))
-
-    def body(s: _Pivot):
-        count = s.wrong.sum()
-        better = count < s.best
-        patience = jnp.where(better, _PATIENCE, s.patience - 1)
-        last = num - 1 - jnp.argmax(s.wrong[::-1])
-        single = jnp.arange(num) == last
-        flip = jnp.where(better | (s.patience > 0), s.wrong, single)
-        free = s.free ^ flip
-        x = solve(free)
-        best = jnp.minimum(count, s.best)
-        wrong = judge(free, x)
-        return _Pivot(x, free, wrong, best, patience, s.iteration + 1)
-
-    limit = 10 * num + 20
     free = mask & ((linear < 0) if start is None else start)
-    x = solve(free)
-    state = _Pivot(
-        x, free, judge(free, x), jnp.int32(num + 1), jnp.int32(_PATIENCE), jnp.int32(1)
-    )
-    state = jax.lax.while_loop(
-        lambda s: s.wrong.any() & (s.iteration < limit), body, state
-    )
-    x = jnp.maximum(state.x, 0)
+    first = (free, jnp.zeros_like(linear), jnp.int32(0))
+    (free, x, iterations), _ = jax.lax.scan(proximal, first, length=_PROXIMAL_STEPS)
     residual = _residual(quadratic, linear, x, mask)
     converged = residual <= jnp.sqrt(eps)
-    status = SolverStatus(residual, state.iteration, converged)
-    return QPSolution(x * scale * (size / largest), state.free, status)
+    status = SolverStatus(residual, iterations, converged)
+    return QPSolution(x * scale * (size / largest), free, status)
 
 
 def _residual(quadratic: Gramian, linear: Weights, x: Weights, mask: Mask) -> Scalar:
@@ -147,3 +111,49 @@ def _residual(quadratic: Gramian, linear: Weights, x: Weights, mask: Mask) -> Sc
     terms = jnp.where(terms > 0, terms, 1)
     wrong = jnp.where(x > 0, jnp.abs(slope), jnp.maximum(-slope, 0))
     return jnp.max(jnp.where(mask, wrong / terms, 0), initial=0)
+
+
+def _pivot_to_signs(
+    quadratic: Gramian, linear: Weights, free: Mask, mask: Mask
+) -> _Pivot:
+    """Exchanges variables until all signs are right; Q must be positive definite."""
+    num = linear.shape[0]
+    eps = jnp.finfo(quadratic.dtype).eps
+    identity = jnp.eye(num, dtype=quadratic.dtype)
+
+    def solve(free):
+        face = free[:, None] & free[None, :]
+        factor = jnp.linalg.cholesky(jnp.where(face, quadratic, identity))
+        target = jnp.where(free, -linear, 0)
+
+        def refine(x, _):
+            rest = target - jnp.matmul(quadratic, x, precision="highest")
+            rest = jnp.where(free, rest, 0)
+            return x + jax.scipy.linalg.cho_solve((factor, True), rest), None
+
+        return jax.lax.scan(refine, jnp.zeros_like(linear), length=_REFINEMENTS)[0]
+
+    def judge(free, x):
+        slope = jnp.matmul(quadratic, x, precision="highest") + linear
+        terms = jnp.abs(quadratic * x[None, :]).sum(1) + jnp.abs(linear)
+        negative = free & (x < -4 * eps * jnp.max(jnp.abs(x), initial=0))
+        return mask & (negative | (~free & (slope < -4 * eps * terms)))
+
+    def body(s: _Pivot):
+        count = s.wrong.sum()
+        better = count < s.best
+        patience = jnp.where(better, _PATIENCE, s.patience - 1)
+        last = num - 1 - jnp.argmax(s.wrong[::-1])
+        single = jnp.arange(num) == last
+        free = s.free ^ jnp.where(better | (s.patience > 0), s.wrong, single)
+        x = solve(free)
+        best = jnp.minimum(count, s.best)
+        return _Pivot(x, free, judge(free, x), best, patience, s.iteration + 1)
+
+    x = solve(free)
+    best, patience = jnp.int32(num + 1), jnp.int32(_PATIENCE)
+    return jax.lax.while_loop(
+        lambda s: s.wrong.any() & (s.iteration < 10 * num + 20),
+        body,
+        _Pivot(x, free, judge(free, x), best, patience, jnp.int32(1)),
+    )
