@@ -32,6 +32,9 @@ from mtljax.methods import pcgrad as pcgrad
 from mtljax.methods import random_loss_weighting as random_loss_weighting
 from mtljax.methods import scale_invariant as scale_invariant
 from mtljax.methods import uncertainty as uncertainty
+from mtljax.wrappers import compose as compose
+from mtljax.wrappers import per_layer as per_layer
+from mtljax.wrappers import smooth_weights as smooth_weights
 
 __version__ = importlib.metadata.version("mtljax")
 
@@ -59,6 +62,10 @@ __all__ = [
     "imtl_g",
     "cagrad",
     "nash_mtl",
+    # balancers made of balancers
+    "compose",
+    "smooth_weights",
+    "per_layer",
     # the list of methods
     "METHODS",
     "get_method",

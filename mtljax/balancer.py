@@ -182,6 +182,7 @@ def from_weights(
     scale: Scale = "native",
     reads_losses: bool = False,
     positive_losses: bool = False,
+    side_inputs: tuple[str, ...] = (),
     observe: Callable[..., Any] | None = None,
 ) -> Balancer:
     """A :class:`Balancer` from a rule that yields T weights.
@@ -204,6 +205,8 @@ def from_weights(
       scale: What the user asked for.
       reads_losses: The rule reads ``losses``.
       positive_losses: The rule takes their logarithm.
+      side_inputs: Further keywords of ``update`` that ``weigh`` gets, None when the
+        user gave none (``"preference"`` ``[T]``, ``"cross_gramian"`` ``[T, T]``).
       observe: See :class:`Balancer`.
 
     Returns:
@@ -212,7 +215,8 @@ def from_weights(
     check_num_tasks(name, num_tasks)
     check_choice(name, "scale", scale, Scale)
 
-    def full_weigh(state, *, losses=None, gramian=None, mask=None):
+    def full_weigh(state, *, losses=None, gramian=None, mask=None, **extra):
+        side = {key: extra.get(key) for key in side_inputs}
         present = as_mask(name, num_tasks, mask)
         healthy = jnp.ones((), bool)
         if losses is not None or reads_losses:
@@ -235,7 +239,9 @@ def from_weights(
             gramian = jnp.where(
                 healthy, gramian, jnp.eye(num_tasks, dtype=gramian.dtype)
             )
-        weights, new = weigh(state, losses=losses, gramian=gramian, mask=present)
+        weights, new = weigh(
+            state, losses=losses, gramian=gramian, mask=present, **side
+        )
         weights = jnp.where(present, rescale(weights, present, scale, native), 0)
         weights = jnp.where(healthy, weights, jnp.nan)
         keep = healthy & present.any()
@@ -243,9 +249,9 @@ def from_weights(
         return weights, jax.tree.map(lambda n, o: _keep(keep, n, o), new, state)
 
     def update(updates, state, params=None, *, losses=None, mask=None, **extra_args):
-        del params, extra_args
+        del params
         weights, updates, state = weigh_stacked(
-            balancer, updates, state, losses=losses, mask=mask
+            balancer, updates, state, losses=losses, mask=mask, **extra_args
         )
         return stack.combine(updates, weights), state
 
@@ -272,9 +278,10 @@ def weigh_stacked(
     grads: Grads,
     state: Any,
     *,
-    losses: Losses | None = None,
-    mask: Mask | None = None,
-) -> tuple[Weights, Grads, Any]:
+    losses: Any = None,
+    mask: Any = None,
+    **side: Any,
+) -> tuple[Weights, Any, Any]:
     """Weights from stacked gradients; also returns these with absent rows zeroed."""
     name, num_tasks = balancer.name, balancer.num_tasks
     if balancer.weigh is None:
@@ -283,8 +290,71 @@ def weigh_stacked(
     if mask is not None:
         grads = stack.select(grads, as_mask(name, num_tasks, mask))
     gramian = stack.gramian(grads) if balancer.needs == "gramian" else None
-    weights, state = balancer.weigh(state, losses=losses, gramian=gramian, mask=mask)
+    weights, state = balancer.weigh(
+        state, losses=losses, gramian=gramian, mask=mask, **side
+    )
     return weights, grads, state
+
+
+def from_grads(
+    name: str,
+    num_tasks: int,
+    *,
+    init: Callable[[Any], Any],
+    combine: Callable[..., tuple[Any, Any]],
+    reads_losses: bool = False,
+    positive_losses: bool = False,
+) -> Balancer:
+    """A :class:`Balancer` from a rule that reads the gradients themselves.
+
+    Args:
+      name: Name of the factory.
+      num_tasks: T.
+      init: ``init(params) -> state``, a NamedTuple.
+      combine: ``combine(state, grads, *, losses, mask) -> (update, state)``. ``grads``
+        are stacked, rows of absent tasks zero; ``losses`` of absent tasks are one. The
+        state it returns for absent tasks must be the one it got.
+      reads_losses: The rule reads ``losses``.
+      positive_losses: The rule takes their logarithm.
+
+    Returns:
+      The balancer, with the same policies as those of :func:`from_weights`.
+    """
+    check_num_tasks(name, num_tasks)
+
+    def update(updates, state, params=None, *, losses=None, mask=None, **extra_args):
+        del params, extra_args
+        stack.check(updates, num_tasks, name)
+        present = as_mask(name, num_tasks, mask)
+        if mask is not None:
+            updates = stack.select(updates, present)
+        healthy = stack.all_finite(updates)
+        if losses is not None or reads_losses:
+            losses = as_losses(name, num_tasks, losses)
+            if positive_losses:
+                _check_positive(name, losses, present)
+            losses = jnp.where(present, losses, 1)
+            if reads_losses:
+                healthy &= jnp.isfinite(losses).all()
+        combined, new = combine(state, updates, losses=losses, mask=present)
+        keep = healthy & present.any()
+
+        def leaf(c, g):
+            c = jnp.where(healthy, jnp.where(present.any(), c, 0), jnp.nan)
+            return c.astype(g.dtype)
+
+        combined = jax.tree.map(leaf, combined, updates)
+        return combined, jax.tree.map(lambda n, o: _keep(keep, n, o), new, state)
+
+    return Balancer(
+        init,
+        update,
+        name=name,
+        num_tasks=num_tasks,
+        needs="grads",
+        reads_losses=reads_losses,
+        positive_losses=positive_losses,
+    )
 
 
 def observe(

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Scalar
 
 from mtljax.types import Grads, Gramian, Mask, Update, Weights
 
@@ -57,6 +58,29 @@ def gramian(grads: Grads) -> Gramian:
         return jnp.matmul(flat, flat.T, precision="highest")
 
     return functools.reduce(operator.add, map(leaf_gramian, jax.tree.leaves(grads)))
+
+
+def cross_gramian(left: Grads, right: Grads) -> Gramian:
+    """``J₁ J₂ᵀ`` of the task gradients of two batches, not symmetric in general.
+
+    Without the noise that :func:`gramian` has on its diagonal. Precision as there.
+    """
+
+    def leaf(a, b):
+        wide = jnp.promote_types(a.dtype, jnp.float32)
+        a, b = (x.reshape(x.shape[0], -1).astype(wide) for x in (a, b))
+        return jnp.matmul(a, b.T, precision="highest")
+
+    return functools.reduce(
+        operator.add, map(leaf, jax.tree.leaves(left), jax.tree.leaves(right))
+    )
+
+
+def all_finite(tree: Any) -> Scalar:
+    """Whether every entry of every leaf is finite."""
+    return functools.reduce(
+        operator.and_, (jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
+    )
 
 
 def combine(grads: Grads, weights: Weights) -> Update:

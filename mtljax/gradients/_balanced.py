@@ -20,24 +20,24 @@ from mtljax.types import Heads, Mask, Weights
 Engine: TypeAlias = Literal["auto", "losses", "stacked"]
 
 
-def _losses_engine(balancer, pull: Pullback, state, mask, rows):
+def _losses_engine(balancer, pull: Pullback, state, inputs, rows):
     """One weighted backward pass: the weights do not depend on the gradients."""
     del rows
-    weights, state = balancer.weigh(state, losses=pull.losses, mask=mask)
+    weights, state = balancer.weigh(state, losses=pull.losses, **inputs)
     return pull.shared(weights.astype(pull.losses.dtype)), weights, state
 
 
-def _stacked_engine(balancer, pull: Pullback, state, mask, rows):
+def _stacked_engine(balancer, pull: Pullback, state, inputs, rows):
     """T backward passes, then the balancer's own update."""
     grads = rows(pull.shared, pull.losses)
     if getattr(balancer, "weigh", None) is None:
-        if mask is not None:
-            grads = stack.select(grads, mask)
+        if inputs["mask"] is not None:
+            grads = stack.select(grads, inputs["mask"])
         transform = optax.with_extra_args_support(balancer)
-        update, state = transform.update(grads, state, losses=pull.losses, mask=mask)
+        update, state = transform.update(grads, state, losses=pull.losses, **inputs)
         return update, None, state
     weights, grads, state = weigh_stacked(
-        balancer, grads, state, losses=pull.losses, mask=mask
+        balancer, grads, state, losses=pull.losses, **inputs
     )
     return stack.combine(grads, weights), weights, state
 
@@ -99,12 +99,13 @@ def value_and_balanced_grad(
       chunk_size: Tasks in a chunk.
 
     Returns:
-      ``function(params, state, *args, mask=None, **kwargs)`` that returns
+      ``function(params, state, *args, mask=None, side=None, **kwargs)`` that returns
       ``(losses[T], grad, state)``, or ``((losses[T], aux), grad, state)``. ``state`` is
       the balancer's (``balancer.init(params)``); ``grad`` is shaped like ``params``.
       ``mask`` ``[T]`` marks the tasks present in the batch. The loss of an absent task
       may be NaN, but must be differentiable to finite numbers (0 · NaN is NaN in any
-      backward pass): write ``where``-safe losses.
+      backward pass): write ``where``-safe losses. ``side`` is a dict of further keywords
+      for the balancer's update.
 
     Raises:
       ValueError: If the balancer was built for another number of tasks, the losses are
@@ -139,7 +140,7 @@ def value_and_balanced_grad(
     def rows(pullback, losses):
         return task_rows(pullback, losses, strategy, chunk_size)
 
-    def function(params, state, *args, mask=None, **kwargs):
+    def function(params, state, *args, mask=None, side=None, **kwargs):
         pull = linearize(
             lambda p: task_losses(p, *args, **kwargs),
             params,
@@ -153,7 +154,8 @@ def value_and_balanced_grad(
                 f"num_tasks={num_tasks}."
             )
         mask = None if mask is None else as_mask(name, found, jnp.asarray(mask))
-        shared, weights, state = run(balancer, pull, state, mask, rows)
+        inputs = {"mask": mask, **(side or {})}
+        shared, weights, state = run(balancer, pull, state, inputs, rows)
         own = pull.own and pull.own(_own_weights(heads, weights, pull, mask))
         grad = pull.merge(shared, own)
         return ((pull.losses, pull.aux) if has_aux else pull.losses), grad, state
