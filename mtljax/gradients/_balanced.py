@@ -104,8 +104,8 @@ def value_and_balanced_grad(
       the balancer's (``balancer.init(params)``); ``grad`` is shaped like ``params``.
       ``mask`` ``[T]`` marks the tasks present in the batch. The loss of an absent task
       may be NaN, but must be differentiable to finite numbers (0 · NaN is NaN in any
-      backward pass): write ``where``-safe losses. ``side`` is a dict of further keywords
-      for the balancer's update.
+      backward pass): write ``where``-safe losses. ``side`` is a dict of further
+      keywords for the balancer's update.
 
     Raises:
       ValueError: If the balancer was built for another number of tasks, the losses are

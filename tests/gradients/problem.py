@@ -40,13 +40,17 @@ def task_losses(params, batch):
     return jnp.stack(losses)
 
 
+jacobian = jax.jit(jax.jacrev(task_losses))
+
+
+@jax.jit
 def own_gradient(params, batch, weights=None):
     """Of every head, the gradient of its own loss (times a weight)."""
-    weights = np.ones(len(params["heads"])) if weights is None else weights
+    weights = jnp.ones(len(params["heads"])) if weights is None else weights
 
     def total(heads):
         losses = task_losses({**params, "heads": heads}, batch)
-        return sum(float(w) * loss for w, loss in zip(weights, losses, strict=True))
+        return sum(w * loss for w, loss in zip(weights, losses, strict=True))
 
     return jax.grad(total)(params["heads"])
 
@@ -54,10 +58,11 @@ def own_gradient(params, batch, weights=None):
 def close(got, expected, rtol=1e-5):
     """Leaf by leaf, relative to the largest entry of the leaf."""
     assert jax.tree.structure(got) == jax.tree.structure(expected)
-    for path, want in jax.tree_util.tree_leaves_with_path(expected):
-        have = jax.tree_util.tree_leaves(got)[
-            [p for p, _ in jax.tree_util.tree_leaves_with_path(expected)].index(path)
-        ]
+
+    def compare(path, have, want):
+        have, want = np.asarray(have), np.asarray(want)
         assert have.shape == want.shape, path
-        atol = rtol * float(np.abs(want).max(initial=0)) + 1e-30
+        atol = rtol * np.abs(want).max(initial=0) + 1e-30
         np.testing.assert_allclose(have, want, rtol=0, atol=atol, err_msg=str(path))
+
+    jax.tree_util.tree_map_with_path(compare, got, expected)

@@ -35,7 +35,7 @@ def test_a_prefix_is_whole_path_components():
 
 
 def test_label_params_errors():
-    with pytest.raises(ValueError, match="own='tail' matches no parameter.*heads/0"):
+    with pytest.raises(ValueError, match=r"own='tail' matches no parameter.*heads/0"):
         mtljax.label_params(PARAMS, own=["heads", "tail"])
     with pytest.raises(ValueError, match="matches every parameter; nothing is shared"):
         mtljax.label_params(PARAMS, own=["heads", "trunk"])
@@ -72,7 +72,9 @@ def test_check_labels_finds_a_trunk_labelled_own():
     def wrong(path):
         return "own" if path == "trunk/bias" else "shared"
 
-    with pytest.raises(ValueError, match=r"'trunk/bias' is labelled 'own'.*\[0, 1, 2\]"):
+    with pytest.raises(
+        ValueError, match=r"'trunk/bias' is labelled 'own'.*\[0, 1, 2\]"
+    ):
         mtljax.check_labels(task_losses, wrong, PARAMS, batch())
 
 

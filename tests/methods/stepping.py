@@ -16,6 +16,18 @@ class Step(NamedTuple):
 
 
 @functools.cache
+def make(factory, num_tasks, **options):
+    """The same object for the same arguments, so that tests share compilations."""
+    return factory(num_tasks, **options)
+
+
+def padded(pair):
+    """Two rows of three as the present tasks of a problem of three by four."""
+    assert pair.shape == (2, 3)
+    return np.pad(pair, ((0, 1), (0, 1))), np.array([True, True, False])
+
+
+@functools.cache
 def _jitted(balancer):
     return jax.jit(balancer.update)
 

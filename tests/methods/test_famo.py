@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from methods.stepping import step
+from methods.stepping import make, step
 from zoo import J3, LOSSES3
 
 import mtljax
@@ -47,7 +47,7 @@ def observe(balancer, state, losses, mask=ALL):
 
 
 def test_golden_step_with_observe():
-    balancer = mtljax.famo(3)
+    balancer = make(mtljax.famo, 3)
     first = step(balancer, J3)
     np.testing.assert_allclose(first.weights, [0.571429, 0.142857, 0.285714], atol=1e-6)
     np.testing.assert_allclose(first.update, first.weights @ J3, rtol=1e-5)
@@ -66,7 +66,7 @@ def test_golden_slope():
 
 
 def test_without_observe_the_next_batch_stands_in():
-    balancer = mtljax.famo(3)
+    balancer = make(mtljax.famo, 3)
     observed = observe(balancer, step(balancer, J3).state, AFTER)
     silent = step(balancer, J3).state
     with_observe = step(balancer, J3, AFTER, state=observed)
@@ -93,7 +93,7 @@ def test_a_run_equals_the_reference(bound):
 
 
 def test_a_task_that_falls_less_gains_weight():
-    balancer = mtljax.famo(3)
+    balancer = make(mtljax.famo, 3)
     state = None
     for _ in range(5):
         state = step(balancer, J3, np.ones(3), state=state).state

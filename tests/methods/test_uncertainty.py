@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from methods.stepping import step
+from methods.stepping import make, step
 from zoo import J3, LOSSES3
 
 import mtljax
@@ -78,8 +78,8 @@ def test_an_absent_task_keeps_its_variance_and_its_adam():
 
 
 def test_scale_does_not_change_what_is_learned():
-    native = step(mtljax.uncertainty(3), J3)
-    mean = step(mtljax.uncertainty(3, scale="mean"), J3)
+    native = step(make(mtljax.uncertainty, 3), J3)
+    mean = step(make(mtljax.uncertainty, 3, scale="mean"), J3)
     np.testing.assert_allclose(mean.weights, np.full(3, 1 / 3), rtol=1e-6)
     np.testing.assert_array_equal(
         native.state.log_variances.value, mean.state.log_variances.value

@@ -77,7 +77,7 @@ def test_where_no_direction_helps_all_the_cone_is_reached():
 
 def test_rank_deficient_stays_finite_and_inside():
     gramians = problems.gramians(11, 100, dim=3)
-    centers, radii, extra, _ = run(gramians, 0.5)
+    _, radii, extra, _ = run(gramians, 0.5)
     assert np.isfinite(extra).all()
     squares = np.einsum("bi,bij,bj->b", extra, gramians.astype(np.float64), extra)
     assert (squares <= radii**2 * (1 + 1e-3)).all()
