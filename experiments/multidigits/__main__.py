@@ -22,7 +22,6 @@ def main(config: Config, command: str) -> None:
     problem = train.make_problem(config)
     names = [task.name for task in problem.dataset.tasks]
     console = Console()
-    console.width = max(console.width, 140)  # the table, also where output is a pipe
     console.print(
         f"{config.data}: {len(problem.train['image'])} training examples, tasks "
         f"{', '.join(names)}; {len(config.methods)} methods x {config.seeds} seeds, "
@@ -46,15 +45,17 @@ def main(config: Config, command: str) -> None:
     ]
     if config.plots:
         written += report.write_plots(rows, table, names, config)
-    console.print(
-        tables.rich_table(
-            table.rows,
-            table.columns,
-            digits=table.digits,
-            title=f"{config.data}, test, mean ± sd over {config.seeds} seeds",
-            exclude=["single task"],
-        )
+    shown = tables.rich_table(
+        table.rows,
+        table.columns,
+        digits=table.digits,
+        title=f"{config.data}, test, mean ± sd over {config.seeds} seeds",
+        exclude=["single task"],
     )
+    # No number is cut off where the output is narrow, or a pipe.
+    wide = console.options.update(max_width=400)
+    console.width = max(console.width, console.measure(shown, options=wide).maximum)
+    console.print(shown)
     console.print(f"{time.perf_counter() - started:.0f} s. Written:", highlight=False)
     for path in written:
         console.print(f"  {path}", highlight=False, soft_wrap=True)

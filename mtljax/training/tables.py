@@ -138,13 +138,15 @@ def rich_table(
     Returns:
       A :class:`rich.table.Table`, for ``rich.print``.
     """
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title)
-    table.add_column(head)
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    table.add_column(head, no_wrap=True)
     for column, better in columns.items():
-        table.add_column(_title(column, better), justify="right", no_wrap=True)
+        lines = _title(column, better).replace(" (", "\n(").replace(" / ", "\n/ ")
+        table.add_column(lines, justify="right", no_wrap=True)
     for name, cells in _cells(rows, columns, digits, exclude):
         styled = [Text(text, "bold green" if best else "") for text, best in cells]
         table.add_row(Text(name), *styled)

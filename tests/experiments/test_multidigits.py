@@ -12,10 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import mtljax
 from experiments.multidigits import __main__ as command
 from experiments.multidigits import report, train
-from experiments.multidigits.config import PRESETS, SINGLE_TASK, Config
+from experiments.multidigits.config import CLASSICS, PRESETS, SINGLE_TASK, Config
 
 SMOKE = PRESETS["smoke"][1]
 SMALL = dataclasses.replace(
@@ -34,7 +33,7 @@ def trained(method):
     return run, jax.block_until_ready(run(jax.random.key(0)))
 
 
-@pytest.mark.parametrize("method", mtljax.METHODS)
+@pytest.mark.parametrize("method", CLASSICS)
 def test_every_method_beats_the_majority_class_by_far(method):
     _, (state, metrics) = trained(method)
     assert jnp.isfinite(metrics["losses"]).all()
