@@ -11,10 +11,10 @@ demo: $(VENV)/.installed  ## all methods on real data, side by side; below 3 min
 	$(RUN) -m experiments.multidigits demo --resume
 
 test: $(VENV)/.installed  ## the suite, in parallel
-	$(RUN) -m pytest -q -n auto --dist worksteal
+	$(RUN) -m pytest -q -n auto --dist loadgroup
 
 test-deep: $(VENV)/.installed  ## also what takes minutes
-	$(RUN) -m pytest -q -n auto --dist worksteal -m "deep or not deep"
+	$(RUN) -m pytest -q -n auto --dist loadgroup -m "deep or not deep"
 
 lint: $(VENV)/.installed  ## style and types
 	$(BIN)/ruff check

@@ -18,6 +18,8 @@ class Case(NamedTuple):
     task_scale: bool = False  # direction unchanged under g_i -> c_i g_i
     simplex: bool = False  # weights are >= 0 and sum to 1
     deterministic: bool = True
+    rotation: bool = True  # A(JQ) = A(J)Q: reads the Gramian or the losses only
+    scalable: bool = True  # takes `scale`
 
     @property
     def id(self) -> str:
