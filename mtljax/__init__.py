@@ -21,16 +21,24 @@ from mtljax.gradients import value_and_balanced_grad as value_and_balanced_grad
 from mtljax.gradients import value_and_task_grads as value_and_task_grads
 from mtljax.methods import METHODS as METHODS
 from mtljax.methods import cagrad as cagrad
+from mtljax.methods import cosmos as cosmos
 from mtljax.methods import dwa as dwa
+from mtljax.methods import excess_mtl as excess_mtl
 from mtljax.methods import famo as famo
+from mtljax.methods import geometric_mean as geometric_mean
 from mtljax.methods import get_method as get_method
+from mtljax.methods import gradnorm as gradnorm
 from mtljax.methods import imtl_g as imtl_g
+from mtljax.methods import imtl_l as imtl_l
 from mtljax.methods import linear as linear
 from mtljax.methods import mgda as mgda
 from mtljax.methods import nash_mtl as nash_mtl
+from mtljax.methods import pbi as pbi
 from mtljax.methods import pcgrad as pcgrad
+from mtljax.methods import random_gradient_weighting as random_gradient_weighting
 from mtljax.methods import random_loss_weighting as random_loss_weighting
 from mtljax.methods import scale_invariant as scale_invariant
+from mtljax.methods import stch as stch
 from mtljax.methods import uncertainty as uncertainty
 from mtljax.wrappers import compose as compose
 from mtljax.wrappers import per_layer as per_layer
@@ -56,12 +64,20 @@ __all__ = [
     "uncertainty",
     "dwa",
     "famo",
+    "geometric_mean",
+    "imtl_l",
+    "gradnorm",
+    "stch",
+    "cosmos",
+    "pbi",
+    "excess_mtl",
     # gradient balancing
     "mgda",
     "pcgrad",
     "imtl_g",
     "cagrad",
     "nash_mtl",
+    "random_gradient_weighting",
     # balancers made of balancers
     "compose",
     "smooth_weights",

@@ -137,8 +137,10 @@ def _check_positive(name: str, losses: Losses, mask: Mask) -> None:
     """Under ``jit`` values cannot raise; outside they can, and do."""
     if isinstance(losses, Tracer) or isinstance(mask, Tracer):
         return
-    for task, loss in enumerate(jax.device_get(losses)):
-        if bool(mask[task]) and loss <= 0:
+    # Indexing a concrete array while something else is traced would trace that too.
+    host_losses, host_mask = jax.device_get((losses, mask))
+    for task, loss in enumerate(host_losses):
+        if host_mask[task] and loss <= 0:
             raise ValueError(
                 f"{name} takes the logarithm of the losses, but the loss of task "
                 f"{task} is {loss:.6g}; shift it above zero or leave the task out."

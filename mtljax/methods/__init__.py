@@ -1,13 +1,22 @@
 """One paper, one file: every method as a :class:`mtljax.Balancer`."""
 
 from mtljax.methods._cagrad import cagrad as cagrad
+from mtljax.methods._cosmos import cosmos as cosmos
 from mtljax.methods._dwa import dwa as dwa
+from mtljax.methods._excess_mtl import excess_mtl as excess_mtl
 from mtljax.methods._famo import famo as famo
+from mtljax.methods._geometric_mean import geometric_mean as geometric_mean
+from mtljax.methods._gradnorm import gradnorm as gradnorm
 from mtljax.methods._imtl_g import imtl_g as imtl_g
+from mtljax.methods._imtl_l import imtl_l as imtl_l
 from mtljax.methods._linear import linear as linear
 from mtljax.methods._mgda import mgda as mgda
 from mtljax.methods._nash_mtl import nash_mtl as nash_mtl
+from mtljax.methods._pbi import pbi as pbi
 from mtljax.methods._pcgrad import pcgrad as pcgrad
+from mtljax.methods._random_gradient_weighting import (
+    random_gradient_weighting as random_gradient_weighting,
+)
 from mtljax.methods._random_loss_weighting import (
     random_loss_weighting as random_loss_weighting,
 )
@@ -16,4 +25,5 @@ from mtljax.methods._registry import Method as Method
 from mtljax.methods._registry import get_method as get_method
 from mtljax.methods._registry import methods_table as methods_table
 from mtljax.methods._scale_invariant import scale_invariant as scale_invariant
+from mtljax.methods._stch import stch as stch
 from mtljax.methods._uncertainty import uncertainty as uncertainty

@@ -9,15 +9,23 @@ from jaxtyping import PRNGKeyArray
 
 from mtljax.balancer import Balancer
 from mtljax.methods._cagrad import cagrad
+from mtljax.methods._cosmos import cosmos
 from mtljax.methods._dwa import dwa
+from mtljax.methods._excess_mtl import excess_mtl
 from mtljax.methods._famo import famo
+from mtljax.methods._geometric_mean import geometric_mean
+from mtljax.methods._gradnorm import gradnorm
 from mtljax.methods._imtl_g import imtl_g
+from mtljax.methods._imtl_l import imtl_l
 from mtljax.methods._linear import linear
 from mtljax.methods._mgda import mgda
 from mtljax.methods._nash_mtl import nash_mtl
+from mtljax.methods._pbi import pbi
 from mtljax.methods._pcgrad import pcgrad
+from mtljax.methods._random_gradient_weighting import random_gradient_weighting
 from mtljax.methods._random_loss_weighting import random_loss_weighting
 from mtljax.methods._scale_invariant import scale_invariant
+from mtljax.methods._stch import stch
 from mtljax.methods._uncertainty import uncertainty
 
 
@@ -67,11 +75,19 @@ METHODS: dict[str, Method] = {
         Method(uncertainty, "UW", _LOSS, "1705.07115", _ONE, "4T", "learned noise variance per task"),
         Method(dwa, "DWA", _LOSS, "1803.10704", _ONE, "5T", "more weight to losses that fall least"),
         Method(famo, "FAMO", _LOSS, "2306.03792", _TWO, "6T", "equal relative improvement, in the long run"),
+        Method(geometric_mean, "GLS", _LOSS, "1904.08492", _ONE, "0", "minimises the geometric mean of the losses"),
+        Method(imtl_l, "IMTL-L", _LOSS, "ICLR 2021", _ONE, "4T", "learns scales that make all losses one"),
+        Method(gradnorm, "GradNorm", _LOSS, "1711.02257", _ALL, "6T", "larger gradients for tasks that train slower"),
+        Method(stch, "STCH", _LOSS, "2402.19078", _ONE, "2T", "a smooth maximum of the losses"),
+        Method(cosmos, "COSMOS", _LOSS, "2103.13392", _ONE, "0", "draws the losses towards a preference"),
+        Method(pbi, "PBI", _LOSS, "TEVC 2007", _ONE, "0", "follows the line of a preference"),
+        Method(excess_mtl, "ExcessMTL", _LOSS, "2402.02009", _ALL, "T copies + 3T", "weight by excess risk; robust to label noise"),
         Method(mgda, "MGDA", _GRAD, "1810.04650", _ALL, "0", "no task gets worse; zero at Pareto stationarity"),
         Method(pcgrad, "PCGrad", _GRAD, "2001.06782", _ALL, "key", "no conflict for T = 2"),
         Method(imtl_g, "IMTL-G", _GRAD, "ICLR 2021", _ALL, "0", "equal projections on all task gradients"),
         Method(cagrad, "CAGrad", _GRAD, "2110.14048", _ALL, "0", "best worst-case gain within c‖g₀‖ of the mean"),
         Method(nash_mtl, "Nash-MTL", _GRAD, "2202.01017", _ALL, "T", "proportional fairness; invariant to loss scale"),
+        Method(random_gradient_weighting, "RGW", _GRAD, "2111.10603", _ONE, "key", "RLW that spares the heads"),
     )
 }  # fmt: skip
 

@@ -1,0 +1,76 @@
+"""Geometric loss strategy: the geometric mean of the losses."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from mtljax.balancer import Balancer, from_weights
+from mtljax.types import Losses, Mask, Scale, Weights
+
+
+class GeometricMeanState(NamedTuple):
+    """State of :func:`geometric_mean`."""
+
+    task_weights: Weights
+
+
+def geometric_mean_weights(losses: Losses, mask: Mask | None = None) -> Weights:
+    """``L / (n ℓ_i)``, the gradient of ``L = (Π ℓ_i)^{1/n}`` over n present tasks."""
+    mask = jnp.ones(losses.shape, bool) if mask is None else mask
+    count = jnp.maximum(mask.sum(), 1)
+    # The product of many losses under- or overflows, the mean of their logs does not.
+    logs = jnp.log(jnp.maximum(losses, jnp.finfo(losses.dtype).tiny))
+    mean = jnp.where(mask, logs, 0).sum() / count
+    return jnp.where(mask, jnp.exp(mean - logs), 0) / count
+
+
+def geometric_mean(num_tasks: int, *, scale: Scale = "native") -> Balancer:
+    """Descends the geometric mean of the losses (GLS).
+
+    ``L = (Π_i ℓ_i)^{1/T}``, so ``w_i = L / (T ℓ_i)``: the direction of
+    :func:`mtljax.scale_invariant`, with a length that follows the losses down. The
+    weights logged are these, the derivatives; LibMTL logs others, with the same update.
+
+    Args:
+      num_tasks: T, length of the leading axis of every leaf of the gradients.
+      scale: ``"native"``, or weights normalised to the ``"sum"`` or ``"mean"`` scale
+        (which makes it :func:`mtljax.scale_invariant` on that scale).
+
+    Returns:
+      A balancer; needs ``losses``, all positive (outside ``jit`` a loss that is not
+      raises; inside, the weight saturates). One backward pass; no state.
+
+    Raises:
+      ValueError: If a concrete loss is not positive.
+
+    Examples:
+      >>> import jax.numpy as jnp, mtljax
+      >>> balancer = mtljax.geometric_mean(3)
+      >>> grads = {"w": jnp.eye(3)}
+      >>> losses = jnp.array([0.5, 2.0, 1.0])
+      >>> balancer.update(grads, balancer.init(grads), losses=losses)[0]["w"].tolist()
+      [0.667, 0.167, 0.333]
+
+    References:
+      Chennupati et al., `MultiNet++: Multi-Stream Feature Aggregation and Geometric
+      Loss Strategy for Multi-Task Learning <https://arxiv.org/abs/1904.08492>`_, 2019.
+    """
+
+    def init():
+        return GeometricMeanState(jnp.ones(num_tasks, jnp.float32))
+
+    def weigh(state, *, losses, gramian, mask):
+        del gramian
+        return geometric_mean_weights(losses, mask), state
+
+    return from_weights(
+        "geometric_mean",
+        num_tasks,
+        init=init,
+        weigh=weigh,
+        needs="losses",
+        native="free",
+        scale=scale,
+        reads_losses=True,
+        positive_losses=True,
+    )
