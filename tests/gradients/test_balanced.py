@@ -20,6 +20,11 @@ from registry import CASES
 
 import mtljax
 
+try:
+    from jax import enable_x64
+except ImportError:  # before jax 0.8
+    from jax.experimental import enable_x64
+
 STRATEGIES = ["unrolled", "vmap", "map", "chunked"]
 BY_ID = {case.id: case for case in CASES}
 PARAMS = params()
@@ -52,21 +57,23 @@ def chained(case_id):
     return jax.jit(BY_ID[case_id].build(3).update)
 
 
-def compare(case, strategy, **options):
+def compare(case, strategy, dtype=jnp.float32, tolerance=2e-5, **options):
     """Three steps, the second without one of the tasks, and the state after each."""
     balancer, function = stepper(case.id, strategy, **options)
-    state = expected_state = balancer.init(PARAMS)
+    parameters, batches = jax.tree.map(lambda x: x.astype(dtype), (PARAMS, BATCHES))
+    shared_only = mtljax.shared_params(parameters, LABELS)
+    state = expected_state = balancer.init(shared_only)
     for i, mask in enumerate([ALL, SOME, ALL]):
-        losses, grad, state = function(PARAMS, state, BATCHES[i], mask=mask)
-        rows = jacobian(PARAMS, BATCHES[i])["trunk"]
-        expected_losses = forward(PARAMS, BATCHES[i])
+        losses, grad, state = function(parameters, state, batches[i], mask=mask)
+        rows = mtljax.shared_params(jacobian(parameters, batches[i]), LABELS)
+        expected_losses = forward(parameters, batches[i])
         np.testing.assert_allclose(losses, expected_losses, rtol=1e-6)
         shared, expected_state = chained(case.id)(
             rows, expected_state, losses=expected_losses, mask=mask
         )
         # Rounding of the rows, amplified by the solver of the method.
-        close(grad["trunk"], shared, 2e-5)
-        close(grad["heads"], own_gradient(PARAMS, BATCHES[i], mask))
+        close(grad["trunk"], shared["trunk"], tolerance)
+        close(grad["heads"], own_gradient(parameters, batches[i], mask))
         assert jax.tree.structure(state) == jax.tree.structure(expected_state)
         for got, want in zip(
             jax.tree.leaves(state._replace(**ignored(state))),
@@ -77,6 +84,14 @@ def compare(case, strategy, **options):
                 assert (got == want).all()
             else:
                 np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+def test_every_method_and_strategy_to_1e_6_in_float64(case, strategy):
+    with enable_x64(True):
+        compare(case, strategy, dtype=jnp.float64, tolerance=1e-6)
 
 
 def ignored(state):
