@@ -20,14 +20,19 @@ from mtljax.gradients import task_gramian as task_gramian
 from mtljax.gradients import value_and_balanced_grad as value_and_balanced_grad
 from mtljax.gradients import value_and_task_grads as value_and_task_grads
 from mtljax.methods import METHODS as METHODS
+from mtljax.methods import aligned_mtl as aligned_mtl
 from mtljax.methods import cagrad as cagrad
+from mtljax.methods import conflict_free as conflict_free
 from mtljax.methods import cosmos as cosmos
+from mtljax.methods import dualproj as dualproj
 from mtljax.methods import dwa as dwa
 from mtljax.methods import excess_mtl as excess_mtl
+from mtljax.methods import fairgrad as fairgrad
 from mtljax.methods import famo as famo
 from mtljax.methods import geometric_mean as geometric_mean
 from mtljax.methods import get_method as get_method
 from mtljax.methods import gradnorm as gradnorm
+from mtljax.methods import gradvac as gradvac
 from mtljax.methods import imtl_g as imtl_g
 from mtljax.methods import imtl_l as imtl_l
 from mtljax.methods import linear as linear
@@ -40,6 +45,7 @@ from mtljax.methods import random_loss_weighting as random_loss_weighting
 from mtljax.methods import scale_invariant as scale_invariant
 from mtljax.methods import stch as stch
 from mtljax.methods import uncertainty as uncertainty
+from mtljax.methods import upgrad as upgrad
 from mtljax.wrappers import compose as compose
 from mtljax.wrappers import per_layer as per_layer
 from mtljax.wrappers import smooth_weights as smooth_weights
@@ -78,6 +84,12 @@ __all__ = [
     "cagrad",
     "nash_mtl",
     "random_gradient_weighting",
+    "upgrad",
+    "dualproj",
+    "fairgrad",
+    "aligned_mtl",
+    "conflict_free",
+    "gradvac",
     # balancers made of balancers
     "compose",
     "smooth_weights",

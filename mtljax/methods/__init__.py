@@ -1,12 +1,17 @@
 """One paper, one file: every method as a :class:`mtljax.Balancer`."""
 
+from mtljax.methods._aligned_mtl import aligned_mtl as aligned_mtl
 from mtljax.methods._cagrad import cagrad as cagrad
+from mtljax.methods._conflict_free import conflict_free as conflict_free
 from mtljax.methods._cosmos import cosmos as cosmos
+from mtljax.methods._dualproj import dualproj as dualproj
 from mtljax.methods._dwa import dwa as dwa
 from mtljax.methods._excess_mtl import excess_mtl as excess_mtl
+from mtljax.methods._fairgrad import fairgrad as fairgrad
 from mtljax.methods._famo import famo as famo
 from mtljax.methods._geometric_mean import geometric_mean as geometric_mean
 from mtljax.methods._gradnorm import gradnorm as gradnorm
+from mtljax.methods._gradvac import gradvac as gradvac
 from mtljax.methods._imtl_g import imtl_g as imtl_g
 from mtljax.methods._imtl_l import imtl_l as imtl_l
 from mtljax.methods._linear import linear as linear
@@ -27,3 +32,4 @@ from mtljax.methods._registry import methods_table as methods_table
 from mtljax.methods._scale_invariant import scale_invariant as scale_invariant
 from mtljax.methods._stch import stch as stch
 from mtljax.methods._uncertainty import uncertainty as uncertainty
+from mtljax.methods._upgrad import upgrad as upgrad

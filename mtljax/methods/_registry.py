@@ -8,13 +8,18 @@ import jax
 from jaxtyping import PRNGKeyArray
 
 from mtljax.balancer import Balancer
+from mtljax.methods._aligned_mtl import aligned_mtl
 from mtljax.methods._cagrad import cagrad
+from mtljax.methods._conflict_free import conflict_free
 from mtljax.methods._cosmos import cosmos
+from mtljax.methods._dualproj import dualproj
 from mtljax.methods._dwa import dwa
 from mtljax.methods._excess_mtl import excess_mtl
+from mtljax.methods._fairgrad import fairgrad
 from mtljax.methods._famo import famo
 from mtljax.methods._geometric_mean import geometric_mean
 from mtljax.methods._gradnorm import gradnorm
+from mtljax.methods._gradvac import gradvac
 from mtljax.methods._imtl_g import imtl_g
 from mtljax.methods._imtl_l import imtl_l
 from mtljax.methods._linear import linear
@@ -27,6 +32,7 @@ from mtljax.methods._random_loss_weighting import random_loss_weighting
 from mtljax.methods._scale_invariant import scale_invariant
 from mtljax.methods._stch import stch
 from mtljax.methods._uncertainty import uncertainty
+from mtljax.methods._upgrad import upgrad
 
 
 class Method(NamedTuple):
@@ -88,6 +94,12 @@ METHODS: dict[str, Method] = {
         Method(cagrad, "CAGrad", _GRAD, "2110.14048", _ALL, "0", "best worst-case gain within c‖g₀‖ of the mean"),
         Method(nash_mtl, "Nash-MTL", _GRAD, "2202.01017", _ALL, "T", "proportional fairness; invariant to loss scale"),
         Method(random_gradient_weighting, "RGW", _GRAD, "2111.10603", _ONE, "key", "RLW that spares the heads"),
+        Method(gradvac, "GradVac", _GRAD, "2010.05874", _ALL, "key, T²", "cosines kept at their running mean"),
+        Method(fairgrad, "FairGrad", _GRAD, "2402.15638", _ALL, "0", "α-fair gains, all of them positive"),
+        Method(aligned_mtl, "Aligned-MTL", _GRAD, "2305.19000", _ALL, "0", "gradients made orthogonal and of one length"),
+        Method(upgrad, "UPGrad", _GRAD, "2406.16232", _ALL, "0", "no task gets worse; linear in each gradient"),
+        Method(dualproj, "DualProj", _GRAD, "1706.08840", _ALL, "0", "nearest to the mean that makes no task worse"),
+        Method(conflict_free, "ConFIG", _GRAD, "2408.11104", _ALL, "0", "equal angle to every task gradient"),
     )
 }  # fmt: skip
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Scalar
 
+from mtljax.solvers._implicit import implicit
 from mtljax.solvers._min_norm import min_norm_point
 from mtljax.solvers._status import SolverStatus
 from mtljax.types import Gramian, Mask, Weights
@@ -54,6 +55,7 @@ def solve_bargaining(
       >>> solve_bargaining(gramian)[0].tolist()
       [0.5914, 0.4070]
     """
+    given, gramian = gramian, jax.lax.stop_gradient(gramian)
     num = gramian.shape[0]
     dtype = gramian.dtype
     eps = jnp.finfo(dtype).eps
@@ -109,8 +111,15 @@ def solve_bargaining(
     stationary = length < 8 * num * eps
     solved = jnp.isfinite(residual) & (residual < 1e-2) & ~stationary
     undo = jnp.exp(mean_log / (1 + power))
+    pairs |= jnp.eye(num, dtype=bool) & active[:, None]
+
+    def bargain(u):  # the lengths are constants, the diagonal is not
+        matrix = jnp.where(pairs, given / norms[:, None] / norms[None, :], cosines)
+        return jnp.matmul(matrix, u, precision="highest") - force(u)
+
+    u = implicit(bargain, jnp.where(solved, u, 1))
     weights = jnp.where(active, u * undo / norms, 0)
-    fallback, _ = min_norm_point(gramian, mask)
+    fallback, _ = min_norm_point(given, mask)
     weights = jnp.where(active.any(), jnp.where(solved, weights, fallback), 0)
     residual = jnp.where(jnp.isfinite(residual), residual, jnp.inf)
     converged = solved & (residual <= 1e-3)

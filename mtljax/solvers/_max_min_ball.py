@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Scalar
 
+from mtljax.solvers._implicit import implicit
 from mtljax.solvers._min_norm import min_norm_point
 from mtljax.solvers._nonnegative_qp import nonnegative_qp
 from mtljax.solvers._status import SolverStatus
@@ -56,6 +57,8 @@ def max_min_in_ball(
     dtype = gramian.dtype
     eps = jnp.finfo(dtype).eps
     mask = jnp.ones(num, bool) if mask is None else mask
+    given = (gramian, center, radius)
+    gramian, center, radius = jax.lax.stop_gradient(given)
     size = jnp.max(jnp.where(mask, jnp.diagonal(gramian), 0), initial=0)
     size = jnp.where(size > 0, size, 1)
     gramian = gramian / size
@@ -99,4 +102,23 @@ def max_min_in_ball(
     short = jnp.maximum(state.bound - gains, 0) / jnp.where(lengths > 0, lengths, 1)
     residual = jnp.max(jnp.where(mask & (lengths > 0), short, 0), initial=0)
     converged = residual <= jnp.sqrt(eps)
+
+    # Derivatives: which tasks are worst, and whether the ball binds, are constants.
+    worst = state.free & (radius > 0)
+    bound = state.radius > radius * (1 - jnp.sqrt(eps))
+    reach = jnp.where(radius > 0, radius, 1)
+    unit = jax.lax.rsqrt(jnp.maximum(jnp.diagonal(gramian), eps**2))
+
+    def optimal(z):  # z: x in units of reach / length of each gradient, and v / reach
+        y, v = unit * z[:-1], z[-1]
+        matrix = given[0] / size
+        pull = jnp.matmul(matrix, given[1] / reach + y, precision="highest")
+        square = y @ jnp.matmul(matrix, y, precision="highest")
+        excess = square - (given[2] / jnp.sqrt(size) / reach) ** 2
+        rows = jnp.where(worst, unit * (pull - v), z[:-1])
+        return jnp.append(rows, jnp.where(bound & worst.any(), excess, v))
+
+    solution = jnp.append(x / unit / reach, state.bound / reach)
+    moved = implicit(optimal, solution)[:-1] * unit * reach
+    x = x + (moved - jax.lax.stop_gradient(moved))
     return x, SolverStatus(residual, state.iteration, converged)

@@ -1,5 +1,6 @@
 """The min-norm point of the convex hull of the task gradients (MGDA)."""
 
+import jax
 import jax.numpy as jnp
 
 from mtljax.solvers._nonnegative_qp import nonnegative_qp
@@ -40,11 +41,13 @@ def min_norm_point(
     mask = jnp.ones(num, bool) if mask is None else mask
     ones = jnp.where(mask, -jnp.ones(num, gramian.dtype), 1)
     solution = nonnegative_qp(gramian, ones, mask=mask)
-    x = solution.x / jnp.maximum(jnp.max(solution.x), jnp.finfo(gramian.dtype).tiny)
+    largest = jax.lax.stop_gradient(jnp.max(solution.x))
+    x = solution.x / jnp.maximum(largest, jnp.finfo(gramian.dtype).tiny)
     weights = x / jnp.maximum(x.sum(), jnp.finfo(gramian.dtype).tiny)
-    slope = jnp.matmul(gramian, weights, precision="highest")
-    terms = jnp.max(jnp.where(mask, jnp.abs(gramian * weights[None, :]).sum(1), 0))
-    gap = weights @ slope - jnp.min(jnp.where(mask, slope, jnp.inf))
+    gramian, fixed = jax.lax.stop_gradient((gramian, weights))
+    slope = jnp.matmul(gramian, fixed, precision="highest")
+    terms = jnp.max(jnp.where(mask, jnp.abs(gramian * fixed[None, :]).sum(1), 0))
+    gap = fixed @ slope - jnp.min(jnp.where(mask, slope, jnp.inf))
     residual = jnp.maximum(gap, 0) / jnp.where(terms > 0, terms, 1)
     residual = jnp.where(mask.any(), residual, 0)
     converged = residual <= jnp.sqrt(jnp.finfo(gramian.dtype).eps)

@@ -12,6 +12,8 @@ Two things make it safe in float32. Variables are scaled so that the diagonal of
 is one, hence gradients of very different length do not hurt. And the pivoting runs on
 Q plus a ridge of a few rounding errors, so that every face is solvable and it ends;
 proximal-point steps, warm started, then take the ridge out of the solution again.
+
+Derivatives are those of the linear system on the free variables.
 """
 
 from typing import NamedTuple
@@ -20,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Scalar
 
+from mtljax.solvers._implicit import implicit
 from mtljax.solvers._status import SolverStatus
 from mtljax.types import Gramian, Mask, Weights
 
@@ -64,7 +67,9 @@ def nonnegative_qp(
       The solution. ``status.residual`` is the largest violation of
       ``Qx + q ≥ 0``, ``x ≥ 0`` and complementarity, relative to the size of the
       terms that are added up. When Q is singular along a direction in which the
-      objective falls there is no minimiser: x is then finite and very large.
+      objective falls there is no minimiser: x is then finite and very large. x can be
+      differentiated in Q and q, as long as no free variable sits at zero (there it has
+      only one-sided derivatives); the certificate counts as constant.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -76,6 +81,8 @@ def nonnegative_qp(
     dtype = quadratic.dtype
     eps = jnp.finfo(dtype).eps
     mask = jnp.ones(num, bool) if mask is None else mask
+    given = (quadratic, linear)
+    quadratic, linear = jax.lax.stop_gradient(given)
     diagonal = jnp.where(mask, jnp.diagonal(quadratic), 0)
     largest = jnp.max(diagonal, initial=0)
     largest = jnp.where(largest > 0, largest, 1)
@@ -101,6 +108,13 @@ def nonnegative_qp(
     residual = _residual(quadratic, linear, x, mask)
     converged = residual <= jnp.sqrt(eps)
     status = SolverStatus(residual, iterations, converged)
+
+    def stationary(x):  # in the units of the scaled problem, which are constants
+        matrix = scale[:, None] * (given[0] / largest) * scale[None, :]
+        slope = jnp.matmul(matrix, x, precision="highest") + given[1] * scale / size
+        return jnp.where(free, slope, x)
+
+    x = implicit(stationary, x)
     return QPSolution(x * scale * (size / largest), free, status)
 
 
@@ -140,7 +154,7 @@ def _pivot_to_signs(
         return mask & (negative | (~free & (slope < -4 * eps * terms)))
 
     def body(s: _Pivot):
-        count = s.wrong.sum()
+        count = s.wrong.sum(dtype=jnp.int32)
         better = count < s.best
         patience = jnp.where(better, _PATIENCE, s.patience - 1)
         last = num - 1 - jnp.argmax(s.wrong[::-1])

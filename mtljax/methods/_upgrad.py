@@ -1,0 +1,105 @@
+"""UPGrad: every gradient is made harmless to all tasks before they are added up."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mtljax.balancer import Balancer, check_num_tasks, from_weights
+from mtljax.methods._preference import (
+    TaskVector,
+    as_preference,
+    present_preference,
+)
+from mtljax.solvers import SolverStatus, unsolved
+from mtljax.solvers._cone import project_cone
+from mtljax.types import Gramian, Mask, Scale, Weights
+
+
+class UPGradState(NamedTuple):
+    """State of :func:`upgrad`."""
+
+    solver: SolverStatus
+    task_weights: Weights
+
+
+def upgrad_weights(
+    gramian: Gramian, preference: Weights, mask: Mask | None = None
+) -> tuple[Weights, SolverStatus]:
+    """``Σ_i p_i argmin_{v ≥ e_i} vᵀGv``: T box QPs side by side."""
+    num = gramian.shape[0]
+    mask = jnp.ones(num, bool) if mask is None else mask
+    units = jnp.eye(num, dtype=gramian.dtype)
+    solve = jax.vmap(lambda unit: project_cone(gramian, unit, mask))
+    rows, status = solve(units)
+    preference = jnp.where(mask, preference, 0)
+    weights = jnp.matmul(preference, rows, precision="highest")
+    residual = jnp.max(status.residual, where=mask, initial=0)
+    converged = (status.converged | ~mask).all()
+    return weights, SolverStatus(residual, status.iterations.max(), converged)
+
+
+def upgrad(
+    num_tasks: int, *, preference: TaskVector | None = None, scale: Scale = "native"
+) -> Balancer:
+    """Unconflicting projection of gradients (UPGrad), TorchJD's default aggregator.
+
+    Every ``p_i g_i`` is projected on the cone ``{d : <g_j, d> ≥ 0 for all j}`` of
+    directions in which no task gets worse, and the projections are added up. In weights
+    ``w = Σ_i argmin_{v ≥ p_i e_i} vᵀGv``. The update conflicts with no task and is
+    linear in the length of every gradient; for two tasks it is PCGrad's.
+
+    Solved exactly. TorchJD adds 1e-4 of the trace to the Gramian, which shows in the
+    third digit and breaks the linearity.
+
+    Args:
+      num_tasks: T, length of the leading axis of every leaf of the gradients.
+      preference: p ``[T]``, not negative, normalised to sum to 1 over the present
+        tasks; equal by default. ``update(..., preference=p)`` overrides it.
+      scale: ``"native"`` and ``"mean"``: the mean of the gradients where nothing
+        conflicts; ``"sum"`` multiplies by the number of present tasks.
+
+    Returns:
+      A balancer; needs the Gramian: T backward passes and T small QPs. State: the
+      certificate of the worst of them.
+
+    Raises:
+      ValueError: If the preference has another length than T or a negative entry.
+
+    Examples:
+      >>> import jax.numpy as jnp, mtljax
+      >>> balancer = mtljax.upgrad(2)
+      >>> grads = {"w": jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])}
+      >>> update, state = balancer.update(grads, balancer.init(grads))
+      >>> update["w"].tolist()
+      [0.2924, 1.9006, 1.9006]
+
+    References:
+      Quinton and Rey, `Jacobian Descent for Multi-Objective Optimization
+      <https://arxiv.org/abs/2406.16232>`_, 2024.
+    """
+    check_num_tasks("upgrad", num_tasks)
+    constant = None
+    if preference is not None:
+        constant = as_preference("upgrad", num_tasks, preference)
+
+    def init():
+        return UPGradState(unsolved(), jnp.ones(num_tasks, jnp.float32))
+
+    def weigh(state, *, losses, gramian, mask, preference):
+        del losses
+        chosen = present_preference("upgrad", constant, preference, mask)
+        chosen = chosen.astype(gramian.dtype)
+        weights, status = upgrad_weights(gramian, chosen, mask)
+        return weights, state._replace(solver=status)
+
+    return from_weights(
+        "upgrad",
+        num_tasks,
+        init=init,
+        weigh=weigh,
+        needs="gramian",
+        native="mean",
+        scale=scale,
+        side_inputs=("preference",),
+    )
