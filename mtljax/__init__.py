@@ -24,6 +24,7 @@ from mtljax.methods import aligned_mtl as aligned_mtl
 from mtljax.methods import cagrad as cagrad
 from mtljax.methods import conflict_free as conflict_free
 from mtljax.methods import cosmos as cosmos
+from mtljax.methods import db_mtl as db_mtl
 from mtljax.methods import dualproj as dualproj
 from mtljax.methods import dwa as dwa
 from mtljax.methods import excess_mtl as excess_mtl
@@ -31,19 +32,25 @@ from mtljax.methods import fairgrad as fairgrad
 from mtljax.methods import famo as famo
 from mtljax.methods import geometric_mean as geometric_mean
 from mtljax.methods import get_method as get_method
+from mtljax.methods import graddrop as graddrop
 from mtljax.methods import gradnorm as gradnorm
 from mtljax.methods import gradvac as gradvac
 from mtljax.methods import imtl_g as imtl_g
 from mtljax.methods import imtl_l as imtl_l
+from mtljax.methods import krum as krum
 from mtljax.methods import linear as linear
 from mtljax.methods import mgda as mgda
+from mtljax.methods import moco as moco
+from mtljax.methods import modo as modo
 from mtljax.methods import nash_mtl as nash_mtl
 from mtljax.methods import pbi as pbi
 from mtljax.methods import pcgrad as pcgrad
 from mtljax.methods import random_gradient_weighting as random_gradient_weighting
 from mtljax.methods import random_loss_weighting as random_loss_weighting
 from mtljax.methods import scale_invariant as scale_invariant
+from mtljax.methods import sdmgrad as sdmgrad
 from mtljax.methods import stch as stch
+from mtljax.methods import trimmed_mean as trimmed_mean
 from mtljax.methods import uncertainty as uncertainty
 from mtljax.methods import upgrad as upgrad
 from mtljax.wrappers import compose as compose
@@ -90,6 +97,13 @@ __all__ = [
     "aligned_mtl",
     "conflict_free",
     "gradvac",
+    "sdmgrad",
+    "modo",
+    "moco",
+    "db_mtl",
+    "graddrop",
+    "krum",
+    "trimmed_mean",
     # balancers made of balancers
     "compose",
     "smooth_weights",

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from mtljax import stack
-from mtljax.balancer import Balancer, weigh_stacked
+from mtljax.balancer import Balancer, as_mask, weigh_stacked
 from mtljax.types import Weights
 
 
@@ -42,7 +42,8 @@ def compose(loss_balancer: Balancer, gradient_balancer: Balancer) -> Balancer:
     result is again a :class:`Balancer`, with weights ``w_i a_i``. With
     ``scale_invariant`` first, a gradient method acts on the gradients of the log losses
     (the LOG_ variants of FAMO's code). Methods whose direction does not depend on the
-    scale of a task (``nash_mtl``, ``imtl_g``) keep their direction.
+    scale of a task (``nash_mtl``, ``imtl_g``) keep their direction. If the second
+    reads losses too, it gets them unweighted.
 
     Args:
       loss_balancer: A balancer that reads at most the losses.
@@ -94,7 +95,10 @@ def compose(loss_balancer: Balancer, gradient_balancer: Balancer) -> Balancer:
             state.gradient_balancer, losses=losses, gramian=gramian, mask=mask, **side
         )
         weights = outer * inner
-        return weights, ComposeState(s1, s2, weights.astype(jnp.float32))
+        new = ComposeState(s1, s2, weights.astype(jnp.float32))
+        # The first may have moved before the second met what is not finite.
+        keep = jnp.isfinite(weights).all() & as_mask(name, num_tasks, mask).any()
+        return weights, _where(keep, new, state)
 
     def observe(state, *, losses, mask=None):
         parts = [
@@ -219,7 +223,9 @@ def per_layer(
 
     Each group has its own Gramian, weights and state: cheaper conflicts to resolve, and
     no promise about the whole gradient (GradVac's "layer" grouping, for any method).
-    Random methods draw from a different key in each group.
+    Random methods draw from a different key in each group. Losses, masks and side
+    inputs go to every group as they are. If one group's update is not finite, none is,
+    and no state changes.
 
     Args:
       balancer: The balancer to run in every group.
@@ -227,7 +233,11 @@ def per_layer(
         makes every leaf a group of its own.
 
     Returns:
-      A balancer that needs the stacked gradients. State: one inner state per group.
+      A balancer that needs the stacked gradients. State: one inner state per group;
+      initialise it with the parameters that are balanced (``mtljax.shared_params``).
+
+    Raises:
+      ValueError: If the groups of the gradients are not those of the state.
 
     Examples:
       >>> import jax.numpy as jnp, mtljax
@@ -242,33 +252,42 @@ def per_layer(
         names = [stack.path_name(path) for path, _ in paths]
         return [name if group is None else group(name) for name in names]
 
+    def split(tree):
+        """The leaves of every group, in the order of the tree."""
+        groups: dict[str, list[Any]] = {}
+        for name, leaf in zip(groups_of(tree), jax.tree.leaves(tree), strict=True):
+            groups.setdefault(name, []).append(leaf)
+        return groups
+
     def init(params):
-        names = dict.fromkeys(groups_of(params))
         return PerLayerState(
-            {name: _fold_keys(balancer.init(params), i) for i, name in enumerate(names)}
+            {
+                name: _fold_keys(balancer.init(leaves), i)
+                for i, (name, leaves) in enumerate(split(params).items())
+            }
         )
 
     def update(updates, state, params=None, **extra_args):
         del params
         stack.check(updates, balancer.num_tasks, f"per_layer({balancer.name})")
-        leaves, treedef = jax.tree.flatten(updates)
-        names = groups_of(updates)
-        if set(names) != set(state.groups):
+        groups = split(updates)
+        if set(groups) != set(state.groups):
             raise ValueError(
-                f"per_layer: the gradients have groups {sorted(set(names))}, the state "
+                f"per_layer: the gradients have groups {sorted(groups)}, the state "
                 f"has {sorted(state.groups)}; initialise it with the parameters that "
                 "are balanced (mtljax.shared_params)."
             )
-        combined: list[Any] = [None] * len(leaves)
-        states = {}
-        for name in state.groups:
-            at = [i for i, found in enumerate(names) if found == name]
+        parts, states = {}, {}
+        for name, leaves in groups.items():
             part, states[name] = balancer.update(
-                [leaves[i] for i in at], state.groups[name], **extra_args
+                leaves, state.groups[name], **extra_args
             )
-            for i, leaf in zip(at, jax.tree.leaves(part), strict=True):
-                combined[i] = leaf
-        return jax.tree.unflatten(treedef, combined), PerLayerState(states)
+            parts[name] = iter(jax.tree.leaves(part))
+        leaves = [next(parts[name]) for name in groups_of(updates)]
+        finite = stack.all_finite(leaves)
+        leaves = [jnp.where(finite, x, jnp.nan).astype(x.dtype) for x in leaves]
+        combined = jax.tree.unflatten(jax.tree.structure(updates), leaves)
+        return combined, _where(finite, PerLayerState(states), state)
 
     def observe(state, *, losses, mask=None):
         assert balancer.observe is not None
@@ -292,10 +311,20 @@ def per_layer(
 
 
 def _fold_keys(state: Any, number: int) -> Any:
-    """The state with every key folded with the number of the group."""
+    """The state with every key folded with the number of the group.
 
-    def leaf(x):
-        is_key = jnp.issubdtype(jnp.asarray(x).dtype, jax.dtypes.prng_key)
+    Keys of the old kind, two integers, are known by the name of their field.
+    """
+
+    def leaf(path, x):
+        dtype = jnp.asarray(x).dtype
+        named = stack.path_name(path[-1:]) == "key" and dtype == jnp.uint32
+        is_key = named or jnp.issubdtype(dtype, jax.dtypes.prng_key)
         return jax.random.fold_in(x, number) if is_key else x
 
-    return jax.tree.map(leaf, state)
+    return jax.tree_util.tree_map_with_path(leaf, state)
+
+
+def _where(keep: Any, new: Any, old: Any) -> Any:
+    """The new state where ``keep``, else the old one."""
+    return jax.tree.map(lambda n, o: jnp.where(keep, n, o), new, old)

@@ -19,7 +19,8 @@ class Case(NamedTuple):
     simplex: bool = False  # weights are >= 0 and sum to 1
     deterministic: bool = True
     rotation: bool = True  # A(JQ) = A(J)Q: reads the Gramian or the losses only
-    scalable: bool = True  # takes `scale`
+    scalable: bool = True  # `scale` can be seen on the identity matrix
+    min_tasks: int = 2  # the fewest tasks it can be built for
 
     @property
     def id(self) -> str:
@@ -89,4 +90,15 @@ CASES = [
     Case("conflict_free", {"length": "harmonic"}, non_conflicting=ANY, task_scale=True),
     Case("gradvac", permutation=False, deterministic=False),
     Case("gradvac", {"order": "fixed", "beta": 0.5}, permutation=False),
+    Case("sdmgrad", simplex=True),
+    # Its inner loop oscillates, so rounding decides: no exact degree.
+    Case("sdmgrad", {"inner": "reference"}, degree=None, simplex=True),
+    Case("modo", degree=None, simplex=True),
+    Case("moco", degree=None, simplex=True),
+    Case("db_mtl", task_scale=True),
+    Case("db_mtl", {"beta": 0.0}, task_scale=True),
+    Case("graddrop", rotation=False, deterministic=False),
+    Case("krum", permutation=False, simplex=True, min_tasks=3),
+    Case("krum", {"num_selected": 2}, simplex=True, min_tasks=3),
+    Case("trimmed_mean", rotation=False, simplex=True, scalable=False, min_tasks=3),
 ]

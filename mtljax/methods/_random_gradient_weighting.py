@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
 from mtljax.balancer import Balancer, from_weights
-from mtljax.methods._random_loss_weighting import random_weights
 from mtljax.types import Scale, Weights
 
 
@@ -67,7 +66,7 @@ def random_gradient_weighting(
         del losses, gramian
         next_key, draw = jax.random.split(state.key)
         logits = jax.random.normal(draw, (num_tasks,), jnp.float32)
-        return random_weights(logits, mask), state._replace(key=next_key)
+        return jax.nn.softmax(logits, where=mask), state._replace(key=next_key)
 
     return from_weights(
         "random_gradient_weighting",

@@ -12,25 +12,32 @@ from mtljax.methods._aligned_mtl import aligned_mtl
 from mtljax.methods._cagrad import cagrad
 from mtljax.methods._conflict_free import conflict_free
 from mtljax.methods._cosmos import cosmos
+from mtljax.methods._db_mtl import db_mtl
 from mtljax.methods._dualproj import dualproj
 from mtljax.methods._dwa import dwa
 from mtljax.methods._excess_mtl import excess_mtl
 from mtljax.methods._fairgrad import fairgrad
 from mtljax.methods._famo import famo
 from mtljax.methods._geometric_mean import geometric_mean
+from mtljax.methods._graddrop import graddrop
 from mtljax.methods._gradnorm import gradnorm
 from mtljax.methods._gradvac import gradvac
 from mtljax.methods._imtl_g import imtl_g
 from mtljax.methods._imtl_l import imtl_l
+from mtljax.methods._krum import krum
 from mtljax.methods._linear import linear
 from mtljax.methods._mgda import mgda
+from mtljax.methods._moco import moco
+from mtljax.methods._modo import modo
 from mtljax.methods._nash_mtl import nash_mtl
 from mtljax.methods._pbi import pbi
 from mtljax.methods._pcgrad import pcgrad
 from mtljax.methods._random_gradient_weighting import random_gradient_weighting
 from mtljax.methods._random_loss_weighting import random_loss_weighting
 from mtljax.methods._scale_invariant import scale_invariant
+from mtljax.methods._sdmgrad import sdmgrad
 from mtljax.methods._stch import stch
+from mtljax.methods._trimmed_mean import trimmed_mean
 from mtljax.methods._uncertainty import uncertainty
 from mtljax.methods._upgrad import upgrad
 
@@ -95,11 +102,18 @@ METHODS: dict[str, Method] = {
         Method(nash_mtl, "Nash-MTL", _GRAD, "2202.01017", _ALL, "T", "proportional fairness; invariant to loss scale"),
         Method(random_gradient_weighting, "RGW", _GRAD, "2111.10603", _ONE, "key", "RLW that spares the heads"),
         Method(gradvac, "GradVac", _GRAD, "2010.05874", _ALL, "key, T²", "cosines kept at their running mean"),
-        Method(fairgrad, "FairGrad", _GRAD, "2402.15638", _ALL, "0", "α-fair gains, all of them positive"),
+        Method(fairgrad, "FairGrad", _GRAD, "2402.15638", _ALL, "0", "alpha-fair gains, all of them positive"),
         Method(aligned_mtl, "Aligned-MTL", _GRAD, "2305.19000", _ALL, "0", "gradients made orthogonal and of one length"),
         Method(upgrad, "UPGrad", _GRAD, "2406.16232", _ALL, "0", "no task gets worse; linear in each gradient"),
         Method(dualproj, "DualProj", _GRAD, "1706.08840", _ALL, "0", "nearest to the mean that makes no task worse"),
         Method(conflict_free, "ConFIG", _GRAD, "2408.11104", _ALL, "0", "equal angle to every task gradient"),
+        Method(sdmgrad, "SDMGrad", _GRAD, "2305.18409", _ALL, "2T", "min-norm direction, pulled to the mean gradient"),
+        Method(modo, "MoDo", _GRAD, "2305.20057", _ALL, "2T", "one step to the min-norm weights per batch"),
+        Method(moco, "MoCo", _GRAD, "2210.12624", _ALL, "T copies + 3T", "min-norm step on tracked gradients"),
+        Method(db_mtl, "DB-MTL", _GRAD, "2308.12029", _ALL, "T copies + 3T", "log losses; all gradients of equal length"),
+        Method(graddrop, "GradDrop", _GRAD, "2010.06808", _ALL, "key", "one sign per coordinate; the sum in expectation"),
+        Method(krum, "Krum", _GRAD, "1703.02757", _ALL, "0", "the gradient nearest to most of the others"),
+        Method(trimmed_mean, "TrimmedMean", _GRAD, "1803.01498", _ALL, "0", "coordinate-wise mean without the extremes"),
     )
 }  # fmt: skip
 
@@ -136,7 +150,7 @@ def methods_table() -> str:
         source = method.source
         if source[:4].isdigit():
             source = f"[{source}](https://arxiv.org/abs/{source})"
-        balancer = method.build(2, key=jax.random.key(0))
+        balancer = method.build(3, key=jax.random.key(0))
         reads = "losses" if balancer.reads_losses else "nothing"
         reads = {"gramian": "Gramian", "grads": "gradients"}.get(balancer.needs, reads)
         cells = (f"`{method.name}`", method.label, source, reads)

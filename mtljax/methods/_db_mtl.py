@@ -1,0 +1,168 @@
+"""DB-MTL: gradients of log losses, smoothed, all brought to the largest length."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from mtljax import stack
+from mtljax.balancer import (
+    Balancer,
+    check_choice,
+    check_num_tasks,
+    from_grads,
+    from_weights,
+    rescale,
+)
+from mtljax.methods._tracked import (
+    check_tracked,
+    follow,
+    row_norms,
+    zeros_like_stacked,
+)
+from mtljax.types import Losses, Mask, Scale, Weights
+
+
+class DBMTLState(NamedTuple):
+    """State of :func:`db_mtl` with ``beta=0``."""
+
+    task_weights: Weights
+
+
+class DBMTLTrackingState(NamedTuple):
+    """State of :func:`db_mtl` with ``beta>0``."""
+
+    tracked: Any  # moving average of the gradients of the log losses, [T, ...]
+    steps: Int[Array, " tasks"]  # batches in which each task was present
+    remainder: Weights  # share of the zero at the start in the average
+    task_weights: Weights
+
+
+def db_mtl_weights(norms: Weights, mask: Mask | None = None) -> Weights:
+    """``max_j n_j / n_i``: brings every gradient to the largest length."""
+    norms = norms if mask is None else jnp.where(mask, norms, 0)
+    return jnp.where(norms > 0, jnp.max(norms) / jnp.where(norms > 0, norms, 1), 0)
+
+
+def _inverse(losses: Losses) -> Weights:
+    return 1 / jnp.maximum(losses, jnp.finfo(losses.dtype).tiny)
+
+
+def db_mtl(
+    num_tasks: int,
+    *,
+    beta: float = 0.9,
+    beta_sigma: float = 0.5,
+    bias_correction: bool = False,
+    scale: Scale = "native",
+) -> Balancer:
+    """Dual-balancing multi-task learning (DB-MTL).
+
+    Loss-scale balancing: gradients of the log losses, ``g_i/ℓ_i``. Gradient-magnitude
+    balancing: their moving averages ``ĝ_i ← β_k ĝ_i + (1 − β_k) g_i/ℓ_i``, brought to
+    the length of the longest: ``d = max_j ‖ĝ_j‖ Σ_i ĝ_i/‖ĝ_i‖``. ``β_k = β/k^σ`` with k
+    the number of batches in which the task was present.
+
+    The average starts at zero and is not corrected for it, in the paper and in LibMTL:
+    the first update has ``1 − β`` times the length it should have, and with σ = 0 some
+    ``1/(1 − β)`` steps are too short. ``bias_correction`` divides by the share of the
+    average that is not that zero. With ``beta=0`` nothing is kept and the weights
+    follow from the Gramian.
+
+    The constants 1e-8 that LibMTL adds to losses and norms are guards against zero
+    here, so that the update is exactly homogeneous. A task of zero gradient gets
+    nothing.
+
+    Args:
+      num_tasks: T, length of the leading axis of every leaf of the gradients.
+      beta: β in [0, 1). The paper searches 0.1, 0.5 and 0.9; LibMTL has 0.9.
+      beta_sigma: σ ≥ 0. The paper searches 0 and 0.5 and does better with 0.5, our
+        default; LibMTL has 0.
+      bias_correction: Not in the paper.
+      scale: ``"native"``, or the update divided such that the weights of the gradients,
+        ``max_j ‖ĝ_j‖ / (‖ĝ_i‖ ℓ_i)``, have the ``"sum"`` or ``"mean"`` scale.
+
+    Returns:
+      A balancer; needs positive ``losses`` and the stacked gradients (the Gramian for
+      ``beta=0``): T backward passes. State: T copies of the gradient in float32 and 3 T
+      numbers (T for ``beta=0``); initialise it with the parameters that are balanced
+      (``mtljax.shared_params``).
+
+    Raises:
+      ValueError: If β or σ is out of its range, a concrete loss is not positive, or the
+        state was made for other parameters.
+
+    Examples:
+      >>> import jax.numpy as jnp, mtljax
+      >>> balancer = db_mtl(2, beta=0.0)
+      >>> grads = {"w": jnp.array([[3.0, 0.0], [0.0, 10.0]])}
+      >>> state = balancer.init({"w": jnp.zeros(2)})
+      >>> update, _ = balancer.update(grads, state, losses=jnp.array([1.0, 5.0]))
+      >>> update["w"].tolist()
+      [3.0, 3.0]
+
+    References:
+      Lin et al., `Dual-Balancing for Multi-Task Learning
+      <https://arxiv.org/abs/2308.12029>`_, 2023.
+    """
+    check_num_tasks("db_mtl", num_tasks)
+    check_choice("db_mtl", "scale", scale, Scale)
+    if not 0 <= beta < 1:
+        raise ValueError(f"db_mtl: beta must lie in [0, 1), not {beta}.")
+    if not beta_sigma >= 0:
+        raise ValueError(f"db_mtl: beta_sigma must not be negative, not {beta_sigma}.")
+    ones = jnp.ones(num_tasks, jnp.float32)
+
+    def weigh(state, *, losses, gramian, mask):
+        inverse = _inverse(losses)
+        norms = jnp.sqrt(jnp.maximum(jnp.diagonal(gramian), 0)) * inverse
+        return inverse * db_mtl_weights(norms, mask), state
+
+    if beta == 0:
+        return from_weights(
+            "db_mtl",
+            num_tasks,
+            init=lambda: DBMTLState(ones),
+            weigh=weigh,
+            needs="gramian",
+            native="free",
+            scale=scale,
+            reads_losses=True,
+            positive_losses=True,
+        )
+
+    def init(params):
+        return DBMTLTrackingState(
+            zeros_like_stacked(params, num_tasks),
+            jnp.zeros(num_tasks, jnp.int32),
+            ones,
+            ones,
+        )
+
+    def combine(state, grads, *, losses, mask):
+        check_tracked("db_mtl", state.tracked, grads)
+        steps = state.steps + mask
+        kept = beta / jnp.maximum(steps, 1).astype(jnp.float32) ** beta_sigma
+        inverse = _inverse(losses)
+        tracked = follow(state.tracked, grads, 1 - kept, mask, inverse)
+        remainder = jnp.where(mask, state.remainder * kept, state.remainder)
+        present = stack.select(tracked, mask)
+        norms = row_norms(present)
+        correction = (
+            1 / (1 - jnp.where(mask, remainder, 0)) if bias_correction else ones
+        )
+        factors = db_mtl_weights(norms * correction, mask) * correction
+        native = jnp.where(mask, factors * inverse, 0)
+        weights = rescale(native, mask, scale, "free")
+        change = jnp.where(native > 0, weights / jnp.where(native > 0, native, 1), 1)
+        update = stack.combine(present, factors * change)
+        return update, DBMTLTrackingState(tracked, steps, remainder, weights)
+
+    return from_grads(
+        "db_mtl",
+        num_tasks,
+        init=init,
+        combine=combine,
+        reads_losses=True,
+        positive_losses=True,
+    )

@@ -1,0 +1,120 @@
+"""GradDrop: where the tasks disagree on a sign, a coin decides for one."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from mtljax.balancer import (
+    Balancer,
+    check_choice,
+    check_num_tasks,
+    from_grads,
+    rescale,
+)
+from mtljax.types import Scale, Weights
+
+
+class GradDropState(NamedTuple):
+    """State of :func:`graddrop`."""
+
+    key: PRNGKeyArray  # consumed by the next update
+    task_weights: Weights  # share of the absolute gradient that each task got through
+
+
+def graddrop_factors(
+    grads: Float[Array, "tasks ..."], uniform: Float[Array, "..."], leak: Weights
+) -> Float[Array, "tasks ..."]:
+    """What every entry is multiplied by: ``leak_i + (1 − leak_i) M_i``."""
+    total = jnp.abs(grads).sum(0)
+    positive = (1 + grads.sum(0) / jnp.where(total > 0, total, 1)) / 2
+    up = (uniform < positive)[None]
+    kept = jnp.where(up, grads > 0, grads < 0)
+    leak = leak.astype(grads.dtype).reshape((-1,) + (1,) * (grads.ndim - 1))
+    return leak + (1 - leak) * kept
+
+
+def graddrop(
+    num_tasks: int,
+    *,
+    key: PRNGKeyArray,
+    leak: float | Sequence[float] = 0.0,
+    scale: Scale = "native",
+) -> Balancer:
+    """Gradient sign dropout (GradDrop).
+
+    Coordinate by coordinate, with ``P = ½ (1 + Σ g_i / Σ |g_i|)``, one sign is drawn:
+    plus with probability P. Entries of the other sign are dropped, but for a share
+    ``leak_i``; the rest is added up. With equal leaks the expected update is the sum
+    of the gradients.
+
+    This is the form on parameter gradients, for f the identity (FAMO's code, TorchJD).
+    The paper and LibMTL apply the same mask to the gradients of a shared
+    representation, with the sign of the activation; pass such gradients to
+    ``update`` for that.
+
+    Args:
+      num_tasks: T, length of the leading axis of every leaf of the gradients.
+      key: Seeds the draws; lives in the state. Each leaf draws from its own key.
+      leak: Share in [0, 1] of what is dropped that gets through, for every task or one
+        for all. 0 in the paper's main form, 0.5 in SamsungLabs' code.
+      scale: ``"native"`` and ``"sum"`` add up what is left; ``"mean"`` divides by the
+        number of tasks, as CAGrad's code does.
+
+    Returns:
+      A balancer; needs the stacked gradients: T backward passes. State: the key, and
+      the share of the absolute gradient that each task got through.
+
+    Raises:
+      ValueError: If a leak is outside [0, 1] or their number is not T.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, mtljax
+      >>> balancer = graddrop(2, key=jax.random.key(0))
+      >>> grads = {"w": jnp.array([[1.0, 2.0], [3.0, 0.0]])}
+      >>> balancer.update(grads, balancer.init(grads))[0]["w"].tolist()
+      [4.0, 2.0]
+
+    References:
+      Chen et al., `Just Pick a Sign: Optimizing Deep Multitask Models with Gradient
+      Sign Dropout <https://arxiv.org/abs/2010.06808>`_, 2020.
+    """
+    check_num_tasks("graddrop", num_tasks)
+    check_choice("graddrop", "scale", scale, Scale)
+    each = (leak,) * num_tasks if isinstance(leak, (int, float)) else tuple(leak)
+    if len(each) != num_tasks:
+        raise ValueError(
+            f"graddrop: leak has {len(each)} entries for num_tasks={num_tasks}."
+        )
+    for value in each:
+        if not 0 <= value <= 1:
+            raise ValueError(f"graddrop: leak must lie in [0, 1], not {value}.")
+
+    def init(params):
+        del params
+        return GradDropState(key, jnp.ones(num_tasks, jnp.float32))
+
+    def combine(state, grads, *, losses, mask):
+        del losses
+        next_key, draw = jax.random.split(state.key)
+        leaks = jnp.array(each, jnp.float32)
+        units = jnp.where(mask, rescale(jnp.ones(num_tasks), mask, scale, "sum"), 0)
+        leaves, treedef = jax.tree.flatten(grads)
+        passed = given = jnp.zeros(num_tasks, jnp.float32)
+        combined = []
+        for i, leaf in enumerate(leaves):
+            wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+            uniform = jax.random.uniform(
+                jax.random.fold_in(draw, i), wide.shape[1:], wide.dtype
+            )
+            left = graddrop_factors(wide, uniform, leaks) * wide
+            combined.append(left.sum(0) * jnp.max(units).astype(wide.dtype))
+            passed += jnp.abs(left).reshape(num_tasks, -1).sum(1)
+            given += jnp.abs(wide).reshape(num_tasks, -1).sum(1)
+        share = jnp.where(given > 0, passed / jnp.where(given > 0, given, 1), 1)
+        weights = (units * share).astype(jnp.float32)
+        return jax.tree.unflatten(treedef, combined), GradDropState(next_key, weights)
+
+    return from_grads("graddrop", num_tasks, init=init, combine=combine)

@@ -1,0 +1,61 @@
+"""Trees ``[T, ...]`` of float32 that follow the stacked gradients from step to step."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mtljax.types import Grads, Mask, Weights
+
+
+def zeros_like_stacked(params: Any, num_tasks: int) -> Any:
+    """Zeros ``[num_tasks, ...]`` for every parameter, at least in float32."""
+
+    def leaf(p):
+        dtype = jnp.promote_types(jnp.result_type(p), jnp.float32)
+        return jnp.zeros((num_tasks, *jnp.shape(p)), dtype)
+
+    return jax.tree.map(leaf, params)
+
+
+def check_tracked(name: str, tracked: Any, grads: Grads) -> None:
+    """Raises unless the state was made for these gradients."""
+    same = jax.tree.structure(tracked) == jax.tree.structure(grads) and all(
+        a.shape == b.shape
+        for a, b in zip(jax.tree.leaves(tracked), jax.tree.leaves(grads), strict=True)
+    )
+    if not same:
+        raise ValueError(
+            f"{name} keeps a copy of every task's gradient, but its state was not made "
+            "for these gradients: initialise it with the parameters that are balanced, "
+            "balancer.init(params) or init(mtljax.shared_params(params, labels))."
+        )
+
+
+def per_task(vector: Float[Array, " tasks"], leaf: Float[Array, "tasks ..."]) -> Array:
+    """The vector shaped to multiply the rows of a leaf, in the leaf's dtype."""
+    return vector.astype(leaf.dtype).reshape((-1,) + (1,) * (leaf.ndim - 1))
+
+
+def follow(
+    tracked: Grads, grads: Grads, rates: Weights, mask: Mask, factors: Weights
+) -> Grads:
+    """``y_i + r_i (f_i g_i − y_i)`` for present tasks; the others keep ``y_i``."""
+
+    def leaf(y, g):
+        g = g.astype(y.dtype) * per_task(factors, y)
+        new = y + per_task(rates, y) * (g - y)
+        return jnp.where(mask.reshape((-1,) + (1,) * (y.ndim - 1)), new, y)
+
+    return jax.tree.map(leaf, tracked, grads)
+
+
+def row_norms(grads: Grads) -> Weights:
+    """Length of every task's gradient ``[T]``, over all leaves."""
+
+    def squares(g):
+        flat = g.reshape(g.shape[0], -1)
+        return jnp.square(flat.astype(jnp.promote_types(g.dtype, jnp.float32))).sum(1)
+
+    return jnp.sqrt(sum(map(squares, jax.tree.leaves(grads)), jnp.zeros(())))
