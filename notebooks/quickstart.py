@@ -32,11 +32,14 @@ def show(values):
     return " ".join(f"{float(value):8.3f}" for value in values)
 
 
+params = {"w": jnp.zeros(3)}
 grads = {"w": jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])}
 losses = jnp.array([0.5, 2.0])
-for name, method in mtljax.METHODS.items():
-    balancer = method.build(2, key=jax.random.key(0))
-    state = balancer.init(grads)
+names = ["linear", "scale_invariant", "uncertainty", "famo", "stch", "mgda", "pcgrad"]
+names += ["imtl_g", "cagrad", "nash_mtl", "fairgrad", "aligned_mtl", "upgrad"]
+for name in names:
+    balancer = mtljax.get_method(name).build(2, key=jax.random.key(0))
+    state = balancer.init(params)
     update, state = jax.jit(balancer.update)(grads, state, losses=losses)
     gains = grads["w"] @ update["w"]  # > 0: the task's loss falls
     worse = "  <- one task gets worse" if gains.min() < -1e-4 else ""
@@ -47,7 +50,7 @@ for name, method in mtljax.METHODS.items():
 
 # %%
 for balancer in (mtljax.mgda(2), mtljax.nash_mtl(2)):
-    update, _ = balancer.update(grads, balancer.init(grads))
+    update, _ = balancer.update(grads, balancer.init(params))
     assert (grads["w"] @ update["w"]).min() > -1e-4
 
 # %% [markdown]

@@ -21,15 +21,21 @@ LOSSES = jnp.asarray(LOSSES3, jnp.float32)
 ALL = np.ones(3, bool)
 
 
-def parametrize(cases):
+def parametrize(cases, deep=()):
     """A case stays on one worker of pytest-xdist, and so do its compiled programs."""
-    marked = [
-        pytest.param(c, id=c.id, marks=pytest.mark.xdist_group(c.id)) for c in cases
-    ]
-    return pytest.mark.parametrize("case", marked)
+
+    def marks(case):
+        group = pytest.mark.xdist_group(case.id)
+        return (group, pytest.mark.deep) if case in deep else (group,)
+
+    return pytest.mark.parametrize(
+        "case", [pytest.param(c, id=c.id, marks=marks(c)) for c in cases]
+    )
 
 
 each = parametrize(CASES)
+# Tests that compile programs of their own: further options of a method run in deep.
+each_compiling = parametrize(CASES, [c for c in CASES if c.options])
 
 
 def tree(matrix, dtype=jnp.float32):
@@ -84,7 +90,7 @@ def run(case, matrix, losses=LOSSES, state=None, mask=None, **options):
     return flat(combined).astype(np.float64), state
 
 
-@each
+@each_compiling
 def test_update_is_shaped_like_the_parameters_in_their_dtype(case: Case):
     dtype = jnp.bfloat16
     grads = tree(J3, dtype)
@@ -99,7 +105,7 @@ def test_update_is_shaped_like_the_parameters_in_their_dtype(case: Case):
     chex.assert_tree_all_finite(update)
 
 
-@each
+@each_compiling
 def test_chains_with_adam_in_a_scan_and_ignores_unknown_side_inputs(case: Case):
     balancer = case.build(3)
     opt = optax.chain(balancer, optax.adam(1e-2))
@@ -124,7 +130,7 @@ def test_chains_with_adam_in_a_scan_and_ignores_unknown_side_inputs(case: Case):
     assert losses[-1].max() < losses[0].max()
 
 
-@each
+@each_compiling
 def test_vmap_over_seeds_is_the_loop(case: Case):
     keys = jax.random.split(jax.random.key(3), 4)
     matrices = np.random.default_rng(0).normal(size=(4, 3, DIM))
@@ -188,7 +194,7 @@ def test_docstring_has_the_sections(case: Case):
         assert section in doc, section
 
 
-@each
+@each_compiling
 def test_a_masked_task_is_a_dropped_task(case: Case):
     kept = case.options.get("update_every", 1) > 1
     if kept or not case.deterministic or case.min_tasks > 2:

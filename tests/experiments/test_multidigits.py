@@ -83,7 +83,7 @@ def test_the_smoke_preset_writes_table_rows_and_plots(tmp_path, capsys):
         assert report.label_of(method) in printed
     assert "single task" in table
     assert "`the command`" in table
-    lines = [json.loads(x) for x in (config.out / "results.jsonl").open()]
+    lines = [json.loads(x) for x in rows_of(config)]
     assert len(lines) == config.seeds * (len(config.methods) + 3)
     assert all(x["config"]["steps"] == 12 and x["versions"]["jax"] for x in lines)
     for name in ("losses", "weights", "cosines", "tradeoff"):
@@ -100,13 +100,17 @@ def test_the_smoke_preset_writes_table_rows_and_plots(tmp_path, capsys):
     assert before == after
     # Resumed, it is complete: the same rows.
     run_cli(config, "--resume", "--no-plots")
-    again = [json.loads(x) for x in (config.out / "results.jsonl").open()]
+    again = [json.loads(x) for x in rows_of(config)]
     assert [x["test_left_acc"] for x in again] == [x["test_left_acc"] for x in lines]
     capsys.readouterr()
     # With another configuration, the field is named and nothing is lost.
     with pytest.raises(SystemExit):
         run_cli(config, "--resume", "--lrs", "0.5")
     assert "lrs" in capsys.readouterr().err
+
+
+def rows_of(config: Config):
+    return (config.out / "results.jsonl").read_text().splitlines()
 
 
 def run_cli(config: Config, *more: str):
