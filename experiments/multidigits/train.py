@@ -31,7 +31,8 @@ class Problem(NamedTuple):
     """A data set with a model and what is measured on it."""
 
     dataset: data.Dataset
-    model: models.Model
+    init_model: Callable[[Array], models.Variables]
+    init_models: Callable[[Array], models.Variables]  # of many keys, compiled once
     train: Batch
     task_losses: Callable[..., Any]
     evaluate: Callable[[State], dict[str, Array]]
@@ -39,7 +40,7 @@ class Problem(NamedTuple):
 
 
 class Program(NamedTuple):
-    """A method on a problem: ``init(key, lr, constants)`` and ``step(state, batch)``.
+    """A method on a problem: its first state around a model, and its step.
 
     Made once per method, so that training and timing share one compilation.
     """
@@ -62,7 +63,7 @@ class Run(NamedTuple):
         return {"seed": self.seed, "lr": self.lr, "task": task}
 
 
-HIGHER_IS_BETTER = {"acc": True, "r2": True, "mae": False}
+LABELS = {"trunk": "shared", "heads": "own"}
 
 
 def load(config: Config) -> data.Dataset:
@@ -159,7 +160,25 @@ def make_problem(config: Config) -> Problem:
     def evaluate_states(state: State):
         return jitted(state.params, state.batch_stats, state.constants, splits, probe)
 
-    return Problem(dataset, model, train, task_losses, evaluate_states, columns)
+    image = data.to_float(train["image"][:1], dataset.image_max)
+
+    def init_model(key):
+        return model.init(key, image)
+
+    init_one = jax.jit(init_model)  # of any number of runs: one small program
+
+    def init_models(keys):
+        return jax.tree.map(lambda *x: jnp.stack(x), *[init_one(k) for k in keys])
+
+    return Problem(
+        dataset,
+        init_model,
+        init_models,
+        train,
+        task_losses,
+        evaluate_states,
+        columns,
+    )
 
 
 def make_program(config: Config, problem: Problem, method: str) -> Program:
@@ -172,21 +191,21 @@ def make_program(config: Config, problem: Problem, method: str) -> Program:
     )
     optimizer = optax.chain(clip, optax.scale_by_adam())
 
+    def shared(params):
+        return mtljax.shared_params(params, LABELS)
+
     def balancer_of(constants, key):
         if method == SINGLE_TASK:
             return mtljax.linear(num_tasks, weights=constants)
         return mtljax.get_method(method).build(num_tasks, key=key)
 
-    def init(key, lr, constants):
-        init_key, balancer_key = jax.random.split(key)
-        image = jnp.asarray(problem.dataset.train["image"][:1])
-        image = data.to_float(image, problem.dataset.image_max)
-        params, batch_stats = problem.model.init(init_key, image)
+    def init(variables, key, lr, constants):
+        params, batch_stats = variables
         return State(
             params=params,
             batch_stats=batch_stats,
             opt_state=optimizer.init(params),
-            balancer=balancer_of(constants, balancer_key).init(params),
+            balancer=balancer_of(constants, key).init(shared(params)),
             lr=lr,
             constants=constants,
             step=jnp.int32(0),
@@ -198,7 +217,7 @@ def make_program(config: Config, problem: Problem, method: str) -> Program:
         gradient = mtljax.value_and_balanced_grad(
             problem.task_losses,
             balancer,
-            labels={"trunk": "shared", "heads": "own"},
+            labels=LABELS,
             heads=config.heads,
             has_aux=True,
         )
@@ -239,6 +258,8 @@ def initial_state(config: Config, problem: Problem, method: str, program: Progra
     num_tasks = len(problem.dataset.tasks)
     keys = jnp.stack([jax.random.key(run.seed) for run in runs])
     init_keys, order_keys = training.split_run_key(keys)
+    model_keys, balancer_keys = jax.vmap(jax.random.split, out_axes=1)(init_keys)
+    variables = problem.init_models(model_keys)
     constants = jnp.array(
         [
             [1.0 if run.task in (None, t) else 0.0 for t in range(num_tasks)]
@@ -246,7 +267,8 @@ def initial_state(config: Config, problem: Problem, method: str, program: Progra
         ]
     )
     lrs = jnp.array([run.lr for run in runs])
-    return jax.jit(jax.vmap(program.init))(init_keys, lrs, constants), order_keys
+    state = jax.vmap(program.init)(variables, balancer_keys, lrs, constants)
+    return state, order_keys
 
 
 def make_train(
@@ -262,8 +284,14 @@ def make_train(
     ones = jnp.ones(len(problem.dataset.tasks))
 
     def train(key, lr=config.lrs[0], constants=ones):
+        def init(key):
+            model_key, balancer_key = jax.random.split(key)
+            rate = jnp.asarray(lr, jnp.float32)
+            variables = problem.init_model(model_key)
+            return program.init(variables, balancer_key, rate, constants)
+
         run = training.make_train(
-            lambda k: program.init(k, jnp.asarray(lr, jnp.float32), constants),
+            init,
             program.step,
             num_steps=config.steps,
             batch_size=config.batch_size,
