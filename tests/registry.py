@@ -33,6 +33,24 @@ class Case(NamedTuple):
         return method.build(num_tasks, key=key, **(self.options | more))
 
 
+# The methods whose tests all run by default; of the others the contract and the
+# properties do, and their own files in deep: the suite is bound by compilation.
+CLASSICS = frozenset(
+    {
+        "linear",
+        "scale_invariant",
+        "random_loss_weighting",
+        "uncertainty",
+        "dwa",
+        "famo",
+        "mgda",
+        "pcgrad",
+        "imtl_g",
+        "cagrad",
+        "nash_mtl",
+    }
+)
+
 ANY = 10**6  # non-conflicting for every T
 
 CASES = [

@@ -11,7 +11,7 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from registry import CASES, Case
+from registry import CASES, CLASSICS, Case
 from zoo import J3, LOSSES3, ZOO
 
 import mtljax
@@ -34,8 +34,10 @@ def parametrize(cases, deep=()):
 
 
 each = parametrize(CASES)
-# Tests that compile programs of their own: further options of a method run in deep.
-each_compiling = parametrize(CASES, [c for c in CASES if c.options])
+# Tests that compile programs of their own: beyond the classics they run in deep.
+each_compiling = parametrize(
+    CASES, [c for c in CASES if c.options or c.name not in CLASSICS]
+)
 
 
 def tree(matrix, dtype=jnp.float32):

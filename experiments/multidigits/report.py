@@ -174,7 +174,7 @@ def write_plots(
     labels = {m: label_of(m) for m in rows if m != SINGLE_TASK}
     shown = {labels[m]: shown_rows(rows[m]) for m in labels}
     order = [name for name in report.rows if name in shown]
-    all_labels = [m.label for m in mtljax.METHODS.values()]  # fixes the colours
+    all_labels = [label_of(m) for m in config.methods]  # fixes the colours
     losses = {k: plots.curve(shown[k], "losses") for k in order}
     weights = {k: plots.curve(shown[k], "task_weights") for k in order}
     cosines = {k: plots.curve(shown[k], "cosines", "eval") for k in order}

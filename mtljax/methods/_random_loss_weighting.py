@@ -30,6 +30,10 @@ def random_loss_weighting(
     ``d = Σ_i w_i g_i``, ``E[w_i] = 1/T``: equal weighting with noise, and the control
     that any learned weighting has to beat.
 
+    With ``labels`` and the default ``heads="own"`` the heads keep their own gradients,
+    which is :func:`random_gradient_weighting`; the paper's rule, which weighs the
+    losses, is ``heads="weighted"``.
+
     Args:
       num_tasks: T, length of the leading axis of every leaf of the gradients.
       key: Seeds the weights; lives in the state.
