@@ -94,7 +94,7 @@ class Config:
 
 PRESETS = {
     "smoke": (
-        "Seconds: three methods, a few steps; for tests.",
+        "Half a minute, mostly compilation: three methods, a few steps; for tests.",
         Config(
             methods=("linear", "famo", "cagrad"),
             seeds=2,
