@@ -16,6 +16,33 @@ def as_users():
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+@pytest.fixture
+def deep_run(request):
+    """Whether deep tests run too, so that a test may take more examples."""
+    return request.config.getoption("markexpr") != "not deep"
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Counts the random inputs on which the promises of the methods were checked."""
+    reports = [
+        report
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.stats.get(outcome, ())
+        if report.when == "call"
+    ]
+    counts = [
+        (dict(report.user_properties)["property_cases"], report.failed)
+        for report in reports
+        if "property_cases" in dict(report.user_properties)
+    ]
+    if counts:
+        total = sum(count for count, _ in counts)
+        broken = sum(failed for _, failed in counts)
+        terminalreporter.write_line(
+            f"properties: {total} cases of {len(counts)} promises, {broken} violations"
+        )
+
+
 LATE = {f"test_{name}" for name in set(mtljax.METHODS) - CLASSICS}
 LATE |= {"test_wrappers", "test_implicit", "test_cone", "test_conditional"}
 

@@ -1,95 +1,35 @@
 """Every method keeps one contract; a method is done when it passes this file."""
 
-import collections
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from programs import (
+    DIM,
+    LOSSES,
+    PARAMS,
+    TRACES,
+    built,
+    flat,
+    parametrize,
+    run,
+    tree,
+    wide,
+)
 from registry import CASES, CLASSICS, Case
-from zoo import J3, LOSSES3, ZOO
+from zoo import J3, ZOO
 
 import mtljax
 
-DIM = 8
-LOSSES = jnp.asarray(LOSSES3, jnp.float32)
 ALL = np.ones(3, bool)
-
-
-def parametrize(cases, deep=()):
-    """A case stays on one worker of pytest-xdist, and so do its compiled programs."""
-
-    def marks(case):
-        group = pytest.mark.xdist_group(case.id)
-        return (group, pytest.mark.deep) if case in deep else (group,)
-
-    return pytest.mark.parametrize(
-        "case", [pytest.param(c, id=c.id, marks=marks(c)) for c in cases]
-    )
-
 
 each = parametrize(CASES)
 # Tests that compile programs of their own: beyond the classics they run in deep.
 each_compiling = parametrize(
     CASES, [c for c in CASES if c.options or c.name not in CLASSICS]
 )
-
-
-def tree(matrix, dtype=jnp.float32):
-    """The rows of a matrix as a tree of two leaves, one of them a matrix."""
-    matrix = np.asarray(matrix)
-    split = matrix.shape[1] // 2
-    a, b = matrix[:, :split], matrix[:, split:]
-    return {
-        "a": {"kernel": jnp.asarray(a.reshape(*a.shape, 1), dtype)},
-        "b": jnp.asarray(b, dtype),
-    }
-
-
-def flat(update):
-    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(update)])
-
-
-def wide(matrix):
-    """The same Gramian in DIM dimensions, so that one program serves all inputs."""
-    matrix = np.asarray(matrix)
-    return np.pad(matrix, ((0, 0), (0, DIM - matrix.shape[1])))
-
-
-PARAMS = jax.tree.map(lambda g: g[0], tree(np.zeros((3, DIM))))
-
-
-TRACES = collections.Counter()
-
-
-@functools.cache
-def built(case_id, tasks=3, **options):
-    """The balancer and its program, compiled once however many tests use it."""
-    case = next(c for c in CASES if c.id == case_id)
-    balancer = case.build(tasks, **options)
-    key = (case_id, tasks, *options.items())
-
-    def update(*args, **kwargs):
-        TRACES[key] += 1
-        return balancer.update(*args, **kwargs)
-
-    return balancer, jax.jit(update)
-
-
-def run(case, matrix, losses=LOSSES, state=None, mask=None, **options):
-    """One update through the program of the case: (update [DIM], state)."""
-    tasks = len(matrix)
-    balancer, update = built(case.id, tasks, **options)
-    state = balancer.init(PARAMS) if state is None else state
-    mask = jnp.ones(tasks, bool) if mask is None else jnp.asarray(mask)
-    losses = jnp.asarray(losses, jnp.float32)
-    combined, state = update(tree(wide(matrix)), state, losses=losses, mask=mask)
-    return flat(combined).astype(np.float64), state
 
 
 @each_compiling
@@ -298,89 +238,3 @@ def test_losses_that_a_method_reads_are_checked(name):
             balancer.update(grads, state, losses=jnp.array([1.0, -1.0, 1.0]))
     with pytest.raises(ValueError, match=r"mask has shape \(2,\)"):
         balancer.update(grads, state, losses=jnp.ones(3), mask=jnp.ones(2))
-
-
-# --- properties over random inputs -------------------------------------------------
-
-
-def _random(seed, spread=0.5, tasks=3):
-    """Full-rank rows of unequal length, with a common part so that few conflict."""
-    rng = np.random.default_rng(seed)
-    matrix = rng.normal(size=(tasks, DIM)) + rng.uniform(0, 1) * rng.normal(size=DIM)
-    matrix *= 10.0 ** rng.uniform(-spread, spread, size=(tasks, 1))
-    return matrix, rng.uniform(0.5, 2.0, size=tasks), rng
-
-
-problems = given(seed=st.integers(0, 2**31))
-fuzz = settings(max_examples=25, deadline=None, derandomize=True, database=None)
-
-
-def _close(a, b, tolerance=3e-3):
-    scale = max(np.linalg.norm(a), np.linalg.norm(b), 1e-30)
-    np.testing.assert_allclose(a / scale, b / scale, atol=tolerance)
-
-
-@parametrize([c for c in CASES if c.rotation])
-@problems
-@fuzz
-def test_orthogonal_transformations_of_parameter_space_commute(case, seed):
-    """Holds exactly for methods that read only the Gramian: the proof of `needs`."""
-    matrix, losses, rng = _random(seed)
-    rotation, _ = np.linalg.qr(rng.normal(size=(DIM, DIM)))
-    plain, _ = run(case, matrix, losses)
-    turned, _ = run(case, matrix @ rotation, losses)
-    _close(plain @ rotation, turned)
-
-
-@parametrize([c for c in CASES if c.degree is not None])
-@problems
-@fuzz
-def test_degree_of_homogeneity(case, seed):
-    matrix, losses, rng = _random(seed)
-    factor = 10.0 ** rng.uniform(-4, 4)
-    plain, _ = run(case, matrix, losses)
-    scaled, _ = run(case, factor * matrix, losses)
-    _close(plain * factor**case.degree, scaled)
-
-
-@parametrize([c for c in CASES if c.permutation])
-@problems
-@fuzz
-def test_relabelling_the_tasks_changes_nothing(case, seed):
-    matrix, losses, rng = _random(seed)
-    order = rng.permutation(3)
-    plain, _ = run(case, matrix, losses)
-    relabelled, _ = run(case, matrix[order], losses[order])
-    _close(plain, relabelled)
-
-
-@parametrize([c for c in CASES if c.non_conflicting])
-@problems
-@fuzz
-def test_no_task_gets_worse(case, seed):
-    matrix, losses, _ = _random(seed)
-    mask = np.arange(3) < case.non_conflicting
-    update, _ = run(case, matrix, losses, mask=mask)
-    unit = matrix / np.linalg.norm(matrix, axis=1, keepdims=True)
-    assert (unit[mask] @ update).min() >= -1e-4 * np.linalg.norm(update)
-
-
-@parametrize([c for c in CASES if c.task_scale])
-@problems
-@fuzz
-def test_direction_does_not_depend_on_the_scale_of_a_task(case, seed):
-    matrix, losses, rng = _random(seed)
-    factors = 10.0 ** rng.uniform(-2, 2, size=(3, 1))
-    plain, _ = run(case, matrix, losses)
-    scaled, _ = run(case, factors * matrix, losses)
-    _close(plain / np.linalg.norm(plain), scaled / np.linalg.norm(scaled))
-
-
-@parametrize([c for c in CASES if c.simplex])
-@problems
-@fuzz
-def test_weights_lie_on_the_simplex(case, seed):
-    matrix, losses, _ = _random(seed)
-    _, state = run(case, matrix, losses)
-    assert (state.task_weights >= 0).all()
-    np.testing.assert_allclose(state.task_weights.sum(), 1, rtol=1e-5)
