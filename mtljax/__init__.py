@@ -30,9 +30,11 @@ from mtljax.methods import dwa as dwa
 from mtljax.methods import excess_mtl as excess_mtl
 from mtljax.methods import fairgrad as fairgrad
 from mtljax.methods import famo as famo
+from mtljax.methods import gcs as gcs
 from mtljax.methods import geometric_mean as geometric_mean
 from mtljax.methods import get_method as get_method
 from mtljax.methods import graddrop as graddrop
+from mtljax.methods import gradient_norm_weighting as gradient_norm_weighting
 from mtljax.methods import gradnorm as gradnorm
 from mtljax.methods import gradvac as gradvac
 from mtljax.methods import imtl_g as imtl_g
@@ -43,6 +45,7 @@ from mtljax.methods import mgda as mgda
 from mtljax.methods import moco as moco
 from mtljax.methods import modo as modo
 from mtljax.methods import nash_mtl as nash_mtl
+from mtljax.methods import ol_aux as ol_aux
 from mtljax.methods import pbi as pbi
 from mtljax.methods import pcgrad as pcgrad
 from mtljax.methods import random_gradient_weighting as random_gradient_weighting
@@ -80,6 +83,7 @@ __all__ = [
     "geometric_mean",
     "imtl_l",
     "gradnorm",
+    "gradient_norm_weighting",
     "stch",
     "cosmos",
     "pbi",
@@ -102,6 +106,8 @@ __all__ = [
     "moco",
     "db_mtl",
     "graddrop",
+    "gcs",
+    "ol_aux",
     "krum",
     "trimmed_mean",
     # balancers made of balancers

@@ -146,6 +146,7 @@ CASES = [
     Case("imtl_l", row_linear=True, zero_row="dropped"),
     Case("gradnorm"),
     Case("gradnorm", {"compat": "libmtl"}),
+    Case("gradient_norm_weighting", zero_row="dropped"),
     Case("stch", row_linear=True),
     Case(
         "stch",
@@ -241,6 +242,27 @@ CASES = [
         deterministic=False,
         zero_row="dropped",
         precision=None,  # draws other numbers in float64
+    ),
+    Case(
+        "gcs",
+        permutation=False,  # the first task is the main one
+        row_linear=True,
+        zero_row="dropped",
+        maskable=False,
+    ),
+    Case(
+        "gcs",
+        {"weighted": True},
+        permutation=False,
+        zero_row="dropped",
+        maskable=False,
+    ),
+    Case(
+        "ol_aux",
+        permutation=False,
+        row_linear=True,
+        zero_row="dropped",
+        maskable=False,
     ),
     Case("krum", permutation=False, simplex=True, min_tasks=3),
     Case("krum", {"num_selected": 2}, simplex=True, min_tasks=3),

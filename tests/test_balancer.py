@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from precision import enable_x64
 
 import mtljax
 from mtljax.balancer import from_grads, from_weights, rescale, weigh_stacked
@@ -103,7 +104,7 @@ def test_builder_spares_the_state_of_a_bad_loss(bad):
 def test_builder_keeps_the_dtypes_of_the_state():
     balancer = counting(weights=np.ones(3))
     state = balancer.init(GRADS)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         losses = jnp.asarray(np.asarray(LOSSES), jnp.float64)
         grads = {"w": jnp.asarray(np.asarray(GRADS["w"]), jnp.float64)}
         update, after = balancer.update(grads, state, losses=losses)

@@ -14,9 +14,10 @@ FLOORS = [
     {"types", "stack", "solvers", "balancer", "per_task", "metrics"},
     {"methods", "gradients", "wrappers"},
     {"sharpness", "alternating", "forkmerge", "trajectory"},
+    {"catalogue", "__main__"},
     {"models", "data", "training"},
 ]
-CORE = set().union(*FLOORS[:3])
+CORE = set().union(*FLOORS[:4])
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 ALLOWED = {"jax", "optax", "jaxtyping"}
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from precision import enable_x64
 from programs import DIM, PARAMS, built, flat, run, tree
 from registry import CASES, Case
 
@@ -212,7 +213,7 @@ def doubled(case_id, tasks):
 def precise(case: Case, p: Problem):
     """float32 gives what float64 gives."""
     single, _ = run(case, p.matrix, p.losses)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         balancer, update = doubled(case.id, p.tasks)
         params = jax.tree.map(lambda x: x.astype(jnp.float64), PARAMS)
         grads = tree(p.matrix.astype(np.float32), jnp.float64)

@@ -3,6 +3,9 @@
 import pathlib
 import re
 
+import pytest
+
+import mtljax.catalogue
 import mtljax.methods
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -15,10 +18,17 @@ def test_code_blocks_run():
     exec(compile("\n".join(blocks), "README.md", "exec"), {})
 
 
-def test_the_table_of_methods_is_the_registry():
-    table = re.search(r"<!-- methods -->\n(.*)\n<!-- /methods -->", README, re.DOTALL)
-    assert table
-    assert table[1] == mtljax.methods.methods_table()
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [
+        ("methods", mtljax.methods.methods_table),
+        ("wrappers", mtljax.catalogue.wrappers_table),
+    ],
+)
+def test_the_tables_are_those_of_the_registry(name, table):
+    found = re.search(rf"<!-- {name} -->\n(.*)\n<!-- /{name} -->", README, re.DOTALL)
+    assert found
+    assert found[1] == table()
 
 
 def test_the_commands_exist():

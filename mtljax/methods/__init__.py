@@ -10,8 +10,12 @@ from mtljax.methods._dwa import dwa as dwa
 from mtljax.methods._excess_mtl import excess_mtl as excess_mtl
 from mtljax.methods._fairgrad import fairgrad as fairgrad
 from mtljax.methods._famo import famo as famo
+from mtljax.methods._gcs import gcs as gcs
 from mtljax.methods._geometric_mean import geometric_mean as geometric_mean
 from mtljax.methods._graddrop import graddrop as graddrop
+from mtljax.methods._gradient_norm_weighting import (
+    gradient_norm_weighting as gradient_norm_weighting,
+)
 from mtljax.methods._gradnorm import gradnorm as gradnorm
 from mtljax.methods._gradvac import gradvac as gradvac
 from mtljax.methods._imtl_g import imtl_g as imtl_g
@@ -22,6 +26,7 @@ from mtljax.methods._mgda import mgda as mgda
 from mtljax.methods._moco import moco as moco
 from mtljax.methods._modo import modo as modo
 from mtljax.methods._nash_mtl import nash_mtl as nash_mtl
+from mtljax.methods._ol_aux import ol_aux as ol_aux
 from mtljax.methods._pbi import pbi as pbi
 from mtljax.methods._pcgrad import pcgrad as pcgrad
 from mtljax.methods._random_gradient_weighting import (
@@ -34,6 +39,7 @@ from mtljax.methods._registry import METHODS as METHODS
 from mtljax.methods._registry import Method as Method
 from mtljax.methods._registry import get_method as get_method
 from mtljax.methods._registry import methods_table as methods_table
+from mtljax.methods._registry import source_link as source_link
 from mtljax.methods._scale_invariant import scale_invariant as scale_invariant
 from mtljax.methods._sdmgrad import sdmgrad as sdmgrad
 from mtljax.methods._stch import stch as stch

@@ -18,8 +18,10 @@ from mtljax.methods._dwa import dwa
 from mtljax.methods._excess_mtl import excess_mtl
 from mtljax.methods._fairgrad import fairgrad
 from mtljax.methods._famo import famo
+from mtljax.methods._gcs import gcs
 from mtljax.methods._geometric_mean import geometric_mean
 from mtljax.methods._graddrop import graddrop
+from mtljax.methods._gradient_norm_weighting import gradient_norm_weighting
 from mtljax.methods._gradnorm import gradnorm
 from mtljax.methods._gradvac import gradvac
 from mtljax.methods._imtl_g import imtl_g
@@ -30,6 +32,7 @@ from mtljax.methods._mgda import mgda
 from mtljax.methods._moco import moco
 from mtljax.methods._modo import modo
 from mtljax.methods._nash_mtl import nash_mtl
+from mtljax.methods._ol_aux import ol_aux
 from mtljax.methods._pbi import pbi
 from mtljax.methods._pcgrad import pcgrad
 from mtljax.methods._random_gradient_weighting import random_gradient_weighting
@@ -91,6 +94,7 @@ METHODS: dict[str, Method] = {
         Method(geometric_mean, "GLS", _LOSS, "1904.08492", _ONE, "0", "minimises the geometric mean of the losses"),
         Method(imtl_l, "IMTL-L", _LOSS, "ICLR 2021", _ONE, "4T", "learns scales that make all losses one"),
         Method(gradnorm, "GradNorm", _LOSS, "1711.02257", _ALL, "6T", "larger gradients for tasks that train slower"),
+        Method(gradient_norm_weighting, "grad-norm", _LOSS, "2308.08468", _ALL, "2T", "all weighted gradients of the mean length, slowly"),
         Method(stch, "STCH", _LOSS, "2402.19078", _ONE, "2T", "a smooth maximum of the losses"),
         Method(cosmos, "COSMOS", _LOSS, "2103.13392", _ONE, "0", "draws the losses towards a preference"),
         Method(pbi, "PBI", _LOSS, "TEVC 2007", _ONE, "0", "follows the line of a preference"),
@@ -112,6 +116,8 @@ METHODS: dict[str, Method] = {
         Method(moco, "MoCo", _GRAD, "2210.12624", _ALL, "T copies + 3T", "min-norm step on tracked gradients"),
         Method(db_mtl, "DB-MTL", _GRAD, "2308.12029", _ALL, "T copies + 3T", "log losses; all gradients of equal length"),
         Method(graddrop, "GradDrop", _GRAD, "2010.06808", _ALL, "key", "one sign per coordinate; the sum in expectation"),
+        Method(gcs, "GCS", _GRAD, "1812.02224", _ALL, "0", "auxiliary tasks count where they agree with the main one"),
+        Method(ol_aux, "OL-AUX", _GRAD, "NeurIPS 2019", _ALL, "3T", "auxiliary weights learned for the main task"),
         Method(krum, "Krum", _GRAD, "1703.02757", _ALL, "0", "the gradient nearest to most of the others"),
         Method(trimmed_mean, "TrimmedMean", _GRAD, "1803.01498", _ALL, "0", "coordinate-wise mean without the extremes"),
     )
@@ -135,6 +141,12 @@ def get_method(name: str) -> Method:
     return METHODS[name]
 
 
+def source_link(source: str) -> str:
+    """A link to arXiv where the source is its id; else the venue as it is."""
+    number = source[:4].isdigit()
+    return f"[{source}](https://arxiv.org/abs/{source})" if number else source
+
+
 def methods_table() -> str:
     """The Markdown table of all methods, as the README prints it.
 
@@ -147,13 +159,10 @@ def methods_table() -> str:
         "|:--|:--|:--|:--|:--|:--|:--|",
     ]
     for method in METHODS.values():
-        source = method.source
-        if source[:4].isdigit():
-            source = f"[{source}](https://arxiv.org/abs/{source})"
         balancer = method.build(3, key=jax.random.key(0))
         reads = "losses" if balancer.reads_losses else "nothing"
         reads = {"gramian": "Gramian", "grads": "gradients"}.get(balancer.needs, reads)
-        cells = (f"`{method.name}`", method.label, source, reads)
+        cells = (f"`{method.name}`", method.label, source_link(method.source), reads)
         cells += (method.cost, method.state, method.promise)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -16,14 +16,10 @@ from gradients.problem import (
     params,
     task_losses,
 )
+from precision import enable_x64
 from registry import CASES
 
 import mtljax
-
-try:
-    from jax import enable_x64
-except ImportError:  # before jax 0.8
-    from jax.experimental import enable_x64
 
 STRATEGIES = ["unrolled", "vmap", "map", "chunked"]
 BY_ID = {case.id: case for case in CASES}

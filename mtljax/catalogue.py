@@ -1,0 +1,71 @@
+"""The list of balancers made of balancers, beside the list of methods."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from mtljax.balancer import Balancer
+from mtljax.methods import source_link
+from mtljax.wrappers import compose, per_layer, smooth_weights
+
+
+class Wrapper(NamedTuple):
+    """A row of the table of wrappers."""
+
+    factory: Callable[..., Balancer]
+    label: str  # what the field calls it
+    source: str  # arXiv id, or venue where there is none
+    needs: str  # which balancers it takes
+    promise: str
+
+    @property
+    def name(self) -> str:
+        """Name of the factory."""
+        return self.factory.__name__
+
+
+WRAPPERS: dict[str, Wrapper] = {
+    w.name: w
+    for w in (
+        Wrapper(
+            compose,
+            "A ∘ B",
+            "2307.15429",
+            "a loss balancer, and one that yields weights",
+            "gradient balancing of the weighted losses",
+        ),
+        Wrapper(
+            smooth_weights,
+            "CR-MOGM",
+            "NeurIPS 2022",
+            "one that yields weights",
+            "a moving average of the weights",
+        ),
+        Wrapper(
+            per_layer,
+            "layer-wise",
+            "2010.05874",
+            "any",
+            "balances every group of leaves on its own",
+        ),
+    )
+}
+
+
+def wrappers_table() -> str:
+    """The Markdown table of the balancers made of balancers, as the README prints it.
+
+    Examples:
+      >>> print(wrappers_table().splitlines()[2][:26])
+      | `compose` | A ∘ B | [230
+    """
+    lines = ["| name | called | source | takes | what it is |", "|:--|:--|:--|:--|:--|"]
+    for wrapper in WRAPPERS.values():
+        cells = (
+            f"`{wrapper.name}`",
+            wrapper.label,
+            source_link(wrapper.source),
+            wrapper.needs,
+            wrapper.promise,
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)

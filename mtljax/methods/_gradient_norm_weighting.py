@@ -1,0 +1,95 @@
+"""Gradient-norm weighting: every weighted gradient gets the mean length, slowly."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from mtljax.balancer import Balancer, check_num_tasks, from_weights
+from mtljax.types import Scale, Weights
+
+
+class GradientNormWeightingState(NamedTuple):
+    """State of :func:`gradient_norm_weighting`."""
+
+    average: Weights
+    step: Int[Array, ""]
+    task_weights: Weights
+
+
+def gradient_norm_weighting(
+    num_tasks: int,
+    *,
+    decay: float = 0.9,
+    update_every: int = 1000,
+    scale: Scale = "native",
+) -> Balancer:
+    """Weights inverse to the gradient norms, averaged over time (as in jaxpi).
+
+    ``ŵ_i = (1/T) Σ_j ‖g_j‖ / ‖g_i‖`` and ``w <- a w + (1 - a) ŵ`` every N steps, from
+    ``w = 1``; the update is ``Σ_i w_i g_i``. Used for the residual, boundary and data
+    losses of physics-informed networks, whose gradients differ by orders of magnitude.
+    Unlike GradNorm (:func:`mtljax.gradnorm`) it does not look at the losses.
+
+    A task whose gradient is zero is left out of the mean and keeps its average.
+
+    Args:
+      num_tasks: T, length of the leading axis of every leaf of the gradients.
+      decay: a, at least 0 (no memory) and below 1.
+      update_every: N; the weights change at steps 0, N, 2N, ...
+      scale: ``"native"`` is left as it is: with equal norms the weights are one.
+
+    Returns:
+      A balancer; needs the Gramian, of which it reads the diagonal: T backward passes.
+      State: 2 T numbers and the step.
+
+    Raises:
+      ValueError: If ``decay`` is outside [0, 1) or ``update_every`` is not positive.
+
+    Examples:
+      >>> import jax.numpy as jnp, mtljax
+      >>> balancer = mtljax.gradient_norm_weighting(2, decay=0.0)
+      >>> grads = {"w": jnp.array([[1.0, 0.0], [0.0, 3.0]])}
+      >>> update, _ = balancer.update(grads, balancer.init(grads))
+      >>> update["w"].tolist()
+      [2.000, 2.000]
+
+    References:
+      Wang et al., `An Expert's Guide to Training Physics-informed Neural Networks
+      <https://arxiv.org/abs/2308.08468>`_, 2023.
+    """
+    check_num_tasks("gradient_norm_weighting", num_tasks)
+    if not 0 <= decay < 1:
+        raise ValueError(
+            f"gradient_norm_weighting: decay must lie in [0, 1), not {decay}."
+        )
+    if update_every < 1:
+        raise ValueError(
+            "gradient_norm_weighting: update_every must be positive, "
+            f"not {update_every}."
+        )
+
+    def init():
+        ones = jnp.ones(num_tasks, jnp.float32)
+        return GradientNormWeightingState(ones, jnp.int32(0), ones)
+
+    def weigh(state, *, losses, gramian, mask):
+        del losses
+        norms = jnp.sqrt(jnp.maximum(jnp.diagonal(gramian), 0))
+        active = mask & (norms > 0)
+        mean = norms.sum(where=active) / jnp.maximum(active.sum(), 1)
+        target = mean / jnp.where(active, norms, 1)
+        due = active & (state.step % update_every == 0)
+        mixed = decay * state.average + (1 - decay) * target
+        average = jnp.where(due, mixed, state.average)
+        return average, state._replace(average=average, step=state.step + 1)
+
+    return from_weights(
+        "gradient_norm_weighting",
+        num_tasks,
+        init=init,
+        weigh=weigh,
+        needs="gramian",
+        native="free",
+        scale=scale,
+    )
