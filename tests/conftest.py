@@ -1,3 +1,6 @@
+import os
+import pathlib
+
 import jax
 import jaxtyping
 import pytest
@@ -6,6 +9,22 @@ from registry import CLASSICS
 import mtljax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+CACHE = pathlib.Path(__file__).parents[1] / ".jax_cache"
+
+
+def pytest_configure(config):
+    """The suite is bound by compilation: less of it by default, none of it twice.
+
+    Programs are compiled as users compile them in deep runs. The environment is for the
+    processes that tests start.
+    """
+    options = {"jax_compilation_cache_dir": str(CACHE)}
+    if config.getoption("markexpr") == "not deep":
+        options["jax_disable_most_optimizations"] = True
+    for name, value in options.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
 
 
 @pytest.fixture

@@ -158,6 +158,15 @@ CASES = [
     Case("pbi", row_linear=True),
     Case("excess_mtl"),
     Case("excess_mtl", {"compat": "torchjd"}, simplex=True),
+    Case("igb_v1"),
+    Case("igb_v1", {"window": (1, 3)}),
+    Case(
+        "igb_v2",
+        {"window": (1, 3), "period": 2, "updates": 1, "batch_size": 4, "capacity": 8}
+        | {"hidden": (4,), "schedule": 0.1},
+        permutation=False,
+        deterministic=False,
+    ),
     Case(
         "random_gradient_weighting",
         permutation=False,

@@ -4,6 +4,7 @@ import os
 import sys
 import time
 
+import jax
 import tyro
 
 from experiments.multidigits.config import PRESETS, SINGLE_TASK, Config, check
@@ -74,6 +75,8 @@ def cli() -> None:
         description="Single-task baselines and multi-task methods on overlaid real "
         "digits, side by side. Without a preset, `demo` runs.",
     )
+    if config.quick_compile:
+        jax.config.update("jax_disable_most_optimizations", True)
     command = " ".join(["python -m experiments.multidigits", *arguments])
     try:
         main(config, command)

@@ -167,8 +167,12 @@ def make_problem(config: Config) -> Problem:
 
     init_one = jax.jit(init_model)  # of any number of runs: one small program
 
+    @jax.jit
+    def stacked(trees):
+        return jax.tree.map(lambda *x: jnp.stack(x), *trees)
+
     def init_models(keys):
-        return jax.tree.map(lambda *x: jnp.stack(x), *[init_one(k) for k in keys])
+        return stacked([init_one(k) for k in keys])
 
     return Problem(
         dataset,
@@ -267,7 +271,7 @@ def initial_state(config: Config, problem: Problem, method: str, program: Progra
         ]
     )
     lrs = jnp.array([run.lr for run in runs])
-    state = jax.vmap(program.init)(variables, balancer_keys, lrs, constants)
+    state = jax.jit(jax.vmap(program.init))(variables, balancer_keys, lrs, constants)
     return state, order_keys
 
 
@@ -325,7 +329,14 @@ def run_method(
         resume="auto" if config.resume else False,
         overwrite=config.overwrite,
         config=config,
-        may_differ=("methods", "steps", "time_steps", "data_dir", "plots"),
+        may_differ=(
+            "methods",
+            "steps",
+            "time_steps",
+            "data_dir",
+            "plots",
+            "quick_compile",
+        ),
         tensorboard=config.tensorboard,
         positive_losses=program.positive_losses,
         title=method,
