@@ -96,7 +96,7 @@ class Config:
 
 PRESETS = {
     "smoke": (
-        "A quarter of a minute, mostly compilation: two methods, a few steps; for tests.",
+        "Some fifteen seconds, mostly compilation: two methods, a few steps.",
         Config(
             methods=("linear", "cagrad"),
             seeds=2,
