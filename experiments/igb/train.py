@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
+from mtljax.models.mpnn import MPNN
 
 import mtljax
 from experiments.igb.config import ROWS, SINGLE_TASK, Agent, Config, Row, Training
 from mtljax import data, models, training
-from mtljax.models.mpnn import MPNN
 
 Batch = Mapping[str, Array]
 
