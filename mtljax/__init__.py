@@ -37,6 +37,8 @@ from mtljax.methods import graddrop as graddrop
 from mtljax.methods import gradient_norm_weighting as gradient_norm_weighting
 from mtljax.methods import gradnorm as gradnorm
 from mtljax.methods import gradvac as gradvac
+from mtljax.methods import igb_v1 as igb_v1
+from mtljax.methods import igb_v2 as igb_v2
 from mtljax.methods import imtl_g as imtl_g
 from mtljax.methods import imtl_l as imtl_l
 from mtljax.methods import krum as krum
@@ -88,6 +90,8 @@ __all__ = [
     "cosmos",
     "pbi",
     "excess_mtl",
+    "igb_v1",
+    "igb_v2",
     # gradient balancing
     "mgda",
     "pcgrad",

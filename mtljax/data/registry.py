@@ -5,8 +5,10 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from mtljax.data._mulan import mulan_mtr
 from mtljax.data._multidigits import multidigits
 from mtljax.data._multimnist import multi_fashion, multi_fashion_mnist, multi_mnist
+from mtljax.data._qm9 import qm9, qm9_subset
 from mtljax.data.types import DataError, Dataset
 
 _BUILDERS: dict[str, Callable[..., Dataset]] = {
@@ -14,6 +16,9 @@ _BUILDERS: dict[str, Callable[..., Dataset]] = {
     "multi_mnist": multi_mnist,
     "multi_fashion": multi_fashion,
     "multi_fashion_mnist": multi_fashion_mnist,
+    "qm9_subset": qm9_subset,
+    "qm9": qm9,
+    "mulan_mtr": mulan_mtr,
 }
 
 
@@ -23,7 +28,8 @@ def available() -> tuple[str, ...]:
     Examples:
       >>> from mtljax.data import available
       >>> available()
-      ('multidigits', 'multi_mnist', 'multi_fashion', 'multi_fashion_mnist')
+      ('multidigits', 'multi_mnist', 'multi_fashion', 'multi_fashion_mnist',
+      'qm9_subset', 'qm9', 'mulan_mtr')
     """
     return tuple(_BUILDERS)
 
@@ -38,8 +44,9 @@ def load(
       data_dir: Where the files are; ignored by a set that needs none
         (``multidigits``).
       **options: Keywords of the function of that name: ``seed``, ``train_size``,
-        ``val_size``, ``test_size``; for the MultiMNIST family also ``source``
-        (``"files"`` or ``"tfds"``) and ``download``.
+        ``val_size``, ``test_size``; for the MultiMNIST family and ``qm9`` also
+        ``source`` (``"files"`` or ``"tfds"``) and ``download``; for ``mulan_mtr``
+        also ``subset``.
 
     Returns:
       The data set, in memory.

@@ -18,6 +18,8 @@ from mtljax.methods._gradient_norm_weighting import (
 )
 from mtljax.methods._gradnorm import gradnorm as gradnorm
 from mtljax.methods._gradvac import gradvac as gradvac
+from mtljax.methods._igb_v1 import igb_v1 as igb_v1
+from mtljax.methods._igb_v2 import igb_v2 as igb_v2
 from mtljax.methods._imtl_g import imtl_g as imtl_g
 from mtljax.methods._imtl_l import imtl_l as imtl_l
 from mtljax.methods._krum import krum as krum

@@ -24,6 +24,8 @@ from mtljax.methods._graddrop import graddrop
 from mtljax.methods._gradient_norm_weighting import gradient_norm_weighting
 from mtljax.methods._gradnorm import gradnorm
 from mtljax.methods._gradvac import gradvac
+from mtljax.methods._igb_v1 import igb_v1
+from mtljax.methods._igb_v2 import igb_v2
 from mtljax.methods._imtl_g import imtl_g
 from mtljax.methods._imtl_l import imtl_l
 from mtljax.methods._krum import krum
@@ -99,6 +101,8 @@ METHODS: dict[str, Method] = {
         Method(cosmos, "COSMOS", _LOSS, "2103.13392", _ONE, "0", "draws the losses towards a preference"),
         Method(pbi, "PBI", _LOSS, "TEVC 2007", _ONE, "0", "follows the line of a preference"),
         Method(excess_mtl, "ExcessMTL", _LOSS, "2402.02009", _ALL, "T copies + 3T", "weight by excess risk; robust to label noise"),
+        Method(igb_v1, "IGBv1", _LOSS, "2307.15429", _ONE, "4T", "log losses, weighed by how far each has to fall"),
+        Method(igb_v2, "IGBv2", _LOSS, "2307.15429", _ONE, "agent, 1e4 (5T + 1)", "log losses, weighed by a soft actor-critic"),
         Method(mgda, "MGDA", _GRAD, "1810.04650", _ALL, "0", "no task gets worse; zero at Pareto stationarity"),
         Method(pcgrad, "PCGrad", _GRAD, "2001.06782", _ALL, "key", "no conflict for T = 2"),
         Method(imtl_g, "IMTL-G", _GRAD, "ICLR 2021", _ALL, "0", "equal projections on all task gradients"),

@@ -1,0 +1,102 @@
+"""mulan_mtr: small real tables with several regression targets."""
+
+import os
+import re
+
+import numpy as np
+
+from mtljax.data import _tables
+from mtljax.data.types import DataError, Dataset, Task
+
+SUBSETS = (
+    "andro", "atp1d", "edm", "enb", "jura", "oes10", "oes97", "sf1", "sf2", "slump",
+    "wq",
+)  # fmt: skip
+
+
+def mulan_mtr(
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    subset: str = "enb",
+    seed: int = 0,
+    train_size: int | None = None,
+    val_size: int | None = None,
+    test_size: int | None = None,
+) -> Dataset:
+    """A multi-target regression set of the Mulan collection: 2 to 16 targets.
+
+    Features and targets are standardised by mean and deviation over the training split
+    (a constant feature becomes zero); the original targets differ in unit.
+
+    Args:
+      data_dir: Folder that holds ``mulan_mtr/SUBSET.npz``.
+      subset: One of ``andro``, ``atp1d``, ``edm``, ``enb``, ``jura``, ``oes10``,
+        ``oes97``, ``sf1``, ``sf2``, ``slump``, ``wq``.
+      seed: Of the one shuffle that divides the rows.
+      train_size: Rows for training; None takes all that are left.
+      val_size: Rows for validation; None is a fifth.
+      test_size: Rows for test; None is a fifth.
+
+    Returns:
+      ``image`` ``[N, features, 1, 1]`` float32, and a float32 target per task, named as
+      in the file (in lower case, without punctuation). ``origin["targets"]`` has the
+      ``mean`` and ``std`` ``[T]`` that turn a standardised target back into its unit.
+
+    Raises:
+      MissingDataError: If the file is not there.
+      DataError: If there is no such subset, or the file is damaged or too short.
+
+    Examples:
+      >>> from mtljax.data import load
+      >>> load("mulan_mtr", subset="slump")
+      Traceback (most recent call last):
+        ...
+      mtljax.data.types.MissingDataError: The mulan_mtr files are needed: ...
+
+    References:
+      Tsoumakas et al., `Mulan: A Java Library for Multi-Label Learning
+      <https://www.jmlr.org/papers/v12/tsoumakas11a.html>`_, 2011.
+    """
+    if subset not in SUBSETS:
+        raise DataError(
+            f"mulan_mtr has no subset {subset!r}; it has {', '.join(SUBSETS)}."
+        )
+    keys = ("x", "y", "y_names")
+    arrays = _tables.read_npz(data_dir, "mulan_mtr", f"{subset}.npz", keys)
+    count = len(arrays["x"])
+    fifth = count // 5
+    sizes = (
+        train_size,
+        fifth if val_size is None else val_size,
+        fifth if test_size is None else test_size,
+    )
+    order = _tables.split(f"mulan_mtr/{subset}", count, sizes, seed)
+    wide = {key: arrays[key].astype(np.float64) for key in ("x", "y")}
+    features, _ = _tables.standardise(wide["x"], order["train"])
+    targets, statistics = _tables.standardise(wide["y"], order["train"])
+    names = task_names(arrays["y_names"])
+    splits = {
+        part: {"image": features[rows, :, None, None]}
+        | {task: targets[rows, i] for i, task in enumerate(names)}
+        for part, rows in order.items()
+    }
+    return Dataset(
+        name="mulan_mtr",
+        tasks=tuple(Task(task, "regression", 1) for task in names),
+        input_shape=(features.shape[1], 1, 1),
+        image_max=1,
+        origin={"targets": statistics},
+        notes=f"subset {subset} of the Mulan multi-target sets",
+        **splits,
+    )
+
+
+def task_names(names: np.ndarray) -> list[str]:
+    """Short names that can be keys and file names, all different."""
+    short = [
+        re.sub(r"[^a-z0-9]+", "_", str(n).lower()).strip("_")[:16] or "y" for n in names
+    ]
+    return [
+        name if short.count(name) == 1 else f"{name}_{i}"
+        for i, name in enumerate(short)
+    ]

@@ -1,0 +1,101 @@
+"""Tables of numbers: reading ``.npz``, one shuffle into splits, standardising."""
+
+import os
+import pathlib
+import zipfile
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from mtljax.data import _overlay
+from mtljax.data.types import SPLITS, DataError, MissingDataError
+
+
+def read_npz(
+    data_dir: str | os.PathLike[str] | None, name: str, file: str, keys: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Arrays of ``data_dir/name/file``, all of ``keys``.
+
+    Raises:
+      MissingDataError: If the file is not there.
+      DataError: If it is damaged or lacks an array.
+    """
+    if data_dir is None:
+        raise MissingDataError(
+            f"The {name} files are needed: pass --data-dir DIR with DIR/{name}/{file}."
+        )
+    path = pathlib.Path(data_dir) / name / file
+    if not path.is_file():
+        raise MissingDataError(
+            f"There is no file {str(path)!r}: pass --data-dir DIR with "
+            f"DIR/{name}/{file}."
+        )
+    try:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as arrays:
+            missing = [key for key in keys if key not in arrays]
+            if missing:
+                raise DataError(
+                    f"File {str(path)!r} holds {sorted(arrays)}; it lacks {missing}."
+                )
+            return {key: arrays[key] for key in keys}
+    except DataError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
+        raise DataError(
+            f"File {str(path)!r} is not a readable .npz file ({error})."
+        ) from error
+
+
+def split(
+    name: str, count: int, sizes: tuple[int | None, int, int], seed: int
+) -> dict[str, np.ndarray]:
+    """Indices by split: one shuffle, then test, validation, and the rest for training.
+
+    Args:
+      name: Of the set, for errors.
+      count: Rows there are.
+      sizes: Rows for training (None: what is left), validation and test.
+      seed: Of the shuffle.
+
+    Returns:
+      ``{"train": [...], "val": [...], "test": [...]}``.
+
+    Raises:
+      DataError: If a size or the seed is negative, or they exceed ``count``.
+    """
+    train, val, test = sizes
+    for part, size in zip(SPLITS, sizes, strict=True):
+        if size is not None and size < 0:
+            raise DataError(f"{part}_size must be >= 0, not {size}.")
+    if seed < 0:
+        raise DataError(f"seed must be >= 0, not {seed}.")
+    left = count - val - test
+    train = left if train is None else train
+    if train > left or left < 1:
+        raise DataError(
+            f"{name} has {count} examples; train_size={sizes[0]}, val_size={val} and "
+            f"test_size={test} ask for more."
+        )
+    order = _overlay.permutation(seed, size=count)
+    return {
+        "train": order[test + val : test + val + train],
+        "val": order[test : test + val],
+        "test": order[:test],
+    }
+
+
+def standardise(
+    columns: np.ndarray, train: np.ndarray
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Columns ``[N, K]`` with mean 0 and deviation 1 over the training rows.
+
+    A column that is constant there becomes zero.
+
+    Returns:
+      The columns in float32, and ``mean`` and ``std`` ``[K]``.
+    """
+    mean, std = columns[train].mean(0), columns[train].std(0)
+    std = np.where(std > 0, std, 1)
+    scaled = ((columns - mean) / std).astype(np.float32)
+    return scaled, {"mean": mean, "std": std}

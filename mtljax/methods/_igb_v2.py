@@ -1,0 +1,485 @@
+"""IGBv2: a soft actor-critic agent weighs the log losses, inside the compiled step."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.core import Tracer
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Scalar
+
+from mtljax import stack
+from mtljax.balancer import (
+    Balancer,
+    as_losses,
+    as_mask,
+    check_choice,
+    from_weights,
+    weigh_stacked,
+)
+from mtljax.methods import _igb, _sac
+from mtljax.types import Losses, Mask, Scale, Weights
+
+Reduce: TypeAlias = Literal["min", "mean"]
+RewardBatch: TypeAlias = Literal["next", "same"]
+
+
+class IGBv2State(NamedTuple):
+    """State of :func:`igb_v2`."""
+
+    key: PRNGKeyArray  # consumed by the next update
+    step: Int[Array, ""]
+    base: _igb.ReferenceLosses
+    previous: Losses  # losses of the last batch in which each task was present
+    average: Losses  # their moving average; the same numbers with ema=0
+    present: Mask  # tasks in the last batch
+    log_weights: Weights  # λ of the last batch: the agent's action
+    reward: Float[Array, ""]  # the last one
+    observed: Bool[Array, ""]  # it was measured on the same batch, for the next row
+    memory: _sac.Memory
+    agent: _sac.Agent
+    task_weights: Weights  # λ_i / L_i
+
+    @property
+    def temperature(self) -> Float[Array, "..."]:
+        """The agent's entropy temperature."""
+        return jnp.exp(self.agent.log_temperature)
+
+
+def igb_v2_reward(
+    before: Losses,
+    after: Losses,
+    base: Losses,
+    *,
+    multiplier: Scalar | float = 1.0,
+    mask: Mask | None = None,
+    reduce: Reduce = "min",
+) -> Float[Array, ""]:
+    """``r = α min_i (before_i - after_i) / L_base,i`` over the mask's tasks (Eq. 4).
+
+    The mask may be empty; the reward is then 0.
+    """
+    mask = jnp.ones(before.shape, bool) if mask is None else mask
+    drop = (before - after) / jnp.where(mask, base, 1)
+    if reduce == "min":
+        reward = jnp.where(mask, drop, jnp.inf).min()
+    else:
+        reward = jnp.where(mask, drop, 0).sum() / jnp.maximum(mask.sum(), 1)
+    return jnp.where(mask.any(), multiplier * reward, 0)
+
+
+def igb_v2(
+    num_tasks: int,
+    *,
+    key: PRNGKeyArray,
+    window: tuple[int, int] = (_igb.EPOCH, 2 * _igb.EPOCH),
+    base: ArrayLike | None = None,
+    num_steps: int | None = None,
+    train_from: int | None = None,
+    use_from: int | None = None,
+    schedule: optax.ScalarOrSchedule | None = None,
+    lr_multiplier: bool | None = None,
+    reward: Reduce = "min",
+    reward_batch: RewardBatch = "next",
+    ema: float = 0.0,
+    density: _sac.Density = "tanh_compat",
+    capacity: int = 10_000,
+    period: int = 50,
+    updates: int = 25,
+    batch_size: int = 128,
+    hidden: Sequence[int] = (128, 128),
+    discount: float = 0.99,
+    agent_optimizer: optax.GradientTransformation | float = 3e-4,
+    initial_temperature: float = 0.2,
+    target_entropy: float | None = None,
+    tau: float = 0.005,
+    scale: Scale = "native",
+) -> Balancer:
+    """Improvable gap balancing by reinforcement learning (IGBv2).
+
+    Descends ``Σ_i λ_i log L_i`` as :func:`igb_v1` does, with the weights λ (positive,
+    of sum n) chosen by a soft actor-critic. Its state is the vector of the raw batch
+    losses, its action ``λ = n softmax(u)``, ``u ~ N(μ(L), σ(L)²)``, its reward
+    ``α_k min_i (L_i(k-1) - L_i(k)) / L_base,i``: the relative fall of the task that
+    fell least, between one batch and the next, times initial over current learning
+    rate. Training is one trajectory without an end.
+
+    Steps below ``use_from`` draw ``λ = n softmax(z)``, ``z ~ N(0, I)``. Transitions go
+    to a ring from the end of the window on. From ``train_from`` on, every ``period``
+    steps, the agent makes ``⌊updates k⌋`` updates on ``⌊batch_size k⌋`` transitions
+    each, ``k = 1 + stored / capacity`` (the authors' code; the paper does not say).
+
+    Args:
+      num_tasks: T, length of the leading axis of every leaf of the gradients.
+      key: Seeds networks, exploration and replay; lives in the state.
+      window: ``(start, stop)``: steps whose mean losses are ``L_base``, see
+        :func:`igb_v1`. For n steps per epoch the paper's is ``(n, 2 * n)``.
+      base: ``L_base`` itself ``[T]``, where it is known.
+      num_steps: Steps of the run, where known, to check the other numbers against.
+      train_from: First step at which the agent is trained; None is one window after
+        the window (the paper's fourth epoch).
+      use_from: First step at which the agent is used; None is three windows after the
+        window (the paper's sixth epoch).
+      schedule: Learning rate of the model, a number or an optax schedule of the step,
+        for α: initial over current. Counted in updates of this balancer. One that
+        warms up from small values makes α small, and is probably not what is meant.
+      lr_multiplier: Whether rewards are multiplied by α; None where a schedule is
+        given. The paper does; the authors' code has α = 1 on QM9 by a slip.
+      reward: ``"min"``, or ``"mean"`` over tasks (an ablation of the paper).
+      reward_batch: ``"next"`` compares two batches, as the paper does. ``"same"`` (not
+        in the paper) compares the losses of one batch before and after the step, which
+        :func:`mtljax.observe` must be given: one more forward pass. A step without it
+        is rewarded as with ``"next"``.
+      ema: Decay of a moving average of the losses that ``"next"`` rewards are taken of.
+        Not in the paper (0).
+      density: ``"tanh_compat"``: log-density of ``tanh(u)`` though the action is a
+        softmax, as the authors' code has it. ``"logistic_normal"``: that of the action
+        (inferred; the last present task's logit is fixed at 0).
+      capacity: Transitions kept; small on purpose, old losses describe an old model.
+      period: Steps between trainings of the agent.
+      updates: Updates per training with an empty ring; twice as many with a full one.
+      batch_size: Transitions per update with an empty ring; likewise.
+      hidden: Widths of the hidden layers of actor and critics.
+      discount: γ.
+      agent_optimizer: Of actor, critics and temperature: a learning rate of Adam or a
+        transformation. The paper has 1e-4 in company of MGDA, PCGrad or Nash-MTL.
+      initial_temperature: Weight of the entropy in the beginning; then it is learned.
+      target_entropy: H̄; None is minus the number of free logits: -T, or ``-(T - 1)``
+        for ``"logistic_normal"``.
+      tau: Share of the critics that their targets take over at every update.
+      scale: ``"native"``, or effective weights ``λ_i / L_i`` normalised to the
+        ``"sum"`` or ``"mean"`` scale.
+
+    Returns:
+      A balancer; needs ``losses``, all positive (outside ``jit`` a loss that is not
+      raises; inside, the weight saturates). One backward pass (and one forward with
+      ``reward_batch="same"``); every ``period`` steps the training of the agent. State:
+      ``capacity (5 T + 1)`` numbers and the networks; jit your step with its state
+      donated, or in a scan, or every step copies the ring. ``vmap`` over runs trains
+      the agents of all in the same step. With absent tasks (inferred; the paper has
+      none) the actor sees their last losses, λ and the densities are those of the
+      present tasks, and a reward is that of the tasks that are present, each against
+      its own last loss.
+
+    Raises:
+      ValueError: If the window is empty or a phase does not begin inside the run,
+        ``lr_multiplier`` has no schedule, a number is out of range, a shape is wrong,
+        or a concrete loss is not positive.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, mtljax, optax
+      >>> n = 4  # steps per epoch
+      >>> balancer = mtljax.igb_v2(
+      ...     2, key=jax.random.key(0), window=(n, 2 * n), num_steps=10 * n,
+      ...     schedule=optax.cosine_decay_schedule(1e-3, 20 * n), hidden=(8,))
+      >>> grads = {"w": jnp.eye(2)}
+      >>> update = jax.jit(balancer.update, donate_argnums=1)
+      >>> state = balancer.init(grads)
+      >>> for _ in range(6 * n):
+      ...     _, state = update(grads, state, losses=jnp.array([0.5, 2.0]))
+      >>> float(state.log_weights.sum()), int(state.memory.written)
+      (2.0, 16)
+
+    References:
+      Dai et al., `Improvable Gap Balancing for Multi-Task Learning
+      <https://arxiv.org/abs/2307.15429>`_, 2023; Haarnoja et al., `Soft Actor-Critic
+      Algorithms and Applications <https://arxiv.org/abs/1812.05905>`_, 2018.
+    """
+    name = "igb_v2"
+    reference = _igb.make_window(name, num_tasks, window, base, num_steps)
+    length = window[1] - window[0]
+    train_from = window[1] + length if train_from is None else train_from
+    use_from = window[1] + 3 * length if use_from is None else use_from
+    _check_phases(name, reference, train_from, use_from, num_steps)
+    multiplier = _make_multiplier(name, schedule, lr_multiplier)
+    check_choice(name, "reward", reward, Reduce)
+    check_choice(name, "reward_batch", reward_batch, RewardBatch)
+    check_choice(name, "density", density, _sac.Density)
+    _igb.check_decay(name, ema)
+    _check_positive(
+        name,
+        capacity=capacity,
+        period=period,
+        updates=updates,
+        batch_size=batch_size,
+        initial_temperature=initial_temperature,
+        tau=tau,
+        **{f"hidden[{i}]": width for i, width in enumerate(hidden)},
+    )
+    if not 0 <= discount <= 1:
+        raise ValueError(f"{name}: discount must lie in [0, 1], not {discount}.")
+    if not isinstance(agent_optimizer, optax.GradientTransformation):
+        _check_positive(name, agent_optimizer=agent_optimizer)
+        agent_optimizer = optax.adam(agent_optimizer)
+    rule = _Rule(
+        reference=reference,
+        train_from=train_from,
+        use_from=use_from,
+        multiplier=multiplier,
+        reward=reward,
+        ema=ema,
+        density=density,
+        capacity=capacity,
+        period=period,
+        updates=updates,
+        batch_size=batch_size,
+        sac={
+            "optimizer": agent_optimizer,
+            "discount": discount,
+            "tau": tau,
+            "density": density,
+            "target_entropy": target_entropy,
+        },
+    )
+
+    def init():
+        agent_key, next_key = jax.random.split(key)
+        agent = _sac.init_agent(
+            agent_key, num_tasks, hidden, initial_temperature, agent_optimizer
+        )
+        # Buffers of their own, so that a step may donate the state.
+        return jax.tree.map(jnp.copy, rule.init(num_tasks, next_key, agent))
+
+    checked = from_weights(
+        name,
+        num_tasks,
+        init=init,
+        weigh=rule.choose,
+        needs="losses",
+        native="free",
+        scale=scale,
+        reads_losses=True,
+        positive_losses=True,
+    )
+
+    def prepared(losses, mask):
+        present = as_mask(name, num_tasks, mask)
+        losses = jnp.where(present, as_losses(name, num_tasks, losses), 1)
+        return jax.lax.stop_gradient(losses).astype(jnp.float32), present
+
+    weigh_checked = checked.weigh
+    assert weigh_checked is not None
+
+    # The ring is written here and passes through `checked` as it is, so that the
+    # choice between old and new state, which is made there, does not copy it.
+    def weigh(state, *, losses=None, gramian=None, mask=None, **side):
+        state = rule.remember(state, *prepared(losses, mask))
+        return weigh_checked(state, losses=losses, gramian=gramian, mask=mask, **side)
+
+    def update(updates, state, params=None, *, losses=None, mask=None, **extra_args):
+        del params
+        weights, updates, state = weigh_stacked(
+            balancer, updates, state, losses=losses, mask=mask, **extra_args
+        )
+        return stack.combine(updates, weights), state
+
+    def observe(state, *, losses, mask=None):
+        return rule.look_again(state, *prepared(losses, mask))
+
+    balancer = Balancer(
+        checked.init,
+        update,
+        name=name,
+        num_tasks=num_tasks,
+        needs="losses",
+        weigh=weigh,
+        reads_losses=True,
+        positive_losses=True,
+        observe=observe if reward_batch == "same" else None,
+    )
+    return balancer
+
+
+class _Rule(NamedTuple):
+    """The settings of :func:`igb_v2`, and what is done with them in a step."""
+
+    reference: _igb.Window
+    train_from: int
+    use_from: int
+    multiplier: Callable[[Any], Any]
+    reward: Reduce
+    ema: float
+    density: _sac.Density
+    capacity: int
+    period: int
+    updates: int
+    batch_size: int
+    sac: dict[str, Any]
+
+    def init(self, num_tasks: int, key: PRNGKeyArray, agent: _sac.Agent) -> IGBv2State:
+        """Before the first batch."""
+        zeros = jnp.zeros(num_tasks, jnp.float32)
+        return IGBv2State(
+            key=key,
+            step=jnp.int32(0),
+            base=self.reference.init(num_tasks),
+            previous=zeros,
+            average=zeros,
+            present=jnp.zeros(num_tasks, bool),
+            log_weights=zeros + 1,
+            reward=jnp.float32(0),
+            observed=jnp.zeros((), bool),
+            memory=_sac.init_memory(num_tasks, self.capacity),
+            agent=agent,
+            task_weights=zeros + 1,
+        )
+
+    def comparable(self, state: IGBv2State, mask: Mask) -> Mask:
+        """Tasks of the mask that have a reference and a loss to compare with."""
+        return mask & self.reference.ready(state.base) & (state.base.steps > 0)
+
+    def remember(self, state: IGBv2State, losses: Losses, mask: Mask) -> IGBv2State:
+        """Ends the transition of the last step, which the new losses reward."""
+        tasks = self.comparable(state, mask)
+        first = state.base.steps == 0
+        average = _igb.smoothed(state.average, losses, first, mask, self.ema)
+        found = igb_v2_reward(
+            state.average,
+            average,
+            state.base.mean,
+            multiplier=self.multiplier(state.step),
+            mask=tasks,
+            reduce=self.reward,
+        )
+        found = jnp.where(state.observed, state.reward, found).astype(jnp.float32)
+        healthy = mask.any() & jnp.isfinite(losses).all()
+        keep = healthy & (tasks.any() | state.observed)
+        row = _sac.Transition(
+            losses=state.previous,
+            weights=jnp.where(state.present, state.log_weights, 0),
+            reward=found,
+            next_losses=jnp.where(mask, losses, state.previous),
+            present=state.present,
+            next_present=mask,
+        )
+        return state._replace(
+            memory=_sac.write(state.memory, row, keep),
+            reward=jnp.where(keep, found, state.reward),
+            observed=state.observed & ~healthy,
+            average=jnp.where(healthy, average, state.average),
+        )
+
+    def look_again(self, state: IGBv2State, losses: Losses, mask: Mask) -> IGBv2State:
+        """Rewards the step just made by the same batch's losses after it."""
+        tasks = self.comparable(state, mask & state.present)
+        found = igb_v2_reward(
+            state.previous,
+            losses,
+            state.base.mean,
+            multiplier=self.multiplier(state.step - 1),  # of the step just made
+            mask=tasks,
+            reduce=self.reward,
+        )
+        keep = tasks.any() & jnp.isfinite(losses).all()
+        return state._replace(
+            reward=jnp.where(keep, found, state.reward).astype(jnp.float32),
+            observed=state.observed | keep,
+        )
+
+    def learn(self, state: IGBv2State, key: PRNGKeyArray) -> _sac.Agent:
+        """Trains the agent, once in a period."""
+        size = _sac.stored(state.memory)
+        due = state.step >= self.train_from
+        due = due & (state.step % self.period == 0) & (size > 0)
+        number = self.updates + self.updates * size // self.capacity
+        rows = self.batch_size + self.batch_size * size // self.capacity
+
+        def train():
+            return _sac.train(
+                state.agent,
+                state.memory,
+                key,
+                jnp.where(due, number, 0),
+                rows,
+                max_rows=2 * self.batch_size,
+                **self.sac,
+            )
+
+        return jax.lax.cond(_sac.any_run(due), train, lambda: state.agent)
+
+    def choose(
+        self, state: IGBv2State, *, losses: Losses, gramian: Any, mask: Mask
+    ) -> tuple[Weights, IGBv2State]:
+        """λ of this batch; the transition that it ended is in the ring already."""
+        del gramian
+        losses = jax.lax.stop_gradient(losses)
+        next_key, train_key, draw_key = jax.random.split(state.key, 3)
+        agent = self.learn(state, train_key)
+        seen = jnp.where(mask, losses, state.previous).astype(jnp.float32)
+        noise = jax.random.normal(draw_key, losses.shape, jnp.float32)
+        chosen, _ = _sac.act(agent.actor, seen, mask, noise, self.density)
+        drawn = mask.sum() * jax.nn.softmax(noise, where=mask)
+        share = jnp.where(state.step >= self.use_from, chosen, drawn)
+        return _igb.effective_weights(share, losses), state._replace(
+            key=next_key,
+            step=state.step + 1,
+            base=self.reference.update(state.base, losses, mask),
+            previous=seen,
+            present=mask,
+            log_weights=jnp.where(mask, share, state.log_weights),
+            agent=agent,
+        )
+
+
+def _check_positive(name: str, **numbers: Any) -> None:
+    for argument, value in numbers.items():
+        if not isinstance(value, Tracer) and not value > 0:
+            raise ValueError(f"{name}: {argument} must be positive, not {value}.")
+
+
+def _check_phases(
+    name: str,
+    reference: _igb.Window,
+    train_from: int,
+    use_from: int,
+    num_steps: int | None,
+) -> None:
+    """The window, then training, then use; all of them inside the run."""
+    start = 1 if reference.given is not None else reference.stop
+    if train_from < start:
+        raise ValueError(
+            f"{name}: train_from={train_from} lies before step {start}, where the "
+            "first reward is measured."
+        )
+    if use_from < train_from:
+        raise ValueError(
+            f"{name}: use_from={use_from} lies before train_from={train_from}; the "
+            "agent would be used untrained."
+        )
+    if num_steps is not None and use_from >= num_steps:
+        raise ValueError(
+            f"{name}: use_from={use_from} does not lie inside the run of "
+            f"num_steps={num_steps}, so the agent would never be used."
+        )
+
+
+def _make_multiplier(
+    name: str, schedule: optax.ScalarOrSchedule | None, wanted: bool | None
+) -> Callable[[Any], Any]:
+    """α of a step: initial over current learning rate."""
+    if schedule is None:
+        if wanted:
+            raise ValueError(
+                f"{name}: lr_multiplier=True multiplies rewards by initial over "
+                "current learning rate, so it needs schedule=, the model's learning "
+                "rate (a number or an optax schedule)."
+            )
+        return lambda _: 1.0
+    if wanted is False or not callable(schedule):
+        return lambda _: 1.0
+    first = jnp.asarray(schedule(0), jnp.float32)
+    if not isinstance(first, Tracer) and not first > 0:
+        raise ValueError(
+            f"{name}: schedule(0) is {float(first):.6g}, and rewards are multiplied by "
+            "initial over current learning rate; give a schedule that starts above "
+            "zero, or lr_multiplier=False."
+        )
+
+    def multiplier(step):
+        rate = jnp.asarray(schedule(step), jnp.float32)
+        # A step of rate 0 moves nothing, and earns nothing.
+        return jnp.where(rate > 0, first / jnp.where(rate > 0, rate, 1), 0)
+
+    return multiplier
