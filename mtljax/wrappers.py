@@ -262,7 +262,7 @@ def per_layer(
     def init(params):
         return PerLayerState(
             {
-                name: _fold_keys(balancer.init(leaves), i)
+                name: fold_keys(balancer.init(leaves), i)
                 for i, (name, leaves) in enumerate(split(params).items())
             }
         )
@@ -310,7 +310,7 @@ def per_layer(
     )
 
 
-def _fold_keys(state: Any, number: int) -> Any:
+def fold_keys(state: Any, number: int) -> Any:
     """The state with every key folded with the number of the group.
 
     Keys of the old kind, two integers, are known by the name of their field.

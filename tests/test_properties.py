@@ -253,7 +253,7 @@ PROPERTIES = [
     Property(zero_row_stops, lambda c: c.zero_row == "stops"),
     Property(duplicate_row, lambda c: True),
     Property(masked, lambda c: c.maskable, deep=True, fewest=3, drops=1),
-    Property(vmapped, lambda c: True, deep=True),
+    Property(vmapped, lambda c: c.stable, deep=True),
     Property(precise, lambda c: c.precision is not None, deep=True),
 ]
 

@@ -281,7 +281,9 @@ def update_agent(
         wanted = jnp.full_like(log_prob, target_entropy)
     grad = -masked_mean(log_prob + wanted, valid)  # of -log α (log π + H̄)
     step, temperature_opt = optimizer.update(
-        grad, agent.temperature_opt, agent.log_temperature
+        grad.astype(agent.log_temperature.dtype),
+        agent.temperature_opt,
+        agent.log_temperature,
     )
     log_temperature: Any = optax.apply_updates(agent.log_temperature, step)
 
@@ -316,7 +318,7 @@ def train(
     def body(i, agent):
         draw, draw_noise = jax.random.split(jax.random.fold_in(key, i))
         batch = sample(draw, memory, max_rows)
-        noise = jax.random.normal(draw_noise, (2, *batch.losses.shape))
+        noise = jax.random.normal(draw_noise, (2, *batch.losses.shape), jnp.float32)
         return update_agent(agent, batch, valid, noise, **options)
 
     return jax.lax.fori_loop(0, num_updates, body, agent)
