@@ -9,6 +9,7 @@ need the extra ``mtljax[train]``.
 import importlib.metadata
 
 from mtljax import metrics as metrics
+from mtljax import sharpness as sharpness
 from mtljax import solvers as solvers
 from mtljax import stack as stack
 from mtljax.balancer import Balancer as Balancer
@@ -58,6 +59,7 @@ from mtljax.methods import stch as stch
 from mtljax.methods import trimmed_mean as trimmed_mean
 from mtljax.methods import uncertainty as uncertainty
 from mtljax.methods import upgrad as upgrad
+from mtljax.sharpness import flat_split as flat_split
 from mtljax.wrappers import compose as compose
 from mtljax.wrappers import per_layer as per_layer
 from mtljax.wrappers import smooth_weights as smooth_weights
@@ -118,11 +120,13 @@ __all__ = [
     "compose",
     "smooth_weights",
     "per_layer",
+    "flat_split",
     # the list of methods
     "METHODS",
     "get_method",
     # rooms
     "metrics",
+    "sharpness",
     "solvers",
     "stack",
 ]

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from mtljax.balancer import Balancer
 from mtljax.methods import source_link
+from mtljax.sharpness import flat_split
 from mtljax.wrappers import compose, per_layer, smooth_weights
 
 
@@ -46,6 +47,13 @@ WRAPPERS: dict[str, Wrapper] = {
             "2010.05874",
             "any",
             "balances every group of leaves on its own",
+        ),
+        Wrapper(
+            flat_split,
+            "F-X",
+            "2211.13723",
+            "any, on the gradients of `sharpness.sam_task_grads`",
+            "balances the loss part and the flat part of SAM apart",
         ),
     )
 }

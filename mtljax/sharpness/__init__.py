@@ -1,0 +1,26 @@
+"""Sharpness-aware multi-task learning: SAM for every task, with any balancer.
+
+- :func:`sam_task_grads`: the loss gradient ``g_i`` of every task and its flat part
+  ``h_i = g_i^SAM − g_i``, how far it moves under the worst small perturbation.
+- :func:`flat_split`: a balancer of pairs (g, h), made of any balancer (FS-MTL).
+- :func:`value_and_flat_grad`: both in one step, with schedules.
+- :func:`flat_gramians`, :func:`flat_conflicts`, :func:`surrogate_sharpness`: what there
+  is to look at.
+"""
+
+from mtljax.sharpness._diagnostics import FlatConflicts as FlatConflicts
+from mtljax.sharpness._diagnostics import FlatGramians as FlatGramians
+from mtljax.sharpness._diagnostics import flat_conflicts as flat_conflicts
+from mtljax.sharpness._diagnostics import flat_gramians as flat_gramians
+from mtljax.sharpness._diagnostics import surrogate_sharpness as surrogate_sharpness
+from mtljax.sharpness._flat_grad import FlatGrad as FlatGrad
+from mtljax.sharpness._flat_grad import FlatGradState as FlatGradState
+from mtljax.sharpness._flat_grad import value_and_flat_grad as value_and_flat_grad
+from mtljax.sharpness._flat_split import FlatSplitState as FlatSplitState
+from mtljax.sharpness._flat_split import Mode as Mode
+from mtljax.sharpness._flat_split import flat_split as flat_split
+from mtljax.sharpness._perturbation import Norm as Norm
+from mtljax.sharpness._perturbation import Perturb as Perturb
+from mtljax.sharpness._sam_grads import SamGrads as SamGrads
+from mtljax.sharpness._sam_grads import merge_own as merge_own
+from mtljax.sharpness._sam_grads import sam_task_grads as sam_task_grads

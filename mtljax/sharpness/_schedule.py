@@ -1,0 +1,110 @@
+"""When the second pass is made, and what the steps without it do."""
+
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from mtljax import stack
+from mtljax.balancer import check_choice
+from mtljax.gradients import shared_params
+from mtljax.sharpness._passes import Passes
+from mtljax.sharpness._perturbation import widen
+
+Between: TypeAlias = Literal["plain", "reuse"]
+
+
+class Kept(NamedTuple):
+    """Flat parts of the last step that had them, at least float32."""
+
+    shared: Any  # stacked [T, ...]
+    own: Any  # q^SAM − q
+
+
+class Schedule(NamedTuple):
+    """SAM in the steps ``start, start + every, ...``."""
+
+    every: int
+    start: int
+    between: Between
+
+    @property
+    def always(self) -> bool:
+        """Whether every step has a second pass."""
+        return self.every == 1 and self.start == 0
+
+    def active(self, step: Array) -> Array | None:
+        """Whether this step has a second pass; None if all have."""
+        if self.always:
+            return None
+        return (step >= self.start) & ((step - self.start) % self.every == 0)
+
+    def first_kept(self, params: Any, labels: Any, num_tasks: int) -> Any:
+        """Zeros, or () where nothing is kept."""
+        if self.between == "plain":
+            return ()
+
+        def zeros(*lead):
+            return lambda p: jnp.zeros((*lead, *p.shape), widen(p).dtype)
+
+        hole = optax.MaskedNode()
+        seen = params if labels is None else shared_params(params, labels)
+        own = jax.tree.map(
+            lambda s, p: p if isinstance(s, optax.MaskedNode) else hole,
+            seen,
+            params,
+            is_leaf=lambda s: isinstance(s, optax.MaskedNode),
+        )
+        return Kept(jax.tree.map(zeros(num_tasks), seen), jax.tree.map(zeros(), own))
+
+    def reuse(
+        self, passes: Passes, flat: Any, own: Any, kept: Kept, step: Array
+    ) -> tuple[Any, Any, Kept]:
+        """Flat parts and own gradients of this step, and what is kept.
+
+        A task absent from a step with SAM keeps the flat part it had.
+        """
+        active = self.active(step)
+        assert active is not None
+        present = passes.basis.sum(0) != 0
+        plain = passes.parts.tree_of("own", passes.pull.shared(passes.basis.sum(0))[1])
+
+        def remember(new, old):
+            seen = present.reshape((-1,) + (1,) * (new.ndim - 1))
+            return jnp.where(active & seen, new, old)
+
+        shared = jax.tree.map(remember, flat, kept.shared)
+        heads = jax.tree.map(
+            lambda sam, q, old: jnp.where(active, widen(sam) - widen(q), old),
+            own,
+            plain,
+            kept.own,
+        )
+        own = jax.tree.map(
+            lambda sam, q, more: jnp.where(
+                active, sam, (widen(q) + more).astype(q.dtype)
+            ),
+            own,
+            plain,
+            heads,
+        )
+        # Nothing is kept before the first step with SAM: these are zeros then.
+        return stack.select(shared, present), own, Kept(shared, heads)
+
+
+def make_schedule(name: str, every: Any, start: Any, between: Between) -> Schedule:
+    """The checked schedule of the arguments that users write."""
+    check_choice(name, "between", between, Between)
+    for argument, value, least in (("every", every, 1), ("start", start, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(
+                f"{name}: {argument} must be an integer >= {least}, not {value!r}."
+            )
+    if between == "reuse" and every == 1:
+        raise ValueError(
+            f"{name}: between='reuse' keeps flat parts for the steps between those "
+            "with SAM, but every=1 leaves none; set every."
+        )
+    return Schedule(every, start, between)
