@@ -8,6 +8,8 @@ need the extra ``mtljax[train]``.
 
 import importlib.metadata
 
+from mtljax import alternating as alternating
+from mtljax import forkmerge as forkmerge
 from mtljax import metrics as metrics
 from mtljax import sharpness as sharpness
 from mtljax import solvers as solvers
@@ -125,6 +127,8 @@ __all__ = [
     "METHODS",
     "get_method",
     # rooms
+    "alternating",
+    "forkmerge",
     "metrics",
     "sharpness",
     "solvers",

@@ -1,0 +1,161 @@
+"""Losses and gradients of one inner step: of one task, or of a group of them."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from mtljax.alternating._parts import Parts
+
+
+def indexed(task_losses: Callable[..., Any]) -> Callable[..., Any]:
+    """A task loss for :func:`alternate` from a function that returns all T losses.
+
+    All heads are evaluated at every inner step and one of them is differentiated: for
+    light heads of different shapes, labelled with their task's number. In a group the
+    forward pass is shared, which ``jax.lax.switch`` over heads would not do (under
+    ``vmap`` it evaluates every branch for every member).
+
+    Args:
+      task_losses: ``task_losses(params, batch, **kwargs) -> losses[T]``, or
+        ``(losses[T], batch_stats)``.
+
+    Returns:
+      ``task_loss(params, task, batch, **kwargs)``.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> task_loss = indexed(lambda params, batch: jnp.array([1.0, 2.0]) * params)
+      >>> float(task_loss(3.0, 1, None))
+      6.0
+    """
+
+    def task_loss(params, task, batch, **kwargs):
+        out = task_losses(params, batch, **kwargs)
+        losses, *stats = out if isinstance(out, tuple) else (out,)
+        return (losses[task], *stats) if stats else losses[task]
+
+    return task_loss
+
+
+class Group(NamedTuple):
+    """The members of one inner step, and their losses as functions of the parameters.
+
+    Trees of parameters hold a row per member in every stacked own leaf.
+    """
+
+    parts: Parts
+    task_loss: Callable[[Any, Array], Any]  # (parameters of one task, task)
+    tasks: Int[Array, " members"]
+    present: Bool[Array, " members"]
+    has_stats: bool
+    full: bool  # every member is present, known before anything runs
+
+    def _one(self, params: Any, task: Array) -> tuple[Array, Any]:
+        out = self.task_loss(params, task)
+        if self.has_stats != isinstance(out, tuple):
+            raise ValueError(
+                "task_loss must return (loss, batch_stats) if step is given "
+                f"batch_stats, and the loss alone otherwise; it returned a "
+                f"{type(out).__name__}."
+            )
+        loss, stats = out if self.has_stats else (out, None)
+        shape = jnp.shape(loss)
+        if shape:
+            raise ValueError(
+                f"task_loss must return a scalar, not an array of shape {shape}; for a "
+                "function that returns all losses use "
+                "mtljax.alternating.indexed(task_losses)."
+            )
+        return loss, stats
+
+    def losses(self, params: Any) -> tuple[Float[Array, " members"], Any]:
+        """All losses from one forward pass through what is shared."""
+        if self.tasks.shape[0] == 1:
+            # No vmap: it would turn a lax.switch over heads into all its branches.
+            loss, stats = self.loss_of(params, jnp.int32(0))
+            return loss[None], stats
+        return jax.vmap(self._one, in_axes=(self.parts.axes(), 0), out_axes=(0, None))(
+            params, self.tasks
+        )
+
+    def loss_of(self, params: Any, member: Array) -> tuple[Array, Any]:
+        """The loss of one member."""
+        row = self.parts.map_rows(lambda x: x[member], params)
+        return self._one(row, self.tasks[member])
+
+    def weights(self, mean: bool) -> Float[Array, " members"]:
+        """What the losses of the members count in that of the group."""
+        weights = self.present.astype(jnp.result_type(float))
+        return weights / jnp.maximum(weights.sum(), 1) if mean else weights
+
+    def total(self, losses: Array, mean: bool) -> Array:
+        """The group's loss; that of an absent member may be NaN."""
+        seen = jnp.where(self.present, losses, 0)
+        return (seen * self.weights(mean).astype(losses.dtype)).sum()
+
+
+def group_gradient(group: Group, params: Any, mean: bool, grad_fn: Callable[..., Any]):
+    """``(losses, stats, gradient of the group's loss)``: one pass."""
+
+    def objective(params):
+        losses, stats = group.losses(params)
+        return group.total(losses, mean), (losses, stats)
+
+    (_, (losses, stats)), grad = grad_fn(objective, has_aux=True)(params)
+    return losses, stats, grad
+
+
+def each_member(
+    group: Group,
+    params: Any,
+    visit: Callable[..., tuple[Any, Any]],
+    carry: Any,
+    *,
+    mean: bool,
+    grad_fn: Callable[..., Any] | None,
+) -> tuple[Any, Any, Any, Any]:
+    """Shows ``visit`` the gradient of one member after the other.
+
+    One forward pass and a backward pass a member, all at ``params``; with a ``grad_fn``
+    a call of that a member. The gradients are never held at once. The last member comes
+    first: what fills a group up repeats its first member, which has the last word.
+
+    Args:
+      group: The group.
+      params: Where.
+      visit: ``visit(carry, member, loss, grad) -> (carry, out)``.
+      carry: Its first one.
+      mean: Whether the group's loss is the mean.
+      grad_fn: See :func:`alternate`.
+
+    Returns:
+      ``(losses, stats, carry, outs)``, outs stacked over the members.
+    """
+    numbers = jnp.arange(group.tasks.shape[0])
+    weights = group.weights(mean)
+    if grad_fn is None:
+        losses, pull, stats = jax.vjp(group.losses, params, has_aux=True)
+
+        def body(carry, number):
+            seed = jnp.where(numbers == number, weights, 0).astype(losses.dtype)
+            return visit(carry, number, losses[number], pull(seed)[0])
+
+        carry, outs = jax.lax.scan(body, carry, numbers, reverse=True)
+        return losses, stats, carry, outs
+
+    def call(carry, number):
+        def objective(params):
+            loss, stats = group.loss_of(params, number)
+            weight = weights[number].astype(loss.dtype)
+            return jnp.where(group.present[number], loss, 0) * weight, (loss, stats)
+
+        (_, (loss, stats)), grad = grad_fn(objective, has_aux=True)(params)
+        carry, out = visit(carry, number, loss, grad)
+        return carry, (loss, stats, out)
+
+    carry, found = jax.lax.scan(call, carry, numbers, reverse=True)
+    losses, stats, outs = found
+    return losses, jax.tree.map(lambda x: x[0], stats), carry, outs

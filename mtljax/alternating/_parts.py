@@ -1,0 +1,227 @@
+"""Which leaves all tasks share, and which belong to one task.
+
+The labels of :func:`mtljax.label_params` say "shared" or "own"; here a step concerns
+one task, so an own leaf must also say whose it is: by its row (``"own"``, a stack of
+heads of equal shape) or by a task number (heads of any shape).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Int
+
+from mtljax import stack
+from mtljax.balancer import check_num_tasks
+from mtljax.types import Params
+
+
+def _is_task(label: Any) -> bool:
+    return isinstance(label, int) and not isinstance(label, bool)
+
+
+def _flat_labels(name: str, labels: Any, params: Params) -> list[Any]:
+    """One label a leaf, from a tree, a prefix tree or a function of the path."""
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    if labels is None:
+        return ["shared"] * len(paths)
+    if callable(labels):
+        return [labels(stack.path_name(path)) for path, _ in paths]
+    if isinstance(labels, str) or _is_task(labels):
+        raise ValueError(
+            f"{name}: labels={labels!r} is no tree; pass a tree of labels like the "
+            "parameters, a prefix of one, or a function of the path."
+        )
+    try:
+        full = jax.tree.map(
+            lambda label, sub: jax.tree.map(lambda _: label, sub), labels, params
+        )
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{name}: labels must be a tree like the parameters, or a prefix of it: "
+            f"{error}"
+        ) from None
+    return jax.tree.leaves(full)
+
+
+def _check(name: str, path: str, label: Any, shape: tuple[int, ...], num_tasks: int):
+    if label == "shared":
+        return
+    if label == "own":
+        if not shape or shape[0] != num_tasks:
+            raise ValueError(
+                f"{name}: parameter {path!r} is labelled 'own' but has shape {shape}; "
+                f"its first axis must be num_tasks={num_tasks}, one row per task "
+                "(label a leaf of a single task by its number instead)."
+            )
+    elif not _is_task(label):
+        raise ValueError(
+            f"{name}: parameter {path!r} is labelled {label!r}; it must be 'shared', "
+            "'own' (one row per task) or the number of the task that owns it."
+        )
+    elif not 0 <= label < num_tasks:
+        raise ValueError(
+            f"{name}: parameter {path!r} is labelled {label}, but the tasks are "
+            f"0 to {num_tasks - 1}."
+        )
+
+
+class Parts:
+    """How a tree of parameters divides; all trees below have holes elsewhere."""
+
+    def __init__(self, treedef: Any, labels: list[Any]):
+        self._treedef = treedef
+        self._labels = labels
+        self.owners = sorted({x for x in labels if _is_task(x)})
+        self.has_rows = "own" in labels
+
+    def _select(self, tree: Any, wanted: Callable[[Any], bool]) -> Any:
+        leaves = self._treedef.flatten_up_to(tree)
+        kept = [
+            leaf if wanted(label) else optax.MaskedNode()
+            for leaf, label in zip(leaves, self._labels, strict=True)
+        ]
+        return jax.tree.unflatten(self._treedef, kept)
+
+    def shared(self, tree: Any) -> Any:
+        """The leaves that all tasks share."""
+        return self._select(tree, lambda label: label == "shared")
+
+    def own(self, tree: Any) -> Any:
+        """All others."""
+        return self._select(tree, lambda label: label != "shared")
+
+    def rows(self, tree: Any) -> Any:
+        """The stacked ones among them."""
+        return self._select(tree, lambda label: label == "own")
+
+    def owned(self, tree: Any, task: int) -> Any:
+        """Those labelled with the number of a task."""
+        return self._select(tree, lambda label: label == task)
+
+    def merge(self, *trees: Any) -> Any:
+        """One tree from such that fill each other's holes."""
+        columns = zip(*map(self._treedef.flatten_up_to, trees), strict=True)
+        leaves = [
+            next(x for x in column if not isinstance(x, optax.MaskedNode))
+            for column in columns
+        ]
+        return jax.tree.unflatten(self._treedef, leaves)
+
+    def map_rows(self, function: Callable[[Any], Any], tree: Any) -> Any:
+        """``function`` of every stacked own leaf; the others stay."""
+        leaves = self._treedef.flatten_up_to(tree)
+        pairs = zip(leaves, self._labels, strict=True)
+        new = [function(x) if label == "own" else x for x, label in pairs]
+        return jax.tree.unflatten(self._treedef, new)
+
+    def axes(self) -> Any:
+        """The axis of the tasks in every leaf, for ``jax.vmap``."""
+        axes = [0 if label == "own" else None for label in self._labels]
+        return jax.tree.unflatten(self._treedef, axes)
+
+    def marks(self) -> Any:
+        """Labels "shared" and "own" as the rest of the library has them, or None."""
+        marks = ["shared" if x == "shared" else "own" for x in self._labels]
+        return jax.tree.unflatten(self._treedef, marks) if "own" in marks else None
+
+    def where(self, active: Bool[Array, " tasks"], new: Any, old: Any) -> Any:
+        """New leaves, own ones only for active tasks."""
+
+        def leaf(label, n, o):
+            if label == "shared":
+                keep = active.any()
+            elif label == "own":
+                keep = active.reshape((-1,) + (1,) * (n.ndim - 1))
+            else:
+                keep = active[label]
+            return jnp.where(keep, n, o)
+
+        columns = zip(
+            self._labels,
+            self._treedef.flatten_up_to(new),
+            self._treedef.flatten_up_to(old),
+            strict=True,
+        )
+        leaves = [leaf(*column) for column in columns]
+        return jax.tree.unflatten(self._treedef, leaves)
+
+    def view(self, params: Params, tasks: Int[Array, " members"]) -> Params:
+        """The parameters with the rows of some tasks only."""
+        return self.map_rows(lambda x: x[tasks], params)
+
+
+def make_parts(name: str, labels: Any, params: Params, num_tasks: int) -> Parts:
+    """Divides the parameters.
+
+    Raises:
+      ValueError: Naming the path of a wrong label, or saying that nothing is shared.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    flat = _flat_labels(name, labels, params)
+    for (path, leaf), label in zip(leaves, flat, strict=True):
+        _check(name, stack.path_name(path), label, jnp.shape(leaf), num_tasks)
+    if "shared" not in flat:
+        paths = ", ".join(stack.path_name(path) for path, _ in leaves)
+        raise ValueError(
+            f"{name}: no parameter is shared; the parameters are {paths or 'none'}."
+        )
+    return Parts(jax.tree.structure(params), flat)
+
+
+def check_owners(
+    task_loss: Callable[..., Any],
+    labels: Any,
+    params: Params,
+    batch: Any,
+    *,
+    num_tasks: int,
+    **kwargs: Any,
+) -> None:
+    """Checks on one batch that a leaf labelled with a task's number serves it alone.
+
+    A leaf of task 0 that the loss of task 1 also depends on would not be moved by task
+    1: nothing fails, and less is learnt. Stacked own leaves cannot go wrong so, since a
+    task loss is given its row alone. Costs T passes; call it once, before training.
+
+    Args:
+      task_loss: As for :func:`alternate`.
+      labels: As for :func:`alternate`.
+      params: Parameters.
+      batch: A batch.
+      num_tasks: T.
+      **kwargs: Further keywords of ``task_loss`` (``batch_stats``, ``key``).
+
+    Raises:
+      ValueError: Naming the first leaf that another task depends on.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> params = {"trunk": jnp.ones(2), "a": jnp.ones(2), "b": jnp.ones(2)}
+      >>> labels = {"trunk": "shared", "a": 0, "b": 1}
+      >>> def task_loss(params, task, batch):
+      ...     return jnp.where(task == 0, params["a"], params["b"]) @ params["trunk"]
+      >>> check_owners(task_loss, labels, params, None, num_tasks=2)
+    """
+    name = "check_owners"
+    check_num_tasks(name, num_tasks)
+    parts = make_parts(name, labels, params, num_tasks)
+    flat = _flat_labels(name, labels, params)
+
+    def loss(params, task):
+        row = parts.map_rows(lambda x: x[task], params)
+        out = task_loss(row, task, batch, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    gradient = jax.jit(jax.grad(loss))
+    for task in range(num_tasks):
+        grads = gradient(params, jnp.int32(task))
+        paths = jax.tree_util.tree_leaves_with_path(grads)
+        for (path, grad), label in zip(paths, flat, strict=True):
+            if _is_task(label) and label != task and bool((grad != 0).any()):
+                raise ValueError(
+                    f"labels: parameter {stack.path_name(path)!r} is labelled {label} "
+                    f"but the loss of task {task} depends on it too; label it 'shared'."
+                )

@@ -1,0 +1,357 @@
+"""One inner step, and what happens once a batch."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Int, PRNGKeyArray
+
+from mtljax.alternating import _states as states
+from mtljax.alternating._gradients import Group, each_member, group_gradient
+from mtljax.alternating._parts import Parts
+from mtljax.alternating._schedule import DROPOUT, ROUNDING, Rounds, draw_key
+from mtljax.balancer import Balancer
+from mtljax.gradients import value_and_balanced_grad
+from mtljax.types import Losses, Mask
+
+Keep: TypeAlias = Literal["per_task", "slot", "shared"]
+BatchNorm: TypeAlias = Literal["last", "scaled", "batch"]
+
+
+class Rule(NamedTuple):
+    """What :func:`alternate` was asked for."""
+
+    optimizer: optax.GradientTransformation
+    own_optimizer: optax.GradientTransformation
+    rounds: Rounds
+    state: Keep
+    mean: bool
+    balancer: Balancer | None
+    grad_fn: Callable[..., Any] | None
+    clip_norm: float | None
+    decay: optax.GradientTransformation | None
+    ema_decay: float | None
+    batch_norm: BatchNorm
+    batch_norm_decay: float
+    moments: states.Moments
+    unroll: int
+
+    @property
+    def num_tasks(self) -> int:
+        """T."""
+        return self.rounds.num_tasks
+
+    @property
+    def slots(self) -> int:
+        """How many optimiser states the shared parameters have."""
+        counts = {"per_task": self.num_tasks, "slot": self.rounds.groups, "shared": 1}
+        return counts[self.state]
+
+    @property
+    def by_member(self) -> bool:
+        """Whether a group's tasks step on their own, side by side."""
+        return self.state == "per_task" and self.rounds.size > 1
+
+
+class Carry(NamedTuple):
+    """What an inner step changes."""
+
+    params: Any
+    shared: Any  # optimiser states of the shared parameters, [slots, ...]
+    rows: Any  # those of stacked own parameters, [T, ...]
+    owned: tuple[Any, ...]  # those of the leaves of each owner
+    balancer: Any  # [groups, ...]
+    losses: Losses
+    counts: Int[Array, " tasks"]
+    active: Mask
+    batch_stats: Any
+
+
+class Run(NamedTuple):
+    """What all inner steps of a batch have in common.
+
+    What an inner step changes in one place of a stack (the state in a slot, the row of
+    a head) no other step of the batch reads: it is read from ``before`` and written to
+    the carry, which XLA then updates in place; else it copies the stack at every step.
+    """
+
+    rule: Rule
+    parts: Parts
+    before: Carry  # as the batch finds it
+    task_loss: Callable[..., Any]
+    batch: Any
+    number: Int[Array, ""]  # of the batch
+    mask: Mask | None
+    key: PRNGKeyArray | None
+    with_key: bool
+
+    def draw(self, stream: int, step: Array) -> PRNGKeyArray | None:
+        """A key of this inner step."""
+        if self.key is None:
+            return None
+        return jax.random.fold_in(draw_key(self.key, stream, self.number), step)
+
+
+class Outcome(NamedTuple):
+    """Losses of the members, and what moved but for own parameters."""
+
+    losses: Array
+    stats: Any
+    own_grad: Any  # its shared leaves are not read
+    params: Any  # the shared ones
+    shared: Any
+    balancer: Any
+
+
+def _where(keep: Any, new: Any, old: Any) -> Any:
+    """The new tree where ``keep`` (None: everywhere), in the dtypes of the old one."""
+
+    def leaf(n, o):
+        n = n if n.dtype == o.dtype else n.astype(o.dtype)
+        return n if keep is None else jnp.where(keep, n, o)
+
+    return jax.tree.map(leaf, new, old)
+
+
+def _clip(rule: Rule, grad: Any) -> Any:
+    if rule.clip_norm is None:
+        return grad
+    clip = optax.clip_by_global_norm(rule.clip_norm)
+    return clip.update(grad, optax.EmptyState())[0]
+
+
+def _add(tree: Any, other: Any) -> Any:
+    return jax.tree.map(jnp.add, tree, other)
+
+
+def _together(run: Run, group: Group, view: Any, carry: Carry, at: Any) -> Outcome:
+    """One gradient of the group, one optimiser step."""
+    slot, number = at
+    rule, parts = run.rule, run.parts
+    balancer = carry.balancer
+    if rule.balancer is None:
+        losses, stats, grad = group_gradient(
+            group, view, rule.mean, rule.grad_fn or jax.value_and_grad
+        )
+    else:
+        held = states.read(run.before.balancer, slot)
+        losses, stats, grad, new = _balanced(rule, group, view, held)
+        balancer = states.write(balancer, slot, new)
+    index = group.tasks[0] if rule.state == "per_task" else slot
+    # A single state passes from step to step.
+    held = states.read(carry.shared if rule.slots == 1 else run.before.shared, index)
+    grad = _clip(rule, grad)
+    shared = parts.shared(carry.params)
+    updates, new = states.step(
+        rule.optimizer,
+        parts.shared(grad),
+        states.widen(rule.optimizer, shared, held),
+        shared,
+        batch=run.number,
+        value=group.total(losses, rule.mean),
+    )
+    new = states.narrow(new, held, run.draw(ROUNDING, number))
+    keep = None if run.mask is None else group.present.any()
+    return Outcome(
+        losses,
+        stats,
+        grad,
+        _where(keep, optax.apply_updates(shared, updates), shared),
+        states.write(carry.shared, index, _where(keep, new, held)),
+        balancer,
+    )
+
+
+def _balanced(rule: Rule, group: Group, view: Any, state: Any):
+    """The gradient that the balancer makes of the members' shared gradients."""
+    parts, balancer = group.parts, rule.balancer
+    assert balancer is not None
+    mask = None if group.full else group.present
+    if rule.grad_fn is None:
+        gradient = value_and_balanced_grad(
+            group.losses, balancer, labels=parts.marks(), has_aux=True
+        )
+        (losses, stats), grad, state = gradient(view, state, mask=mask)
+        return losses, stats, grad, state
+
+    def visit(total, number, loss, grad):
+        del number, loss
+        return _add(total, parts.own(grad)), parts.shared(grad)
+
+    zeros = jax.tree.map(jnp.zeros_like, parts.own(view))
+    losses, stats, own, rows = each_member(
+        group, view, visit, zeros, mean=False, grad_fn=rule.grad_fn
+    )
+    update, state = balancer.update(rows, state, losses=losses, mask=mask)
+    return losses, stats, parts.merge(update, own), state
+
+
+def _side_by_side(run: Run, group: Group, view: Any, carry: Carry, at: Any) -> Outcome:
+    """A step of every member with its own state, all at one point, then their sum."""
+    _, number = at
+    rule, parts = run.rule, run.parts
+    shared = parts.shared(carry.params)
+    key = run.draw(ROUNDING, number)
+
+    def visit(state, member, loss, grad):
+        moved, slots, own = state
+        grad = _clip(rule, grad)
+        task, here = group.tasks[member], group.present[member]
+        keep = None if group.full else here
+        held = states.read(run.before.shared, task)
+        updates, new = states.step(
+            rule.optimizer,
+            parts.shared(grad),
+            states.widen(rule.optimizer, shared, held),
+            shared,
+            batch=run.number,
+            value=jnp.where(here, loss, 0),
+        )
+        folded = None if key is None else jax.random.fold_in(key, member)
+        new = _where(keep, states.narrow(new, held, folded), held)
+        slots = states.write(slots, task, new)
+        zeros = jax.tree.map(jnp.zeros_like, moved)
+        moved = _add(moved, _where(keep, updates, zeros))
+        return (moved, slots, _add(own, parts.own(grad))), None
+
+    zeros = jax.tree.map(jnp.zeros_like, (shared, parts.own(view)))
+    losses, stats, (moved, slots, own), _ = each_member(
+        group,
+        view,
+        visit,
+        (zeros[0], carry.shared, zeros[1]),
+        mean=rule.mean,
+        grad_fn=rule.grad_fn,
+    )
+    params = _where(None, optax.apply_updates(shared, moved), shared)
+    return Outcome(losses, stats, own, params, slots, carry.balancer)
+
+
+def _step_rows(run: Run, group: Group, grad: Any, carry: Carry, losses: Array):
+    """Own parameters that are stacked: the rows of the members, and no other."""
+    rule, parts = run.rule, run.parts
+    old = parts.rows(parts.view(run.before.params, group.tasks))
+
+    def one(grad, opt_state, params, value):
+        return states.step(
+            rule.own_optimizer, grad, opt_state, params, batch=run.number, value=value
+        )
+
+    updates, new = jax.vmap(one)(
+        parts.rows(grad),
+        jax.tree.map(lambda x: x[group.tasks], run.before.rows),
+        old,
+        losses,
+    )
+    # Absent members have no row T, and what is written there is dropped.
+    write = jnp.where(group.present, group.tasks, rule.num_tasks)
+
+    def leaf(x, n):
+        n = n if n.dtype == x.dtype else n.astype(x.dtype)
+        return x.at[write].set(n, mode="drop")
+
+    params = jax.tree.map(
+        leaf, parts.rows(carry.params), optax.apply_updates(old, updates)
+    )
+    return params, jax.tree.map(leaf, carry.rows, new)
+
+
+def _step_owned(run: Run, group: Group, grad: Any, carry: Carry, losses: Array):
+    """Own parameters of any shape: those of members, where the others stay bit by bit.
+
+    A zero gradient would not leave them alone: momentum would move them on.
+    """
+    rule, parts = run.rule, run.parts
+    trees, new_states = [], []
+    for task, opt_state in zip(parts.owners, carry.owned, strict=True):
+        here = (group.tasks == task) & group.present
+        old = parts.owned(carry.params, task)
+        updates, new = states.step(
+            rule.own_optimizer,
+            parts.owned(grad, task),
+            opt_state,
+            old,
+            batch=run.number,
+            value=jnp.where(here, losses, 0).sum(),
+        )
+        new = states.narrow(new, opt_state, None)
+        trees.append(_where(here.any(), optax.apply_updates(old, updates), old))
+        new_states.append(_where(here.any(), new, opt_state))
+    return trees, tuple(new_states)
+
+
+def _next_stats(run: Run, new: Any, old: Any, present: Bool[Array, " members"]) -> Any:
+    """Running averages after an inner step."""
+    rule = run.rule
+    if old is None or rule.batch_norm == "batch":
+        return old
+    if rule.batch_norm == "scaled":
+        decay, steps = rule.batch_norm_decay, rule.rounds.steps
+        share = (1 - decay ** (1 / steps)) / (1 - decay)
+
+        def leaf(n, o):
+            return o + share * (n - o) if jnp.issubdtype(o.dtype, jnp.floating) else n
+
+        new = jax.tree.map(leaf, new, old)
+    return _where(None if run.mask is None else present.any(), new, old)
+
+
+def inner_step(run: Run, carry: Carry, at: Any) -> Carry:
+    """One step of one group: ``at`` is (its members, its number, which step it is)."""
+    members, slot, number = at
+    rule, parts = run.rule, run.parts
+    present = members < rule.num_tasks
+    # What fills a row up computes what the first member does, and counts for nothing.
+    tasks = jnp.where(present, members, members[0])
+    if run.mask is not None:
+        present &= run.mask[tasks]
+    options = {"key": run.draw(DROPOUT, number)} if run.with_key else {}
+    if carry.batch_stats is not None:
+        scaled = rule.batch_norm == "scaled"
+        stats = carry.batch_stats if scaled else run.before.batch_stats
+        options["batch_stats"] = stats
+    group = Group(
+        parts=parts,
+        task_loss=lambda p, task: run.task_loss(p, task, run.batch, **options),
+        tasks=tasks,
+        present=present,
+        has_stats=carry.batch_stats is not None,
+        full=run.mask is None and rule.num_tasks % rule.rounds.groups == 0,
+    )
+    view = parts.merge(
+        parts.rows(parts.view(run.before.params, tasks)),
+        parts.shared(carry.params),
+        *(parts.owned(carry.params, task) for task in parts.owners),
+    )
+    move = _side_by_side if rule.by_member else _together
+    out = move(run, group, view, carry, (slot, number))
+    trees, rows = [], carry.rows
+    if parts.has_rows:
+        tree, rows = _step_rows(run, group, out.own_grad, carry, out.losses)
+        trees.append(tree)
+    owned_trees, owned = _step_owned(run, group, out.own_grad, carry, out.losses)
+    write = jnp.where(present, tasks, rule.num_tasks)
+    seen = out.losses.astype(carry.losses.dtype)
+    return Carry(
+        params=parts.merge(out.params, *trees, *owned_trees),
+        shared=out.shared,
+        rows=rows,
+        owned=owned,
+        balancer=out.balancer,
+        losses=carry.losses.at[write].set(seen, mode="drop"),
+        counts=carry.counts.at[write].add(1, mode="drop"),
+        active=carry.active.at[write].set(True, mode="drop"),
+        batch_stats=_next_stats(run, out.stats, carry.batch_stats, present),
+    )
+
+
+def decay_once(run: Run, params: Any, opt_state: Any, active: Mask) -> tuple[Any, Any]:
+    """What belongs to a batch and not to a step: decoupled weight decay."""
+    if run.rule.decay is None:
+        return params, opt_state
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, new = run.rule.decay.update(zeros, opt_state, params)
+    decayed = _where(None, optax.apply_updates(params, updates), params)
+    return run.parts.where(active, decayed, params), new

@@ -1,0 +1,273 @@
+"""Negative transfer and what goes with it: gains, discrepancy, maps of mixtures."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
+
+from mtljax.balancer import check_choice
+from mtljax.forkmerge._checks import (
+    Direction,
+    Numbers,
+    check_positive,
+    check_validation,
+    count_branches,
+    sign_of,
+)
+from mtljax.forkmerge._merge import Rules, merge_leaves
+from mtljax.forkmerge._search import Evaluation, simplex_points, validate
+from mtljax.types import Losses
+
+
+class NegativeTransfer(NamedTuple):
+    """What :func:`negative_transfer` says of a pair of target and auxiliary task."""
+
+    weak: Bool[Array, "... weights"]  # the gain is negative at this weight
+    strong: Bool[Array, "..."]  # at every positive weight
+    best_gain: Float[Array, "..."]  # over the positive weights
+    best_weight: Float[Array, "..."]  # where that is
+
+
+class TernaryMap(NamedTuple):
+    """What :func:`ternary_map` measured at n mixtures of three models."""
+
+    weights: Float[Array, "n corners"]
+    points: Float[Array, "n xy"]  # in a triangle of side one
+    scores: Float[Array, " n"]
+
+
+class OneStepTransfer(NamedTuple):
+    """What :func:`one_step_transfer` measured on one batch."""
+
+    cosine: Float[Array, ""]  # of target and auxiliary gradient
+    gains: Float[Array, " weights"]
+
+
+def transfer_gain(
+    scores: Numbers, baseline: Numbers, *, direction: Direction = "max"
+) -> Array:
+    """Transfer gain, ``TG = P(joint training) − P(target alone)`` (Eq. 2).
+
+    Args:
+      scores: Performance of joint training, any shape.
+      baseline: That of single-task training, a scalar or of the same shape.
+      direction: ``"min"`` for errors: the sign is then turned, so that a positive gain
+        is good.
+
+    Returns:
+      The gains, in the unit of the score.
+
+    Examples:
+      >>> transfer_gain([0.7, 0.5], 0.6).tolist()
+      [0.1, -0.1]
+    """
+    sign = sign_of("transfer_gain", direction)
+    return sign * (jnp.asarray(scores) - jnp.asarray(baseline))
+
+
+def negative_transfer(gains: Numbers, weights: Numbers) -> NegativeTransfer:
+    """Weak and strong negative transfer over a grid of auxiliary weights.
+
+    Weak at λ: ``TG(λ) < 0``, but another λ may help. Strong: ``max_{λ>0} TG(λ) < 0``.
+
+    Args:
+      gains: Transfer gains ``[..., L]``, one for every λ.
+      weights: λ ``[L]``; an entry of zero, the baseline itself, does not count.
+
+    Returns:
+      Flags, and the best gain with its weight.
+
+    Raises:
+      ValueError: If lengths differ, a weight is negative, or none is positive.
+
+    Examples:
+      >>> found = negative_transfer([0.0, 0.2, -0.1], [0.0, 0.5, 1.0])
+      >>> found.weak.tolist(), bool(found.strong), float(found.best_weight)
+      ([False, False, True], False, 0.5)
+    """
+    found, grid = jnp.asarray(gains), jnp.asarray(weights)
+    if grid.ndim != 1 or found.shape[-1:] != grid.shape:
+        raise ValueError(
+            f"negative_transfer: gains of shape {found.shape} need as many weights as "
+            f"their last axis is long, not {grid.shape}."
+        )
+    values = grid.tolist()
+    if min(values, default=0) < 0 or max(values, default=0) <= 0:
+        raise ValueError(
+            f"negative_transfer: weights={values} must not be negative, and one must "
+            "be positive."
+        )
+    positive = (grid > 0).reshape((1,) * (found.ndim - 1) + (-1,))
+    counted = jnp.where(positive, found, -jnp.inf)
+    best = counted.max(-1)
+    return NegativeTransfer(
+        weak=positive & (found < 0),
+        strong=best < 0,
+        best_gain=best,
+        best_weight=grid[counted.argmax(-1)],
+    )
+
+
+def confidence_score_discrepancy(
+    logits: Float[Array, "... classes"], mask: Bool[Array, "..."] | None = None
+) -> Float[Array, ""]:
+    """Confidence score discrepancy, ``1 − E_x max_y p(y | x)`` (Eq. 4).
+
+    For a model trained on the mixture D of target and auxiliary data, on test examples
+    of the target: how far D is from what it is tested on.
+
+    Args:
+      logits: Before the softmax, ``[..., classes]``.
+      mask: Examples that count, ``[...]``; all by default.
+
+    Returns:
+      A number in ``[0, 1 − 1/classes]``; NaN without an example.
+
+    Examples:
+      >>> round(float(confidence_score_discrepancy(jnp.zeros((3, 4)))), 6)
+      0.75
+    """
+    wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    confidence = jax.nn.softmax(wide).max(-1)
+    if mask is None:
+        return 1 - confidence.mean()
+    return 1 - jnp.where(mask, confidence, 0).sum() / mask.sum()
+
+
+def mixture_probability(weight: ArrayLike) -> Array:
+    """Share of auxiliary examples, ``λ / (1 + λ)``, in the interpolated distribution.
+
+    Eq. 3: to train on it in expectation is to minimise ``L_tgt + λ L_aux`` (rescaled).
+
+    Examples:
+      >>> float(mixture_probability(1.0)), float(mixture_probability(0.25))
+      (0.5, 0.2)
+    """
+    weight = jnp.asarray(weight)
+    return weight / (1 + weight)
+
+
+def ternary_map(
+    corners: Any,
+    score: Callable[..., Any],
+    validation: Any = None,
+    *,
+    levels: int = 10,
+    evaluation: Evaluation = "map",
+) -> TernaryMap:
+    """The score of mixtures of three models, over a triangle (Fig. 6 of the paper).
+
+    Args:
+      corners: Three states, leaves ``[3, ...]``; they should come from one fork.
+      score: ``score(state)``, or ``score(state, validation)``.
+      validation: Arrays, not empty.
+      levels: L; mixtures are multiples of 1/L, ``(L + 1)(L + 2) / 2`` of them.
+      evaluation: See :func:`search_merge`.
+
+    Returns:
+      Weights ``[n, 3]``, points ``[n, 2]`` with the corners at (0, 0), (1, 0) and
+      (1/2, √3/2), and scores ``[n]``; the corners come first.
+
+    Raises:
+      ValueError: If there are not three models, or no validation example.
+
+    Examples:
+      >>> found = ternary_map(jnp.array([0.0, 1.0, 2.0]), lambda w: w, levels=2)
+      >>> found.scores.tolist()
+      [0.0, 1.0, 2.0, 1.5, 1.0, 0.5]
+    """
+    name = "ternary_map"
+    check_choice(name, "evaluation", evaluation, Evaluation)
+    check_positive(name, "levels", levels)
+    count = count_branches(name, corners)
+    if count != 3:
+        raise ValueError(f"{name}: a triangle has 3 corners, not {count}.")
+    if validation is not None:
+        check_validation(name, validation)
+    args = () if validation is None else (validation,)
+    weights = jnp.array(simplex_points(3, levels))
+    triangle = jnp.array([[0.0, 0.0], [1.0, 0.0], [0.5, math.sqrt(0.75)]])
+
+    def one(row):
+        mixed = merge_leaves(name, corners, row, Rules())
+        return validate(score, mixed, args)
+
+    scores = jax.vmap(one)(weights) if evaluation == "vmap" else lax.map(one, weights)
+    return TernaryMap(weights, jnp.matmul(weights, triangle), scores)
+
+
+def one_step_transfer(
+    losses: Callable[[Any], Losses],
+    score: Callable[..., Any],
+    params: Any,
+    weights: Numbers,
+    *,
+    learning_rate: float = 0.01,
+    validation: Any = None,
+    direction: Direction = "max",
+) -> OneStepTransfer:
+    """Gradient cosine and transfer gain of one step, for several auxiliary weights.
+
+    The protocol of Fig. 2: from θ trained on the target, ``θ(λ) = θ − η (g_tgt + λ
+    g_aux)`` and ``TG(λ) = P̂(θ(λ)) − P̂(θ(0))``. Over many batches it shows that conflict
+    does not imply negative transfer.
+
+    Args:
+      losses: ``losses(params) -> [target, auxiliary]`` on one batch.
+      score: P̂, ``score(params)`` or ``score(params, validation)``.
+      params: θ.
+      weights: λ ``[L]``; {0, 1/16, 1/8, 1/4, 1/2, 1} in the paper.
+      learning_rate: η.
+      validation: Arrays, not empty.
+      direction: Whether a large or a small score is good.
+
+    Returns:
+      The cosine (0 for a zero gradient) and the gains ``[L]``. Cost: two gradients and
+      L + 1 validation passes.
+
+    Raises:
+      ValueError: If ``losses`` returns not two, or the validation set is empty.
+
+    Examples:
+      >>> losses = lambda w: jnp.stack([(w - 1) ** 2, (w - 2) ** 2])
+      >>> found = one_step_transfer(losses, lambda w: -jnp.abs(w - 1), jnp.array(0.0),
+      ...                           [0.0, 1.0], learning_rate=0.1)
+      >>> float(found.cosine), found.gains.tolist()
+      (1.0, [0.0, 0.4])
+    """
+    sign = sign_of("one_step_transfer", direction)
+    if validation is not None:
+        check_validation("one_step_transfer", validation)
+    args = () if validation is None else (validation,)
+    found, back = jax.vjp(losses, params)
+    if jnp.shape(found) != (2,):
+        raise ValueError(
+            "one_step_transfer: losses must return the target's and the auxiliary "
+            f"loss, shape (2,), not {jnp.shape(found)}."
+        )
+    target, auxiliary = (back(row)[0] for row in jnp.eye(2, dtype=found.dtype))
+
+    def dot(a, b):
+        parts = jax.tree.map(jnp.vdot, a, b)
+        return sum(jax.tree.leaves(parts), jnp.zeros((), found.dtype))
+
+    length = jnp.sqrt(dot(target, target) * dot(auxiliary, auxiliary))
+    product = dot(target, auxiliary)
+    cosine = jnp.where(length > 0, product / jnp.where(length > 0, length, 1), 0)
+
+    def at(weight):
+        moved = jax.tree.map(
+            lambda p, t, a: (p - learning_rate * (t + weight * a)).astype(p.dtype),
+            params,
+            target,
+            auxiliary,
+        )
+        return sign * validate(score, moved, args)
+
+    grid = jnp.asarray(weights, found.dtype)
+    return OneStepTransfer(cosine, lax.map(at, grid) - at(jnp.zeros((), grid.dtype)))

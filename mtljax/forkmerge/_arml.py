@@ -1,0 +1,121 @@
+"""ARML: auxiliary weights whose mixed gradient is nearest to the main task's."""
+
+from typing import Literal, NamedTuple, TypeAlias
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from mtljax.balancer import Balancer, check_choice, check_num_tasks, from_weights
+from mtljax.forkmerge._checks import check_target
+from mtljax.solvers import project_simplex
+from mtljax.types import Scale, Weights
+
+Projection: TypeAlias = Literal["exact", "released"]
+
+
+class ARMLState(NamedTuple):
+    """State of :func:`arml`."""
+
+    learned: Weights
+    steps: Int[Array, ""]
+    task_weights: Weights
+
+
+def arml(
+    num_tasks: int,
+    *,
+    main: int = 0,
+    learning_rate: float = 0.05,
+    update_every: int = 20,
+    projection: Projection = "exact",
+    scale: Scale = "native",
+) -> Balancer:
+    """Auxiliary task reweighting for minimum-data learning (ARML), without its noise.
+
+    ``d = g_m + Σ_{k≠m} α_k g_k`` with ``α_k = 1`` at first and, every N steps,
+    ``α <- Π(α − β ∇_α ‖g_m − Σ_k α_k g_k‖²)``, Π the projection on ``α ≥ 0, Σ α_k = K``
+    (K auxiliary tasks): the weighted auxiliary likelihood as the prior nearest to the
+    main task's, by its score function.
+
+    Read from the authors' released code for semi-supervised learning, whose β and N
+    are the defaults; what differs from it: there the model takes no step on the
+    batches that change α; Π is approximated (shift to the sum K, then clip at 0:
+    ``projection="released"``). The noise of the paper's Langevin dynamics belongs to
+    the optimiser, such as ``optax.add_noise``; the released script leaves it off by
+    default.
+
+    Args:
+      num_tasks: T, at least two, length of the leading axis of every leaf.
+      main: Index m of the main task.
+      learning_rate: β; products of gradients have the unit of the losses squared.
+      update_every: N.
+      projection: ``"exact"``, or ``"released"``, which may leave a sum above K.
+      scale: The native scale is that of the ``"sum"``.
+
+    Returns:
+      A balancer; needs the Gramian: T backward passes. State: T numbers. α is learned
+      from batches with all tasks only (inferred).
+
+    Raises:
+      ValueError: If ``main`` is not the index of a task, there is no other, or
+        ``learning_rate`` or ``update_every`` is not positive.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax import forkmerge
+      >>> balancer = forkmerge.arml(3, learning_rate=0.1, update_every=1)
+      >>> grads = {"w": jnp.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])}
+      >>> _, state = balancer.update(grads, balancer.init(grads))
+      >>> state.learned.tolist()
+      [1.0, 1.1, 0.9]
+
+    References:
+      Shi et al., `Auxiliary Task Reweighting for Minimum-data Learning
+      <https://arxiv.org/abs/2010.08244>`_, 2020.
+    """
+    check_num_tasks("arml", num_tasks)
+    check_target("arml", num_tasks, main)
+    if num_tasks < 2:
+        raise ValueError("arml: with num_tasks=1 there is no auxiliary task.")
+    if not learning_rate > 0:
+        raise ValueError(f"arml: learning_rate must be positive, not {learning_rate}.")
+    if update_every < 1:
+        raise ValueError(f"arml: update_every must be positive, not {update_every}.")
+    check_choice("arml", "projection", projection, Projection)
+    helpers = num_tasks - 1
+
+    def project(alpha: Weights, auxiliary: Array) -> Weights:
+        if projection == "exact":
+            return helpers * project_simplex(alpha / helpers, auxiliary)
+        total = jnp.where(auxiliary, alpha, 0).sum()
+        return jnp.maximum(alpha + (helpers - total) / helpers, 0)
+
+    def init():
+        ones = jnp.ones(num_tasks, jnp.float32)
+        return ARMLState(ones, jnp.int32(0), ones)
+
+    def weigh(state, *, losses, gramian, mask):
+        del losses
+        auxiliary = jnp.arange(num_tasks) != main
+        alpha = jnp.where(auxiliary, state.learned, 0)
+        pull = jnp.matmul(gramian, alpha, precision="highest")
+        moved = alpha - learning_rate * 2 * (pull - gramian[main])
+        steps = state.steps + 1
+        due = (steps >= update_every) & mask.all()
+        learned = jnp.where(due & auxiliary, project(moved, auxiliary), state.learned)
+        learned = learned.at[main].set(1)
+        new = state._replace(
+            learned=learned.astype(state.learned.dtype),
+            steps=jnp.where(due, 0, steps),
+        )
+        return state.learned, new
+
+    return from_weights(
+        "arml",
+        num_tasks,
+        init=init,
+        weigh=weigh,
+        needs="gramian",
+        native="sum",
+        scale=scale,
+    )

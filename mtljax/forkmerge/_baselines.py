@@ -1,0 +1,166 @@
+"""Baselines of auxiliary-task learning that are a schedule or a loop, not a method."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+from mtljax.forkmerge._branches import BranchStep, Strategy, fork, train_branches
+from mtljax.forkmerge._checks import (
+    Direction,
+    Numbers,
+    check_target,
+    check_validation,
+    sign_of,
+)
+from mtljax.forkmerge._realise import Realisation
+from mtljax.forkmerge._search import validate
+
+
+class GridSearchResult(NamedTuple):
+    """What :func:`grid_search` found."""
+
+    state: Any  # the best train state
+    weights: Float[Array, " tasks"]  # its task weights
+    best: Array  # its index
+    scores: Float[Array, " n"]
+
+
+def post_train(
+    num_tasks: int, *, joint_steps: int, target: int = 0
+) -> Callable[[ArrayLike], Float[Array, " tasks"]]:
+    """Post-training: all tasks together first, then the target alone.
+
+    Args:
+      num_tasks: T.
+      joint_steps: Steps with all weights one.
+      target: Index of the target task, whose weight stays one.
+
+    Returns:
+      ``weights(step) -> [T]`` for a step that takes task weights, traceable.
+
+    Raises:
+      ValueError: If ``target`` is not the index of a task or ``joint_steps`` negative.
+
+    Examples:
+      >>> weights = post_train(3, joint_steps=100)
+      >>> weights(99).tolist(), weights(100).tolist()
+      ([1.0, 1.0, 1.0], [1.0, 0.0, 0.0])
+
+    References:
+      A baseline of Jiang et al., https://arxiv.org/abs/2301.12618, 2023.
+    """
+    check_target("post_train", num_tasks, target)
+    if isinstance(joint_steps, bool) or joint_steps < 0:
+        raise ValueError(
+            f"post_train: joint_steps must not be negative, not {joint_steps!r}."
+        )
+
+    def weights(step: ArrayLike) -> Float[Array, " tasks"]:
+        alone = jax.nn.one_hot(target, num_tasks)
+        return jnp.where(jnp.asarray(step) < joint_steps, jnp.ones(num_tasks), alone)
+
+    return weights
+
+
+def weight_grid(
+    num_tasks: int, values: Sequence[float] = (0.3, 1.0, 3.0)
+) -> Float[Array, "n tasks"]:
+    """All combinations of task weights: ``len(values) ** T`` rows.
+
+    The default is the grid of the paper's comparison with scalarisation (27 points for
+    3 tasks).
+
+    Args:
+      num_tasks: T.
+      values: What every weight can be.
+
+    Returns:
+      Candidates ``[n, T]`` for :func:`grid_search`.
+
+    Examples:
+      >>> weight_grid(2, (1.0, 2.0)).tolist()
+      [[1.0, 1.0], [1.0, 2.0], [2.0, 1.0], [2.0, 2.0]]
+    """
+    rows = list(itertools.product(values, repeat=num_tasks))
+    return jnp.array(rows, jnp.float32)
+
+
+def grid_search(
+    step: BranchStep,
+    state: Any,
+    candidates: Numbers,
+    batches: Any,
+    score: Callable[..., Any],
+    *,
+    validation: Any = None,
+    direction: Direction = "max",
+    data: Any = None,
+    realisation: Realisation = "sum",
+    key: Any = None,
+    strategy: Strategy = "auto",
+    mesh: Mesh | None = None,
+) -> GridSearchResult:
+    """Trains with every candidate of task weights, and takes the best.
+
+    Candidates are branches that are never merged, so that they train in one program.
+
+    Args:
+      step: See :func:`train_branches`.
+      state: The train state that all start from.
+      candidates: Task weights ``[n, T]``.
+      batches: See :func:`train_branches`.
+      score: ``score(state)`` or ``score(state, validation)``.
+      validation: See :func:`search_merge`.
+      direction: Whether a large or a small score is good.
+      data: See :func:`train_branches`.
+      realisation: See :func:`train_branches`.
+      key: See :func:`train_branches`.
+      strategy: See :func:`train_branches`.
+      mesh: See :func:`train_branches`.
+
+    Returns:
+      The best state, its weights and index, and all scores. Cost: n trainings.
+
+    Raises:
+      ValueError: As :func:`train_branches` and :func:`search_merge`.
+
+    Examples:
+      >>> def step(w, weights, batch):
+      ...     return w + weights.sum() * batch, {}
+      >>> found = grid_search(step, jnp.float32(0), weight_grid(2, (0.0, 1.0)),
+      ...                     jnp.ones(3), lambda w: -jnp.abs(w - 5))
+      >>> found.weights.tolist(), found.scores.tolist()
+      ([1.0, 1.0], [-5.0, -2.0, -2.0, -1.0])
+    """
+    sign = sign_of("grid_search", direction)
+    if validation is not None:
+        check_validation("grid_search", validation)
+    candidates = jnp.asarray(candidates)
+    if candidates.ndim != 2:
+        raise ValueError(
+            f"grid_search: candidates have shape {candidates.shape}; they must be "
+            "(n, tasks)."
+        )
+    states, _ = train_branches(
+        step,
+        fork(state, candidates.shape[0]),
+        candidates,
+        batches,
+        data=data,
+        realisation=realisation,
+        key=key,
+        strategy=strategy,
+        mesh=mesh,
+    )
+    args = () if validation is None else (validation,)
+    scores = jax.lax.map(lambda s: validate(score, s, args), states)
+    signed = sign * scores
+    index = jnp.argmax(jnp.where(jnp.isnan(signed), -jnp.inf, signed))
+    best = jax.tree.map(lambda x: x[index], states)
+    return GridSearchResult(best, candidates[index], index, scores)

@@ -1,0 +1,297 @@
+"""One model out of several: Λ-weighted means, and what is not averaged."""
+
+import fnmatch
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from mtljax import stack
+from mtljax.forkmerge._checks import (
+    Numbers,
+    as_merge_weights,
+    check_branch_weights,
+    count_branches,
+)
+
+Policy: TypeAlias = Literal["merge", "keep", "reset"]
+Head: TypeAlias = int | Literal["stacked"]
+
+
+class Rules(NamedTuple):
+    """Policies and heads as they are looked up: hashable, in the order given."""
+
+    policies: tuple[tuple[str, Policy], ...] = ()
+    heads: tuple[tuple[str, Head], ...] = ()
+
+
+def make_rules(
+    name: str, policies: Mapping[str, Policy] | None, heads: Mapping[str, Head] | None
+) -> Rules:
+    """Checks the values; the patterns are checked against a tree by :func:`plan`."""
+    for pattern, policy in (policies or {}).items():
+        if policy not in get_args(Policy):
+            raise ValueError(
+                f"{name}: policies[{pattern!r}]={policy!r} is not one of "
+                f"{', '.join(map(repr, get_args(Policy)))}."
+            )
+    for pattern, task in (heads or {}).items():
+        index = isinstance(task, int) and not isinstance(task, bool) and task >= 0
+        if not (index or task == "stacked"):
+            raise ValueError(
+                f"{name}: heads[{pattern!r}]={task!r} must be the index of a task, or "
+                "'stacked' for leaves with one row per task."
+            )
+    return Rules(tuple((policies or {}).items()), tuple((heads or {}).items()))
+
+
+def _matches(path: str, pattern: str) -> bool:
+    prefix = pattern.rstrip("/")
+    inside = path == prefix or path.startswith(prefix + "/")
+    return inside or fnmatch.fnmatchcase(path, pattern)
+
+
+def plan(name: str, tree: Any, rules: Rules) -> list[tuple[Policy, Head | None]]:
+    """What happens to every leaf; the first pattern that matches decides."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    paths = [stack.path_name(path) for path, _ in leaves]
+    for argument, patterns in (("policies", rules.policies), ("heads", rules.heads)):
+        for pattern, _ in patterns:
+            if not any(_matches(path, pattern) for path in paths):
+                shown = ", ".join(paths[:8]) + (", …" if len(paths) > 8 else "")
+                raise ValueError(
+                    f"{name}: {argument} {pattern!r} matches no leaf of the train "
+                    f"state; the paths are {shown}."
+                )
+
+    def first(patterns: Any, path: str, default: Any) -> Any:
+        found = (value for pattern, value in patterns if _matches(path, pattern))
+        return next(found, default)
+
+    def policy(path: str, leaf: Any) -> Policy:
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            asked = first(rules.policies, path, "keep")
+            return "reset" if asked == "reset" else "keep"  # counters, keys
+        return first(rules.policies, path, "merge")
+
+    return [
+        (policy(path, leaf), first(rules.heads, path, None))
+        for path, (_, leaf) in zip(paths, leaves, strict=True)
+    ]
+
+
+def average(leaf: Array, weights: Array) -> Array:
+    """``Σ_b w_b leaf_b`` in float32 at least; branches of weight zero do not enter.
+
+    A branch that diverged may so be left out, where 0 · NaN would be NaN. The weights
+    are ``[B]``, or ``[B, rows]`` for a leaf whose second axis is one of rows.
+    """
+    wide = jnp.promote_types(leaf.dtype, jnp.float32)
+    weights = weights.reshape(weights.shape + (1,) * (leaf.ndim - weights.ndim))
+    terms = weights.astype(wide) * leaf.astype(wide)
+    return jnp.where(weights != 0, terms, 0).sum(0).astype(leaf.dtype)
+
+
+def head_weights(weights: Array, trained: Array) -> Array:
+    """Λ over the branches that trained a head, normalised; Λ itself if none did.
+
+    Args:
+      weights: Λ ``[B]``.
+      trained: Flags ``[B]``, or ``[B, rows]``.
+    """
+    plain = weights.reshape((-1,) + (1,) * (trained.ndim - 1))
+    own = jnp.where(trained, plain, 0)
+    total = own.sum(0, keepdims=True)
+    return jnp.where(total > 0, own / jnp.where(total > 0, total, 1), plain)
+
+
+def merge(
+    branches: Any,
+    weights: Numbers,
+    *,
+    policies: Mapping[str, Policy] | None = None,
+    heads: Mapping[str, Head] | None = None,
+    branch_weights: Numbers | None = None,
+    initial: Any = None,
+) -> Any:
+    """One state out of B: ``θ* = Σ_b Λ_b θ^b``, with a policy for every leaf.
+
+    What the paper does not discuss (optimiser state, running statistics, heads) is
+    explicit here; the released codes keep the optimiser state of every branch, and
+    average statistics and all heads like weights. Sums are accumulated in float32.
+
+    Args:
+      branches: The branches, leaves ``[B, ...]``.
+      weights: Λ ``[B]``, not negative, with sum one. A branch of weight zero does not
+        enter, not even if it is NaN.
+      policies: Path of leaves -> ``"merge"`` (the default), ``"keep"`` (every branch
+        has its own; the merged state shows that of the branch of the largest weight)
+        or ``"reset"`` (the value in ``initial``). Paths are prefixes or globs, as
+        ``opt_state`` or ``*/batch_stats/*``; the first that matches decides. Leaves
+        that are not floating-point (counters, keys) are kept.
+      heads: Path of leaves -> index of their task: they are merged over the branches
+        that trained this task, with Λ renormalised. ``"stacked"`` for leaves
+        ``[B, T, ...]`` that hold the heads of all tasks. Without it an untrained
+        head stays where it was and holds back those that moved, in proportion to Λ.
+      branch_weights: ν ``[B, T]``, needed with ``heads``.
+      initial: A state (no branch axis) that holds the leaves to reset.
+
+    Returns:
+      The merged state, without the branch axis.
+
+    Raises:
+      ValueError: If shapes do not fit, a path matches nothing, or ``branch_weights``
+        or ``initial`` is missing.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax import forkmerge
+      >>> branches = {"w": jnp.array([0.0, 10.0]), "count": jnp.array([7, 7])}
+      >>> merged = forkmerge.merge(branches, [0.75, 0.25])
+      >>> merged["w"].tolist(), merged["count"].tolist()
+      (2.5, 7)
+    """
+    rules = make_rules("merge", policies, heads)
+    return merge_leaves(
+        "merge",
+        branches,
+        weights,
+        rules,
+        branch_weights=branch_weights,
+        initial=initial,
+    )
+
+
+def merge_leaves(
+    name: str,
+    branches: Any,
+    weights: Numbers,
+    rules: Rules,
+    *,
+    branch_weights: Numbers | None = None,
+    initial: Any = None,
+) -> Any:
+    """:func:`merge` on rules that are hashable."""
+    num_branches = count_branches(name, branches)
+    weights = as_merge_weights(name, weights, num_branches)
+    weights = weights.astype(jnp.promote_types(weights.dtype, jnp.float32))
+    leaves, treedef = jax.tree.flatten(branches)
+    kinds = plan(name, branches, rules)
+    fresh = [None] * len(leaves)
+    if any(policy == "reset" for policy, _ in kinds):
+        if initial is None:
+            raise ValueError(
+                f"{name}: a leaf is to be reset, which needs initial=, a state with "
+                "its first value."
+            )
+        fresh = treedef.flatten_up_to(initial)
+    trained = None
+    if any(head is not None for _, head in kinds):
+        if branch_weights is None:
+            raise ValueError(f"{name}: heads= needs branch_weights=, who trained them.")
+        nu = check_branch_weights(name, branch_weights, num_branches)
+        trained = nu != 0
+    heaviest = jnp.argmax(weights)
+    paths = [
+        stack.path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(branches)
+    ]
+
+    def leaf(path, x, value, policy, head):
+        if policy == "reset":
+            return jnp.asarray(value)
+        if policy == "keep":
+            return x[heaviest]
+        if head is None:
+            return average(x, weights)
+        assert trained is not None
+        tasks = trained.shape[1]
+        if head == "stacked":
+            if x.ndim < 2 or x.shape[1] != tasks:
+                raise ValueError(
+                    f"{name}: stacked head {path!r} has shape {x.shape}; its second "
+                    f"axis must be the {tasks} tasks."
+                )
+            return average(x, head_weights(weights, trained))
+        if head >= tasks:
+            raise ValueError(
+                f"{name}: head {path!r} is said to be of task {head}, but "
+                f"branch_weights has {tasks} tasks."
+            )
+        return average(x, head_weights(weights, trained[:, head]))
+
+    merged = [
+        leaf(path, x, value, policy, head)
+        for path, x, value, (policy, head) in zip(
+            paths, leaves, fresh, kinds, strict=True
+        )
+    ]
+    return jax.tree.unflatten(treedef, merged)
+
+
+def refork(
+    branches: Any, merged: Any, *, policies: Mapping[str, Policy] | None = None
+) -> Any:
+    """The branches after a merge: the merged leaves in all, kept leaves as they were.
+
+    Args:
+      branches: The branches before the merge, leaves ``[B, ...]``.
+      merged: What :func:`merge` made of them.
+      policies: As given to :func:`merge`.
+
+    Returns:
+      The branches of the next round.
+
+    Examples:
+      >>> branches = {"w": jnp.array([0.0, 4.0]), "momentum": jnp.array([1.0, 2.0])}
+      >>> policies = {"momentum": "keep"}
+      >>> merged = merge(branches, [0.5, 0.5], policies=policies)
+      >>> after = refork(branches, merged, policies=policies)
+      >>> after["w"].tolist(), after["momentum"].tolist()
+      ([2.0, 2.0], [1.0, 2.0])
+    """
+    return refork_leaves(branches, merged, make_rules("refork", policies, None))
+
+
+def refork_leaves(branches: Any, merged: Any, rules: Rules) -> Any:
+    """:func:`refork` on rules that are hashable."""
+    count_branches("refork", branches)
+    leaves, treedef = jax.tree.flatten(branches)
+    kinds = plan("refork", branches, rules)
+    new = treedef.flatten_up_to(merged)
+    return jax.tree.unflatten(
+        treedef,
+        [
+            x if policy == "keep" else jnp.broadcast_to(m[None], x.shape)
+            for x, m, (policy, _) in zip(leaves, new, kinds, strict=True)
+        ],
+    )
+
+
+def keep_only(tree: Any, rules: Rules, policy: Policy) -> Any:
+    """The leaves of one policy, every other an ``optax.MaskedNode()``."""
+    leaves, treedef = jax.tree.flatten(tree)
+    kinds = plan("keep_only", tree, rules)
+    return jax.tree.unflatten(
+        treedef,
+        [
+            x if kind == policy else optax.MaskedNode()
+            for x, (kind, _) in zip(leaves, kinds, strict=True)
+        ],
+    )
+
+
+def overlay(tree: Any, kept: Any, rules: Rules, policy: Policy) -> Any:
+    """``tree`` with the leaves of one policy taken from ``kept``."""
+    leaves, treedef = jax.tree.flatten(tree)
+    kinds = plan("overlay", tree, rules)
+    other = treedef.flatten_up_to(kept)
+    return jax.tree.unflatten(
+        treedef,
+        [
+            k if kind == policy else x
+            for x, k, (kind, _) in zip(leaves, other, kinds, strict=True)
+        ],
+    )

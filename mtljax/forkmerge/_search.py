@@ -1,0 +1,422 @@
+"""The merge weights Λ that a validation score likes best."""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from mtljax.balancer import check_choice
+from mtljax.forkmerge._checks import (
+    Direction,
+    Numbers,
+    check_branch_weights,
+    check_positive,
+    check_validation,
+    count_branches,
+    sign_of,
+)
+from mtljax.forkmerge._merge import Head, Policy, Rules, make_rules, merge_leaves
+
+Method: TypeAlias = Literal["auto", "grid", "greedy", "simplex", "random"]
+Evaluation: TypeAlias = Literal["map", "vmap"]
+
+_MOST_POINTS = 20_000  # of an exhaustive grid
+
+
+class SearchResult(NamedTuple):
+    """What :func:`search_merge` found; n is the number of validation passes."""
+
+    state: Any  # the merged state
+    weights: Float[Array, " branches"]  # Λ*
+    score: Float[Array, ""]  # of the merged state
+    branch_scores: Float[Array, " branches"]
+    candidates: Float[Array, "n branches"]  # every Λ that was scored
+    scores: Float[Array, " n"]
+
+
+class Search(NamedTuple):
+    """All that is static in a search; hashable, so that it is compiled once."""
+
+    score: Callable[..., Any]
+    method: Method
+    sign: int
+    levels: int
+    evaluation: Evaluation
+    num_samples: int
+    rules: Rules
+    refresh: Callable[[Any], Any] | None
+
+
+class Inputs(NamedTuple):
+    """The arrays of a search."""
+
+    branches: Any
+    args: tuple[Any, ...]  # what the score gets after the state
+    key: Any
+    branch_weights: Any
+    initial: Any
+
+
+def simplex_points(num_branches: int, levels: int) -> list[list[float]]:
+    """All points of the simplex whose entries are multiples of ``1 / levels``.
+
+    Vertices first; ``C(levels + B − 1, B − 1)`` points in all.
+
+    Examples:
+      >>> simplex_points(2, 2)
+      [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]
+    """
+    count = math.comb(levels + num_branches - 1, num_branches - 1)
+    if count > _MOST_POINTS:
+        raise ValueError(
+            f"search_merge: a simplex grid of {levels} levels over {num_branches} "
+            f"branches has {count} points; use method='greedy', or fewer levels."
+        )
+    vertices = [
+        [float(i == j) for j in range(num_branches)] for i in range(num_branches)
+    ]
+    inner = []
+    slots = range(levels + num_branches - 1)
+    for bars in itertools.combinations(slots, num_branches - 1):  # stars and bars
+        edges = [-1, *bars, levels + num_branches - 1]
+        parts = [b - a - 1 for a, b in itertools.pairwise(edges)]
+        if max(parts) < levels:
+            inner.append([part / levels for part in parts])
+    return vertices + inner
+
+
+def validate(score: Callable[..., Any], state: Any, args: tuple[Any, ...]) -> Array:
+    """One validation pass: a scalar in float32 at least."""
+    found = score(state, *args)
+    if not hasattr(found, "shape") or jnp.shape(found) != ():
+        what = (
+            f"an array of shape {jnp.shape(found)}"
+            if hasattr(found, "shape")
+            else f"a {type(found).__name__}"
+        )
+        raise ValueError(
+            f"search_merge: the score must be a scalar array, one number to rank "
+            f"merged models by, not {what}."
+        )
+    return found.astype(jnp.promote_types(jnp.result_type(found), jnp.float32))
+
+
+def merged_state(search: Search, inputs: Inputs, weights: Array) -> Any:
+    """The candidate of one Λ, as it is scored and returned."""
+    state = merge_leaves(
+        "search_merge",
+        inputs.branches,
+        weights,
+        search.rules,
+        branch_weights=inputs.branch_weights,
+        initial=inputs.initial,
+    )
+    return state if search.refresh is None else search.refresh(state)
+
+
+def _score_all(search: Search, inputs: Inputs, candidates: Array) -> Array:
+    """Scores ``[n]``, the larger the better; a NaN is the worst there is."""
+
+    def one(weights):
+        state = merged_state(search, inputs, weights)
+        found = search.sign * validate(search.score, state, inputs.args)
+        return jnp.where(jnp.isnan(found), -jnp.inf, found)
+
+    if search.evaluation == "vmap":
+        return jax.vmap(one)(candidates)
+    return lax.map(one, candidates)
+
+
+def _greedy(search: Search, inputs: Inputs, num_branches: int):
+    """Algorithm 3: the best branch, then as much of each of the others as helps."""
+    corners = jnp.eye(num_branches)
+    single = _score_all(search, inputs, corners)
+    order = jnp.argsort(-single)
+    shares = jnp.arange(1, search.levels + 1) / search.levels
+
+    def add(carry, place):
+        raw, best = carry  # unnormalised, by rank
+        mean = raw.sum() / place
+        more = jax.nn.one_hot(place, num_branches)
+        tried = raw[None] + shares[:, None] * mean * more[None]
+        normal = tried / tried.sum(1, keepdims=True)
+        candidates = jnp.zeros_like(normal).at[:, order].set(normal)
+        scores = _score_all(search, inputs, candidates)
+        # The share zero is the incumbent itself, already scored.
+        at = jnp.argmax(scores)
+        better = scores[at] > best
+        raw = jnp.where(better, tried[at], raw)
+        return (raw, jnp.where(better, scores[at], best)), (candidates, scores)
+
+    start = (corners[0], single[order[0]])
+    places = jnp.arange(1, num_branches)
+    (raw, best), (candidates, scores) = lax.scan(add, start, places)
+    weights = jnp.zeros_like(raw).at[order].set(raw / raw.sum())
+    candidates = jnp.concatenate([corners, candidates.reshape(-1, num_branches)])
+    return weights, best, single, candidates, jnp.concatenate([single, scores.ravel()])
+
+
+def _candidates(search: Search, inputs: Inputs, num_branches: int) -> Array:
+    """Vertices first, so that of equal scores a single branch wins."""
+    if search.method == "random":
+        mixed = jax.random.dirichlet(
+            inputs.key, jnp.ones(num_branches), (search.num_samples,)
+        )
+        return jnp.concatenate([jnp.eye(num_branches), mixed])
+    return jnp.array(simplex_points(num_branches, search.levels))
+
+
+def run_search(search: Search, inputs: Inputs) -> SearchResult:
+    """The search, as one function to be compiled."""
+    num_branches = jax.tree.leaves(inputs.branches)[0].shape[0]
+    if search.method == "greedy":
+        weights, best, single, candidates, scores = _greedy(
+            search, inputs, num_branches
+        )
+    else:
+        candidates = _candidates(search, inputs, num_branches)
+        scores = _score_all(search, inputs, candidates)
+        at = jnp.argmax(scores)
+        weights, best = candidates[at], scores[at]
+        single = scores[:num_branches]
+    return SearchResult(
+        merged_state(search, inputs, weights),
+        weights,
+        search.sign * best,
+        search.sign * single,
+        candidates,
+        search.sign * scores,
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _compiled(search: Search, inputs: Inputs) -> SearchResult:
+    return run_search(search, inputs)
+
+
+def make_search(
+    score: Callable[..., Any],
+    num_branches: int,
+    *,
+    method: Method,
+    direction: Direction,
+    levels: int,
+    evaluation: Evaluation,
+    num_samples: int,
+    policies: Mapping[str, Policy] | None,
+    heads: Mapping[str, Head] | None,
+    refresh: Callable[[Any], Any] | None,
+) -> Search:
+    """Checks the options of a search and resolves ``"auto"``."""
+    name = "search_merge"
+    check_choice(name, "method", method, Method)
+    check_choice(name, "evaluation", evaluation, Evaluation)
+    sign = sign_of(name, direction)
+    check_positive(name, "levels", levels)
+    check_positive(name, "num_samples", num_samples)
+    if method == "auto":
+        method = "grid" if num_branches == 2 else "greedy"
+    if method == "grid":
+        if num_branches != 2:
+            raise ValueError(
+                f"{name}: method='grid' is the search of Algorithm 1, for 2 branches, "
+                f"not {num_branches}; use 'greedy' or 'simplex'."
+            )
+        method = "simplex"  # the same points
+    if method == "simplex":
+        simplex_points(num_branches, levels)  # not too many
+    rules = make_rules(name, policies, heads)
+    return Search(score, method, sign, levels, evaluation, num_samples, rules, refresh)
+
+
+def search_merge(
+    branches: Any,
+    score: Callable[..., Any],
+    validation: Any = None,
+    *,
+    method: Method = "auto",
+    direction: Direction = "max",
+    levels: int = 5,
+    evaluation: Evaluation = "map",
+    num_samples: int = 32,
+    key: Any = None,
+    policies: Mapping[str, Policy] | None = None,
+    heads: Mapping[str, Head] | None = None,
+    branch_weights: Numbers | None = None,
+    initial: Any = None,
+    refresh: Callable[[Any], Any] | None = None,
+) -> SearchResult:
+    """The convex combination of branches with the best validation score.
+
+    ``Λ* = argmax_{Λ ∈ simplex} P̂(Σ_b Λ_b θ^b)`` over a finite set of candidates, which
+    always holds every single branch: on the set that is searched the result is never
+    worse than the best of them. What it is worth elsewhere, only a split that was not
+    searched can tell (:func:`split_validation`).
+
+    - ``"grid"``: two branches, ``λ ∈ {0, 1/L, …, 1}`` (Algorithm 1). L + 1 passes.
+    - ``"greedy"``: branches by falling score; to the mixture of the first, each of the
+      others is added with the share of ``{0, 1/L, …, 1}`` times the mean weight so far
+      that improves the score most, if any does (Algorithm 3). The best branch keeps at
+      least 1/2 against the second. ``B + L (B − 1)`` passes: a share of zero is the
+      incumbent and not scored again.
+    - ``"simplex"``: all multiples of 1/L. ``C(L + B − 1, B − 1)`` passes: 6, 21, 56,
+      252 for 2, 3, 4, 6 branches and L = 5.
+    - ``"random"``: the single branches and uniform draws from the simplex.
+
+    Args:
+      branches: The branches, leaves ``[B, ...]``.
+      score: P̂, ``score(state) -> scalar``, or ``score(state, validation)`` with
+        ``validation``. A NaN is the worst score. Pure: it is compiled, once for every
+        function object and set of options.
+      validation: Arrays of the validation set, not empty.
+      method: As above; ``"auto"`` is the paper's: the grid for two branches, greedy
+        for more.
+      direction: Whether a large (``"max"``: accuracy) or a small (``"min"``: error)
+        score is good.
+      levels: L.
+      evaluation: Scores candidates one by one (``"map"``) or in one batch
+        (``"vmap"``), with the memory of all of them.
+      num_samples: Draws of ``"random"``.
+      key: For ``"random"``.
+      policies: As for :func:`merge`.
+      heads: As for :func:`merge`.
+      branch_weights: As for :func:`merge`.
+      initial: As for :func:`merge`.
+      refresh: ``refresh(state) -> state``, applied to every candidate before it is
+        scored and to the result, such as :func:`recompute_statistics` of batch
+        normalisation.
+
+    Returns:
+      The merged state, Λ*, its score, those of the branches, and all candidates.
+
+    Raises:
+      ValueError: If the validation set is empty, ``direction`` or ``method`` unknown,
+        ``"grid"`` is asked of more than two branches, or the score is no scalar.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax import forkmerge
+      >>> branches = jnp.array([0.0, 1.0, 3.0])
+      >>> found = forkmerge.search_merge(branches, lambda w: -jnp.square(w - 0.8))
+      >>> found.weights.tolist(), round(float(found.score), 6)
+      ([0.1667, 0.8333, 0.0], -0.001111)
+
+    References:
+      Jiang et al., `ForkMerge: Mitigating Negative Transfer in Auxiliary-Task Learning
+      <https://arxiv.org/abs/2301.12618>`_, 2023, Algorithms 1 and 3.
+    """
+    name = "search_merge"
+    num_branches = count_branches(name, branches)
+    search = make_search(
+        score,
+        num_branches,
+        method=method,
+        direction=direction,
+        levels=levels,
+        evaluation=evaluation,
+        num_samples=num_samples,
+        policies=policies,
+        heads=heads,
+        refresh=refresh,
+    )
+    if search.method == "random" and key is None:
+        raise ValueError(f"{name}: method='random' draws candidates and needs key=.")
+    if validation is not None:
+        check_validation(name, validation)
+    if branch_weights is not None:
+        branch_weights = check_branch_weights(name, branch_weights, num_branches)
+    inputs = Inputs(
+        jax.tree.map(jnp.asarray, branches),
+        () if validation is None else (validation,),
+        key,
+        branch_weights,
+        initial,
+    )
+    return _compiled(search, inputs)
+
+
+def split_validation(
+    validation: Any, *, key: Any, report: float = 0.5
+) -> tuple[Any, Any]:
+    """Two disjoint parts of a validation set: one to search on, one to report on.
+
+    A search picks the luckiest of its candidates, so its score is optimistic; the
+    difference between the parts shows by how much.
+
+    Args:
+      validation: Pytree of arrays ``[N, ...]``.
+      key: Of the shuffle.
+      report: Share of the second part; both get at least one example.
+
+    Returns:
+      ``(search, report)``.
+
+    Raises:
+      ValueError: If there are fewer than two examples, lengths differ, or ``report``
+        is outside (0, 1).
+
+    Examples:
+      >>> parts = split_validation(jnp.arange(10), key=jax.random.key(0), report=0.3)
+      >>> [len(part) for part in parts]
+      [7, 3]
+    """
+    count = _count_examples("split_validation", validation)
+    if not 0 < report < 1:
+        raise ValueError(
+            f"split_validation: report={report} must lie between 0 and 1, both "
+            "excluded."
+        )
+    if count < 2:
+        raise ValueError(f"split_validation: {count} example cannot be split in two.")
+    size = min(max(round(report * count), 1), count - 1)
+    order = jax.random.permutation(key, count)
+    return _rows_of(validation, order[size:]), _rows_of(validation, order[:size])
+
+
+def subsample(validation: Any, size: int, *, key: Any) -> Any:
+    """``size`` examples of a validation set, without repeats: cheaper passes.
+
+    Args:
+      validation: Pytree of arrays ``[N, ...]``.
+      size: At most N.
+      key: A fresh one for every merge.
+
+    Returns:
+      Arrays ``[size, ...]``.
+
+    Raises:
+      ValueError: If the set is empty or smaller than ``size``.
+
+    Examples:
+      >>> subsample({"x": jnp.arange(9)}, 4, key=jax.random.key(0))["x"].shape
+      (4,)
+    """
+    check_positive("subsample", "size", size)
+    count = _count_examples("subsample", validation)
+    if size > count:
+        raise ValueError(
+            f"subsample: size={size}, but the validation set has {count} examples."
+        )
+    rows = jax.random.choice(key, count, (size,), replace=False)
+    return _rows_of(validation, rows)
+
+
+def _rows_of(tree: Any, rows: Array) -> Any:
+    return jax.tree.map(lambda x: jnp.asarray(x)[rows], tree)
+
+
+def _count_examples(name: str, validation: Any) -> int:
+    check_validation(name, validation)
+    lengths = {jnp.shape(x)[:1] for x in jax.tree.leaves(validation)}
+    if len(lengths) != 1 or lengths == {()}:
+        raise ValueError(
+            f"{name}: the arrays of the validation set must have one length, not "
+            f"{sorted(lengths)}."
+        )
+    return lengths.pop()[0]
