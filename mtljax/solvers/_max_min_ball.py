@@ -7,8 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Scalar
 
 from mtljax.solvers._implicit import implicit
-from mtljax.solvers._min_norm import min_norm_point
-from mtljax.solvers._nonnegative_qp import nonnegative_qp
+from mtljax.solvers._nonnegative_qp import nonnegative_qp, unit_lengths
 from mtljax.solvers._status import SolverStatus
 from mtljax.types import Gramian, Mask, Weights
 
@@ -17,10 +16,10 @@ _MAX_STEPS = 40
 
 class _Search(NamedTuple):
     bound: Scalar
-    x: Weights
+    y: Weights
     free: Bool[Array, " tasks"]
-    radius: Scalar
-    change: Scalar
+    reach: Scalar
+    moving: Scalar
     iteration: Scalar
 
 
@@ -34,10 +33,10 @@ def max_min_in_ball(
 
     For a value ``v`` of the minimum the nearest ``d`` to ``Jᵀc`` is ``Jᵀ(c + x(v))``
     with ``x(v)`` the solution of a non-negative QP, and its distance is convex and
-    increasing in ``v``. Newton's method on "distance = r", started at an upper bound,
-    therefore descends to the answer without a line search; each step is one small
-    exact solve, warm started. This is the dual of the simplex problem
-    ``min_w <g_w, g_c> + r ‖g_w‖`` without its kink at ``g_w = 0``.
+    increasing in ``v``. Newton's method on "distance = r", started at ``v = ∞`` where
+    ``x`` points to the min-norm point, therefore descends to the answer without a line
+    search; each step is one small exact solve, warm started. This is the dual of the
+    simplex problem ``min_w <g_w, g_c> + r ‖g_w‖`` without its kink at ``g_w = 0``.
 
     Args:
       gramian: ``[T, T]``.
@@ -47,8 +46,10 @@ def max_min_in_ball(
 
     Returns:
       ``x`` ``[T]``, non-negative, such that ``d = Jᵀ(c + x)``, and the status. When
-      no direction improves every task and the ball reaches the cone where none gets
-      worse, ``d`` is the projection of the centre on that cone.
+      no direction improves every task (the min-norm point of the unit gradients has no
+      length but the rounding of the Gramian) and the ball reaches the cone where none
+      gets worse, ``d`` is the projection of the centre on that cone. The residual is
+      ``max_i (v − <g_i, d>)``, each relative to the terms that are added up in it.
 
     References:
       Liu et al., arXiv 2110.14048, for the problem.
@@ -59,66 +60,80 @@ def max_min_in_ball(
     mask = jnp.ones(num, bool) if mask is None else mask
     given = (gramian, center, radius)
     gramian, center, radius = jax.lax.stop_gradient(given)
-    size = jnp.max(jnp.where(mask, jnp.diagonal(gramian), 0), initial=0)
-    size = jnp.where(size > 0, size, 1)
-    gramian = gramian / size
-    radius = radius / jnp.sqrt(size)
-    slope = jnp.matmul(gramian, center, precision="highest")
+    # Unit gradients, so that short and long ones are solved for alike: y = x n / size.
+    lengths, active = unit_lengths(gramian, mask)
+    size = jnp.max(lengths)
+    cosines = gramian / lengths[:, None] / lengths[None, :]
+    place = jnp.where(mask, center * (lengths / size), 0)
+    radius = radius / size
+    shares = jnp.min(lengths) / lengths  # <u_i, d> ≥ v n_min / n_i
+    slope = jnp.matmul(cosines, place, precision="highest")
 
-    def norm(x):
-        return jnp.sqrt(jnp.maximum(x @ jnp.matmul(gramian, x, precision="highest"), 0))
-
-    def dual(weights):  # an upper bound of the optimum for any weights on the simplex
-        return weights @ slope + radius * norm(weights)
+    def square(y):
+        return jnp.maximum(y @ jnp.matmul(cosines, y, precision="highest"), 0)
 
     def body(s: _Search):
-        solution = nonnegative_qp(gramian, slope - s.bound, mask=mask, start=s.free)
-        x = solution.x
-        total = x.sum()
-        bound = jnp.where(total > 0, dual(x / jnp.where(total > 0, total, 1)), s.bound)
-        bound = jnp.minimum(bound, s.bound)
+        started = s.iteration > 0
+        # At v = ∞ only the direction of x counts, and that is the min-norm point's.
+        linear = jnp.where(started, slope - s.bound * shares, -shares)
+        solution = nonnegative_qp(cosines, linear, mask=active, start=s.free)
+        y = solution.x
+        total = y.sum()
+        unit = y / jnp.where(total > 0, total, 1)
+        length = square(unit)
+        gain = unit @ slope + radius * jnp.sqrt(length)
+        step = jnp.where(total > 0, unit @ shares, 1)
+        bound = jnp.minimum(gain / step, s.bound)
+        # No direction helps all, or there is a zero gradient, which nothing helps.
+        stuck = ~started & ((length <= 4 * eps) | (mask & ~active).any())
+        bound = jnp.where(stuck, jnp.minimum(bound, 0), bound)
+        noise = jnp.abs(unit) @ jnp.abs(slope) + radius * jnp.sqrt(length)
+        moving = s.bound - bound > 4 * eps * noise / step
         return _Search(
-            bound, x, solution.free, norm(x), s.bound - bound, s.iteration + 1
+            bound,
+            y,
+            solution.free,
+            jnp.sqrt(square(y)),
+            ~started | moving,
+            s.iteration + 1,
         )
 
-    def unfinished(s: _Search):
-        # Relative to the bound alone: it may be the gain of a very short gradient.
-        tolerance = 4 * eps * (jnp.abs(s.bound) + eps * radius)
-        return (s.change > tolerance) & (s.iteration < _MAX_STEPS)
-
-    start, _ = min_norm_point(gramian, mask)
-    zero = jnp.zeros((), dtype)
     first = _Search(
-        dual(start), jnp.zeros(num, dtype), start > 0, zero, zero, jnp.int32(0)
+        jnp.asarray(jnp.inf, dtype),
+        jnp.zeros(num, dtype),
+        active,
+        jnp.zeros((), dtype),
+        active.any(),
+        jnp.int32(0),
     )
-    state = jax.lax.while_loop(unfinished, body, body(first))
+    state = jax.lax.while_loop(
+        lambda s: s.moving & (s.iteration < _MAX_STEPS), body, first
+    )
     # The bound comes from above, so the norm does too: the last step is exact.
-    shrink = jnp.where(
-        state.radius > radius, radius / jnp.maximum(state.radius, eps**2), 1
-    )
-    x = jnp.where(radius > 0, state.x * shrink, 0)
-    gains = jnp.matmul(gramian, center + x, precision="highest")
-    lengths = jnp.sqrt(jnp.maximum(jnp.diagonal(gramian), 0)) * norm(center + x)
-    short = jnp.maximum(state.bound - gains, 0) / jnp.where(lengths > 0, lengths, 1)
-    residual = jnp.max(jnp.where(mask & (lengths > 0), short, 0), initial=0)
+    reach = jnp.where(state.reach > 0, state.reach, 1)
+    y = state.y * jnp.minimum(radius / reach, 1)
+    bound = jnp.where(active.any(), state.bound, 0)
+    gains = jnp.matmul(cosines, place + y, precision="highest")
+    terms = jnp.abs(cosines * (place + y)[None, :]).sum(1)
+    short = jnp.maximum(bound * shares - gains, 0) / jnp.where(terms > 0, terms, 1)
+    residual = jnp.max(short, where=active, initial=0)
     converged = residual <= jnp.sqrt(eps)
 
     # Derivatives: which tasks are worst, and whether the ball binds, are constants.
     worst = state.free & (radius > 0)
-    bound = state.radius > radius * (1 - jnp.sqrt(eps))
-    reach = jnp.where(radius > 0, radius, 1)
-    unit = jax.lax.rsqrt(jnp.maximum(jnp.diagonal(gramian), eps**2))
+    binds = state.reach > radius * (1 - jnp.sqrt(eps))
+    scale = jnp.where(radius > 0, radius, 1)
 
-    def optimal(z):  # z: x in units of reach / length of each gradient, and v / reach
-        y, v = unit * z[:-1], z[-1]
-        matrix = given[0] / size
-        pull = jnp.matmul(matrix, given[1] / reach + y, precision="highest")
-        square = y @ jnp.matmul(matrix, y, precision="highest")
-        excess = square - (given[2] / jnp.sqrt(size) / reach) ** 2
-        rows = jnp.where(worst, unit * (pull - v), z[:-1])
-        return jnp.append(rows, jnp.where(bound & worst.any(), excess, v))
+    def optimal(z):  # y and the bound, both in units of the radius
+        y, v = z[:-1], z[-1]
+        matrix = given[0] / lengths[:, None] / lengths[None, :]
+        start = given[1] * (lengths / size / scale)
+        pull = jnp.matmul(matrix, jnp.where(mask, start, 0) + y, precision="highest")
+        excess = y @ jnp.matmul(matrix, y, precision="highest")
+        excess = excess - (given[2] / size / scale) ** 2
+        rows = jnp.where(worst, pull - v * shares, y)
+        return jnp.append(rows, jnp.where(binds & worst.any(), excess, v))
 
-    solution = jnp.append(x / unit / reach, state.bound / reach)
-    moved = implicit(optimal, solution)[:-1] * unit * reach
-    x = x + (moved - jax.lax.stop_gradient(moved))
-    return x, SolverStatus(residual, state.iteration, converged)
+    moved = implicit(optimal, jnp.append(y, bound) / scale)[:-1] * scale
+    y = y + (moved - jax.lax.stop_gradient(moved))
+    return y * (size / lengths), SolverStatus(residual, state.iteration, converged)
