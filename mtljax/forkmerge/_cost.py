@@ -33,7 +33,7 @@ def merge_passes(
     """
     check_positive("merge_passes", "num_branches", num_branches)
     if method == "auto":
-        method = "grid" if num_branches == 2 else "greedy"
+        method = "grid" if num_branches <= 2 else "greedy"
     if method == "greedy":
         return num_branches + levels * (num_branches - 1)
     if method == "random":

@@ -221,7 +221,7 @@ def make_search(
     check_positive(name, "levels", levels)
     check_positive(name, "num_samples", num_samples)
     if method == "auto":
-        method = "grid" if num_branches == 2 else "greedy"
+        method = "simplex" if num_branches <= 2 else "greedy"  # the grid, for two
     if method == "grid":
         if num_branches != 2:
             raise ValueError(

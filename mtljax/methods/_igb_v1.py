@@ -49,6 +49,11 @@ def igb_v1(
     late in training the method turns into that again (inferred, not in the paper).
     Multiplying a loss by a constant changes nothing.
 
+    Before a gradient balancer (``mtljax.compose(igb_v1(T), mgda(T))``) own parameters
+    get either both weights (``heads="weighted"``: the authors' code for MGDA, IMTL-G
+    and Nash-MTL) or λ/L alone (the paper's Algorithm 3): ``optax.partition({"shared":
+    chain(compose(igb, mgda), adam), "own": chain(igb, adam)}, labels)``.
+
     Args:
       num_tasks: T, length of the leading axis of every leaf of the gradients.
       window: ``(start, stop)``: steps whose losses make ``L_base``, all of equal

@@ -25,7 +25,7 @@ class _Newton(NamedTuple):
     iteration: Scalar
 
 
-def solve_bargaining(
+def solve_bargaining(  # noqa: PLR0915 (one Newton method, start to certificate)
     gramian: Gramian, alpha: float = 1.0, mask: Mask | None = None
 ) -> tuple[Weights, SolverStatus]:
     """The unique ``w > 0`` with ``Gw = w^(-1/α)``, elementwise power.
@@ -92,7 +92,9 @@ def solve_bargaining(
 
     def square(u, slope):  # length of the convex combination of unit gradients
         total = jnp.where(active, u, 0).sum()
-        return jnp.where(active, u * slope, 0).sum() / jnp.where(total > 0, total, 1) ** 2
+        return (
+            jnp.where(active, u * slope, 0).sum() / jnp.where(total > 0, total, 1) ** 2
+        )
 
     def barrier(u):
         if alpha == 1:
@@ -155,7 +157,7 @@ def solve_bargaining(
     # A loop of one turn at most: its cost is paid where some problem needs it.
     fallback = jax.lax.while_loop(
         lambda s: s[0],
-        lambda s: (jnp.zeros((), bool), min_norm_point(gramian, mask)[0]),
+        lambda _: (jnp.zeros((), bool), min_norm_point(gramian, mask)[0]),
         (~solved & active.any(), jnp.zeros(num, dtype)),
     )[1]
     u = implicit(bargain, jnp.where(solved, u, 1))

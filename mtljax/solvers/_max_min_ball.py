@@ -23,7 +23,7 @@ class _Search(NamedTuple):
     iteration: Scalar
 
 
-def max_min_in_ball(
+def max_min_in_ball(  # noqa: PLR0915 (one Newton method, start to certificate)
     gramian: Gramian,
     center: Weights,
     radius: Scalar,

@@ -25,9 +25,9 @@ CONFIGS = [
     ("momentum", {"groups": 2, "state": "per_task"}, False),  # 3 + 2 tasks
     ("adam", {"groups": 2, "state": "per_task", "group_loss": "mean"}, True),
     ("adam", {"groups": 3}, False),
-    ("momentum", {"groups": 2, "schedule": "per_batch"}, True),
 ]
 DEEP = [
+    ("momentum", {"groups": 2, "schedule": "per_batch"}, True),
     ("momentum", {"groups": 3, "group_loss": "mean"}, True),
     ("adam", {"schedule": "per_batch", "order": "fixed"}, False),
     ("adam", {"groups": 2, "state": "per_task", "schedule": "per_batch"}, False),

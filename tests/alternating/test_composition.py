@@ -42,12 +42,19 @@ def test_a_balancer_in_one_group_is_the_balancer():
 def test_equal_weights_within_random_groups_are_no_balancer():
     options = {"groups": 2, "key": KEY, "labels": LABELS}  # 3 + 2 tasks: a mask
     plain = alternate(optax.adam(LR), TASKS, **options)
-    linear = alternate(optax.adam(LR), TASKS, balancer=mtljax.linear(3), **options)
-    params, state, losses = problem.run(linear, start(), XS)
     want, want_state, want_losses = problem.run(plain, start(), XS)
-    chex.assert_trees_all_close(params, want, rtol=1e-5)
-    chex.assert_trees_all_close(state.shared, want_state.shared, rtol=1e-4)
-    np.testing.assert_allclose(losses, want_losses, rtol=1e-4)
+    for grad_fn in (None, jax.value_and_grad):
+        linear = alternate(
+            optax.adam(LR),
+            TASKS,
+            balancer=mtljax.linear(3),
+            grad_fn=grad_fn,
+            **options,
+        )
+        params, state, losses = problem.run(linear, start(), XS)
+        chex.assert_trees_all_close(params, want, rtol=1e-5)
+        chex.assert_trees_all_close(state.shared, want_state.shared, rtol=1e-4)
+        np.testing.assert_allclose(losses, want_losses, rtol=1e-4)
 
 
 def sam(rho):
@@ -89,7 +96,10 @@ def test_sharpness_aware_inner_steps():
 
 @pytest.mark.parametrize(
     "options",
-    [{"state": "per_task"}, {"balancer": mtljax.upgrad(3)}],
+    [
+        {"state": "per_task"},
+        pytest.param({"balancer": mtljax.upgrad(3)}, marks=pytest.mark.deep),
+    ],
     ids=["per_task", "balancer"],
 )
 def test_grad_fn_per_member(options):

@@ -86,7 +86,9 @@ def test_rows_of_inactive_tasks_do_not_change_nor_do_their_states():
     assert state.counts.tolist() == [4] * TASKS
 
 
-@pytest.mark.parametrize("loss", [by_index, by_switch])
+@pytest.mark.parametrize(
+    "loss", [by_index, pytest.param(by_switch, marks=pytest.mark.deep)]
+)
 def test_heads_of_any_shape_step_in_turn(loss):
     steps = alternate(
         optax.adam(LR), 3, schedule="per_batch", order="fixed", labels=OWNERS

@@ -241,8 +241,8 @@ def test_a_run_stops_at_a_loss_without_a_logarithm():
         return (w - 0.25, inner), {"losses": losses, "task_weights": weights}
 
     with pytest.raises(
-        training.NonPositiveLossError, match=r"'b' became 0.* in step 4"
-    ):
+        training.NonPositiveLossError, match=r"'b' became 0\.0"
+    ) as error:
         training.fit(
             (jnp.float32(0.75), balancer.init({})),
             train_step,
