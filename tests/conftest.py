@@ -64,6 +64,7 @@ def pytest_terminal_summary(terminalreporter):
 
 LATE = {f"test_{name}" for name in set(mtljax.METHODS) - CLASSICS}
 LATE |= {"test_wrappers", "test_implicit", "test_cone", "test_conditional"}
+LATE |= {"test_fs_mtl", "test_igb"}  # experiments of minutes
 
 
 def pytest_collection_modifyitems(items):

@@ -8,6 +8,8 @@ import optax
 
 from mtljax import stack
 from mtljax.balancer import as_mask, check_choice, weigh_stacked
+from mtljax.gradients._engine._cost import Passes
+from mtljax.gradients._gramian_engine import Linearized, choose, linearize_uses
 from mtljax.gradients._task_grads import (
     Pullback,
     Strategy,
@@ -17,19 +19,19 @@ from mtljax.gradients._task_grads import (
 )
 from mtljax.types import Heads, Mask, Weights
 
-Engine: TypeAlias = Literal["auto", "losses", "stacked"]
+Engine: TypeAlias = Literal["auto", "losses", "stacked", "gramian"]
 
 
-def _losses_engine(balancer, pull: Pullback, state, inputs, rows):
+def _losses_engine(balancer, pull: Pullback, state, inputs, passes):
     """One weighted backward pass: the weights do not depend on the gradients."""
-    del rows
+    del passes
     weights, state = balancer.weigh(state, losses=pull.losses, **inputs)
     return pull.shared(weights.astype(pull.losses.dtype)), weights, state
 
 
-def _stacked_engine(balancer, pull: Pullback, state, inputs, rows):
+def _stacked_engine(balancer, pull: Pullback, state, inputs, passes):
     """T backward passes, then the balancer's own update."""
-    grads = rows(pull.shared, pull.losses)
+    grads = task_rows(pull.shared, pull.losses, *passes)
     if getattr(balancer, "weigh", None) is None:
         if inputs["mask"] is not None:
             grads = stack.select(grads, inputs["mask"])
@@ -42,24 +44,39 @@ def _stacked_engine(balancer, pull: Pullback, state, inputs, rows):
     return stack.combine(grads, weights), weights, state
 
 
-# A Gramian engine, which never stacks, takes its place here.
-_ENGINES = {"losses": _losses_engine, "stacked": _stacked_engine}
+def _gramian_engine(balancer, pull: Linearized, state, inputs, passes):
+    """T backward passes of the activations, then a weighted one."""
+    mask = inputs["mask"]
+    pull = pull if mask is None else pull.select(mask)
+    gramian = pull.gramian(passes)
+    weights, state = balancer.weigh(
+        state, losses=pull.losses, gramian=gramian, **inputs
+    )
+    return pull.shared(weights), weights, state
 
 
-def _pick_engine(engine: Engine, needs: str, name: str) -> str:
+_ENGINES = {
+    "losses": _losses_engine,
+    "stacked": _stacked_engine,
+    "gramian": _gramian_engine,
+}
+
+
+def _check_engine(engine: Engine, needs: str, name: str) -> None:
     check_choice("value_and_balanced_grad", "engine", engine, Engine)
-    if engine == "losses" and needs != "losses":
+    serves = {"losses": ("losses",), "gramian": ("losses", "gramian")}
+    if needs not in serves.get(engine, (needs,)):
         raise ValueError(
-            f"engine='losses' cannot serve {name}, which needs the {needs}; "
+            f"engine={engine!r} cannot serve {name}, which needs the {needs}; "
             "use engine='auto' or 'stacked'."
         )
-    if engine == "auto":
-        return "losses" if needs == "losses" else "stacked"
-    return engine
 
 
 def _own_weights(
-    heads: Heads, weights: Weights | None, pull: Pullback, mask: Mask | None
+    heads: Heads,
+    weights: Weights | None,
+    pull: Pullback | Linearized,
+    mask: Mask | None,
 ):
     if heads == "own" or weights is None:
         return own_cotangent(pull.losses, mask)
@@ -81,7 +98,10 @@ def value_and_balanced_grad(
 
     Equal to stacking the gradients with :func:`value_and_task_grads` and passing them
     through ``balancer.update``, but a balancer that reads only the losses costs a
-    single backward pass.
+    single backward pass, and one that reads the Gramian need not see the gradients:
+    with ``y = x W`` and ``δ_t`` the cotangent of y for loss t, the entry of W in the
+    Gramian is ``<xᵀ δ_s, xᵀ δ_t> = <δ_s, (x xᵀ) δ_t>``, so that T backward passes of
+    the activations and one weighted one are enough.
 
     Args:
       task_losses: ``task_losses(params, *args, **kwargs) -> losses[T]`` (or
@@ -93,8 +113,12 @@ def value_and_balanced_grad(
         loss, or ``"weighted"``, that gradient times the task's weight. Reference
         codebases differ; the papers that balance "shared parameters" mean the first.
       has_aux: ``task_losses`` returns ``(losses, aux)``.
-      engine: ``"losses"`` (one weighted backward pass), ``"stacked"`` (T backward
-        passes) or ``"auto"``, by what the balancer needs.
+      engine: ``"losses"`` (one weighted backward pass), ``"gramian"`` (T backward
+        passes of the activations and one weighted; a parameter's T gradients are formed
+        only where that is less work, or where it is used in an unknown way),
+        ``"stacked"`` (T backward passes) or ``"auto"``: the least that the balancer
+        allows and, of the last two, the one with less work by the shapes. The engine
+        ``"gramian"`` inlines ``jax.checkpoint``; ``"auto"`` then stacks.
       strategy: How T backward passes run, see :func:`value_and_task_grads`.
       chunk_size: Tasks in a chunk.
 
@@ -125,6 +149,12 @@ def value_and_balanced_grad(
       >>> losses, grad, state = jax.jit(grad_fn)(params, state, jnp.eye(2))
       >>> jax.tree.map(jnp.shape, grad)
       {'heads': [(3,), (3,)], 'trunk': (2, 3)}
+
+    References:
+      Goodfellow, `Efficient Per-Example Gradient Computations
+      <https://arxiv.org/abs/1510.01799>`_, 2015, has the identity for norms; Quinton
+      and Rey, `Jacobian Descent for Multi-Objective Optimization
+      <https://arxiv.org/abs/2406.16232>`_, 2024, descend by the Gramian.
     """
     needs = getattr(balancer, "needs", "grads")
     num_tasks = getattr(balancer, "num_tasks", None)
@@ -135,17 +165,26 @@ def value_and_balanced_grad(
             f"heads='weighted' needs task weights, but {name} has none; "
             "use heads='own'."
         )
-    run = _ENGINES[_pick_engine(engine, needs, name)]
+    _check_engine(engine, needs, name)
+    # Weights that read only the losses need no Gramian, weights that read the
+    # gradients need them formed.
+    default = {"losses": "losses", "gramian": None}.get(needs, "stacked")
+    fixed = engine if engine in ("losses", "stacked") else default
 
-    def rows(pullback, losses):
-        return task_rows(pullback, losses, strategy, chunk_size)
+    asked = Passes(strategy, chunk_size)
+
+    def linearized(function, params):
+        options = {"has_aux": has_aux, "labels": labels}
+        if fixed is not None:
+            return linearize(function, params, **options), fixed, asked
+        uses, passes = choose(engine, function, params, asked, **options)
+        if uses is None:
+            return linearize(function, params, **options), "stacked", passes
+        return linearize_uses(uses), "gramian", passes
 
     def function(params, state, *args, mask=None, side=None, **kwargs):
-        pull = linearize(
-            lambda p: task_losses(p, *args, **kwargs),
-            params,
-            has_aux=has_aux,
-            labels=labels,
+        pull, chosen, passes = linearized(
+            lambda p: task_losses(p, *args, **kwargs), params
         )
         found = pull.losses.shape[0]
         if num_tasks is not None and found != num_tasks:
@@ -155,7 +194,8 @@ def value_and_balanced_grad(
             )
         mask = None if mask is None else as_mask(name, found, jnp.asarray(mask))
         inputs = {"mask": mask, **(side or {})}
-        shared, weights, state = run(balancer, pull, state, inputs, rows)
+        run = _ENGINES[chosen]
+        shared, weights, state = run(balancer, pull, state, inputs, passes)
         own = pull.own and pull.own(_own_weights(heads, weights, pull, mask))
         grad = pull.merge(shared, own)
         return ((pull.losses, pull.aux) if has_aux else pull.losses), grad, state

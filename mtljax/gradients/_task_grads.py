@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtljax import stack
 from mtljax.balancer import check_choice
 from mtljax.gradients._labels import resolve_labels
 from mtljax.types import Grads, Losses, Mask, Params
@@ -64,14 +63,19 @@ def _split_aux(out: Any, has_aux: bool) -> tuple[Any, Any]:
     return out
 
 
+def checked_losses(out: Any, has_aux: bool) -> tuple[Losses, Any]:
+    """The losses and the auxiliary output (None without) of ``task_losses``."""
+    losses, aux = _split_aux(out, has_aux)
+    return check_losses(losses), aux
+
+
 def linearize(
     function: Callable[[Params], Any], params: Params, *, has_aux: bool, labels: Any
 ) -> Pullback:
     """One forward pass of ``function``, ready for any number of backward passes."""
 
     def checked(p):
-        losses, aux = _split_aux(function(p), has_aux)
-        return check_losses(losses), aux
+        return checked_losses(function(p), has_aux)
 
     if labels is None:
         losses, vjp, aux = jax.vjp(checked, params, has_aux=True)
@@ -117,19 +121,30 @@ def task_rows(
     chunk_size: int,
 ) -> Grads:
     """Stacked gradients: ``pullback`` of every unit cotangent."""
-    num_tasks = losses.shape[0]
-    strategy = pick_strategy(strategy, num_tasks)
-    basis = jnp.eye(num_tasks, dtype=losses.dtype)
+    basis = jnp.eye(losses.shape[0], dtype=losses.dtype)
+    return map_tasks(
+        pullback, basis, pick_strategy(strategy, losses.shape[0]), chunk_size
+    )
+
+
+def map_tasks(
+    function: Callable[[Any], Any], rows: Any, strategy: Strategy, chunk_size: int
+) -> Any:
+    """``function`` of every row of a stacked tree, the results stacked."""
+    num_tasks = jax.tree.leaves(rows)[0].shape[0]
     if strategy == "vmap":
-        return jax.vmap(pullback)(basis)
+        return jax.vmap(function)(rows)
     if strategy == "map":
-        return jax.lax.map(pullback, basis)
+        return jax.lax.map(function, rows)
     if strategy == "chunked":
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, not {chunk_size}.")
-        return jax.lax.map(pullback, basis, batch_size=min(chunk_size, num_tasks))
-    rows = [pullback(basis[task]) for task in range(num_tasks)]
-    return jax.tree.map(lambda *row: jnp.stack(row), *rows)
+        return jax.lax.map(function, rows, batch_size=min(chunk_size, num_tasks))
+    each = [
+        function(jax.tree.map(lambda x, task=task: x[task], rows))
+        for task in range(num_tasks)
+    ]
+    return jax.tree.map(lambda *row: jnp.stack(row), *each)
 
 
 def own_cotangent(losses: Losses, mask: Mask | None) -> Losses:
@@ -211,48 +226,5 @@ def value_and_task_grads(
         own = pull.own and pull.own(own_cotangent(pull.losses, None))
         grads = pull.merge(rows, own)
         return ((pull.losses, pull.aux) if has_aux else pull.losses), grads
-
-    return function
-
-
-def task_gramian(
-    task_losses: Callable[..., Any],
-    *,
-    has_aux: bool = False,
-    labels: Any = None,
-    strategy: Strategy = "auto",
-    chunk_size: int = 4,
-) -> Callable[..., Any]:
-    """Losses and the Gramian of their gradients.
-
-    Args:
-      task_losses: As for :func:`value_and_task_grads`.
-      has_aux: ``task_losses`` returns ``(losses, aux)``.
-      labels: Restricts the Gramian to the shared parameters.
-      strategy: How the T backward passes run.
-      chunk_size: Tasks in a chunk.
-
-    Returns:
-      A function of ``(params, *args)`` that returns ``(losses[T], gramian[T, T])``, or
-      ``((losses, aux), gramian)``. Cost: one forward and T backward passes.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> losses, gramian = task_gramian(lambda p: jnp.array([2.0, -1.0]) * p)(3.0)
-      >>> gramian.tolist()
-      [[4.0, -2.0], [-2.0, 1.0]]
-    """
-
-    def function(params, *args, **kwargs):
-        pull = linearize(
-            lambda p: task_losses(p, *args, **kwargs),
-            params,
-            has_aux=has_aux,
-            labels=labels,
-        )
-        rows = task_rows(pull.shared, pull.losses, strategy, chunk_size)
-        stack.check(rows, pull.losses.shape[0], "task_gramian")
-        gramian = stack.gramian(rows)
-        return ((pull.losses, pull.aux) if has_aux else pull.losses), gramian
 
     return function

@@ -123,6 +123,27 @@ def test_samo_draws_anew_in_every_step():
     assert np.abs(seen[0] - seen[1]).max() > 1e-4
 
 
+METHODS = [
+    pytest.param(name, marks=[] if name in ("moco", "pcgrad") else pytest.mark.deep)
+    for name in mtljax.METHODS
+]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_a_step_that_a_scan_can_carry(name):
+    """Traced only: shapes and dtypes of gradient and state, with labels and masks."""
+    for mode in ("split", "direct"):
+        function = value_and_flat_grad(
+            task_losses, built(name), rho=0.1, mode=mode, labels=LABELS, strategy="map"
+        )
+        state = function.init(PARAMS)
+        _, grad, new = jax.eval_shape(
+            lambda s, f=function: f(PARAMS, s, BATCHES[0], mask=SOME), state
+        )
+        chex.assert_trees_all_equal_shapes_and_dtypes(grad, PARAMS)
+        chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
+
+
 # --- when ---------------------------------------------------------------------------
 
 

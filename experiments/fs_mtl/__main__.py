@@ -1,0 +1,211 @@
+"""``python -m experiments.fs_mtl [smoke|cpu|lenet|paper] [--field value ...]``."""
+
+import os
+import pathlib
+import sys
+import time
+from typing import Any, NamedTuple
+
+import tyro
+
+from experiments.fs_mtl.config import (
+    PRESETS,
+    Config,
+    Entry,
+    Set,
+    check,
+    entries,
+    seed_groups,
+)
+
+
+def say(text: str) -> None:
+    """A line that is seen at once, also in a pipe."""
+    print(text, flush=True)
+
+
+class Bench(NamedTuple):
+    """What the entries of a data set share, compiled once."""
+
+    problem: Any
+    instruments: Any
+    probe: Any
+    score: Any
+
+
+def make_benches(config: Config, splits: Any, wanted: set[int | None]):
+    """One for the multi-task entries and one for every single task."""
+    from experiments.fs_mtl import analysis, problem, train
+
+    strangers = None
+    if config.ood is not None:
+        strangers = problem.load(config, config.ood).test["image"]
+
+    def make(task: int | None) -> Bench:
+        subject = problem.make_problem(config, splits, task)
+        return Bench(
+            subject,
+            analysis.make_instruments(config, subject, strangers),
+            train.make_probe(config, subject) if task is None else None,
+            train.make_score(subject),
+        )
+
+    return {task: make(task) for task in wanted}
+
+
+def on_disk(config: Config, steps: int, folder: pathlib.Path):
+    """Rows and measurements of a finished run, or None."""
+    from experiments.fs_mtl import analysis
+    from mtljax import training
+
+    if not (folder / "metrics.jsonl").exists():
+        return None
+    rows = training.read_jsonl(folder)[1]
+    if max((row["step"] for row in rows), default=0) < steps:
+        return None
+    return rows, analysis.stored(config, folder)
+
+
+class Runner(NamedTuple):
+    """Runs entries of one data set, or reads them."""
+
+    config: Config
+    name: Set
+    benches: dict[int | None, Bench]
+    steps: int
+
+    def __call__(self, entry: Entry):
+        """Rows and measurements of all seeds; None if unfinished or interrupted."""
+        from experiments.fs_mtl import analysis, train
+
+        config, bench = self.config, self.benches[entry.task]
+        program = None
+        rows, measured = [], []
+        for seeds in seed_groups(config):
+            folder = entry.folder(config, self.name, seeds)
+            if config.report_only:
+                found = on_disk(config, self.steps, folder)
+                if found is None:
+                    return None
+                rows, measured = rows + found[0], measured + found[1]
+                continue
+            if program is None:  # one compilation for all seeds
+                program = train.make_program(
+                    config, bench.problem, entry, bench.probe, bench.score
+                )
+            place: dict[str, Any] = {"seeds": seeds, "folder": folder}
+            result = train.run_entry(config, bench.problem, entry, program, **place)
+            if result.interrupted:
+                return None
+            rows += result.rows
+            measured += analysis.analyse(
+                config, entry, result.state, bench.instruments, **place
+            )
+        return rows, measured
+
+
+def run_set(config: Config, name: Set, command: str, clock: "Clock") -> bool:
+    """Trains, measures and reports one data set; False if it was interrupted."""
+    from experiments.fs_mtl import problem, report, train
+
+    splits = problem.load(config, name)
+    names = tuple(task.name for task in splits.tasks)
+    say(
+        f"{name}: {len(splits.train['image'])} training canvases, tasks "
+        f"{', '.join(names)}; {splits.notes}"
+    )
+    todo = entries(config)
+    benches = make_benches(config, splits, {entry.task for entry in todo})
+    epoch = train.steps_per_epoch(config, next(iter(benches.values())).problem)
+    run = Runner(config, name, benches, config.epochs * epoch)
+    runs = report.Runs(name, names, {}, {}, epoch)
+    for entry in todo:
+        clock.next(entry.label)
+        found = run(entry)
+        if found is None:
+            if config.report_only:
+                continue
+            return False
+        runs.rows[entry], measured = found
+        if measured:
+            runs.analysis[entry] = measured
+        best = report.chosen(runs.rows[entry])
+        mean = sum(row["test_score"] for row in best) / len(best)
+        clock.done(f"{entry.label}: test accuracy {100 * mean:.2f}")
+    publish(config, runs, command, splits.notes)
+    return True
+
+
+def publish(config: Config, runs: Any, command: str, notes: str) -> None:
+    """Tables, rows and plots of a data set."""
+    from experiments.fs_mtl import figures, report
+
+    if not runs.rows:
+        say(f"{runs.name}: no finished run in {config.out}")
+        return
+    written = [report.write(config, runs, command, notes)]
+    written.append(report.write_rows(config, runs))
+    if config.plots:
+        written += figures.write(config, runs)
+    for line in [*report.summary(runs), *map(str, written)]:
+        say(f"  {line}")
+
+
+class Clock:
+    """Says which of all runs is on, and about how long the rest takes."""
+
+    def __init__(self, total: int):
+        self.total, self.number = total, 0
+        self.started = time.perf_counter()
+
+    def next(self, label: str) -> None:
+        """Starts a run."""
+        self.number += 1
+        say(f"[{self.number}/{self.total}] {label}")
+
+    def done(self, text: str) -> None:
+        """Ends it."""
+        elapsed = time.perf_counter() - self.started
+        left = elapsed / self.number * (self.total - self.number)
+        say(f"[{self.number}/{self.total}] {text}; {elapsed:.0f} s, {left:.0f} s to go")
+
+
+def main(config: Config, command: str) -> None:
+    """All sets, one after the other."""
+    import shutil
+
+    check(config)
+    if config.overwrite:
+        for name in config.sets:
+            shutil.rmtree(config.out / name / "runs", ignore_errors=True)
+    clock = Clock(len(config.sets) * len(entries(config)))
+    for name in config.sets:
+        if not run_set(config, name, command, clock):
+            say("Interrupted; the same command goes on.")
+            return
+
+
+def cli() -> None:
+    """Reads the command line; errors are one sentence, unless MTLJAX_TRACEBACK=1."""
+    arguments = sys.argv[1:]
+    if not arguments:
+        arguments = ["--help"]
+    config = tyro.extras.overridable_config_cli(
+        PRESETS,
+        args=arguments,
+        prog="python -m experiments.fs_mtl",
+        description="Sharpness-aware multi-task learning: balancers with and without "
+        "SAM, in every order of the two, beside controls without a balancer.",
+    )
+    command = " ".join(["python -m experiments.fs_mtl", *arguments])
+    try:
+        main(config, command)
+    except (ValueError, OSError, RuntimeError) as error:
+        if os.environ.get("MTLJAX_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    cli()

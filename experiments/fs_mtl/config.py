@@ -1,0 +1,311 @@
+"""What can be set, the presets, and the list of runs."""
+
+import dataclasses
+import pathlib
+from typing import Literal, NamedTuple, TypeAlias
+
+import mtljax
+
+Set: TypeAlias = Literal[
+    "multidigits", "multi_mnist", "multi_fashion", "multi_fashion_mnist"
+]
+Variant: TypeAlias = Literal["plain", "split", "direct", "samo", "second", "each"]
+
+STL = "single_task"
+BALANCERS = ("mgda", "pcgrad", "cagrad", "imtl_g", "nash_mtl", "fairgrad")
+CONTROLS = (STL, "linear", "random_loss_weighting")
+"""What the gain of a balancer must be compared with: SAM without one."""
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message is for the user."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Multi-task methods with and without SAM, by every way of joining the two."""
+
+    sets: tuple[Set, ...] = ("multi_mnist",)
+    """Data sets, one after the other. multidigits needs no files."""
+    data_dir: pathlib.Path | None = None
+    """Folder with mnist/ and fashion_mnist/ files."""
+    train_size: int | None = None
+    """Training canvases; None is all, 110,000 of MNIST digits."""
+    val_size: int | None = None
+    """Validation canvases, from source images of their own; None is 10,000."""
+    test_size: int | None = None
+    """Test canvases; None is all, 20,000."""
+    data_seed: int = 0
+    """Seed of pairs and offsets: one data set for all runs."""
+    shrink: int = 1
+    """Images are averaged over squares of this side: 2 makes 36x36 into 18x18."""
+    ood: Set | None = None
+    """Set whose test images are strangers to the model, for the predictive entropy."""
+
+    methods: tuple[str, ...] = BALANCERS
+    """Balancers, each in every one of --variants."""
+    variants: tuple[Variant, ...] = ("plain", "split", "direct", "samo")
+    """plain X, F-X of FS-MTL, its direct ablation, SAMO-X."""
+    ablations: tuple[str, ...] = ("cagrad",)
+    """Balancers also run in the other two orders of aggregation (Table 6)."""
+    controls: tuple[str, ...] = CONTROLS
+    """Single task and LS with and without SAM, RLW with SAM."""
+    seeds: int = 3
+    """Runs of everything."""
+    together: bool = True
+    """Seeds are trained side by side by vmap; else one after the other, which is
+    faster where convolutions with a kernel for each seed are slow."""
+    first_seed: int = 0
+    """Seeds are first_seed, first_seed + 1, ..."""
+
+    model: Literal["mlp", "lenet", "resnet18"] = "resnet18"
+    """Trunk; every task has a linear head."""
+    hidden: tuple[int, ...] = (64,)
+    """Widths of the MLP's trunk."""
+    kernels: tuple[int, int] = (9, 5)
+    """Kernel sizes of LeNet."""
+    channels: tuple[int, int] = (10, 20)
+    """Its channels."""
+    lr: float = 1e-3
+    """Of Adam, constant."""
+    batch_size: int = 256
+    """Examples per update."""
+    epochs: int = 200
+    """Passes over the training canvases."""
+    cagrad_c: float = 0.4
+    """c of CAGrad, in the paper's code for g and h alike."""
+
+    rho: float = 2.0
+    """Radius of all variants with SAM; equal, so that they can be compared."""
+    adaptive: bool = True
+    """ASAM, on in the paper's code."""
+    norm: Literal["separate", "joint"] = "joint"
+    """One radius for trunk and head together, as in the paper's code for these sets."""
+    samo_alpha: float = 0.5
+    """Share of the mean gradient in SAMO's direction."""
+    strategy: Literal["auto", "unrolled", "vmap", "map"] = "auto"
+    """How the two tasks of a step run."""
+
+    eval_every: int = 1
+    """Epochs between evaluations; validation picks the epoch that is reported."""
+    probe_every: int = 5
+    """Epochs between measurements of conflict."""
+    probe_batches: int = 16
+    """Training batches on which conflict is measured, always the same."""
+    checkpoint_every: int = 20
+    """Epochs between checkpoints, from which a killed run goes on."""
+    noise: tuple[float, ...] = tuple(float(x) for x in range(0, 1000, 50))
+    """Distances of random weight noise, over all parameters."""
+    noise_draws: int = 10
+    """Directions of it."""
+    radii: tuple[float, ...] = (0.01, 0.05)
+    """Radii at which sharpness is measured, not adaptive, in evaluation mode."""
+    landscape: int = 21
+    """Points a side of the loss landscapes; 0 leaves them out."""
+    landscape_span: float = 1.0
+    """Half their width, relative to the length of every filter."""
+    analysis_size: int = 2000
+    """Test canvases for noise, sharpness and landscapes."""
+
+    out: pathlib.Path = pathlib.Path("results/fs_mtl")
+    """Rows, checkpoints, tables and plots go here."""
+    overwrite: bool = False
+    """Delete earlier runs in --out first; by default they are gone on with."""
+    report_only: bool = False
+    """Train nothing: tables and plots of the runs that are finished."""
+    plots: bool = True
+    """Write the PNGs."""
+
+
+PRESETS = {
+    "smoke": (
+        "Some seconds: a few steps of two runs on the embedded digits; for tests.",
+        Config(
+            sets=("multidigits",),
+            train_size=256,
+            val_size=128,
+            test_size=128,
+            methods=("imtl_g",),
+            variants=("plain", "split"),
+            ablations=(),
+            controls=(),
+            seeds=2,
+            model="mlp",
+            hidden=(16,),
+            batch_size=64,
+            epochs=2,
+            rho=0.1,
+            probe_every=2,
+            probe_batches=1,
+            checkpoint_every=1,
+            noise=(1.0,),
+            noise_draws=1,
+            landscape=0,
+            analysis_size=64,
+            plots=False,
+            out=pathlib.Path("results/fs_mtl-smoke"),
+        ),
+    ),
+    "cpu": (
+        "Below 25 minutes on 2 CPU cores: 4,000 MultiMNIST canvases at half the size "
+        "and an MLP, few enough to overfit.",
+        Config(
+            train_size=4000,
+            val_size=2000,
+            test_size=4000,
+            shrink=2,
+            model="mlp",
+            hidden=(256, 128),
+            batch_size=64,
+            epochs=40,
+            rho=1.0,
+            eval_every=2,
+            probe_every=4,
+            probe_batches=16,
+            checkpoint_every=20,
+            noise=(0.0, 2.0, 4.0, 6.0, 8.0, 12.0),
+            noise_draws=5,
+            landscape=13,
+            analysis_size=1000,
+            out=pathlib.Path("results/fs_mtl-cpu"),
+        ),
+    ),
+    "lenet": (
+        "LeNet on 20,000 full-size canvases a set: for an accelerator, or hours.",
+        Config(
+            sets=("multi_fashion", "multi_mnist", "multi_fashion_mnist"),
+            train_size=20000,
+            val_size=2000,
+            test_size=10000,
+            together=False,
+            model="lenet",
+            batch_size=128,
+            epochs=50,
+            rho=0.5,
+            probe_batches=32,
+            noise=(0.0, 2.0, 4.0, 6.0, 8.0, 12.0),
+            out=pathlib.Path("results/fs_mtl-lenet"),
+        ),
+    ),
+    "paper": (
+        "The three sets as in the paper, ResNet-18, 200 epochs: for an accelerator.",
+        Config(
+            sets=("multi_fashion", "multi_mnist", "multi_fashion_mnist"),
+            together=False,
+            strategy="unrolled",
+        ),
+    ),
+}
+
+
+def seed_groups(config: Config) -> list[list[int]]:
+    """Seeds that are one run: all of them, or each alone."""
+    seeds = list(range(config.first_seed, config.first_seed + config.seeds))
+    return [seeds] if config.together else [[seed] for seed in seeds]
+
+
+class Entry(NamedTuple):
+    """One line of the table, or half of one: a single-task run is of one task."""
+
+    method: str
+    variant: Variant
+    task: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        task = "" if self.task is None else f"-{self.task + 1}"
+        return f"{self.method}-{self.variant}{task}"
+
+    def folder(self, config: Config, name: Set, seeds: list[int]) -> pathlib.Path:
+        """Where a run of it on a data set is kept."""
+        path = config.out / name / "runs" / self.name
+        return path if config.together else path / f"seed_{seeds[0]}"
+
+    @property
+    def label(self) -> str:
+        """As tables print it."""
+        if self.method == "random_loss_weighting" and self.variant == "split":
+            return "RLW+SAM"
+        base = "STL" if self.method == STL else mtljax.METHODS[self.method].label
+        return {
+            "plain": base,
+            "split": f"F-{base}",
+            "direct": f"direct {base}",
+            "samo": f"SAMO-{base}",
+            "second": f"second-aggre {base}",
+            "each": f"each-aggre {base}",
+        }[self.variant]
+
+    @property
+    def backward_passes(self) -> int:
+        """Through the trunk, per step, for the two tasks together."""
+        if self.variant == "plain":
+            cheap = self.method in ("linear", "random_loss_weighting")
+            return 1 if cheap or self.method == STL else 2
+        if self.method == STL:
+            return 2
+        return 3 if self.variant == "samo" else 4
+
+
+def entries(config: Config) -> list[Entry]:
+    """All runs of a data set, the controls first."""
+    found: list[Entry] = []
+    if STL in config.controls:
+        for variant in ("plain", "split"):
+            found += [Entry(STL, variant, task) for task in (0, 1)]
+    if "linear" in config.controls:
+        found += [Entry("linear", "plain"), Entry("linear", "split")]
+    if "random_loss_weighting" in config.controls:
+        found.append(Entry("random_loss_weighting", "split"))
+    for method in config.methods:
+        found += [Entry(method, variant) for variant in config.variants]
+        if method in config.ablations:
+            found += [Entry(method, "second"), Entry(method, "each")]
+    return list(dict.fromkeys(found))
+
+
+def check(config: Config) -> None:
+    """Raises on what only shows later, before anything is written.
+
+    Raises:
+      ConfigError: One sentence that names the field.
+    """
+    for name in (*config.methods, *config.ablations):
+        if name not in BALANCERS:
+            raise ConfigError(
+                f"--methods: {name!r} is not one of {', '.join(BALANCERS)}."
+            )
+    for name in config.ablations:
+        if name not in config.methods:
+            raise ConfigError(f"--ablations: {name!r} is not one of --methods.")
+    for name in config.controls:
+        if name not in CONTROLS:
+            raise ConfigError(
+                f"--controls: {name!r} is not one of {', '.join(CONTROLS)}."
+            )
+    if not config.sets or not entries(config):
+        raise ConfigError("Nothing to run: --sets, or --methods and --controls, empty.")
+    for field in (
+        "seeds",
+        "batch_size",
+        "epochs",
+        "shrink",
+        "eval_every",
+        "probe_every",
+        "probe_batches",
+        "checkpoint_every",
+        "noise_draws",
+        "analysis_size",
+    ):
+        if getattr(config, field) < 1:
+            raise ConfigError(
+                f"--{field.replace('_', '-')} must be positive, "
+                f"not {getattr(config, field)}."
+            )
+    if not config.lr > 0:
+        raise ConfigError(f"--lr must be positive, not {config.lr}.")
+    if not config.rho >= 0:
+        raise ConfigError(f"--rho must not be negative, not {config.rho}.")
+    if config.overwrite and config.report_only:
+        raise ConfigError("--overwrite and --report-only exclude each other.")

@@ -1,0 +1,225 @@
+"""The PNGs, from rows."""
+
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.fs_mtl import paper, report
+from experiments.fs_mtl.config import STL, Config, Entry
+from experiments.fs_mtl.report import Runs
+from mtljax.training import plots
+
+FAMILY = {
+    "plain": ("#4477AA", ":"),
+    "split": ("#EE6677", "-"),
+    "direct": ("#228833", "--"),
+    "samo": ("#AA3377", "-."),
+    "second": ("#CCBB44", "-"),
+    "each": ("#66CCEE", "-"),
+}
+"""Colour and dash of a variant, the same in every panel."""
+
+
+RLW = ("#CCBB44", "--")  # shares its panel with F-LS
+
+
+def _look(entry: Entry) -> tuple[str, str]:
+    return RLW if entry.method == "random_loss_weighting" else FAMILY[entry.variant]
+
+
+def _panels(count: int, columns: int = 3):
+    from matplotlib.figure import Figure
+
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(3.4 * columns, 2.8 * rows + 0.4), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes[count:]:
+        axis.set_visible(False)
+    for axis in axes:
+        axis.grid(color="#E6E6E6", linewidth=0.8)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes[:count]
+
+
+def _by_method(runs: Runs) -> dict[str, list[Entry]]:
+    """Panels: a balancer each, and one for what has none."""
+    found: dict[str, list[Entry]] = {}
+    for entry in runs.rows:
+        if entry.method != STL:
+            loss = entry.method in ("linear", "random_loss_weighting")
+            found.setdefault("LS, RLW" if loss else _base(entry), []).append(entry)
+    return found
+
+
+def _base(entry: Entry) -> str:
+    return entry._replace(variant="plain").label
+
+
+def _series(rows: Sequence[Mapping[str, Any]], field: str):
+    """Steps and values ``[S, P]`` of an evaluation metric."""
+    curve = plots.curve(rows, field, "eval")
+    return np.asarray(curve.steps), np.asarray(curve.values)
+
+
+def _curves(
+    runs: Runs,
+    field: str,
+    ylabel: str,
+    xlabel: str,
+    x_of: Callable[[np.ndarray, Entry], np.ndarray],
+    *,
+    factor: float = 100.0,
+    reference: Mapping[str, Mapping[int, float]] | None = None,
+):
+    """A panel a balancer, a line a variant: mean over seeds and ± 1 sd."""
+    methods = _by_method(runs)
+    figure, axes = _panels(len(methods))
+    for axis, (name, group) in zip(axes, methods.items(), strict=True):
+        for entry in group:
+            if not any(field in row for row in runs.rows[entry]):
+                continue
+            steps, values = _series(runs.rows[entry], field)
+            colour, dash = _look(entry)
+            x, mean = x_of(steps, entry), factor * values.mean(0)
+            axis.plot(x, mean, color=colour, linestyle=dash, label=entry.label)
+            if len(values) > 1:
+                sd = factor * values.std(0, ddof=1)
+                axis.fill_between(
+                    x, mean - sd, mean + sd, color=colour, alpha=0.12, linewidth=0
+                )
+        for variant, points in (reference or {}).items():
+            axis.plot(
+                list(points), list(points.values()), color=FAMILY[variant][0],
+                marker="x", linestyle="none", markersize=4, label=f"paper, {variant}",
+            )  # fmt: skip
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel(xlabel)
+        axis.legend(fontsize=7, frameon=False)
+    for axis in axes[::3]:
+        axis.set_ylabel(ylabel)
+    return figure
+
+
+def accuracy_over_epochs(runs: Runs):
+    """Mean test accuracy over epochs."""
+    return _curves(
+        runs, "test_score", "test accuracy, %", "epoch",
+        lambda steps, _: steps / runs.steps_per_epoch,
+    )  # fmt: skip
+
+
+def accuracy_over_cost(runs: Runs):
+    """The same over backward passes: equal compute, not equal steps."""
+    return _curves(
+        runs, "test_score", "test accuracy, %", "backward passes",
+        lambda steps, entry: steps * entry.backward_passes,
+    )  # fmt: skip
+
+
+def conflict(config: Config, runs: Runs, kind: str):
+    """Percent of probe batches in conflict."""
+    same = kind == "inter_loss" and runs.name == "multi_mnist"
+    inside = {
+        variant: {e: p for e, p in points.items() if e <= config.epochs}
+        for variant, points in paper.CONFLICT.items()
+    }
+    return _curves(
+        runs, f"probe_{kind}", f"{kind.replace('_', '-')} conflict, %", "epoch",
+        lambda steps, _: steps / runs.steps_per_epoch,
+        reference=inside if same else None,
+    )  # fmt: skip
+
+
+def calibration(runs: Runs):
+    """ECE and Brier score of every line, with one standard deviation."""
+    groups = report.lines(runs)
+    figure, axes = _panels(2, columns=2)
+    figure.set_size_inches(9.0, 0.22 * len(groups) + 1.2)
+    for axis, metric in zip(axes, ("ece", "brier"), strict=True):
+        for at, (label, group) in enumerate(groups.items()):
+            each = [report.column(runs, group, metric, task) for task in (0, 1)]
+            values = np.mean(each, axis=0)
+            sd = values.std(ddof=1) if len(values) > 1 else 0.0
+            colour, _ = _look(group[0])
+            axis.barh(at, values.mean(), xerr=sd, color=colour, height=0.7)
+            del label
+        axis.set_yticks(range(len(groups)), list(groups), fontsize=7)
+        axis.invert_yaxis()
+        axis.set_xlabel(
+            {"ece": "expected calibration error", "brier": "Brier score"}[metric]
+        )
+    return figure
+
+
+def noise(config: Config, runs: Runs):
+    """Accuracy under weight noise: a panel a balancer."""
+    methods = _by_method(runs)
+    figure, axes = _panels(len(methods))
+    for axis, (name, group) in zip(axes, methods.items(), strict=True):
+        for entry in group:
+            if entry not in runs.analysis:
+                continue
+            values = np.array(
+                [row["noise"] for row in runs.analysis[entry]]
+            )  # [S, M, D]
+            colour, dash = _look(entry)
+            mean = 100 * values.mean((0, 2))
+            axis.plot(
+                config.noise, mean, color=colour, linestyle=dash, label=entry.label
+            )
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel("distance in weight space")
+        axis.legend(fontsize=7, frameon=False)
+    axes[0].set_ylabel("accuracy, %")
+    return figure
+
+
+def landscapes(config: Config, runs: Runs):
+    """Contours of the test loss, the same two directions in every panel; or None."""
+    found = {
+        entry: row["landscape"]
+        for entry, rows in runs.analysis.items()
+        for row in rows
+        if row.get("landscape")
+    }
+    if not found:
+        return None
+    figure, axes = _panels(len(found), columns=4)
+    span = config.landscape_span
+    grids = {entry: np.array(grid) for entry, grid in found.items()}
+    low = min(grid.min() for grid in grids.values())
+    levels = low * np.geomspace(1.02, 20, 14)
+    for axis, (entry, grid) in zip(axes, grids.items(), strict=True):
+        axis.grid(visible=False)
+        ticks = np.linspace(-span, span, len(grid))
+        lines = axis.contour(
+            ticks, ticks, grid, levels=levels, cmap="viridis", linewidths=0.9
+        )
+        axis.clabel(lines, lines.levels[::3], fontsize=6, fmt="%.2g")
+        axis.plot(0, 0, marker="+", color="black")
+        axis.set_title(entry.label, fontsize=10)
+        axis.set_aspect("equal")
+    return figure
+
+
+def write(config: Config, runs: Runs) -> list[pathlib.Path]:
+    """All figures that the rows allow."""
+    made: dict[str, Any] = {
+        "accuracy_over_epochs": accuracy_over_epochs(runs),
+        "accuracy_over_cost": accuracy_over_cost(runs),
+        "calibration": calibration(runs),
+    }
+    for kind in ("inter_loss", "inter_flat", "intra"):
+        made[f"conflict_{kind}"] = conflict(config, runs, kind)
+    if runs.analysis:
+        made["noise"] = noise(config, runs)
+        made["landscape"] = landscapes(config, runs)
+    return [
+        plots.save(figure, config.out / runs.name / f"{name}.png")
+        for name, figure in made.items()
+        if figure is not None
+    ]

@@ -1,0 +1,379 @@
+"""From rows to tables and answers; no training code, no plots."""
+
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments.fs_mtl import paper
+from experiments.fs_mtl.config import BALANCERS, STL, Config, Entry, entries
+from mtljax import training
+from mtljax.training import tables
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+class Runs(NamedTuple):
+    """What was measured on one data set."""
+
+    name: str
+    tasks: tuple[str, ...]
+    rows: dict[Entry, Rows]
+    analysis: dict[Entry, Rows]
+    steps_per_epoch: int
+
+
+def chosen(rows: Rows) -> list[dict[str, Any]]:
+    """The row of every seed at the epoch that validation picks."""
+    found = tables.rows_at_best(rows, "val_score", "max")
+    return sorted(found, key=lambda row: row["seed"])
+
+
+def last(rows: Rows) -> list[Mapping[str, Any]]:
+    """The last evaluation of every seed."""
+    evals = [row for row in rows if row.get("kind") == "eval"]
+    final = {row["seed"]: row for row in sorted(evals, key=lambda row: row["step"])}
+    return [final[seed] for seed in sorted(final)]
+
+
+def probes(rows: Rows) -> list[Mapping[str, Any]]:
+    """The last measurement of conflict of every seed."""
+    return last([row for row in rows if "probe_inter_loss" in row])
+
+
+def lines(runs: Runs) -> dict[str, list[Entry]]:
+    """Entries by line of the table: the two single-task runs are one line."""
+    found: dict[str, list[Entry]] = {}
+    for entry in runs.rows:
+        found.setdefault(entry.label, []).append(entry)
+    return {
+        label: group
+        for label, group in found.items()
+        if group[0].method != STL or len(group) == 2
+    }
+
+
+def column(
+    runs: Runs, group: list[Entry], metric: str, task: int, *, at=chosen
+) -> np.ndarray:
+    """A metric of a task over seeds, from the entry that trained that task."""
+    entry = group[0] if len(group) == 1 else group[task]
+    return np.array(
+        [row[f"test_{runs.tasks[task]}_{metric}"] for row in at(runs.rows[entry])]
+    )
+
+
+def accuracy(runs: Runs, group: list[Entry], *, at=chosen) -> np.ndarray:
+    """Mean accuracy of the tasks in percent, over seeds."""
+    each = [column(runs, group, "acc", task, at=at) for task in (0, 1)]
+    return 100 * np.mean(each, axis=0)
+
+
+def backward_passes(group: list[Entry]) -> int:
+    """Per step, both tasks together."""
+    return sum(entry.backward_passes for entry in group)
+
+
+def step_ms(runs: Runs, entry: Entry) -> float:
+    """Median over epochs of the milliseconds of a step, of all seeds of a run.
+
+    From the clock in the rows: the first epoch, which compiles, and evaluations are
+    left out. NaN where there is no second epoch.
+    """
+    first = runs.rows[entry][0]["seed"]
+    mine = [row for row in runs.rows[entry] if row["seed"] == first]
+    clock = {(row["kind"], row["step"]): row["seconds"] for row in mine}
+    size = runs.steps_per_epoch
+    spans = [
+        clock["train", step] - clock["eval", step - size]
+        for kind, step in clock
+        if kind == "train" and ("eval", step - size) in clock
+    ]
+    return 1e3 * float(np.median(spans)) / size if spans else math.nan
+
+
+def table_rows(runs: Runs) -> dict[str, dict[str, Any]]:
+    """The values of all lines over seeds."""
+    body = {}
+    for label, group in lines(runs).items():
+        one, two = (100 * column(runs, group, "acc", task) for task in (0, 1))
+        row: dict[str, Any] = {
+            runs.tasks[0]: one,
+            runs.tasks[1]: two,
+            "average": accuracy(runs, group),
+            "last epoch": accuracy(runs, group, at=last),
+        }
+        for metric in ("ece", "brier", "entropy"):
+            each = [column(runs, group, metric, task) for task in (0, 1)]
+            row[metric] = np.mean(each, axis=0)
+        if len(group) == 1:
+            for name in ("inter_loss", "inter_flat", "intra"):
+                row[name.replace("_", "-")] = [
+                    100 * found[f"probe_{name}"]
+                    for found in probes(runs.rows[group[0]])
+                ]
+        row["backward passes"] = backward_passes(group)
+        row["ms / step"] = sum(step_ms(runs, entry) for entry in group)
+        body[label] = row
+    return body
+
+
+COLUMNS = {"average": "max", "last epoch": "max", "ece": "min", "brier": "min"}
+NEUTRAL = (
+    "entropy",
+    "inter-loss",
+    "inter-flat",
+    "intra",
+    "backward passes",
+    "ms / step",
+)
+DIGITS = {
+    "ece": 4, "brier": 4, "entropy": 3, "inter-loss": 0, "inter-flat": 0, "intra": 0,
+    "backward passes": 0, "ms / step": 0,
+}  # fmt: skip
+
+
+def main_table(runs: Runs) -> str:
+    """Markdown: all lines, mean ± sd."""
+    columns: dict[str, Any] = dict.fromkeys(runs.tasks, "max") | COLUMNS
+    columns |= dict.fromkeys(NEUTRAL, "")
+    digits = dict.fromkeys(columns, 2) | DIGITS
+    return tables.markdown_table(
+        table_rows(runs), columns, digits=digits, exclude=["STL", "F-STL"]
+    )
+
+
+def _pm(values: Any, digits: int = 2) -> str:
+    return tables.format_cell(tables.summarise(values), digits)
+
+
+def beside_paper(runs: Runs) -> str:
+    """Markdown: our averages and gains beside the published ones (Tables 1 and 6)."""
+    groups = lines(runs)
+    body = ["| line | ours, average | ours, F - X | paper, average | paper, F - X |"]
+    body.append("|:--|--:|--:|--:|--:|")
+    for label, group in groups.items():
+        ours = accuracy(runs, group)
+        base = label.removeprefix("F-").removeprefix("direct ").removeprefix("SAMO-")
+        base = base.removeprefix("second-aggre ").removeprefix("each-aggre ")
+        gain = theirs = "-"
+        if base != label and base in groups:
+            gain = _pm(ours - accuracy(runs, groups[base]))
+        cell, plain = (paper.published(runs.name, x) for x in (label, base))
+        if base != label and cell and plain:
+            theirs = f"{cell.average - plain.average:+.2f}"
+        shown = "-" if cell is None else f"{cell.average:.2f}"
+        if cell is not None and cell.sd is not None:
+            shown += f" ± {cell.sd:.2f}"
+        body.append(f"| {label} | {_pm(ours)} | {gain} | {shown} | {theirs} |")
+    return "\n".join(body)
+
+
+def table_5() -> str:
+    """Markdown: the paper's direct against split; ours is in the cautions below."""
+    body = ["| MGDA, Cityscapes | mIoU | pixel acc | abs err | rel err | Δm |"]
+    body.append("|:--|--:|--:|--:|--:|--:|")
+    for name, values in paper.TABLE_5.items():
+        body.append(f"| {name} | " + " | ".join(f"{v:g}" for v in values) + " |")
+    return "\n".join(body)
+
+
+def _pairs(runs: Runs, one: str, two: str) -> np.ndarray | None:
+    """Differences over seeds, seed by seed, in points of accuracy."""
+    groups = lines(runs)
+    if one not in groups or two not in groups:
+        return None
+    return accuracy(runs, groups[one]) - accuracy(runs, groups[two])
+
+
+def _labels(config: Config) -> list[str]:
+    return [Entry(m, "plain").label for m in BALANCERS if m in config.methods]
+
+
+def caution_1(config: Config, runs: Runs) -> str:
+    """Does the split matter at equal radius, norm and adaptivity?"""
+    body = [
+        "| balancer | split - direct | direct - plain | split - plain "
+        "| paper's split - direct |"
+    ]
+    body.append("|:--|--:|--:|--:|--:|")
+    means = []
+    for base in _labels(config):
+        cells = []
+        for one, two in (
+            (f"F-{base}", f"direct {base}"),
+            (f"direct {base}", base),
+            (f"F-{base}", base),
+        ):
+            found = _pairs(runs, one, two)
+            cells.append("-" if found is None else _pm(found))
+        found = _pairs(runs, f"F-{base}", f"direct {base}")
+        if found is not None:
+            means.append(found)
+        split, direct = (
+            paper.published(runs.name, x) for x in (f"F-{base}", f"direct {base}")
+        )
+        cells.append(
+            f"{split.average - direct.average:+.2f}" if split and direct else "-"
+        )
+        body.append(f"| {base} | " + " | ".join(cells) + " |")
+    text = "\n".join(body)
+    if means:
+        everything = np.concatenate(means)
+        text += (
+            "\n\nOver all balancers and seeds: split - direct = "
+            f"{_pm(everything)} points (n = {len(everything)}; "
+            f"{(everything > 0).sum()} positive)."
+        )
+    return text
+
+
+def caution_2(config: Config, runs: Runs) -> str:
+    """How much of the gain needs a balancer?"""
+    body = ["| comparison | points of accuracy |", "|:--|--:|"]
+    wanted = [("F-STL", "STL"), ("F-LS", "LS"), ("RLW+SAM", "LS"), ("RLW+SAM", "F-LS")]
+    for base in _labels(config):
+        wanted += [(f"F-{base}", base), (f"F-{base}", "F-LS"), (base, "LS")]
+    for one, two in wanted:
+        found = _pairs(runs, one, two)
+        if found is not None:
+            body.append(f"| {one} - {two} | {_pm(found)} |")
+    return "\n".join(body)
+
+
+def conflict_table(runs: Runs) -> str:
+    """Markdown: percent of probe batches in conflict, over epochs."""
+    epochs = sorted(
+        {
+            row["step"] // runs.steps_per_epoch
+            for rows in runs.rows.values()
+            for row in rows
+            if "probe_inter_loss" in row
+        }
+    )
+    if not epochs:
+        return ""
+    head = " | ".join(f"epoch {e}" for e in epochs)
+    body = [f"| <g₁, g₂> < 0, % of batches | {head} |", "|:--|" + "--:|" * len(epochs)]
+    for entry, rows in runs.rows.items():
+        cells = []
+        for epoch in epochs:
+            values = [
+                100 * row["probe_inter_loss"]
+                for row in rows
+                if "probe_inter_loss" in row
+                and row["step"] // runs.steps_per_epoch == epoch
+            ]
+            cells.append(_pm(values, 0) if values else "-")
+        if entry.method != STL:
+            body.append(f"| {entry.label} | " + " | ".join(cells) + " |")
+    return "\n".join(body)
+
+
+def analysis_table(config: Config, runs: Runs) -> str:
+    """Markdown: sharpness and weight noise of the final weights."""
+    if not runs.analysis:
+        return ""
+    titles = [f"gap at {r:g}" for r in config.radii]
+    titles += [f"acc. at noise {n:g}" for n in config.noise]
+    if config.ood is not None:
+        titles.append(f"entropy on {config.ood}")
+    body = ["| line | " + " | ".join(titles) + " |", "|:--|" + "--:|" * len(titles)]
+    for entry, rows in runs.analysis.items():
+        if entry.method == STL:
+            continue
+        cells = [
+            _pm([np.mean(row["gaps"][r]) for row in rows], 4)
+            for r in range(len(config.radii))
+        ]
+        cells += [
+            _pm([100 * np.mean(row["noise"][n]) for row in rows], 1)
+            for n in range(len(config.noise))
+        ]
+        if config.ood is not None:
+            cells.append(_pm([row["ood_entropy"] for row in rows], 3))
+        body.append(f"| {entry.label} | " + " | ".join(cells) + " |")
+    return "\n".join(body)
+
+
+def write(config: Config, runs: Runs, command: str, notes: str) -> pathlib.Path:
+    """``<set>/table.md`` with everything in words and numbers."""
+    about = training.environment()
+    about = {**about.pop("versions"), **about}
+    missing = [e.label for e in entries(config) if e not in runs.rows]
+    ball = "adaptive" if config.adaptive else "not adaptive"
+    parts = [
+        f"# {runs.name}: {len(lines(runs))} lines, {config.seeds} seeds",
+        f"`{command}`",
+        f"Data: {notes}. Model {config.model}, {config.epochs} epochs of "
+        f"{runs.steps_per_epoch} steps, Adam {config.lr:g}, batch size "
+        f"{config.batch_size}. SAM: rho {config.rho:g}, {ball}, {config.norm} norm, "
+        "the same in every line.",
+        f"Not finished: {', '.join(missing)}." if missing else "",
+        main_table(runs),
+        "Accuracy in percent on the test split, mean ± sd over seeds, at the epoch "
+        "that validation chose (the paper chose on the test set); bold is the best of "
+        "the multi-task lines. ECE, Brier score and predictive entropy (nats) at that "
+        "epoch. Conflict: percent of the probe's training batches at its last "
+        "measurement. Milliseconds are those of a step of "
+        f"{'all seeds together' if config.together else 'one seed'}.",
+        "## Beside the paper (Tables 1 and 6)",
+        beside_paper(runs),
+        "Levels differ by construction (another re-creation of the data, another "
+        "network and length where the preset says so): compare the gains.",
+        "## Table 5 of the paper",
+        table_5(),
+        "## Caution 1: is it the split, at equal radius?",
+        caution_1(config, runs),
+        "For a linear balancer split and direct are the same numbers (F-LS has no "
+        "direct line of its own). The paper's direct run is not known to use the "
+        "radius of its split run.",
+        "## Caution 2: how much needs a balancer?",
+        caution_2(config, runs),
+        "## Conflict while training",
+        conflict_table(runs),
+        f"Paper, Multi-MNIST: plain {paper.CONFLICT['plain']}, "
+        f"F- {paper.CONFLICT['split']} (epoch: percent).",
+        "## Flatness of the final weights",
+        analysis_table(config, runs),
+        "\n".join(
+            (
+                "| " + " | ".join(about) + " |",
+                "|" + ":--|" * len(about),
+                "| " + " | ".join(str(v) for v in about.values()) + " |",
+            )
+        ),
+    ]
+    path = config.out / runs.name / "table.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
+    return path
+
+
+def write_rows(config: Config, runs: Runs) -> pathlib.Path:
+    """``<set>/results.jsonl``: a line per entry and seed, with the configuration."""
+    path = config.out / runs.name / "results.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = {"config": training.to_json(config), **training.environment()}
+    with path.open("w", encoding="utf-8") as file:
+        for entry, rows in runs.rows.items():
+            measured = {row["seed"]: row for row in runs.analysis.get(entry, ())}
+            for row in chosen(rows):
+                extra = dict(measured.get(row["seed"], {}))
+                for field in ("entry", "seed", "step", "landscape"):
+                    extra.pop(field, None)
+                line = {"set": runs.name, "entry": entry.name, "label": entry.label}
+                line |= {**row, **extra, "backward_passes": entry.backward_passes}
+                file.write(json.dumps(training.to_json(line | about)) + "\n")
+    return path
+
+
+def summary(runs: Runs) -> list[str]:
+    """Lines for the terminal: the averages, best first."""
+    found = {label: accuracy(runs, group) for label, group in lines(runs).items()}
+    order = sorted(found, key=lambda label: -math.fsum(found[label]))
+    width = max(map(len, found), default=0)
+    return [f"{label:<{width}}  {_pm(found[label])}" for label in order]

@@ -1,0 +1,219 @@
+"""One step of an entry, and a resumable run of it with all its seeds."""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int
+
+import mtljax
+from experiments.fs_mtl.config import STL, Config, ConfigError, Entry
+from experiments.fs_mtl.problem import LABELS, Batch, Problem, scores
+from mtljax import sharpness, training
+
+MAY_DIFFER = (
+    "sets", "methods", "variants", "ablations", "controls", "epochs", "data_dir",
+    "plots", "report_only", "ood", "seeds", "first_seed", "noise", "noise_draws",
+    "radii", "landscape", "landscape_span", "analysis_size", "checkpoint_every",
+)  # fmt: skip
+"""Fields that a run may be gone on with: they do not change its numbers."""
+
+
+class State(NamedTuple):
+    """Everything that changes in a run."""
+
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    balancing: sharpness.FlatGradState
+    step: Int[Array, ""]
+
+
+class Program(NamedTuple):
+    """An entry on a problem: its first state, its step, its measurements."""
+
+    init: Callable[[Array], State]
+    step: Callable[[State, Batch], tuple[State, dict[str, Array]]]
+    evaluate: Callable[[State], dict[str, Array]]
+
+
+def build_balancer(config: Config, entry: Entry, num_tasks: int, key: Array):
+    """The balancer of an entry; a single task has nothing to balance."""
+    if entry.method == STL:
+        return mtljax.linear(num_tasks)
+    options = {"c": config.cagrad_c} if entry.method == "cagrad" else {}
+    return mtljax.get_method(entry.method).build(num_tasks, key=key, **options)
+
+
+def build_gradient(
+    config: Config, problem: Problem, entry: Entry, key: Array
+) -> sharpness.FlatGrad:
+    """The sharpness-aware gradient of an entry; plain entries have no ball."""
+    plain, samo = entry.variant == "plain", entry.variant == "samo"
+    balancer_key, samo_key = jax.random.split(key)
+    mode: sharpness.Mode = "split"
+    if entry.variant in ("direct", "samo"):
+        mode = "direct"
+    elif entry.variant in ("second", "each"):
+        mode = entry.variant
+    return sharpness.value_and_flat_grad(
+        problem.task_losses,
+        build_balancer(config, entry, len(problem.names), balancer_key),
+        rho=0.0 if plain else config.rho,
+        adaptive=config.adaptive,
+        norm=config.norm,
+        perturb="samo" if samo else "local",
+        mode=mode,
+        key=samo_key if samo else None,
+        samo_alpha=config.samo_alpha,
+        labels=LABELS,
+        has_aux=True,
+        strategy=config.strategy,
+    )
+
+
+def make_probe(config: Config, problem: Problem) -> Callable[[State], dict[str, Array]]:
+    """Conflict rates over fixed training batches, for every entry at the same radius.
+
+    Made once for all entries: what they learned differs, not how it is looked at.
+    """
+    function = sharpness.sam_task_grads(
+        problem.task_losses,
+        rho=config.rho,
+        adaptive=config.adaptive,
+        norm=config.norm,
+        labels=LABELS,
+        has_aux=True,
+        strategy=config.strategy,
+    )
+
+    def look(params, batch_stats, batch):
+        _, grads, _ = function(params, batch_stats, batch)
+        return sharpness.flat_conflicts(sharpness.flat_gramians(grads))
+
+    jitted = jax.jit(jax.vmap(look, in_axes=(0, 0, None)))
+    size = config.batch_size
+    count = min(config.probe_batches, len(problem.train["image"]) // size)
+    batches = [
+        {k: v[i * size : (i + 1) * size] for k, v in problem.train.items()}
+        for i in range(count)
+    ]
+
+    def probe(state: State) -> dict[str, Array]:
+        each = [jitted(state.params, state.batch_stats, batch) for batch in batches]
+        found = jax.tree.map(lambda *x: jnp.stack(x).mean(0), *each)
+        return {f"probe_{name}": value for name, value in found._asdict().items()}
+
+    return probe
+
+
+def make_program(
+    config: Config,
+    problem: Problem,
+    entry: Entry,
+    probe: Callable[[State], dict[str, Array]] | None,
+    score: Callable[..., dict[str, Array]],
+) -> Program:
+    """Binds an entry to a problem; ``probe`` and ``score`` are shared by entries."""
+    optimizer = optax.adam(config.lr)
+    # The keys of this one are never drawn from: those in the state are.
+    gradient = build_gradient(config, problem, entry, jax.random.key(0))
+
+    def init(key: Array) -> State:
+        model_key, method_key = jax.random.split(key)
+        params, batch_stats = problem.init(model_key)
+        first = build_gradient(config, problem, entry, method_key)
+        return State(
+            params,
+            batch_stats,
+            optimizer.init(params),
+            first.init(params),
+            jnp.int32(0),
+        )
+
+    def step(state: State, batch: Batch):
+        (losses, batch_stats), grad, balancing = gradient(
+            state.params, state.balancing, state.batch_stats, batch
+        )
+        updates, opt_state = optimizer.update(grad, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        new = State(params, batch_stats, opt_state, balancing, state.step + 1)
+        # Those on the loss gradients; of "each" those on the tasks' mixtures.
+        weights = balancing.balancer.loss.task_weights
+        return new, {"losses": losses, "task_weights": weights}
+
+    per_epoch = steps_per_epoch(config, problem)
+
+    def evaluate(state: State) -> dict[str, Array]:
+        found = score(state.params, state.batch_stats)
+        epoch = int(jax.device_get(state.step[0])) // per_epoch
+        if probe is not None and (epoch <= 1 or epoch % config.probe_every == 0):
+            found |= probe(state)
+        return found
+
+    return Program(init, step, evaluate)
+
+
+def make_score(problem: Problem) -> Callable[..., dict[str, Array]]:
+    """Accuracy and calibration of every seed, as one compiled program."""
+    return jax.jit(jax.vmap(lambda params, stats: scores(problem, params, stats)))
+
+
+def initial_state(program: Program, seeds: list[int]) -> tuple[State, Array]:
+    """Stacked states of the seeds and their keys of data order.
+
+    With one seed all entries start from the same trunk and see the same batches.
+    """
+    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
+    init_keys, order_keys = training.split_run_key(keys)
+    states = [program.init(key) for key in init_keys]
+    return jax.tree.map(lambda *x: jnp.stack(x), *states), order_keys
+
+
+def steps_per_epoch(config: Config, problem: Problem) -> int:
+    """Whole batches in the training canvases."""
+    size = len(problem.train["image"])
+    if size < config.batch_size:
+        raise ConfigError(
+            f"--batch-size {config.batch_size} is more than the {size} training "
+            "canvases."
+        )
+    return size // config.batch_size
+
+
+def run_entry(
+    config: Config,
+    problem: Problem,
+    entry: Entry,
+    program: Program,
+    *,
+    seeds: list[int],
+    folder: pathlib.Path,
+) -> training.FitResult:
+    """Trains an entry, or goes on where it stopped; a finished one is only read."""
+    state, order_keys = initial_state(program, seeds)
+    epoch = steps_per_epoch(config, problem)
+    return training.fit(
+        state,
+        program.step,
+        problem.train,
+        num_steps=config.epochs * epoch,
+        batch_size=config.batch_size,
+        order_key=order_keys,
+        seeds=seeds,
+        task_names=list(problem.names),
+        eval_fn=program.evaluate,
+        eval_every=config.eval_every * epoch,
+        log_every=epoch,
+        checkpoint_every=config.checkpoint_every * epoch,
+        keep_last=1,
+        run_dir=folder,
+        resume="auto",
+        overwrite=False,
+        config=config,
+        may_differ=MAY_DIFFER,
+        title=entry.label,
+    )

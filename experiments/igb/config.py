@@ -1,0 +1,294 @@
+"""What can be set, the rows there are, and the presets."""
+
+import dataclasses
+import pathlib
+from typing import Literal, NamedTuple
+
+SINGLE_TASK = "single_task"
+
+
+class Row(NamedTuple):
+    """A row of the table: a loss balancer, then perhaps a gradient balancer."""
+
+    label: str
+    loss: str = "linear"
+    gradient: str | None = None
+    agent: tuple[tuple[str, object], ...] = ()  # what differs from the preset's agent
+
+
+_LOSS = {
+    "linear": "EW",
+    "random_loss_weighting": "RLW",
+    "scale_invariant": "SI",
+    "uncertainty": "UW",
+    "dwa": "DWA",
+    "igb_v1": "IGBv1",
+    "igb_v2": "IGBv2",
+}
+_GRADIENT = {
+    "mgda": "MGDA",
+    "pcgrad": "PCGrad",
+    "cagrad": "CAGrad",
+    "imtl_g": "IMTL-G",
+    "nash_mtl": "Nash-MTL",
+}
+
+ROWS: dict[str, Row] = {
+    **{name: Row(label, name) for name, label in _LOSS.items()},
+    **{name: Row(label, "linear", name) for name, label in _GRADIENT.items()},
+    **{
+        f"{loss}+{name}": Row(f"{_LOSS[loss]} + {label}", loss, name)
+        for name, label in _GRADIENT.items()
+        for loss in ("igb_v1", "igb_v2")
+    },
+    # Table 3 of the paper: the buffers are 5e3, 5e4 and 1e6 beside 1e4.
+    "igb_v2:mean": Row("IGBv2, mean reward", "igb_v2", agent=(("reward", "mean"),)),
+    "igb_v2:no_alpha": Row(
+        "IGBv2, without alpha", "igb_v2", agent=(("lr_multiplier", False),)
+    ),
+    "igb_v2:buffer_half": Row("IGBv2, buffer / 2", "igb_v2", agent=(("buffer", 0.5),)),
+    "igb_v2:buffer_x5": Row("IGBv2, buffer x 5", "igb_v2", agent=(("buffer", 5.0),)),
+    "igb_v2:buffer_x100": Row(
+        "IGBv2, buffer x 100", "igb_v2", agent=(("buffer", 100.0),)
+    ),
+}
+
+ALONE = (*_LOSS, *_GRADIENT)
+COMPOSED = tuple(name for name in ROWS if "+" in name)
+ABLATIONS = tuple(name for name in ROWS if ":" in name)
+TABLE_3 = ("linear", "scale_invariant", "igb_v1", *ABLATIONS, "igb_v2")
+"""Rows of the figure of ablations."""
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message is for the user."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Agent:
+    """The phases of IGB as shares of a run, and the agent of IGBv2."""
+
+    window: tuple[float, float] = (1 / 500, 2 / 500)
+    """Share of the steps whose losses are L_base: the paper's is epoch 2 of 500."""
+    train_from: float = 3 / 500
+    """Share of the steps after which the agent is trained."""
+    use_from: float = 5 / 500
+    """Share of the steps after which the agent is used."""
+    capacity: int = 10_000
+    """Transitions in the buffer."""
+    period: int = 50
+    """Steps between trainings of the agent."""
+    updates: int = 25
+    """Its updates per training with an empty buffer."""
+    batch_size: int = 128
+    """Transitions per update with an empty buffer."""
+    hidden: tuple[int, ...] = (128, 128)
+    """Widths of actor and critics."""
+    lr: float = 3e-4
+    """Of actor, critics and temperature."""
+    lr_composed: float = 1e-4
+    """The same in company of MGDA, PCGrad or Nash-MTL."""
+    density: Literal["tanh_compat", "logistic_normal"] = "tanh_compat"
+    """Log-density of an action: the authors' code, or that of the action."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """Model and training on one kind of data."""
+
+    methods: tuple[str, ...] = ()
+    """Rows, in the order of the table (ROWS in config.py); single-task comes first."""
+    steps: int = 1000
+    """Updates of every run."""
+    batch_size: int = 120
+    """Examples per update."""
+    lr: float = 1e-3
+    """Of Adam in the beginning; halved at every fifth of the run."""
+    hidden: tuple[int, ...] = (64, 64)
+    """Widths of the trunk for tables."""
+    width: int = 64
+    """State of an atom, for molecules."""
+    edge_width: int = 128
+    """Hidden width of the edge network."""
+    features: int = 64
+    """What the heads read, for molecules."""
+    train_size: int | None = None
+    """Training examples; None is all."""
+    eval_size: int = 10_000
+    """Validation and test examples used, at most."""
+    eval_every: int = 100
+    """Steps between evaluations; validation picks the one that is reported."""
+    log_every: int = 10
+    """Steps between rows of training losses and weights."""
+    time_steps: int = 100
+    """Steps of one timing round, of three; 0 leaves the timing out."""
+    agent: Agent = Agent()
+    """Phases and agent of IGB."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Trains single-task baselines and multi-task methods and compares them."""
+
+    data: tuple[str, ...] = ("qm9_subset", "mulan_mtr/wq")
+    """qm9_subset, qm9, or mulan_mtr/NAME; one table each."""
+    data_dir: pathlib.Path | None = None
+    """Folder that holds qm9_subset/, qm9/, mulan_mtr/."""
+    source: Literal["files", "tfds"] = "files"
+    """Where qm9 comes from."""
+    seeds: int = 3
+    """Runs of every method, trained together by vmap."""
+    first_seed: int = 0
+    """Seeds are first_seed, first_seed + 1, ..."""
+    heads: Literal["algorithm3", "code"] = "algorithm3"
+    """Heads descend their weighted loss, or, for MGDA, IMTL-G and Nash-MTL, that times
+    the weight of the gradient balancer as well (the authors' code)."""
+    graph: Training = Training()
+    """On molecules."""
+    table: Training = Training()
+    """On tables."""
+
+    out: pathlib.Path = pathlib.Path("results/igb")
+    """Rows, checkpoints, tables and plots go here."""
+    resume: bool = False
+    """Go on where an interrupted run stopped; what is finished is not run again."""
+    overwrite: bool = False
+    """Delete an earlier run in --out first."""
+    tensorboard: bool = False
+    """Write TensorBoard files as well (needs mtljax[tensorboard])."""
+    plots: bool = True
+    """Write the PNGs."""
+
+    def training_of(self, data: str) -> Training:
+        """Settings of a data set."""
+        return self.table if data.startswith("mulan_mtr") else self.graph
+
+
+EVERY_ROW = (*ALONE, *COMPOSED, *ABLATIONS)
+
+# About one update of the agent per step, as in the paper, but of a smaller agent.
+SHORT_RUN = Agent(
+    window=(0.05, 0.1),
+    train_from=0.15,
+    use_from=0.25,
+    period=10,
+    updates=5,
+    batch_size=64,
+    hidden=(64, 64),
+    lr=1e-3,
+    lr_composed=3e-4,
+)
+
+PRESETS = {
+    "smoke": (
+        "A quarter of a minute, mostly compilation: a small table, two methods.",
+        Config(
+            data=("mulan_mtr/enb",),
+            seeds=2,
+            table=Training(
+                methods=("linear", "igb_v2+mgda"),
+                steps=24,
+                batch_size=32,
+                hidden=(8,),
+                eval_every=12,
+                log_every=4,
+                time_steps=0,
+                agent=Agent(
+                    window=(0.1, 0.2),
+                    train_from=0.3,
+                    use_from=0.4,
+                    capacity=32,
+                    period=4,
+                    updates=1,
+                    batch_size=8,
+                    hidden=(8,),
+                ),
+            ),
+            out=pathlib.Path("results/igb-smoke"),
+        ),
+    ),
+    "cpu": (
+        "Below 20 minutes on 2 CPU cores: molecules and a table of 14 targets.",
+        Config(
+            graph=Training(
+                methods=ALONE,  # those of the paper's QM9 table, and SI
+                steps=600,
+                batch_size=64,
+                lr=3e-3,
+                width=16,
+                edge_width=32,
+                features=32,
+                eval_every=60,
+                log_every=10,
+                time_steps=50,
+                agent=dataclasses.replace(SHORT_RUN, capacity=100),
+            ),
+            table=Training(
+                methods=EVERY_ROW,
+                steps=2000,
+                batch_size=32,
+                eval_every=100,
+                log_every=20,
+                time_steps=200,
+                agent=dataclasses.replace(SHORT_RUN, capacity=300),
+            ),
+        ),
+    ),
+    "paper": (
+        "For an accelerator: all of QM9 with positions, every table, every row.",
+        Config(
+            data=("qm9", "mulan_mtr/jura", "mulan_mtr/atp1d", "mulan_mtr/wq"),
+            graph=Training(
+                methods=EVERY_ROW,
+                steps=277_000,  # 300 epochs of 923 batches
+                eval_every=2770,
+                log_every=100,
+                agent=Agent(
+                    window=(1 / 300, 2 / 300), train_from=1e-2, use_from=5 / 300
+                ),
+            ),
+            table=Training(
+                methods=EVERY_ROW,
+                steps=50_000,
+                batch_size=32,
+                eval_every=500,
+                log_every=50,
+            ),
+            out=pathlib.Path("results/igb-paper"),
+        ),
+    ),
+}
+
+
+def check(config: Config) -> None:
+    """Raises on what only shows later, before anything is written.
+
+    Raises:
+      ConfigError: One sentence that names the field.
+    """
+    if not config.data:
+        raise ConfigError("--data is empty; name at least one data set.")
+    if config.seeds < 1:
+        raise ConfigError(f"--seeds must be positive, not {config.seeds}.")
+    if config.resume and config.overwrite:
+        raise ConfigError("--resume and --overwrite exclude each other.")
+    for data in config.data:
+        kind = "table" if data.startswith("mulan_mtr") else "graph"
+        if data not in ("qm9", "qm9_subset") and not data.startswith("mulan_mtr/"):
+            raise ConfigError(
+                f"--data {data!r} is not one of qm9_subset, qm9, mulan_mtr/NAME."
+            )
+        settings = config.training_of(data)
+        if not settings.methods:
+            raise ConfigError(f"--{kind}.methods is empty; name at least one method.")
+        for name in settings.methods:
+            if name not in ROWS:
+                raise ConfigError(
+                    f"--{kind}.methods: there is no row {name!r}; the rows are "
+                    f"{', '.join(ROWS)}."
+                )
+        for field in ("steps", "batch_size", "eval_every", "log_every", "lr"):
+            value = getattr(settings, field)
+            if not value > 0:
+                name = f"--{kind}.{field.replace('_', '-')}"
+                raise ConfigError(f"{name} must be positive, not {value}.")

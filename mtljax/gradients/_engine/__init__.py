@@ -1,0 +1,1 @@
+"""Parts of the Gramian engine: a program, its stages, known uses, contractions."""

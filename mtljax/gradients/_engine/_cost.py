@@ -1,0 +1,160 @@
+"""Which engine is faster, and how its passes run, estimated from static shapes.
+
+Work is counted in multiplications. That does not predict a time, but it tells the work
+of forming T gradients from the work of T backward passes, which is what the choice
+turns on; the table ``benchmarks/results/engine.json`` shows how well.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+
+from mtljax.gradients._engine._plan import Plan, forming, not_forming
+from mtljax.gradients._engine._program import Op
+
+# Multiplications made in the time in which one entry of an array is read and written.
+_PER_ENTRY = 16
+# A task so small that calls and compilation are what it costs.
+_SMALL = 1 << 20
+# The engine has to be faster by a margin, as it takes longer to compile.
+_MARGIN = 0.9
+
+
+class Work(NamedTuple):
+    """Multiplications of one backward pass."""
+
+    activations: int = 0  # cotangents of values
+    shared: int = 0  # gradients of shared parameters
+    own: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(self)
+
+
+def forward_work(eqn: Any) -> int:
+    """Multiplications of an equation, those of its bodies included."""
+    name, params = eqn.primitive.name, eqn.params
+    size = sum(math.prod(getattr(v.aval, "shape", ())) for v in eqn.outvars)
+    if name == "dot_general":
+        shape = eqn.invars[0].aval.shape
+        return size * math.prod(shape[a] for a in params["dimension_numbers"][0][0])
+    if name == "conv_general_dilated":
+        kernel = eqn.invars[1].aval.shape
+        features = kernel[params["dimension_numbers"].rhs_spec[0]]
+        return size * math.prod(kernel) // max(features, 1)
+    bodies = [body for value in params.values() for body in _bodies(value)]
+    if bodies:
+        once = sum(forward_work(inner) for body in bodies for inner in body.eqns)
+        return once * params.get("length", 1)
+    return size * _PER_ENTRY
+
+
+def _bodies(value: Any) -> list[Any]:
+    if isinstance(value, tuple | list):
+        return [body for part in value for body in _bodies(part)]
+    value = getattr(value, "jaxpr", value)
+    return [value] if hasattr(value, "eqns") else []
+
+
+def backward_work(plan: Plan, ops: list[Op]) -> Work:
+    """One backward pass through some operations."""
+    shared = set(plan.shared)
+    total = {"activations": 0, "shared": 0, "own": 0}
+    for op in ops:
+        once = forward_work(op.eqn)
+        if op.name not in ("dot_general", "conv_general_dilated"):
+            total["activations"] += once
+            continue
+        for ref in op.ins:
+            view = plan.stages.view_of.get(ref)
+            if view is not None:
+                total["shared" if view.leaf in shared else "own"] += once
+            elif ref in plan.stages.dependent:
+                total["activations"] += once
+    return Work(**total)
+
+
+class Estimate(NamedTuple):
+    """Work of a step beyond its forward pass."""
+
+    stacked: int
+    gramian: int
+
+    @property
+    def pays(self) -> bool:
+        """Whether the Gramian engine is worth its compilation."""
+        return self.stacked > _SMALL and self.gramian < _MARGIN * self.stacked
+
+
+def estimate(plan: Plan) -> Estimate:
+    """Both engines: T passes with gradients, or T without and one with."""
+    tasks = plan.num_tasks
+    trunk = backward_work(plan, plan.stages.trunk)
+    heads = backward_work(plan, [op for ops in plan.stages.heads for op in ops])
+    sizes = {
+        leaf: math.prod(plan.program.avals[plan.program.leaves[leaf]].shape)
+        for leaf in plan.shared
+    }
+    # A formed gradient is written, read for the Gramian, and for the update if stacked.
+    write_read = 2 * tasks * _PER_ENTRY
+    stacked = tasks * (
+        trunk.activations + trunk.shared + heads.activations + heads.shared
+    )
+    stacked += (write_read + tasks * _PER_ENTRY) * sum(sizes.values())
+    own = heads.activations + heads.own if heads.own or trunk.own else 0
+    own += trunk.activations + trunk.own if trunk.own else 0
+
+    formed = tasks * trunk.shared
+    formed += write_read * sum(
+        sizes[leaf] for leaf in plan.direct if leaf in plan.in_trunk
+    )
+    for uses, _ in plan.factored.values():
+        if not uses[0].lookup:
+            ways = forming(uses, tasks), not_forming(uses, tasks)
+            formed += min(ways) - ways[0]
+    again = any(
+        len(who) > 1 for leaf, who in plan.in_heads.items() if leaf in plan.shared
+    )
+    gramian = (1 + again) * heads.total + tasks * trunk.activations + formed
+    gramian += trunk.activations + trunk.shared + trunk.own
+    return Estimate(stacked + own, gramian)
+
+
+class Passes(NamedTuple):
+    """How T backward passes run."""
+
+    strategy: Any
+    chunk_size: int
+
+
+# Bytes that the values of all passes may take at once, by backend.
+_LIVE = {"cpu": 1 << 28}
+_UNROLL = 16
+
+
+def passes(plan: Plan, *, stacked: bool) -> Passes:
+    """The default way to run the T passes.
+
+    One batched pass is the fastest where its operations are large products. XLA:CPU is
+    slow at batches of gradients of kernels and at convolutions in loops: there the
+    passes of stacking, and of any trunk that convolves, are unrolled while they are
+    few. Values of all tasks that do not fit together are made for some at a time.
+    """
+    tasks, backend = plan.num_tasks, jax.default_backend()
+    convolves = any(op.name == "conv_general_dilated" for op in plan.stages.trunk)
+    if backend == "cpu" and (stacked or convolves) and tasks <= _UNROLL:
+        return Passes("unrolled", 1)
+    sizes = [
+        math.prod(plan.program.avals[ref].shape)
+        for op in plan.stages.trunk
+        for ref in op.outs
+    ]
+    # Four bytes an entry, and a few values of the size of the largest at a time.
+    largest = 16 * max(sizes, default=1)
+    fits = _LIVE.get(backend, 1 << 32) // largest
+    if fits >= tasks:
+        return Passes("vmap", tasks)
+    return Passes("chunked", max(1, fits))

@@ -1,0 +1,276 @@
+"""A planned program, run and differentiated stage by stage."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from mtljax import stack
+from mtljax.gradients._engine import _contract as contract
+from mtljax.gradients._engine._plan import Plan
+from mtljax.gradients._engine._program import Env, Ref, apply, has_cotangent, run
+from mtljax.gradients._engine._stages import joins_scalars
+from mtljax.gradients._engine._uses import Use
+from mtljax.types import Gramian, Losses, Mask, Weights
+
+Leaf = int
+# Runs a function of one task's cotangents on those of all, stacked.
+MapTasks = Callable[[Callable[[Any], Any], Any], Any]
+
+
+class Backward(NamedTuple):
+    """Forward pass and one backward pass of the heads, ready for the trunk."""
+
+    losses: Losses
+    aux: list[Any]
+    env: Env  # values that outlive the forward pass
+    cotangents: dict[Ref, Array]  # at the end of the trunk, [T, *value]
+    pull_trunk: Callable[[dict[Ref, Array]], tuple[dict[Leaf, Array], Any]]
+    pull_heads: Callable[[Losses], list[dict[Leaf, Array]]]
+    head_rows: list[dict[Leaf, Array]]  # each task's gradient as far as its head goes
+
+
+def forward(plan: Plan, leaves: Sequence[Any]) -> Backward:
+    """Runs the program once, and backwards through all heads at once."""
+    program, stages = plan.program, plan.stages
+    fixed = dict(program.constants)
+    for op in stages.fixed:
+        run(op, fixed)
+
+    ends = [
+        ref
+        for ref in sorted({*stages.handed, *stages.entries})
+        if has_cotangent(program.avals[ref].dtype)
+    ]
+    in_trunk = {leaf: leaves[leaf] for leaf in sorted(plan.in_trunk)}
+    made = {use.op.outs[0] for f in plan.factored.values() for use in f.uses}
+    nudges = {ref: jnp.zeros(*program.avals[ref]) for ref in sorted(made)}
+    trunk = _trunk(plan, fixed, ends)
+    handed, pull_trunk, seen = jax.vjp(trunk, in_trunk, nudges, has_aux=True)
+    env = {**fixed, **seen}
+
+    copies = [{r: handed[r] for r in ends if r in reads} for reads in stages.reads]
+    entries = {ref: handed[ref] for ref in ends if ref in stages.entries}
+    values = [
+        {leaf: leaves[leaf] for leaf, tasks in plan.in_heads.items() if task in tasks}
+        for task in range(plan.num_tasks)
+    ]
+    heads = _heads(plan, env)
+    losses, pull_heads, seen = jax.vjp(heads, copies, entries, values, has_aux=True)
+    of_copies, of_entries, head_rows = pull_heads(jnp.ones_like(losses))
+    cotangents = {
+        ref: _stack(ref, handed[ref], of_copies, of_entries.get(ref)) for ref in ends
+    }
+
+    env = {**env, **seen}
+    if stages.extra or program.aux:
+        env.update(_views(plan, dict(enumerate(leaves))))
+    for op in stages.extra:
+        run(op, env)
+    return Backward(
+        losses,
+        [env[ref] for ref in program.aux],
+        env,
+        cotangents,
+        pull_trunk,
+        lambda seeds: pull_heads(seeds.astype(losses.dtype))[2],
+        head_rows,
+    )
+
+
+def _trunk(plan: Plan, fixed: Env, ends: list[Ref]) -> Callable[..., Any]:
+    """The trunk as a function of its parameters and of zeros added to results."""
+    kept = _kept(plan).union(ends)
+
+    def trunk(values, nudges):
+        env = {**fixed, **_views(plan, values)}
+        for op in plan.stages.trunk:
+            run(op, env)
+            for ref in op.outs:
+                if ref in nudges:
+                    env[ref] = env[ref] + nudges[ref]
+        return {ref: env[ref] for ref in ends}, {r: env[r] for r in kept if r in env}
+
+    return trunk
+
+
+def _heads(plan: Plan, env: Env) -> Callable[..., Any]:
+    """The heads as a function of what each task reads, every task its own copy."""
+    kept, stages = _kept(plan), plan.stages
+
+    def heads(copies, entries, values):
+        each = [
+            {**env, **copy, **_views(plan, value)}
+            for copy, value in zip(copies, values, strict=True)
+        ]
+        for ops, of_task in zip(stages.heads, each, strict=True):
+            for op in ops:
+                run(op, of_task)
+        last = {**env, **entries}
+        for op in stages.tail:
+            if joins_scalars(op, plan.program, plan.num_tasks):
+                # Entry t as task t sees it.
+                parts = [seen[ref] for seen, ref in zip(each, op.ins, strict=True)]
+                (last[op.outs[0]],) = apply(op, parts)
+            else:
+                run(op, last)
+        losses = (each[0] if plan.num_tasks == 1 else last)[plan.program.losses]
+        return losses, {r: seen[r] for seen in [*each, last] for r in kept if r in seen}
+
+    return heads
+
+
+def select(backward: Backward, mask: Mask) -> Backward:
+    """Zeroes the gradients of absent tasks, also where they are not finite."""
+    rows = [
+        jax.tree.map(lambda g, present=mask[task]: jnp.where(present, g, 0), of_task)
+        for task, of_task in enumerate(backward.head_rows)
+    ]
+    cotangents = {
+        ref: jnp.where(mask.reshape(-1, *[1] * (c.ndim - 1)), c, 0)
+        for ref, c in backward.cotangents.items()
+    }
+    return backward._replace(cotangents=cotangents, head_rows=rows)
+
+
+def _kept(plan: Plan) -> set[Ref]:
+    """Values that are read outside of the stage that computes them."""
+    kept = {use.source for f in plan.factored.values() for use in f.uses}
+    kept.update(plan.stages.handed, plan.stages.entries, plan.program.aux)
+    for op in plan.stages.extra:
+        kept.update(op.ins)
+    return kept
+
+
+def _views(plan: Plan, values: dict[Leaf, Any]) -> Env:
+    """The given parameters and all their reordered forms."""
+    env = {plan.program.leaves[leaf]: value for leaf, value in values.items()}
+    for op in plan.stages.views:
+        if op.ins[0] in env:
+            run(op, env)
+    return env
+
+
+def _stack(
+    ref: Ref, value: Array, of_copies: list[dict[Ref, Array]], of_entry: Array | None
+) -> Array:
+    """Cotangents of one value, a row per task; a task that does not read it has 0."""
+    zeros = jnp.zeros_like(value)
+    rows = jnp.stack([copy.get(ref, zeros) for copy in of_copies])
+    return rows if of_entry is None else rows + jnp.diag(of_entry)
+
+
+class Rows(NamedTuple):
+    """The T gradients of the shared leaves, formed only as far as the plan says."""
+
+    sides: dict[Leaf, contract.Side]  # of factored leaves
+    whole: dict[Leaf, Array]  # [T, *leaf], of other leaves that the trunk reads
+    partial: dict[Leaf, dict[int, Array]]  # by task, of those that only heads read
+
+
+def gather(plan: Plan, backward: Backward, map_tasks: MapTasks) -> Rows:
+    """T backward passes through the trunk."""
+    wanted = [leaf for leaf in plan.direct if leaf in plan.in_trunk]
+
+    def pull(rows):
+        leaves, nudges = backward.pull_trunk(rows[0])
+        return {leaf: leaves[leaf] for leaf in wanted}, nudges
+
+    whole, deltas = {}, {}
+    if wanted or plan.factored:
+        # The second entry is not read; it says how many tasks if there is no other.
+        rows = backward.cotangents, jnp.zeros(plan.num_tasks)
+        whole, deltas = map_tasks(pull, rows)
+    partial = {}
+    for leaf in plan.direct:
+        tasks = plan.in_heads.get(leaf, [])
+        rows = {task: backward.head_rows[task][leaf] for task in tasks}
+        if leaf not in whole:
+            partial[leaf] = rows
+        for task, row in rows.items() if leaf in whole else ():
+            whole[leaf] = whole[leaf].at[task].add(row)
+    sides = {
+        leaf: _side(factored.uses, backward.env, deltas)
+        for leaf, factored in plan.factored.items()
+    }
+    return Rows(sides, whole, partial)
+
+
+def _side(uses: list[Use], env: Env, deltas: dict[Ref, Array]) -> contract.Side:
+    """``Σ_u X_uᵀ δ_u`` is one product if the positions of all uses u are joined."""
+    sources = [jnp.asarray(env[use.source]) for use in uses]
+    each = [use.inputs(x) for use, x in zip(uses, sources, strict=True)]
+    blocks = zip(*each, strict=True)
+    deltas_of = [use.cotangent(deltas[use.op.outs[0]]) for use in uses]
+    if len(uses) == 1:
+        return contract.Side([block for (block,) in blocks], deltas_of[0])
+    joined = [jnp.concatenate(block, axis=1) for block in blocks]
+    return contract.Side(joined, jnp.concatenate(deltas_of, axis=2))
+
+
+def products(plan: Plan, left: Rows, right: Rows) -> Gramian:
+    """``<g_s, g'_t>`` over all shared leaves."""
+    leaves = [plan.program.leaves[leaf] for leaf in plan.shared]
+    dtypes = [plan.program.avals[ref].dtype for ref in leaves]
+    dtype = functools.reduce(jnp.promote_types, dtypes, jnp.float32)
+    total = jnp.zeros((plan.num_tasks, plan.num_tasks), dtype)
+    for leaf, factored in plan.factored.items():
+        total = total + factored.contract(left.sides[leaf], right.sides[leaf])
+    if left.whole:
+        total = total + stack.cross_gramian(left.whole, right.whole)
+    # Leaves that the heads of the same tasks read make one block of the matrix.
+    groups: dict[tuple[int, ...], list[Leaf]] = {}
+    for leaf, rows in left.partial.items():
+        groups.setdefault(tuple(rows), []).append(leaf)
+    for tasks, members in groups.items():
+        if tasks:
+            sides = (
+                [_stacked(s.partial[leaf]) for leaf in members] for s in (left, right)
+            )
+            at = jnp.array(tasks)
+            total = total.at[at[:, None], at[None]].add(stack.cross_gramian(*sides))
+    return total
+
+
+def _stacked(rows: dict[int, Array]) -> Array:
+    return jnp.stack(list(rows.values()))
+
+
+def _combine(cotangents: dict[Ref, Array], weights: Weights) -> dict[Ref, Array]:
+    """``Σ_t weights[t] c_t`` of values that, unlike parameters, may be complex."""
+
+    def mix(rows):
+        wide = contract.wide(rows)
+        mixed = jnp.tensordot(weights.astype(wide.dtype), wide, 1, precision="highest")
+        return mixed.astype(rows.dtype)
+
+    return {ref: mix(rows) for ref, rows in cotangents.items()}
+
+
+def gradient(
+    plan: Plan, backward: Backward, weights: Weights, leaves: Sequence[Leaf]
+) -> dict[Leaf, Array]:
+    """``Σ_t weights[t] g_t`` of some leaves: one backward pass through the trunk."""
+    found: dict[Leaf, Array] = {}
+    if plan.in_trunk.intersection(leaves):
+        mixed, _ = backward.pull_trunk(_combine(backward.cotangents, weights))
+        found = {leaf: mixed[leaf] for leaf in leaves if leaf in plan.in_trunk}
+    # Leaves that several heads read: one pass more adds up what else would be T rows.
+    again = None
+    for leaf in leaves:
+        tasks = plan.in_heads.get(leaf, [])
+        if len(tasks) > 1:
+            again = backward.pull_heads(weights) if again is None else again
+            parts = [again[task][leaf] for task in tasks]
+        else:
+            parts = [
+                (weights[task] * row).astype(row.dtype)
+                for task in tasks
+                for row in [backward.head_rows[task][leaf]]
+            ]
+        for part in parts:
+            found[leaf] = found[leaf] + part if leaf in found else part
+    return found

@@ -1,0 +1,184 @@
+"""A traced function as a flat list of operations, calls inlined."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.core
+import jax.numpy as jnp
+from jax.extend.core import Literal
+
+from mtljax.types import Losses
+
+Ref = int  # a value of the program
+Env = dict[Ref, Any]
+
+# Calls that mean nothing but their body. custom_jvp_call and custom_vjp_call are not
+# among them: their derivative is not that of the body. Loops and branches stay whole.
+_CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "call": "call_jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+}
+_REMAT = {"remat2", "checkpoint"}
+
+
+class Op(NamedTuple):
+    """One equation, with values named by numbers."""
+
+    eqn: Any
+    ins: tuple[Ref, ...]
+    outs: tuple[Ref, ...]
+
+    @property
+    def name(self) -> str:
+        """Name of the primitive."""
+        return self.eqn.primitive.name
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Parameters of the primitive."""
+        return self.eqn.params
+
+    def shape(self, operand: int) -> tuple[int, ...]:
+        """Shape of an operand."""
+        return self.eqn.invars[operand].aval.shape
+
+
+class Aval(NamedTuple):
+    """Shape and dtype of a value; the dtype may be that of a key."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+class Program(NamedTuple):
+    """``function(leaves) -> (losses, aux)`` as operations in order."""
+
+    ops: list[Op]
+    leaves: list[Ref]
+    losses: Ref
+    aux: list[Ref]
+    constants: Env  # closed-over arrays and literals
+    avals: dict[Ref, Aval]
+    restore_aux: Callable[[list[Any]], Any]
+    rematerialises: bool  # it held a jax.checkpoint, which is inlined like any call
+
+
+def is_float(dtype: Any) -> bool:
+    """Whether the dtype is of real numbers."""
+    return jnp.issubdtype(dtype, jnp.floating)
+
+
+def has_cotangent(dtype: Any) -> bool:
+    """Whether values of the dtype can be differentiated."""
+    return jnp.issubdtype(dtype, jnp.inexact)
+
+
+def trace(
+    function: Callable[[list[Any]], tuple[Losses, Any]], leaves: Sequence[Any]
+) -> Program:
+    """Traces a function of a list of arrays; the auxiliary output may be anything."""
+    holder: list[Callable[[list[Any]], Any]] = []
+
+    def flat(leaves):
+        losses, aux = function(leaves)
+        parts, treedef = jax.tree.flatten(aux)
+        traced = [isinstance(part, jax.Array) for part in parts]
+
+        def restore(arrays):
+            arrays = iter(arrays)
+            merged = [
+                next(arrays) if is_array else part
+                for is_array, part in zip(traced, parts, strict=True)
+            ]
+            return jax.tree.unflatten(treedef, merged)
+
+        holder.append(restore)
+        return losses, [
+            p for p, is_array in zip(parts, traced, strict=True) if is_array
+        ]
+
+    closed = jax.make_jaxpr(flat)(list(leaves))
+    builder = _Builder()
+    inputs = [builder.new(var.aval) for var in closed.jaxpr.invars]
+    losses, *aux = builder.inline(closed.jaxpr, closed.consts, inputs)
+    return Program(
+        builder.ops,
+        inputs,
+        losses,
+        aux,
+        builder.constants,
+        builder.avals,
+        holder[-1],
+        builder.rematerialises,
+    )
+
+
+class _Builder:
+    """Numbers the values while calls are replaced by their bodies."""
+
+    def __init__(self):
+        self.ops: list[Op] = []
+        self.constants: Env = {}
+        self.avals: dict[Ref, Aval] = {}
+        self.rematerialises = False
+
+    def new(self, aval: Any) -> Ref:
+        ref = len(self.avals)
+        shape = getattr(aval, "shape", ())
+        self.avals[ref] = Aval(shape, getattr(aval, "dtype", None))
+        return ref
+
+    def constant(self, aval: Any, value: Any) -> Ref:
+        ref = self.new(aval)
+        self.constants[ref] = value
+        return ref
+
+    def inline(
+        self, jaxpr: Any, consts: Iterable[Any], inputs: Iterable[Ref]
+    ) -> list[Ref]:
+        # Variables are looked up per call: one jaxpr may be called several times.
+        names: dict[Any, Ref] = dict(zip(jaxpr.invars, inputs, strict=True))
+        for var, value in zip(jaxpr.constvars, consts, strict=True):
+            names[var] = self.constant(var.aval, value)
+
+        def read(atom):
+            if isinstance(atom, Literal):
+                return self.constant(atom.aval, atom.val)
+            return names[atom]
+
+        for eqn in jaxpr.eqns:
+            ins = [read(atom) for atom in eqn.invars]
+            key = _CALLS.get(eqn.primitive.name)
+            if key is None:
+                outs = [self.new(var.aval) for var in eqn.outvars]
+                self.ops.append(Op(eqn, tuple(ins), tuple(outs)))
+            else:
+                self.rematerialises |= eqn.primitive.name in _REMAT
+                body = eqn.params[key]
+                body, held = getattr(body, "jaxpr", body), getattr(body, "consts", ())
+                outs = self.inline(body, held, ins)
+            names.update(zip(eqn.outvars, outs, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+
+def run(op: Op, env: Env) -> None:
+    """Adds the results of one operation to the environment."""
+    results = apply(op, [env[ref] for ref in op.ins])
+    env.update(zip(op.outs, results, strict=True))
+
+
+def apply(op: Op, values: Sequence[Any]) -> Sequence[Any]:
+    """Results of one operation."""
+    primitive = op.eqn.primitive
+    params = primitive.get_bind_params(op.params)
+    # jax 0.7 hands the functions of a custom rule back beside the parameters.
+    functions, params = params if isinstance(params, tuple) else ((), params)
+    with op.eqn.ctx.manager:
+        out = primitive.bind(*functions, *values, **params)
+    return out if primitive.multiple_results else [out]

@@ -1,0 +1,180 @@
+"""Which part of a program serves all tasks, and which only one.
+
+A value *reaches* a task if that task's loss depends on it. Operations that reach one
+task are its *head*, whatever the user calls them; those that reach several are the
+*trunk*. The heads of all tasks can be differentiated in a single backward pass, if each
+reads its own copy of what the trunk hands over: only the trunk needs T passes. Where
+every task has a forward pass of its own there is no trunk, and one pass is enough.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+from mtljax.gradients._engine._program import Op, Program, Ref, is_float
+
+
+class View(NamedTuple):
+    """A parameter with its entries in another order or precision."""
+
+    leaf: int
+    chain: tuple[Any, ...]  # how it was reordered; equal for equal layouts
+
+
+class Stages(NamedTuple):
+    """The operations of a program, in the order in which they can be run."""
+
+    fixed: list[Op]  # independent of the parameters
+    views: list[Op]
+    trunk: list[Op]
+    heads: list[list[Op]]  # one list per task
+    tail: list[Op]  # the vector of losses from its entries, entry by entry
+    extra: list[Op]  # what no loss depends on
+    view_of: dict[Ref, View]
+    dependent: set[Ref]  # values that depend on a parameter
+    reads: list[set[Ref]]  # what each task's head takes from anywhere
+    handed: set[Ref]  # values of the trunk that heads read
+    entries: list[Ref]  # vectors of the trunk of which task t reads entry t
+
+
+# Every entry of the operand appears once in the result, so inner products of
+# gradients stay the same.
+_REORDERS = {"reshape", "transpose", "squeeze", "expand_dims", "rev", "neg", "copy"}
+_REORDERS |= {"copy_p", "name", "optimization_barrier", "sharding_constraint"}
+
+_ELEMENTWISE = {"add", "add_any", "sub", "mul", "div", "neg", "abs", "sign", "square"}
+_ELEMENTWISE |= {"integer_pow", "pow", "sqrt", "rsqrt", "exp", "exp2", "expm1", "log"}
+_ELEMENTWISE |= {"log1p", "tanh", "logistic", "max", "min", "clamp", "select_n", "copy"}
+_ELEMENTWISE |= {"convert_element_type", "copy_p", "stop_gradient", "is_finite"}
+_ELEMENTWISE |= {"eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not"}
+
+
+def _is_reorder(op: Op, program: Program) -> bool:
+    if op.name in _REORDERS:
+        return len(op.outs) == 1
+    before, after = program.avals[op.ins[0]], program.avals[op.outs[0]]
+    if op.name == "convert_element_type":
+        return is_float(before.dtype) and is_float(after.dtype)
+    if op.name == "broadcast_in_dim":
+        return math.prod(before.shape) == math.prod(after.shape)
+    return False
+
+
+def find_views(program: Program) -> tuple[dict[Ref, View], list[Op]]:
+    """All values that are a reordered parameter, and the operations that make them."""
+    views = {ref: View(i, ()) for i, ref in enumerate(program.leaves)}
+    ops = []
+    for op in program.ops:
+        if op.ins and op.ins[0] in views and _is_reorder(op, program):
+            leaf, chain = views[op.ins[0]]
+            if op.name != "convert_element_type":
+                chain = (*chain, (op.name, str(op.params)))
+            views[op.outs[0]] = View(leaf, chain)
+            ops.append(op)
+    return views, ops
+
+
+def joins_scalars(op: Op, program: Program, num_tasks: int) -> bool:
+    """Whether the operation stacks one number per task."""
+    shape = {"stack": (), "concatenate": (1,)}.get(op.name)
+    return len(op.ins) == num_tasks and all(
+        program.avals[ref].shape == shape for ref in op.ins
+    )
+
+
+class _Reach(NamedTuple):
+    ops: list[int]  # the tasks that an operation reaches, as bits
+    tail: set[int]  # operations by entries
+    entries: set[Ref]  # values read by entries
+
+
+def _reach(
+    program: Program, num_tasks: int, dependent: set[Ref], views: dict[Ref, View]
+) -> _Reach:
+    """Walks from the losses back to the parameters."""
+    everyone = (1 << num_tasks) - 1
+    reach = dict.fromkeys(program.avals, 0)
+    entries = set() if num_tasks == 1 else {program.losses}
+    reach[program.losses] = int(num_tasks == 1)
+
+    def by_entries(op):
+        """What an elementwise operation of losses reads; None if it is another."""
+        shapes = {ref: program.avals[ref].shape for ref in op.ins}
+        moving = [ref for ref in op.ins if ref in dependent]
+        fits = op.name in _ELEMENTWISE and all(
+            shape in ((), (num_tasks,)) for shape in shapes.values()
+        )
+        # A number or a parameter that moves all the losses belongs to the trunk.
+        own = all(shapes[ref] and ref not in views for ref in moving)
+        return moving if fits and own else None
+
+    ops = [0] * len(program.ops)
+    tail = set()
+    for index in reversed(range(len(program.ops))):
+        op = program.ops[index]
+        for out in op.outs:
+            ops[index] |= reach[out]
+        if entries.intersection(op.outs):
+            if not ops[index]:
+                if joins_scalars(op, program, num_tasks):
+                    for task, ref in enumerate(op.ins):
+                        reach[ref] |= 1 << task
+                    tail.add(index)
+                    continue
+                vectors = by_entries(op)
+                if vectors is not None:
+                    entries.update(vectors)
+                    tail.add(index)
+                    continue
+            ops[index] = everyone
+        for ref in op.ins:
+            reach[ref] |= ops[index]
+    return _Reach(ops, tail, entries)
+
+
+def split(program: Program, num_tasks: int) -> Stages:
+    """Sorts the operations by the tasks they reach."""
+    view_of, views = find_views(program)
+    dependent = set(program.leaves)
+    for op in program.ops:
+        if dependent.intersection(op.ins):
+            dependent.update(op.outs)
+    reach = _reach(program, num_tasks, dependent, view_of)
+
+    fixed, trunk, tail, extra = [], [], [], []
+    heads: list[list[Op]] = [[] for _ in range(num_tasks)]
+    reads: list[set[Ref]] = [set() for _ in range(num_tasks)]
+    for index, op in enumerate(program.ops):
+        bits = reach.ops[index]
+        if op.outs and op.outs[0] in view_of:
+            continue
+        if op.outs and not dependent.intersection(op.outs):
+            fixed.append(op)
+        elif index in reach.tail:
+            tail.append(op)
+            if joins_scalars(op, program, num_tasks):
+                for task, ref in enumerate(op.ins):
+                    reads[task].add(ref)
+        elif not bits:
+            extra.append(op)
+        elif bits.bit_count() == 1:
+            heads[bits.bit_length() - 1].append(op)
+            reads[bits.bit_length() - 1].update(op.ins)
+        else:
+            trunk.append(op)
+    if num_tasks == 1:
+        reads[0].add(program.losses)
+    made = {ref for op in trunk for ref in op.outs}
+    entries = reach.entries - {ref for op in tail for ref in op.outs}
+    return Stages(
+        fixed=fixed,
+        views=views,
+        trunk=trunk,
+        heads=heads,
+        tail=tail,
+        extra=extra,
+        view_of=view_of,
+        dependent=dependent,
+        reads=reads,
+        handed=made & set().union(*reads),
+        entries=sorted(entries),
+    )

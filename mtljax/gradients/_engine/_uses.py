@@ -1,0 +1,200 @@
+"""Operations that are linear in a parameter, as products of two matrices.
+
+Every rule brings its operation ``y = f(x, W)`` into the form ``Y_b = X_b W_b``, with
+``X_b [P, I]`` (P positions, fan-in I), ``W_b [I, O]`` and a batch index b that both
+share. The gradient for a cotangent δ of y is then ``X_bᵀ δ_b``, block by block. A rule
+reads static shapes; what it needs of the values it says by two functions.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from mtljax.gradients._engine._program import Op, Program, Ref, is_float
+from mtljax.gradients._engine._stages import View
+
+
+class Use(NamedTuple):
+    """One operation that reads a parameter in a known way."""
+
+    op: Op
+    leaf: int
+    source: Ref  # the other operand, x
+    layout: Any  # equal for uses that address the entries of the leaf alike
+    batch: int  # length of b
+    positions: int  # P
+    fan_in: int  # I, that of all blocks together
+    fan_out: int  # O
+    # x -> blocks [b, P, I_j] with sum_j I_j = I; for a lookup the row numbers [P],
+    # negative where nothing was read.
+    inputs: Callable[[Array], list[Array]]
+    cotangent: Callable[[Array], Array]  # δ [S, *y] -> [S, b, P, O]
+    lookup: bool = False
+
+
+def find_use(op: Op, operand: int, view: View, program: Program) -> Use | None:
+    """The rule for an operand that is a parameter, if there is one."""
+    rule = _RULES.get(op.name)
+    if rule is None:
+        return None
+    return rule(op, operand, view, program)
+
+
+def _only_one_parameter(op: Op, operand: int, program: Program) -> bool:
+    other = op.ins[1 - operand]
+    return other != op.ins[operand] and all(
+        is_float(program.avals[ref].dtype) for ref in op.ins
+    )
+
+
+def _dense(op: Op, operand: int, view: View, program: Program) -> Use | None:
+    """``dot_general``: y[b, n, o] = Σ_i x[b, n, i] W[b, i, o], in any order of axes."""
+    if not _only_one_parameter(op, operand, program):
+        return None
+    contract, batch = op.params["dimension_numbers"]
+    shape, x_shape = op.shape(operand), op.shape(1 - operand)
+    # Axes in the order of the parameter's, so that equal layouts mean equal entries.
+    pairs = sorted(zip(contract[operand], contract[1 - operand], strict=True))
+    batches = sorted(zip(batch[operand], batch[1 - operand], strict=True))
+    w_in, x_in = (
+        (tuple(axis) for axis in zip(*pairs, strict=True)) if pairs else ((), ())
+    )
+    w_b, x_b = (tuple(a) for a in zip(*batches, strict=True)) if batches else ((), ())
+    x_n = tuple(a for a in range(len(x_shape)) if a not in x_in + x_b)
+    w_o = tuple(a for a in range(len(shape)) if a not in w_in + w_b)
+
+    def size(axes, of):
+        return math.prod(of[a] for a in axes)
+
+    b, n = size(w_b, shape), size(x_n, x_shape)
+    i, o = size(w_in, shape), size(w_o, shape)
+    # Result axes: batch as listed, then those of the left, then those of the right.
+    listed = [batch[operand].index(a) for a in w_b]
+    free = (x_n, w_o) if operand == 1 else (w_o, x_n)
+    first = len(w_b)
+    left = list(range(first, first + len(free[0])))
+    right = list(range(first + len(free[0]), first + len(free[0]) + len(free[1])))
+    positions, outputs = (left, right) if operand == 1 else (right, left)
+    order = [0, *(1 + a for a in listed + positions + outputs)]
+
+    def inputs(x):
+        return [x.transpose(x_b + x_n + x_in).reshape(b, n, i)]
+
+    def cotangent(delta):
+        return delta.transpose(order).reshape(-1, b, n, o)
+
+    layout = ("dense", view.chain, shape, w_b, w_in)
+    return Use(
+        op, view.leaf, op.ins[1 - operand], layout, b, n, i, o, inputs, cotangent
+    )
+
+
+def _conv(op: Op, operand: int, view: View, program: Program) -> Use | None:
+    """A convolution is a sum of products, one per entry k of the window.
+
+    ``y[n, o] = Σ_k Σ_c x_k[n, c] W[k, c, o]`` with n over images and output pixels, and
+    x_k the image shifted by k. The x_k are the blocks.
+    """
+    p = op.params
+    if operand != 1 or not _only_one_parameter(op, operand, program):
+        return None
+    if p["feature_group_count"] != 1 or p["batch_group_count"] != 1:
+        return None
+    x_spec, w_spec, y_spec = p["dimension_numbers"]
+    w_shape = op.shape(1)
+    window = [w_shape[a] for a in w_spec[2:]]
+    channels, features = w_shape[w_spec[1]], w_shape[w_spec[0]]
+    y_shape = op.eqn.outvars[0].aval.shape
+    spatial = [y_shape[a] for a in y_spec[2:]]
+    n = y_shape[y_spec[0]] * math.prod(spatial)
+
+    def inputs(x):
+        # To [image, *pixels, channel]; holes of a dilated input are padding too.
+        x = x.transpose((x_spec[0], *x_spec[2:], x_spec[1]))
+        holes = [d - 1 for d in p["lhs_dilation"]]
+        edges = [(lo, hi, h) for (lo, hi), h in zip(p["padding"], holes, strict=True)]
+        x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
+
+        def shifted(offset):
+            start = [o * d for o, d in zip(offset, p["rhs_dilation"], strict=True)]
+            stop = [
+                s + (length - 1) * stride + 1
+                for s, length, stride in zip(
+                    start, spatial, p["window_strides"], strict=True
+                )
+            ]
+            block = jax.lax.slice(
+                x,
+                (0, *start, 0),
+                (x.shape[0], *stop, channels),
+                (1, *p["window_strides"], 1),
+            )
+            return block.reshape(1, n, channels)
+
+        return [shifted(o) for o in itertools.product(*map(range, window))]
+
+    def cotangent(delta):
+        order = (y_spec[0], *y_spec[2:], y_spec[1])
+        delta = delta.transpose((0, *(1 + a for a in order)))
+        return delta.reshape(-1, 1, n, features)
+
+    layout = ("conv", view.chain, w_shape, tuple(w_spec))
+    fan_in = math.prod(window) * channels
+    return Use(
+        op, view.leaf, op.ins[0], layout, 1, n, fan_in, features, inputs, cotangent
+    )
+
+
+def _lookup(op: Op, operand: int, view: View, program: Program) -> Use | None:
+    """``gather`` of whole rows, y[n] = W[id[n]]: x is the one-hot matrix of the ids."""
+    del program
+    p = op.params
+    numbers, table = p["dimension_numbers"], op.shape(0)
+    width = math.prod(table[1:])
+    rows_only = (
+        operand == 0
+        and numbers.collapsed_slice_dims == (0,)
+        and numbers.start_index_map == (0,)
+        and not numbers.operand_batching_dims
+        and tuple(p["slice_sizes"]) == (1, *table[1:])
+    )
+    if not rows_only:
+        return None
+    y_shape = op.eqn.outvars[0].aval.shape
+    n = math.prod(op.shape(1)[:-1])
+    offset = numbers.offset_dims
+    order = [a for a in range(len(y_shape)) if a not in offset] + list(offset)
+    clips = "CLIP" in str(p["mode"]).upper()
+
+    def inputs(ids):
+        ids = ids.reshape(-1)
+        if clips:
+            return [jnp.clip(ids, 0, table[0] - 1)]
+        return [jnp.where((ids < 0) | (ids >= table[0]), -1, ids)]
+
+    def cotangent(delta):
+        delta = delta.transpose((0, *(1 + a for a in order)))
+        return delta.reshape(-1, 1, n, width)
+
+    layout = ("lookup", view.chain, table)
+    return Use(
+        op,
+        view.leaf,
+        op.ins[1],
+        layout,
+        1,
+        n,
+        table[0],
+        width,
+        inputs,
+        cotangent,
+        lookup=True,
+    )
+
+
+_RULES = {"dot_general": _dense, "conv_general_dilated": _conv, "gather": _lookup}
