@@ -64,7 +64,10 @@ def pytest_terminal_summary(terminalreporter):
 
 LATE = {f"test_{name}" for name in set(mtljax.METHODS) - CLASSICS}
 LATE |= {"test_wrappers", "test_implicit", "test_cone", "test_conditional"}
-LATE |= {"test_fs_mtl", "test_igb"}  # experiments of minutes
+LATE |= {"test_fs_mtl", "test_igb", "test_experiment"}  # experiments of minutes
+LATE |= {"test_gramian_engine", "test_flat_split", "test_perturbation"}
+LATE |= {"test_driver", "test_branches", "test_auto_lambda"}  # forkmerge
+LATE |= {"test_composition", "test_clocks"}  # alternating
 
 
 def pytest_collection_modifyitems(items):

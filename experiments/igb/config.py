@@ -212,13 +212,13 @@ PRESETS = {
         Config(
             graph=Training(
                 methods=ALONE,  # those of the paper's QM9 table, and SI
-                steps=600,
+                steps=500,
                 batch_size=64,
                 lr=3e-3,
                 width=16,
                 edge_width=32,
                 features=32,
-                eval_every=60,
+                eval_every=50,
                 log_every=10,
                 time_steps=50,
                 agent=dataclasses.replace(SHORT_RUN, capacity=100),
@@ -229,7 +229,7 @@ PRESETS = {
                 batch_size=32,
                 eval_every=100,
                 log_every=20,
-                time_steps=200,
+                time_steps=100,
                 agent=dataclasses.replace(SHORT_RUN, capacity=300),
             ),
         ),

@@ -1,0 +1,381 @@
+"""Engines of the balanced gradient, side by side: time, memory, and what "auto" takes.
+
+``python -m benchmarks.engine`` (five minutes on two idle CPU cores) steps models of
+several kinds with equal weights (one backward pass), with stacked gradients, unrolled
+and by ``vmap``, and with the Gramian engine, in turns so that drift hits all alike. The
+balancer is a cheap function of the Gramian, so that the engines are what is timed.
+
+Overhead is relative to equal weights; memory is what the compiled step needs beside
+its arguments and results, as XLA reports it. ``auto`` is the engine and the strategy
+that the defaults take, ``regret`` how much longer that takes than the best measured
+row. Rows without a time are compiled only.
+"""
+
+import argparse
+import importlib.metadata
+import itertools
+import json
+import os
+import pathlib
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import mtljax
+from mtljax.balancer import Balancer, from_weights
+from mtljax.gradients._engine._cost import Passes
+from mtljax.gradients._gramian_engine import choose
+
+OUT = pathlib.Path(__file__).parent / "results" / "engine.json"
+LABELS = {"trunk": "shared", "heads": "own"}
+PATIENCE = 8.0  # seconds that one row may be timed
+
+
+class Case(NamedTuple):
+    """A model with T heads, and a batch."""
+
+    name: str
+    tasks: int
+    size: str
+    task_losses: Callable[..., Any]
+    params: Any
+    batch: Any
+    timed: bool = True
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    rng = np.random.default_rng(seed)
+    scale = np.sqrt(np.prod(shape[:-1]))
+    return jnp.asarray(rng.normal(size=shape) / scale, jnp.float32)
+
+
+def conv(x, w, stride=1, padding="SAME"):
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(
+        x, w, (stride, stride), padding, dimension_numbers=numbers
+    )
+
+
+def make_case(name, tasks, size, x, *, trunk, params, outputs=10, timed=True) -> Case:
+    """Linear heads on features ``[n, d]``: regression, or ten classes."""
+    rng = np.random.default_rng(1)
+    width = jax.eval_shape(trunk, params, x).shape[-1]
+    heads = [normal(100 + i, width, outputs) for i in range(tasks)]
+    y = jnp.asarray(rng.integers(0, 10, (tasks, len(x))))
+
+    def loss(out, y):
+        if outputs == 1:
+            return jnp.mean((out[:, 0] - 0.1 * y) ** 2)
+        return -jnp.mean(jax.nn.log_softmax(out)[jnp.arange(len(y)), y])
+
+    def task_losses(p, batch):
+        h = trunk(p["trunk"], batch[0])
+        pairs = zip(p["heads"], batch[1], strict=True)
+        return jnp.stack([loss(h @ w, target) for w, target in pairs])
+
+    everything = {"trunk": params, "heads": heads}
+    return Case(name, tasks, size, task_losses, everything, (x, y), timed)
+
+
+def mlp(tasks: int, examples: int) -> Case:
+    sizes = [256, 512, 512, 512]
+    pairs = itertools.pairwise(sizes)
+    params = [{"w": normal(i, *s), "b": jnp.zeros(s[1])} for i, s in enumerate(pairs)]
+
+    def trunk(layers, x):
+        for layer in layers:
+            x = jax.nn.relu(x @ layer["w"] + layer["b"])
+        return x
+
+    x = normal(9, examples, 256) * 16
+    return make_case(
+        "mlp", tasks, f"N={examples}", x, trunk=trunk, params=params, outputs=1
+    )
+
+
+def lenet(tasks: int, examples: int) -> Case:
+    shapes = {"c1": (9, 9, 1, 10), "c2": (5, 5, 10, 20), "d": (500, 50)}
+    params = {name: normal(i, *shape) for i, (name, shape) in enumerate(shapes.items())}
+    params |= {"b1": jnp.zeros(10), "b2": jnp.zeros(20), "b3": jnp.zeros(50)}
+
+    def pool(h):
+        window = (1, 2, 2, 1)
+        h = jax.lax.reduce_window(h, -jnp.inf, jax.lax.max, window, window, "VALID")
+        return jax.nn.relu(h)
+
+    def trunk(p, x):
+        h = pool(conv(x, p["c1"], padding="VALID") + p["b1"])
+        h = pool(conv(h, p["c2"], padding="VALID") + p["b2"])
+        return jax.nn.relu(h.reshape(len(x), -1) @ p["d"] + p["b3"])
+
+    x = normal(9, examples, 36, 36, 1)
+    return make_case("lenet", tasks, f"N={examples}", x, trunk=trunk, params=params)
+
+
+def resnet(tasks: int, examples: int) -> Case:
+    """Three blocks with strides and batch statistics, on 32x32 images."""
+    widths = [16, 32, 64, 128]
+    params: dict[str, Any] = {"in": normal(0, 3, 3, 3, 16)}
+    for i, (a, b) in enumerate(itertools.pairwise(widths)):
+        params[f"first{i}"] = normal(i, 3, 3, a, b)
+        params[f"second{i}"] = normal(i, 3, 3, b, b)
+        params[f"skip{i}"] = normal(i, 1, 1, a, b)
+        params[f"scale{i}"], params[f"bias{i}"] = jnp.ones(b), jnp.zeros(b)
+
+    def trunk(p, x):
+        h = jax.nn.relu(conv(x, p["in"]))
+        for i in range(3):
+            z = conv(h, p[f"first{i}"], 2)
+            z = (z - z.mean((0, 1, 2))) * jax.lax.rsqrt(z.var((0, 1, 2)) + 1e-5)
+            z = jax.nn.relu(z * p[f"scale{i}"] + p[f"bias{i}"])
+            h = jax.nn.relu(conv(z, p[f"second{i}"]) + conv(h, p[f"skip{i}"], 2))
+        return h.mean((1, 2))
+
+    x = normal(9, examples, 32, 32, 3)
+    return make_case("resnet", tasks, f"N={examples}", x, trunk=trunk, params=params)
+
+
+def transformer(tasks: int, sequences: int, *, timed: bool = True) -> Case:
+    """Two layers of width 256 with eight heads, 64 tokens a sequence."""
+    d, heads = 256, 8
+    layers = []
+    for i in range(2):
+        layer = {name: normal(i, d, heads, d // heads) for name in "qkv"}
+        layer |= {"o": normal(i, heads, d // heads, d)}
+        layer |= {"up": normal(i, d, 4 * d), "down": normal(i, 4 * d, d)}
+        layer |= {"norm1": jnp.ones(d), "norm2": jnp.ones(d), "bias": jnp.zeros(4 * d)}
+        layers.append(layer)
+
+    def norm(x, scale):
+        x = x - x.mean(-1, keepdims=True)
+        return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6) * scale
+
+    def trunk(layers, x):
+        for p in layers:
+            h = norm(x, p["norm1"])
+            q, k, v = (jnp.einsum("btd,dhk->bthk", h, p[name]) for name in "qkv")
+            scores = jnp.einsum("bthk,bshk->bhts", q, k) / np.sqrt(d / heads)
+            mixed = jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(scores), v)
+            x = x + jnp.einsum("bthk,hkd->btd", mixed, p["o"])
+            h = jax.nn.gelu(norm(x, p["norm2"]) @ p["up"] + p["bias"])
+            x = x + h @ p["down"]
+        return x.mean(1)
+
+    x = normal(9, sequences, 64, d) * 100
+    size = f"{sequences}x64 tokens"
+    return make_case(
+        "transformer", tasks, size, x, trunk=trunk, params=layers, timed=timed
+    )
+
+
+def several_batches(tasks: int, examples: int) -> Case:
+    """A batch and a forward pass for every task, through one trunk."""
+    single = mlp(tasks, examples)
+    xs = jnp.stack([normal(i, examples, 256) * 16 for i in range(tasks)])
+
+    def task_losses(p, batch):
+        xs, y = batch
+        each = []
+        for i, head in enumerate(p["heads"]):
+            alone = {"trunk": p["trunk"], "heads": [head]}
+            each.append(single.task_losses(alone, (xs[i], y[i : i + 1]))[0])
+        return jnp.stack(each)
+
+    batch = xs, single.batch[1]
+    size = f"N={examples} each"
+    return Case("mlp, T batches", tasks, size, task_losses, single.params, batch)
+
+
+def cases() -> list[Case]:
+    return [
+        mlp(2, 128),
+        mlp(3, 128),
+        mlp(11, 128),
+        mlp(40, 128),
+        mlp(100, 32),
+        mlp(11, 512),
+        several_batches(5, 128),
+        lenet(3, 64),
+        lenet(11, 64),
+        resnet(3, 32),
+        transformer(3, 4),
+        transformer(24, 4),
+        transformer(3, 32, timed=False),
+        transformer(40, 32, timed=False),
+    ]
+
+
+class NormState(NamedTuple):
+    task_weights: Any
+
+
+def inverse_norms(tasks: int) -> Balancer:
+    """Weights ``1/‖g_i‖``: a method that costs nothing beside its Gramian."""
+
+    def weigh(state, *, losses, gramian, mask):
+        del losses, mask
+        return jax.lax.rsqrt(jnp.diag(gramian) + 1e-12), state
+
+    return from_weights(
+        "inverse_norms",
+        tasks,
+        init=lambda: NormState(jnp.ones(tasks)),
+        weigh=weigh,
+        needs="gramian",
+        native="free",
+        scale="mean",
+    )
+
+
+def contenders(case: Case) -> dict[str, Any]:
+    """Steps to compare; unrolling forty tasks only lengthens the compilation."""
+    few = case.tasks <= 16
+    options = {"equal weights": (mtljax.linear(case.tasks), "losses", "auto")}
+    balancer = inverse_norms(case.tasks)
+    if few:
+        options["stacked, unrolled"] = (balancer, "stacked", "unrolled")
+    options["stacked, vmap"] = (balancer, "stacked", "vmap")
+    if not few:
+        options["stacked, chunked"] = (balancer, "stacked", "chunked")
+    options["gramian"] = (balancer, "gramian", "auto")
+    return options
+
+
+def compiled(case: Case, balancer: Balancer, engine: Any, strategy: Any):
+    """The compiled step, its arguments, and the seconds that it took to compile."""
+    step = mtljax.value_and_balanced_grad(
+        case.task_losses,
+        balancer,
+        labels=LABELS,
+        engine=engine,
+        strategy=strategy,
+        chunk_size=8,
+    )
+    arguments = case.params, balancer.init({}), case.batch
+    start = time.perf_counter()
+    program = jax.jit(step).lower(*arguments).compile()
+    return program, arguments, time.perf_counter() - start
+
+
+def seconds(program: Any, arguments: Any) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(program(*arguments))
+    return time.perf_counter() - start
+
+
+def memory(program: Any) -> int:
+    return program.memory_analysis().temp_size_in_bytes
+
+
+def default_of(case: Case) -> str:
+    """What ``engine="auto"`` takes, as a row is called."""
+    uses, passes = choose(
+        "auto",
+        lambda p: case.task_losses(p, case.batch),
+        case.params,
+        Passes("auto", 4),
+        has_aux=False,
+        labels=LABELS,
+    )
+    if uses is not None:
+        return "gramian"
+    return f"stacked, {passes.strategy}"
+
+
+def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
+    """A row for every contender."""
+    programs = {name: compiled(case, *how) for name, how in contenders(case).items()}
+    times: dict[str, list[float]] = {name: [] for name in programs}
+    for turn in range(rounds + 1 if case.timed else 0):
+        for name, (program, arguments, _) in programs.items():
+            if sum(times[name]) < PATIENCE:
+                taken = seconds(program, arguments)
+                times[name] += [taken] if turn else []  # the first warms up
+    rows = []
+    default = default_of(case)
+    for name, (program, _, compile_s) in programs.items():
+        row = {
+            "model": case.name,
+            "tasks": case.tasks,
+            "size": case.size,
+            "engine": name,
+            "auto": name == default,
+            "memory_mb": memory(program) / 2**20,
+            "compile_s": compile_s,
+        }
+        if times[name]:
+            low, median, high = statistics.quantiles(times[name], n=4)
+            row |= {"ms": 1e3 * median, "low_ms": 1e3 * low, "high_ms": 1e3 * high}
+        rows.append(row)
+    return with_ratios(rows)
+
+
+def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Overhead over the first row; regret of the default beside the best other one."""
+    timed = [row for row in rows[1:] if "ms" in row]
+    for row in timed:
+        row["overhead"] = row["ms"] / rows[0]["ms"]
+        if row["auto"]:
+            row["regret"] = row["ms"] / min(r["ms"] for r in timed) - 1
+    return rows
+
+
+def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
+    lines = [
+        "# Engines of the balanced gradient",
+        "",
+        "`python -m benchmarks.engine`: median and quartiles of a step in ms, "
+        "overhead over equal weights, temporary memory of the compiled step.",
+        "",
+        "| model | T | batch | engine | ms | overhead | MB | compile s | auto |",
+        "|:--|--:|:--|:--|--:|--:|--:|--:|:--|",
+    ]
+    for row in rows:
+        ms, over, auto = "", "", "auto" if row["auto"] else ""
+        if "ms" in row:
+            ms = f"{row['ms']:.3g} ({row['low_ms']:.3g} to {row['high_ms']:.3g})"
+        if "overhead" in row:
+            over = f"{row['overhead']:.2f}"
+        if row.get("regret", 0) > 0.005:
+            auto += f", {row['regret']:+.0%}"
+        head = f"| {row['model']} | {row['tasks']} | {row['size']} | {row['engine']} |"
+        tail = f" {row['memory_mb']:.1f} | {row['compile_s']:.1f} | {auto} |"
+        lines.append(f"{head} {ms} | {over} |{tail}")
+    lines += ["", ", ".join(f"{k} {v}" for k, v in about.items())]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--only", nargs="+", help="names of models")
+    parser.add_argument("--out", type=pathlib.Path, default=OUT)
+    arguments = parser.parse_args()
+    rows = []
+    for case in cases():
+        if arguments.only is None or case.name in arguments.only:
+            start = time.perf_counter()
+            rows += measure(case, arguments.rounds)
+            taken = time.perf_counter() - start
+            print(
+                f"{case.name}, T={case.tasks}, {case.size}: {taken:.0f} s", flush=True
+            )
+    about = {"backend": jax.default_backend(), "cores": os.cpu_count()}
+    about |= {"python": platform.python_version()}
+    about |= {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    results = json.dumps({"about": about, "rows": rows}, indent=1)
+    arguments.out.write_text(results + "\n")
+    table = markdown(rows, about)
+    arguments.out.with_suffix(".md").write_text(table)
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Alternating task steps against joint ones, learning rates matched."""

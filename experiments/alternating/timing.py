@@ -1,0 +1,40 @@
+"""Step times of all rows, measured in turn so that drift hits all alike."""
+
+import time
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from experiments.alternating.config import Config
+from experiments.alternating.problem import Problem
+from experiments.alternating.train import Program, initial_state
+from mtljax import training
+
+
+def step_times(
+    config: Config, problem: Problem, programs: Mapping[str, Program], rounds: int = 3
+) -> dict[str, float]:
+    """Median milliseconds of one step of all runs together, for each row."""
+    runs = {}
+    for name, program in programs.items():
+        state, order = initial_state(config, problem, name, program)
+        one = jax.tree.map(lambda x: x[0], state)
+        batch = jax.tree.map(lambda a: a[: config.batch_size], problem.train)
+        run = training.make_runner(
+            program.step, one, batch, batch_size=config.batch_size, seeds=True
+        )
+        runs[name] = (run, state, order)
+
+    def once(name: str) -> float:
+        run, state, order = runs[name]
+        start = time.perf_counter()
+        state, metrics = run(state, problem.train, order, 0, config.time_steps)
+        jax.block_until_ready((state, metrics))
+        runs[name] = (run, state, order)  # the old buffers were donated
+        return 1e3 * (time.perf_counter() - start) / config.time_steps
+
+    for name in programs:
+        once(name)  # compiles, unless training did
+    times = [[once(name) for name in programs] for _ in range(rounds)]
+    return dict(zip(programs, np.median(times, axis=0).tolist(), strict=True))

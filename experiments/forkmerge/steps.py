@@ -1,0 +1,133 @@
+"""Train steps: one domain at a time, or all together with a balancer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+import mtljax
+from experiments.forkmerge.config import Config
+from experiments.forkmerge.problem import Problem, Split, State
+from mtljax import forkmerge
+
+JOINT = ("ew", "gcs", "ol_aux", "arml", "auto_lambda")
+LABELS = {"trunk": "shared", "heads": "own"}
+Step = Callable[..., tuple[State, Any]]
+
+
+def rows_of(key: Array, domain: Array, train: Split, count: int):
+    """A batch of one domain, with repeats."""
+    rows = jax.random.uniform(key, (count,)) * train["size"][domain]
+    rows = rows.astype(jnp.int32)
+    return train["image"][domain, rows], train["digit"][domain, rows]
+
+
+def update(
+    problem: Problem, state: State, grad: Any, batch_stats: Any, weighting: Any
+) -> State:
+    """The state after a step along the gradient."""
+    updates, opt_state = problem.optimizer.update(grad, state.opt_state, state.params)
+    return state._replace(
+        params=optax.apply_updates(state.params, updates),
+        batch_stats=batch_stats,
+        opt_state=opt_state,
+        weighting=weighting,
+    )
+
+
+def sampled_step(problem: Problem, *, alone_from: int | None = None) -> Step:
+    """One batch of one drawn domain a step, as in the released code.
+
+    ``step(state, slot, number of the step, train)``; from step ``alone_from`` on it is
+    always the target's.
+    """
+
+    def step(state: State, slot: Array, number: Array, train: Split):
+        if alone_from is not None:
+            slot = jnp.where(number < alone_from, slot, 0)
+        domain = state.order[slot]
+        key = jax.random.fold_in(state.key, number)
+        batch = rows_of(key, domain, train, problem.batch_size)
+
+        def objective(params):
+            return problem.loss((params, state.batch_stats), domain, batch)
+
+        grad, stats = jax.grad(objective, has_aux=True)(state.params)
+        return update(problem, state, grad, stats, ()), {}
+
+    return step
+
+
+def joint_batch(problem: Problem, state: State, number: Array, train: Split, part: int):
+    """An equal share of the batch from every domain, the target's first."""
+    key = jax.random.fold_in(jax.random.fold_in(state.key, number), part)
+    keys = jax.random.split(key, problem.tasks)
+    count = problem.batch_size // problem.tasks
+    take = jax.vmap(rows_of, (0, 0, None, None))
+    return take(keys, state.order, train, count)
+
+
+def make_balancer(config: Config, method: str) -> mtljax.Balancer:
+    """The balancer of a joint row."""
+    tasks = len(config.domains)
+    if method == "ew":
+        return mtljax.linear(tasks)
+    if method == "gcs":
+        return mtljax.gcs(tasks)
+    if method == "ol_aux":
+        return mtljax.ol_aux(tasks, learning_rate=config.ol_aux_lr)
+    return forkmerge.arml(tasks, learning_rate=config.arml_lr)
+
+
+def joint_step(config: Config, problem: Problem, method: str):
+    """A step on all domains, and the first state of its weighting."""
+    if method == "auto_lambda":
+        return auto_lambda_step(config, problem)
+    balancer = make_balancer(config, method)
+    gradient = mtljax.value_and_balanced_grad(
+        problem.task_losses, balancer, labels=LABELS, has_aux=True
+    )
+
+    def step(state: State, weights: Array, number: Array, train: Split):
+        del weights
+        batch = joint_batch(problem, state, number, train, 0)
+        (_, stats), grad, weighting = gradient(
+            state.params, state.weighting, state.batch_stats, state.order, batch
+        )
+        return update(problem, state, grad, stats, weighting), {}
+
+    return step, lambda p: balancer.init(mtljax.shared_params(p, LABELS))
+
+
+def auto_lambda_step(config: Config, problem: Problem):
+    """Auto-λ; as the released code it looks ahead on another training batch."""
+    method = forkmerge.auto_lambda(
+        problem.tasks,
+        lambda params, *rest: problem.task_losses(params, *rest)[0],
+        problem.optimizer,
+        learning_rate=config.auto_lambda_lr,
+    )
+
+    def step(state: State, weights: Array, number: Array, train: Split):
+        del weights
+        now, ahead = (
+            (state.batch_stats, state.order, batch)
+            for batch in (
+                joint_batch(problem, state, number, train, part) for part in (0, 1)
+            )
+        )
+        weighting = method.update(
+            state.weighting, state.params, state.opt_state, now, ahead
+        )
+
+        def objective(params):
+            losses, stats = problem.task_losses(params, *now)
+            return forkmerge.weighted_sum(losses, weighting.weights), stats
+
+        grad, stats = jax.grad(objective, has_aux=True)(state.params)
+        return update(problem, state, grad, stats, weighting), {}
+
+    return step, lambda _: method.init()
