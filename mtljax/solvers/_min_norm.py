@@ -51,6 +51,7 @@ def min_norm_point(
     x = solution.x / jnp.maximum(largest, jnp.finfo(dtype).tiny)
     weights = x / jnp.maximum(x.sum(), jnp.finfo(dtype).tiny)
     weights = jnp.where(zero.any(), zero / jnp.maximum(zero.sum(), 1), weights)
+    weights = jnp.where(mask, weights, 0)
     gramian, fixed = jax.lax.stop_gradient((gramian, weights))
     slope = jnp.matmul(gramian, fixed, precision="highest")
     terms = jnp.abs(gramian * fixed[None, :]).sum(1)
