@@ -5,10 +5,12 @@ several kinds with equal weights (one backward pass), with stacked gradients, un
 and by ``vmap``, and with the Gramian engine, in turns so that drift hits all alike. The
 balancer is a cheap function of the Gramian, so that the engines are what is timed.
 
-Overhead is relative to equal weights; memory is what the compiled step needs beside
-its arguments and results, as XLA reports it. ``auto`` is the engine and the strategy
-that the defaults take, ``regret`` how much longer that takes than the best measured
-row. Rows without a time are compiled only.
+Samples during which other processes kept the machine busy are dropped as far as
+``--patience`` allows; the share of a core that remains is in the results. Overhead is
+relative to equal weights; memory is what the compiled step needs beside its arguments
+and results, as XLA reports it. ``auto`` is the engine and the strategy that the
+defaults take, ``regret`` how much longer that takes than the best measured row. Rows
+without a time are compiled only.
 """
 
 import argparse
@@ -34,7 +36,7 @@ from mtljax.gradients._gramian_engine import choose
 
 OUT = pathlib.Path(__file__).parent / "results" / "engine.json"
 LABELS = {"trunk": "shared", "heads": "own"}
-PATIENCE = 8.0  # seconds that one row may be timed
+ENOUGH = 8  # undisturbed samples of every row
 
 
 class Case(NamedTuple):
@@ -263,10 +265,41 @@ def compiled(case: Case, balancer: Balancer, engine: Any, strategy: Any):
     return program, arguments, time.perf_counter() - start
 
 
-def seconds(program: Any, arguments: Any) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(program(*arguments))
-    return time.perf_counter() - start
+class Sample(NamedTuple):
+    """Some runs of one program."""
+
+    seconds: float  # of the median run
+    others: float  # cores that other processes kept busy meanwhile
+
+
+def busy_seconds() -> float:
+    """CPU time of the whole machine; 0 where the system does not tell."""
+    try:
+        fields = pathlib.Path("/proc/stat").read_text().split("\n", 1)[0].split()
+    except OSError:
+        return 0.0
+    user, nice, system, _, _, irq, soft = (int(field) for field in fields[1:8])
+    return (user + nice + system + irq + soft) / os.sysconf("SC_CLK_TCK")
+
+
+def sample(program: Any, arguments: Any, least: float = 0.05) -> Sample:
+    """Runs for ``least`` seconds, long enough for the clock ticks of the system."""
+    runs: list[float] = []
+    busy, own = busy_seconds(), time.process_time()
+    while sum(runs) < least:
+        start = time.perf_counter()
+        jax.block_until_ready(program(*arguments))
+        runs.append(time.perf_counter() - start)
+    others = busy_seconds() - busy - (time.process_time() - own)
+    return Sample(statistics.median(runs), max(others, 0) / sum(runs))
+
+
+def quiet(samples: list[Sample]) -> list[Sample]:
+    """Samples that nobody disturbed, or the half that was disturbed the least."""
+    undisturbed = [one for one in samples if one.others < 0.1]
+    if len(undisturbed) >= ENOUGH:
+        return undisturbed
+    return sorted(samples, key=lambda one: one.others)[: max(2, len(samples) // 2)]
 
 
 def memory(program: Any) -> int:
@@ -288,15 +321,20 @@ def default_of(case: Case) -> str:
     return f"stacked, {passes.strategy}"
 
 
-def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
-    """A row for every contender."""
+def measure(case: Case, patience: float) -> list[dict[str, Any]]:
+    """A row for every contender, timed in turns for at most ``patience`` seconds."""
     programs = {name: compiled(case, *how) for name, how in contenders(case).items()}
-    times: dict[str, list[float]] = {name: [] for name in programs}
-    for turn in range(rounds + 1 if case.timed else 0):
+    samples: dict[str, list[Sample]] = {name: [] for name in programs}
+    for program, arguments, _ in programs.values() if case.timed else ():
+        jax.block_until_ready(program(*arguments))
+    end = time.perf_counter() + patience
+    while case.timed:
         for name, (program, arguments, _) in programs.items():
-            if sum(times[name]) < PATIENCE:
-                taken = seconds(program, arguments)
-                times[name] += [taken] if turn else []  # the first warms up
+            samples[name].append(sample(program, arguments))
+        turns = min(map(len, samples.values()))
+        calm = min(sum(s.others < 0.1 for s in each) for each in samples.values())
+        if turns > 1 and (calm >= ENOUGH or time.perf_counter() > end):
+            break
     rows = []
     default = default_of(case)
     for name, (program, _, compile_s) in programs.items():
@@ -309,9 +347,12 @@ def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
             "memory_mb": memory(program) / 2**20,
             "compile_s": compile_s,
         }
-        if times[name]:
-            low, median, high = statistics.quantiles(times[name], n=4)
+        if case.timed:
+            kept = quiet(samples[name])
+            low, median, high = statistics.quantiles([s.seconds for s in kept], n=4)
             row |= {"ms": 1e3 * median, "low_ms": 1e3 * low, "high_ms": 1e3 * high}
+            row["samples"] = len(kept)
+            row["others"] = statistics.mean(s.others for s in kept)
         rows.append(row)
     return with_ratios(rows)
 
@@ -336,6 +377,9 @@ def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
         "| model | T | batch | engine | ms | overhead | MB | compile s | auto |",
         "|:--|--:|:--|:--|--:|--:|--:|--:|:--|",
     ]
+    disturbed = max((row.get("others", 0) for row in rows), default=0)
+    if disturbed > 0.1:
+        lines.insert(4, f"Other processes kept up to {disturbed:.1f} cores busy.\n")
     for row in rows:
         ms, over, auto = "", "", "auto" if row["auto"] else ""
         if "ms" in row:
@@ -353,7 +397,7 @@ def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--patience", type=float, default=15.0, help="seconds a model")
     parser.add_argument("--only", nargs="+", help="names of models")
     parser.add_argument("--out", type=pathlib.Path, default=OUT)
     arguments = parser.parse_args()
@@ -361,7 +405,7 @@ def main() -> None:
     for case in cases():
         if arguments.only is None or case.name in arguments.only:
             start = time.perf_counter()
-            rows += measure(case, arguments.rounds)
+            rows += measure(case, arguments.patience)
             taken = time.perf_counter() - start
             print(
                 f"{case.name}, T={case.tasks}, {case.size}: {taken:.0f} s", flush=True

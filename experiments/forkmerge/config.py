@@ -79,6 +79,9 @@ class Config:
     """β of ARML."""
     auto_lambda_lr: float = 1e-3
     """β of Auto-λ."""
+    auto_lambda_initial: float = 1.0
+    """Its first weights. One, so that it starts as EW: the learning rate is shared; the
+    released code starts at 0.1 with a learning rate of its own."""
 
     eval_every: int = 100
     """Steps between evaluations; validation picks the step that is reported."""

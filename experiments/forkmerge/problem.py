@@ -136,10 +136,13 @@ def make_problem(config: Config) -> Problem:
 
 
 def make_evaluate(problem: Problem) -> Callable[[Any], dict[str, Array]]:
-    """Measures train states ``[R]`` on their targets, one after the other."""
+    """Measures train states ``[G, B]`` on their targets, one after the other."""
 
     @jax.jit
     def run(states, val, test):
+        lead = jax.tree.leaves(states)[0].shape[:2]
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), states)
+
         def one(state):
             logits, _, mask = problem.target_logits(state, test)
             return {
@@ -148,6 +151,7 @@ def make_evaluate(problem: Problem) -> Callable[[Any], dict[str, Array]]:
                 "csd": forkmerge.confidence_score_discrepancy(logits, mask),
             }
 
-        return jax.lax.map(one, states)
+        found = jax.lax.map(one, flat)
+        return jax.tree.map(lambda x: x.reshape(lead), found)
 
     return lambda states: run(states, problem.splits["val"], problem.splits["test"])

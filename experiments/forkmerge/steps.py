@@ -109,6 +109,7 @@ def auto_lambda_step(config: Config, problem: Problem):
         lambda params, *rest: problem.task_losses(params, *rest)[0],
         problem.optimizer,
         learning_rate=config.auto_lambda_lr,
+        initial=config.auto_lambda_initial,
     )
 
     def step(state: State, weights: Array, number: Array, train: Split):

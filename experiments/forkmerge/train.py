@@ -115,7 +115,7 @@ class Run:
             shutil.rmtree(self.folder, ignore_errors=True)
         with training.Checkpointer(self.folder) as self._saver:
             self._saver.clean()
-            state = self._restored() if self._saver.steps() else self.fresh()
+            state = self._restored() if self._saver.steps() else jax.jit(self.fresh)()
             if self.method not in MERGED:
                 self._train(state)
             else:
@@ -197,8 +197,7 @@ class Run:
         """Rows of train states ``[G, B]``: a branch of the grid is a λ."""
         runs = runs_of(self.config)
         count = jax.tree.leaves(states)[0].shape[1]
-        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), states)
-        found = jax.device_get(self.evaluate(flat))
+        found = jax.device_get(self.evaluate(states))
         for g, (target, seed) in enumerate(runs):
             for b in range(count):
                 row = {
@@ -206,7 +205,7 @@ class Run:
                     "target": self.config.domains[target],
                     "seed": seed,
                     "step": step,
-                    **{k: float(v[g * count + b]) for k, v in found.items()},
+                    **{k: float(v[g, b]) for k, v in found.items()},
                     **{k: v[g] for k, v in more.items()},
                 }
                 if self.method == "lambda_grid":

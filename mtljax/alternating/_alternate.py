@@ -393,16 +393,17 @@ def alternate(
       Two tasks pull at one weight, one 100 times as hard. With states of their own
       neither wins; with one state the loud one does.
 
-      >>> import jax.numpy as jnp, optax
+      >>> import jax, jax.numpy as jnp, optax
       >>> from mtljax.alternating import alternate
       >>> def task_loss(params, task, batch):
       ...     return params["w"] * jnp.array([1.0, -100.0])[task]
       >>> def moved(state):
       ...     two = alternate(optax.adam(1e-3), 2, order="fixed", state=state)
+      ...     step = jax.jit(lambda p, s: two.step(task_loss, p, s, None))
       ...     params = {"w": jnp.array(0.0)}
       ...     opt = two.init(params)
       ...     for _ in range(20):
-      ...         losses, params, opt = two.step(task_loss, params, opt, None)
+      ...         losses, params, opt = step(params, opt)
       ...     return abs(float(params["w"])) > 1e-3
       >>> moved("per_task"), moved("shared")
       (False, True)
