@@ -1,12 +1,8 @@
 """``python -m experiments.fs_mtl [smoke|cpu|lenet|paper] [--field value ...]``."""
 
-import os
 import pathlib
-import sys
 import time
 from typing import Any, NamedTuple
-
-import tyro
 
 from experiments.fs_mtl.config import (
     PRESETS,
@@ -17,6 +13,7 @@ from experiments.fs_mtl.config import (
     entries,
     seed_groups,
 )
+from mtljax.training.cli import run_cli
 
 
 def say(text: str) -> None:
@@ -187,24 +184,13 @@ def main(config: Config, command: str) -> None:
 
 def cli() -> None:
     """Reads the command line; errors are one sentence, unless MTLJAX_TRACEBACK=1."""
-    arguments = sys.argv[1:]
-    if not arguments:
-        arguments = ["--help"]
-    config = tyro.extras.overridable_config_cli(
+    run_cli(
+        main,
         PRESETS,
-        args=arguments,
         prog="python -m experiments.fs_mtl",
         description="Sharpness-aware multi-task learning: balancers with and without "
         "SAM, in every order of the two, beside controls without a balancer.",
     )
-    command = " ".join(["python -m experiments.fs_mtl", *arguments])
-    try:
-        main(config, command)
-    except (ValueError, OSError, RuntimeError) as error:
-        if os.environ.get("MTLJAX_TRACEBACK"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,9 @@
 """``python -m experiments.igb [smoke|cpu|paper] --data-dir DIR [--field value]``."""
 
-import os
-import sys
 import time
 
-import tyro
-
 from experiments.igb.config import PRESETS, SINGLE_TASK, Config, check
+from mtljax.training.cli import run_cli
 
 
 def main(config: Config, command: str) -> None:
@@ -82,34 +79,14 @@ def run_problem(config: Config, problem, command: str, console) -> bool:
 
 def cli() -> None:
     """Reads the command line; errors are one sentence, unless MTLJAX_TRACEBACK=1."""
-    arguments = sys.argv[1:]
-    help_wanted = bool({"-h", "--help"} & set(arguments[:1]))
-    if not help_wanted and (not arguments or arguments[0].startswith("-")):
-        arguments = ["cpu", *arguments]
-    config = tyro.extras.overridable_config_cli(
+    run_cli(
+        main,
         PRESETS,
-        args=arguments,
         prog="python -m experiments.igb",
         description="Improvable gap balancing beside other methods, on molecules and "
         "on tables with several targets. Without a preset, `cpu` runs.",
+        default="cpu",
     )
-    command = " ".join(["python -m experiments.igb", *shown_arguments(arguments)])
-    try:
-        main(config, command)
-    except (ValueError, OSError, RuntimeError) as error:
-        if os.environ.get("MTLJAX_TRACEBACK"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-
-
-def shown_arguments(arguments: list[str]) -> list[str]:
-    """Arguments as results record them: where the data lie is nobody's business."""
-    shown = list(arguments)
-    for i, word in enumerate(shown[:-1]):
-        if word == "--data-dir":
-            shown[i + 1] = "DIR"
-    return ["--data-dir=DIR" if w.startswith("--data-dir=") else w for w in shown]
 
 
 if __name__ == "__main__":

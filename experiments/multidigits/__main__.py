@@ -1,13 +1,9 @@
 """``python -m experiments.multidigits [smoke|demo|full] [--field value ...]``."""
 
-import os
-import sys
 import time
 
-import jax
-import tyro
-
 from experiments.multidigits.config import PRESETS, SINGLE_TASK, Config, check
+from mtljax.training.cli import run_cli
 
 
 def main(config: Config, command: str) -> None:
@@ -64,27 +60,14 @@ def main(config: Config, command: str) -> None:
 
 def cli() -> None:
     """Reads the command line; errors are one sentence, unless MTLJAX_TRACEBACK=1."""
-    arguments = sys.argv[1:]
-    help_wanted = bool({"-h", "--help"} & set(arguments[:1]))
-    if not help_wanted and (not arguments or arguments[0].startswith("-")):
-        arguments = ["demo", *arguments]
-    config = tyro.extras.overridable_config_cli(
+    run_cli(
+        main,
         PRESETS,
-        args=arguments,
         prog="python -m experiments.multidigits",
         description="Single-task baselines and multi-task methods on overlaid real "
         "digits, side by side. Without a preset, `demo` runs.",
+        default="demo",
     )
-    if config.quick_compile:
-        jax.config.update("jax_disable_most_optimizations", True)
-    command = " ".join(["python -m experiments.multidigits", *arguments])
-    try:
-        main(config, command)
-    except (ValueError, OSError, RuntimeError) as error:
-        if os.environ.get("MTLJAX_TRACEBACK"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
 
 
 if __name__ == "__main__":

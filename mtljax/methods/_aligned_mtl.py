@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from mtljax.balancer import Balancer, check_choice, check_num_tasks, from_weights
 from mtljax.methods._preference import (
     TaskVector,
-    as_preference,
+    constant_preference,
     present_preference,
 )
 from mtljax.solvers import SolverStatus, unsolved
@@ -112,9 +112,7 @@ def aligned_mtl(
     """
     check_num_tasks("aligned_mtl", num_tasks)
     check_choice("aligned_mtl", "condition", condition, Condition)
-    constant = None
-    if preference is not None:
-        constant = as_preference("aligned_mtl", num_tasks, preference)
+    constant = constant_preference("aligned_mtl", num_tasks, preference)
 
     def init():
         return AlignedMTLState(unsolved(), jnp.ones(num_tasks, jnp.float32))

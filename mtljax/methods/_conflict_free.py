@@ -8,7 +8,7 @@ from jaxtyping import Scalar
 from mtljax.balancer import Balancer, check_choice, check_num_tasks, from_weights
 from mtljax.methods._preference import (
     TaskVector,
-    as_preference,
+    constant_preference,
     present_preference,
 )
 from mtljax.solvers import SolverStatus, pinv_solve, unsolved
@@ -127,9 +127,7 @@ def conflict_free(
     """
     check_num_tasks("conflict_free", num_tasks)
     check_choice("conflict_free", "length", length, Length)
-    constant = None
-    if preference is not None:
-        constant = as_preference("conflict_free", num_tasks, preference)
+    constant = constant_preference("conflict_free", num_tasks, preference)
 
     def init():
         return ConflictFreeState(unsolved(), jnp.ones(num_tasks, jnp.float32))

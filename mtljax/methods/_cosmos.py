@@ -5,7 +5,11 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from mtljax.balancer import Balancer, check_num_tasks, from_weights
-from mtljax.methods._preference import TaskVector, as_preference, present_preference
+from mtljax.methods._preference import (
+    TaskVector,
+    constant_preference,
+    present_preference,
+)
 from mtljax.types import Losses, Mask, Scale, Weights
 
 
@@ -84,9 +88,7 @@ def cosmos(
     check_num_tasks("cosmos", num_tasks)
     if not lam >= 0:
         raise ValueError(f"cosmos: lam must not be negative, not {lam}.")
-    constant = (
-        None if preference is None else as_preference("cosmos", num_tasks, preference)
-    )
+    constant = constant_preference("cosmos", num_tasks, preference)
 
     def init():
         return COSMOSState(jnp.ones(num_tasks, jnp.float32))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from mtljax.balancer import Balancer, check_num_tasks, from_weights
 from mtljax.methods._preference import (
     TaskVector,
-    as_preference,
+    constant_preference,
     present_preference,
 )
 from mtljax.solvers import SolverStatus, unsolved
@@ -70,9 +70,7 @@ def dualproj(
       Rey, arXiv 2406.16232).
     """
     check_num_tasks("dualproj", num_tasks)
-    constant = None
-    if preference is not None:
-        constant = as_preference("dualproj", num_tasks, preference)
+    constant = constant_preference("dualproj", num_tasks, preference)
 
     def init():
         return DualProjState(unsolved(), jnp.ones(num_tasks, jnp.float32))

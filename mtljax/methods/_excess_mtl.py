@@ -2,13 +2,14 @@
 
 import functools
 import operator
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from mtljax import stack
 from mtljax.balancer import Balancer, check_choice, check_num_tasks, from_grads, rescale
+from mtljax.methods._tracked import check_tracked, zeros_like_stacked
 from mtljax.types import Grads, Mask, Scale, Weights
 
 Compat: TypeAlias = Literal["official", "torchjd"]
@@ -121,16 +122,13 @@ def excess_mtl(
         raise ValueError(f"excess_mtl: step_size must be positive, not {step_size}.")
 
     def init(params):
-        def leaf(p):
-            wide = jnp.promote_types(jnp.result_type(p), jnp.float32)
-            return jnp.zeros((num_tasks, *jnp.shape(p)), wide)
-
         zeros = jnp.zeros(num_tasks, jnp.float32)
-        return ExcessMTLState(jax.tree.map(leaf, params), zeros, zeros, zeros + 1)
+        accumulator = zeros_like_stacked(params, num_tasks)
+        return ExcessMTLState(accumulator, zeros, zeros, zeros + 1)
 
     def combine(state, grads, *, losses, mask):
         del losses
-        _check_fit(grads, state.accumulator)
+        check_tracked("excess_mtl", state.accumulator, grads)
         accumulator = jax.tree.map(
             lambda s, g: s + jnp.square(g.astype(s.dtype)), state.accumulator, grads
         )
@@ -147,18 +145,3 @@ def excess_mtl(
         return stack.combine(grads, weights), new
 
     return from_grads("excess_mtl", num_tasks, init=init, combine=combine)
-
-
-def _check_fit(grads: Any, accumulator: Any) -> None:
-    """Raises unless the state was made for parameters like these."""
-    found, made = (
-        {stack.path_name(path): jnp.shape(leaf) for path, leaf in flat}
-        for flat in map(jax.tree_util.tree_leaves_with_path, (grads, accumulator))
-    )
-    for path in found | made:
-        if found.get(path) != made.get(path):
-            raise ValueError(
-                f"excess_mtl: gradient {path!r} has shape {found.get(path)}, but its "
-                f"accumulator has shape {made.get(path)}; initialise the state with "
-                "the parameters that are balanced (mtljax.shared_params)."
-            )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from mtljax.balancer import Balancer, check_num_tasks, from_weights
 from mtljax.methods._preference import (
     TaskVector,
-    as_preference,
+    constant_preference,
     present_preference,
     task_vector,
 )
@@ -95,9 +95,7 @@ def pbi(
     if not theta >= 0:
         raise ValueError(f"pbi: theta must not be negative, not {theta}.")
     origin = task_vector("pbi", "ideal", num_tasks, ideal)
-    constant = (
-        None if preference is None else as_preference("pbi", num_tasks, preference)
-    )
+    constant = constant_preference("pbi", num_tasks, preference)
 
     def init():
         return PBIState(jnp.ones(num_tasks, jnp.float32))

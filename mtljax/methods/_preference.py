@@ -52,6 +52,15 @@ def as_preference(name: str, num_tasks: int, preference: Any) -> Weights:
     return array
 
 
+def constant_preference(name: str, num_tasks: int, preference: Any) -> Weights | None:
+    """The preference of the construction, None where there is none.
+
+    Raises:
+      ValueError: As :func:`as_preference`.
+    """
+    return None if preference is None else as_preference(name, num_tasks, preference)
+
+
 def present_preference(
     name: str, constant: Weights | None, given: Any, mask: Mask
 ) -> Weights:

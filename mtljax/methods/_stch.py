@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from mtljax.balancer import Balancer, check_choice, check_num_tasks, from_weights
 from mtljax.methods._preference import (
     TaskVector,
-    as_preference,
+    constant_preference,
     present_preference,
     task_vector,
 )
@@ -121,9 +121,7 @@ def stch(
     if not mu > 0:
         raise ValueError(f"stch: mu must be positive, not {mu}.")
     origin = task_vector("stch", "ideal", num_tasks, ideal)
-    constant = (
-        None if preference is None else as_preference("stch", num_tasks, preference)
-    )
+    constant = constant_preference("stch", num_tasks, preference)
     start, end = _phases(form, warmup_steps, nadir_steps)
     zero = isinstance(ideal, (int, float)) and ideal == 0
     if form == "mtl" and not (preference is None and zero):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mtljax import stack
 from mtljax.types import Grads, Mask, Weights
 
 
@@ -21,16 +22,18 @@ def zeros_like_stacked(params: Any, num_tasks: int) -> Any:
 
 def check_tracked(name: str, tracked: Any, grads: Grads) -> None:
     """Raises unless the state was made for these gradients."""
-    same = jax.tree.structure(tracked) == jax.tree.structure(grads) and all(
-        a.shape == b.shape
-        for a, b in zip(jax.tree.leaves(tracked), jax.tree.leaves(grads), strict=True)
+    found, made = (
+        {stack.path_name(path): jnp.shape(leaf) for path, leaf in flat}
+        for flat in map(jax.tree_util.tree_leaves_with_path, (grads, tracked))
     )
-    if not same:
-        raise ValueError(
-            f"{name} keeps a copy of every task's gradient, but its state was not made "
-            "for these gradients: initialise it with the parameters that are balanced, "
-            "balancer.init(params) or init(mtljax.shared_params(params, labels))."
-        )
+    for path in found | made:
+        if found.get(path) != made.get(path):
+            raise ValueError(
+                f"{name}: gradient {path!r} has shape {found.get(path)}, but the state "
+                f"follows it in shape {made.get(path)}; initialise the state with "
+                "the parameters that are balanced, balancer.init(params) or "
+                "init(mtljax.shared_params(params, labels))."
+            )
 
 
 def per_task(vector: Float[Array, " tasks"], leaf: Float[Array, "tasks ..."]) -> Array:

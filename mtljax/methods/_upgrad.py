@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from mtljax.balancer import Balancer, check_num_tasks, from_weights
 from mtljax.methods._preference import (
     TaskVector,
-    as_preference,
+    constant_preference,
     present_preference,
 )
 from mtljax.solvers import SolverStatus, unsolved
@@ -79,9 +79,7 @@ def upgrad(
       <https://arxiv.org/abs/2406.16232>`_, 2024.
     """
     check_num_tasks("upgrad", num_tasks)
-    constant = None
-    if preference is not None:
-        constant = as_preference("upgrad", num_tasks, preference)
+    constant = constant_preference("upgrad", num_tasks, preference)
 
     def init():
         return UPGradState(unsolved(), jnp.ones(num_tasks, jnp.float32))

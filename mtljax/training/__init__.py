@@ -5,6 +5,7 @@ evaluation, checkpoints and a clean stop; :func:`make_train` is the same trainin
 pure function. Orbax, rich, matplotlib and tensorboardX are imported when first used.
 """
 
+from mtljax.training._run import Best, FitResult
 from mtljax.training.checkpoint import Checkpointer, Restored, tree_digest
 from mtljax.training.errors import (
     CheckpointError,
@@ -15,7 +16,7 @@ from mtljax.training.errors import (
     TrainingError,
     TreeMismatchError,
 )
-from mtljax.training.fit import Best, FitResult, fit, load_run
+from mtljax.training.fit import fit
 from mtljax.training.loop import (
     Step,
     epoch_order,
@@ -27,6 +28,7 @@ from mtljax.training.loop import (
 )
 from mtljax.training.progress import Progress
 from mtljax.training.records import MAY_DIFFER, environment, to_json
+from mtljax.training.run_dir import load_run
 from mtljax.training.writers import (
     JsonlWriter,
     MemoryWriter,

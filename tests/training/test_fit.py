@@ -1,3 +1,4 @@
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import toy
 
 from mtljax import training
 from mtljax.training import tree_digest
-from mtljax.training.fit import holds_run, own_state
+from mtljax.training.fit import own_state
+from mtljax.training.run_dir import holds_run
 
 
 def test_resumed_in_process_equals_uninterrupted(tmp_path):
@@ -131,6 +133,15 @@ def test_resume_auto_starts_where_there_is_nothing(tmp_path):
     toy.run(4, run_dir=tmp_path, resume="auto")
     result = toy.run(8, run_dir=tmp_path, resume="auto")
     assert tree_digest(result.state) == tree_digest(toy.run(8).state)
+
+
+def test_resume_auto_keeps_the_rows_of_a_run_without_checkpoints(tmp_path):
+    toy.run(4, run_dir=tmp_path)
+    rows = (tmp_path / "metrics.jsonl").read_text()
+    shutil.rmtree(tmp_path / "checkpoints")
+    toy.run(4, run_dir=tmp_path, resume="auto")
+    assert (tmp_path / "metrics.jsonl.1").read_text() == rows
+    assert len(toy.comparable(tmp_path)) == len(rows.splitlines()) - 1  # the header
 
 
 def test_resume_needs_a_checkpoint_and_room(tmp_path):

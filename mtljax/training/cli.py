@@ -1,0 +1,80 @@
+"""The command line of an experiment: presets, overrides, and errors in one sentence."""
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+
+def run_cli(
+    main: Callable[[Any, str], object],
+    presets: Mapping[str, tuple[str, Any]],
+    *,
+    prog: str,
+    description: str,
+    default: str | None = None,
+) -> None:
+    """Reads ``sys.argv`` and calls ``main(config, command)``.
+
+    An error that is the user's (``ValueError``, ``OSError``, ``RuntimeError``) is
+    printed as one sentence, and the exit status is 1; with ``MTLJAX_TRACEBACK=1`` in
+    the environment it is raised. A config with ``quick_compile`` set has XLA leave
+    out its optimisations.
+
+    Args:
+      main: Runs the experiment; gets the command that results are labelled with.
+      presets: Description and configuration (a dataclass) by name, as Tyro takes them.
+      prog: What the user types before the arguments.
+      description: What the command does, for ``--help``.
+      default: Preset of a command that names none; None shows the help instead.
+
+    Examples:
+      >>> import dataclasses, sys
+      >>> @dataclasses.dataclass
+      ... class Config:
+      ...     steps: int = 10
+      >>> sys.argv = ["prog", "short", "--steps", "3"]
+      >>> run_cli(lambda config, command: print(config.steps, "-", command),
+      ...         {"short": ("Seconds.", Config())}, prog="prog", description="")
+      3 - prog short --steps 3
+    """
+    import tyro
+
+    arguments = sys.argv[1:]
+    help_wanted = bool({"-h", "--help"} & set(arguments[:1]))
+    if not help_wanted and (not arguments or arguments[0].startswith("-")):
+        arguments = ["--help"] if default is None else [default, *arguments]
+    config = tyro.extras.overridable_config_cli(
+        dict(presets), args=arguments, prog=prog, description=description
+    )
+    if getattr(config, "quick_compile", False):
+        jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        main(config, " ".join([prog, *without_paths(arguments)]))
+    except (ValueError, OSError, RuntimeError) as error:
+        if os.environ.get("MTLJAX_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def without_paths(arguments: Sequence[str]) -> list[str]:
+    """A command as results quote it: where data and results lie is left out.
+
+    Examples:
+      >>> without_paths(["cpu", "--data-dir", "/my/files", "--out=/tmp/x", "--seeds", "2"])
+      ['cpu', '--data-dir', 'DIR', '--seeds', '2']
+    """
+    shown: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        name, given, _ = word.partition("=")
+        if name in ("--data-dir", "--data_dir", "--out"):
+            if not given:
+                next(words, None)
+            shown += ["--data-dir", "DIR"] if name != "--out" else []
+        else:
+            shown.append(word)
+    return shown
