@@ -64,7 +64,7 @@ def without_paths(arguments: Sequence[str]) -> list[str]:
     """A command as results quote it: where data and results lie is left out.
 
     Examples:
-      >>> without_paths(["cpu", "--data-dir", "/my/files", "--out=/tmp/x", "--seeds", "2"])
+      >>> without_paths(["cpu", "--data-dir", "/my/files", "--out=x", "--seeds", "2"])
       ['cpu', '--data-dir', 'DIR', '--seeds', '2']
     """
     shown: list[str] = []

@@ -200,11 +200,12 @@ def loss_curves(
     for t, (axis, task) in enumerate(zip(axes, task_names, strict=True)):
         if log:
             axis.set_yscale("log")
-            _plain_log(axis)
         for method, (steps, values) in history.items():
             column = np.asarray(values)[..., t]
             look = style(method, names)
             _draw(axis, steps, column, look=look, label=method, window=window)
+        if log:
+            _plain_log(axis)
         axis.set_title(task)
         axis.set_xlabel("step")
         _steps_axis(axis)
@@ -227,9 +228,20 @@ def _steps_axis(axis) -> None:
 
 def _plain_log(axis) -> None:
     """Labels 0.2, 0.3, 0.5, 1 ... rather than powers of ten."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import (
+        FuncFormatter,
+        LogLocator,
+        MaxNLocator,
+        NullFormatter,
+        NullLocator,
+    )
 
-    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
+    low, high = axis.get_ylim()
+    if high < 3 * low:  # too narrow for 1, 2, 3, 5
+        axis.yaxis.set_major_locator(MaxNLocator(5))
+        axis.yaxis.set_minor_locator(NullLocator())
+    else:
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
 
