@@ -13,6 +13,9 @@ Variant: TypeAlias = Literal["plain", "split", "direct", "samo", "second", "each
 
 STL = "single_task"
 BALANCERS = ("mgda", "pcgrad", "cagrad", "imtl_g", "nash_mtl", "fairgrad")
+NATIVE = "fairgrad_native"
+"""FairGrad as published, of degree -1/3: its step grows as gradients shrink, so that the
+flat part, which is small, would outweigh the loss part. "fairgrad" here has degree 1."""
 CONTROLS = (STL, "linear", "random_loss_weighting")
 """What the gain of a balancer must be compared with: SAM without one."""
 
@@ -150,6 +153,7 @@ PRESETS = {
         "Below 25 minutes on 2 CPU cores: 4,000 MultiMNIST canvases at half the size "
         "and an MLP, few enough to overfit.",
         Config(
+            methods=(*BALANCERS, NATIVE),
             train_size=4000,
             val_size=2000,
             test_size=4000,
@@ -227,7 +231,12 @@ class Entry(NamedTuple):
         """As tables print it."""
         if self.method == "random_loss_weighting" and self.variant == "split":
             return "RLW+SAM"
-        base = "STL" if self.method == STL else mtljax.METHODS[self.method].label
+        if self.method == STL:
+            base = "STL"
+        elif self.method == NATIVE:
+            base = "FairGrad (native)"
+        else:
+            base = mtljax.METHODS[self.method].label
         return {
             "plain": base,
             "split": f"F-{base}",
@@ -272,9 +281,9 @@ def check(config: Config) -> None:
       ConfigError: One sentence that names the field.
     """
     for name in (*config.methods, *config.ablations):
-        if name not in BALANCERS:
+        if name not in (*BALANCERS, NATIVE):
             raise ConfigError(
-                f"--methods: {name!r} is not one of {', '.join(BALANCERS)}."
+                f"--methods: {name!r} is not one of {', '.join((*BALANCERS, NATIVE))}."
             )
     for name in config.ablations:
         if name not in config.methods:

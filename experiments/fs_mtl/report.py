@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.fs_mtl import paper
-from experiments.fs_mtl.config import BALANCERS, STL, Config, Entry, entries
+from experiments.fs_mtl.config import BALANCERS, NATIVE, STL, Config, Entry, entries
 from mtljax import training
 from mtljax.training import tables
 
@@ -190,7 +190,8 @@ def _pairs(runs: Runs, one: str, two: str) -> np.ndarray | None:
 
 
 def _labels(config: Config) -> list[str]:
-    return [Entry(m, "plain").label for m in BALANCERS if m in config.methods]
+    known = (*BALANCERS, NATIVE)
+    return [Entry(m, "plain").label for m in known if m in config.methods]
 
 
 def caution_1(config: Config, runs: Runs) -> str:
@@ -211,7 +212,7 @@ def caution_1(config: Config, runs: Runs) -> str:
             found = _pairs(runs, one, two)
             cells.append("-" if found is None else _pm(found))
         found = _pairs(runs, f"F-{base}", f"direct {base}")
-        if found is not None:
+        if found is not None and base != Entry(NATIVE, "plain").label:
             means.append(found)
         split, direct = (
             paper.published(runs.name, x) for x in (f"F-{base}", f"direct {base}")
@@ -224,7 +225,7 @@ def caution_1(config: Config, runs: Runs) -> str:
     if means:
         everything = np.concatenate(means)
         text += (
-            "\n\nOver all balancers and seeds: split - direct = "
+            "\n\nOver the balancers of degree 0 or 1, and seeds: split - direct = "
             f"{_pm(everything)} points (n = {len(everything)}; "
             f"{(everything > 0).sum()} positive)."
         )
@@ -357,7 +358,10 @@ def write_rows(config: Config, runs: Runs) -> pathlib.Path:
     """``<set>/results.jsonl``: a line per entry and seed, with the configuration."""
     path = config.out / runs.name / "results.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    about = {"config": training.to_json(config), **training.environment()}
+    settings = training.to_json(config)
+    for place in ("data_dir", "out"):
+        settings.pop(place)
+    about = {"config": settings, **training.environment()}
     with path.open("w", encoding="utf-8") as file:
         for entry, rows in runs.rows.items():
             measured = {row["seed"]: row for row in runs.analysis.get(entry, ())}

@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Int
 
 import mtljax
-from experiments.fs_mtl.config import STL, Config, ConfigError, Entry
+from experiments.fs_mtl.config import NATIVE, STL, Config, ConfigError, Entry
 from experiments.fs_mtl.problem import LABELS, Batch, Problem, scores
 from mtljax import sharpness, training
 
@@ -44,8 +44,12 @@ def build_balancer(config: Config, entry: Entry, num_tasks: int, key: Array):
     """The balancer of an entry; a single task has nothing to balance."""
     if entry.method == STL:
         return mtljax.linear(num_tasks)
-    options = {"c": config.cagrad_c} if entry.method == "cagrad" else {}
-    return mtljax.get_method(entry.method).build(num_tasks, key=key, **options)
+    options = {
+        "cagrad": {"c": config.cagrad_c},
+        "fairgrad": {"normalize_degree": True},
+    }.get(entry.method, {})
+    method = "fairgrad" if entry.method == NATIVE else entry.method
+    return mtljax.get_method(method).build(num_tasks, key=key, **options)
 
 
 def build_gradient(
