@@ -14,8 +14,8 @@ Variant: TypeAlias = Literal["plain", "split", "direct", "samo", "second", "each
 STL = "single_task"
 BALANCERS = ("mgda", "pcgrad", "cagrad", "imtl_g", "nash_mtl", "fairgrad")
 NATIVE = "fairgrad_native"
-"""FairGrad as published, of degree -1/3: its step grows as gradients shrink, so that the
-flat part, which is small, would outweigh the loss part. "fairgrad" here has degree 1."""
+"""FairGrad as published, of degree -1/3: its step grows as gradients shrink, so that
+the small flat part outweighs the loss part. "fairgrad" here has degree 1."""
 CONTROLS = (STL, "linear", "random_loss_weighting")
 """What the gain of a balancer must be compared with: SAM without one."""
 
