@@ -77,24 +77,6 @@ def backward_passes(group: list[Entry]) -> int:
     return sum(entry.backward_passes for entry in group)
 
 
-def step_ms(runs: Runs, entry: Entry) -> float:
-    """Median over epochs of the milliseconds of a step, of all seeds of a run.
-
-    From the clock in the rows: the first epoch, which compiles, and evaluations are
-    left out. NaN where there is no second epoch.
-    """
-    first = runs.rows[entry][0]["seed"]
-    mine = [row for row in runs.rows[entry] if row["seed"] == first]
-    clock = {(row["kind"], row["step"]): row["seconds"] for row in mine}
-    size = runs.steps_per_epoch
-    spans = [
-        clock["train", step] - clock["eval", step - size]
-        for kind, step in clock
-        if kind == "train" and ("eval", step - size) in clock
-    ]
-    return 1e3 * float(np.median(spans)) / size if spans else math.nan
-
-
 def table_rows(runs: Runs) -> dict[str, dict[str, Any]]:
     """The values of all lines over seeds."""
     body = {}
@@ -116,7 +98,6 @@ def table_rows(runs: Runs) -> dict[str, dict[str, Any]]:
                     for found in probes(runs.rows[group[0]])
                 ]
         row["backward passes"] = backward_passes(group)
-        row["ms / step"] = sum(step_ms(runs, entry) for entry in group)
         body[label] = row
     return body
 
@@ -128,11 +109,10 @@ NEUTRAL = (
     "inter-flat",
     "intra",
     "backward passes",
-    "ms / step",
 )
 DIGITS = {
     "ece": 4, "brier": 4, "entropy": 3, "inter-loss": 0, "inter-flat": 0, "intra": 0,
-    "backward passes": 0, "ms / step": 0,
+    "backward passes": 0,
 }  # fmt: skip
 
 
@@ -319,8 +299,7 @@ def write(config: Config, runs: Runs, command: str, notes: str) -> pathlib.Path:
         "that validation chose (the paper chose on the test set); bold is the best of "
         "the multi-task lines. ECE, Brier score and predictive entropy (nats) at that "
         "epoch. Conflict: percent of the probe's training batches at its last "
-        "measurement. Milliseconds are those of a step of "
-        f"{'all seeds together' if config.together else 'one seed'}.",
+        "measurement. Backward passes through the trunk are those of a step.",
         "## Beside the paper (Tables 1 and 6)",
         beside_paper(runs),
         "Levels differ by construction (another re-creation of the data, another "
