@@ -288,7 +288,7 @@ def write(config: Config, runs: Runs, command: str, notes: str) -> pathlib.Path:
     ball = "adaptive" if config.adaptive else "not adaptive"
     parts = [
         f"# {runs.name}: {len(lines(runs))} lines, {config.seeds} seeds",
-        f"`{command}`",
+        f"`{command.replace(' --report-only', '')}`",
         f"Data: {notes}. Model {config.model}, {config.epochs} epochs of "
         f"{runs.steps_per_epoch} steps, Adam {config.lr:g}, batch size "
         f"{config.batch_size}. SAM: rho {config.rho:g}, {ball}, {config.norm} norm, "
