@@ -74,6 +74,7 @@ def _curves(
     *,
     factor: float = 100.0,
     reference: Mapping[str, Mapping[int, float]] | None = None,
+    limits: tuple[float, float] | None = None,
 ):
     """A panel a balancer, a line a variant: mean over seeds and ± 1 sd."""
     methods = _by_method(runs)
@@ -98,7 +99,10 @@ def _curves(
             )  # fmt: skip
         axis.set_title(name, fontsize=10)
         axis.set_xlabel(xlabel)
-        axis.legend(fontsize=7, frameon=False)
+        if limits:
+            axis.set_ylim(limits)
+            axis.set_yticks(range(0, 101, 25))
+        axis.legend(fontsize=7, frameon=False, ncols=2 if limits else 1)
     for axis in axes[::3]:
         axis.set_ylabel(ylabel)
     return figure
@@ -131,6 +135,7 @@ def conflict(config: Config, runs: Runs, kind: str):
         runs, f"probe_{kind}", f"{kind.replace('_', '-')} conflict, %", "epoch",
         lambda steps, _: steps / runs.steps_per_epoch,
         reference=inside if same else None,
+        limits=(-3, 145),  # room for the legend
     )  # fmt: skip
 
 
