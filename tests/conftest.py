@@ -16,12 +16,16 @@ CACHE = pathlib.Path(__file__).parents[1] / ".jax_cache"
 def pytest_configure(config):
     """The suite is bound by compilation: less of it by default, none of it twice.
 
-    Programs are compiled as users compile them in deep runs. The environment is for the
-    processes that tests start.
+    Programs are compiled as users compile them in deep runs, and not kept: XLA has
+    crashed once in writing such a program. The environment is for the processes that
+    tests start.
     """
-    options = {"jax_compilation_cache_dir": str(CACHE)}
-    if config.getoption("markexpr") == "not deep":
-        options["jax_disable_most_optimizations"] = True
+    if config.getoption("markexpr") != "not deep":
+        return
+    options = {
+        "jax_compilation_cache_dir": str(CACHE),
+        "jax_disable_most_optimizations": True,
+    }
     for name, value in options.items():
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)
