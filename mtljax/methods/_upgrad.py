@@ -11,8 +11,7 @@ from mtljax.methods._preference import (
     constant_preference,
     present_preference,
 )
-from mtljax.solvers import SolverStatus, unsolved
-from mtljax.solvers._cone import project_cone
+from mtljax.solvers import SolverStatus, nonnegative_qp, unsolved
 from mtljax.types import Gramian, Mask, Scale, Weights
 
 
@@ -29,11 +28,11 @@ def upgrad_weights(
     """``Σ_i p_i argmin_{v ≥ e_i} vᵀGv``: T box QPs side by side."""
     num = gramian.shape[0]
     mask = jnp.ones(num, bool) if mask is None else mask
-    units = jnp.eye(num, dtype=gramian.dtype)
-    solve = jax.vmap(lambda unit: project_cone(gramian, unit, mask))
-    rows, status = solve(units)
+    # The projection of project_cone for the unit vectors, whose slopes are rows of G.
+    solve = jax.vmap(lambda row: nonnegative_qp(gramian, row, mask=mask))
+    added, _, status = solve(gramian)
     preference = jnp.where(mask, preference, 0)
-    weights = jnp.matmul(preference, rows, precision="highest")
+    weights = preference + jnp.matmul(preference, added, precision="highest")
     residual = jnp.max(status.residual, where=mask, initial=0)
     converged = (status.converged | ~mask).all()
     return weights, SolverStatus(residual, status.iterations.max(), converged)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Scalar
+from jaxtyping import Array, Bool, Scalar
 
 from mtljax.solvers._implicit import implicit
 from mtljax.solvers._min_norm import min_norm_point
@@ -18,6 +18,36 @@ _QUADRATIC = 0.06  # decrement below which the full Newton step is taken
 _TRIALS = (1.0, 0.7, 0.5, 0.35, 0.25, 0.15, 0.08)
 
 
+class _Scaled(NamedTuple):
+    """``C u = b u^(-p)`` for unit gradients, with ``u = w n`` for lengths ``n``."""
+
+    cosines: Gramian
+    target: Weights  # b = n^(p-1), up to its geometric mean
+    power: float  # p = 1/α
+    active: Mask
+
+    def times(self, u: Weights) -> Weights:
+        return jnp.matmul(self.cosines, u, precision="highest")
+
+    def force(self, u: Weights) -> Weights:
+        return self.target * u ** (-self.power)
+
+    def barrier(self, u: Weights) -> Weights:
+        if self.power == 1:
+            return self.target * jnp.log(u)
+        return self.target * u ** (1 - self.power) / (1 - self.power)
+
+    def gain_left(self, u: Weights, slope: Weights) -> Bool[Array, ""]:
+        """Whether the convex combination of unit gradients has a length.
+
+        Rounding moves its square by a few eps at most.
+        """
+        total = jnp.where(self.active, u, 0).sum()
+        square = jnp.where(self.active, u * slope, 0).sum()
+        square = square / jnp.where(total > 0, total, 1) ** 2
+        return square > 16 * jnp.finfo(u.dtype).eps
+
+
 class _Newton(NamedTuple):
     u: Weights
     change: Scalar
@@ -25,7 +55,7 @@ class _Newton(NamedTuple):
     iteration: Scalar
 
 
-def solve_bargaining(  # noqa: PLR0915 (one Newton method, start to certificate)
+def solve_bargaining(
     gramian: Gramian, alpha: float = 1.0, mask: Mask | None = None
 ) -> tuple[Weights, SolverStatus]:
     """The unique ``w > 0`` with ``Gw = w^(-1/α)``, elementwise power.
@@ -62,16 +92,11 @@ def solve_bargaining(  # noqa: PLR0915 (one Newton method, start to certificate)
       [0.5914, 0.4070]
     """
     given, gramian = gramian, jax.lax.stop_gradient(gramian)
-    num = gramian.shape[0]
-    dtype = gramian.dtype
-    eps = jnp.finfo(dtype).eps
+    num, dtype = gramian.shape[0], gramian.dtype
     power = 1.0 / alpha
-    # Rounding moves the squared length of a convex combination by a few eps at most.
-    nothing = 16 * eps
     mask = jnp.ones(num, bool) if mask is None else mask
     norms, active = unit_lengths(gramian, mask)
     norms = jnp.where(active, norms, 1)
-    count = jnp.maximum(active.sum(), 1).astype(dtype)
     pairs = active[:, None] & active[None, :]
     # Inactive entries become an independent task of their own, solved by u = 1.
     cosines = jnp.where(
@@ -79,80 +104,18 @@ def solve_bargaining(  # noqa: PLR0915 (one Newton method, start to certificate)
         gramian / norms[:, None] / norms[None, :],
         jnp.eye(num, dtype=dtype),
     )
-    # With u = w n: C u = b u^(-p), b = n^(p-1) up to its geometric mean.
     logs = (power - 1) * jnp.log(norms)
+    count = jnp.maximum(active.sum(), 1).astype(dtype)
     mean_log = jnp.where(active, logs, 0).sum() / count
     target = jnp.where(active, jnp.exp(logs - mean_log), 1)
-
-    def times(u):
-        return jnp.matmul(cosines, u, precision="highest")
-
-    def force(u):
-        return target * u ** (-power)
-
-    def square(u, slope):  # length of the convex combination of unit gradients
-        total = jnp.where(active, u, 0).sum()
-        return (
-            jnp.where(active, u * slope, 0).sum() / jnp.where(total > 0, total, 1) ** 2
-        )
-
-    def barrier(u):
-        if alpha == 1:
-            return target * jnp.log(u)
-        return target * u ** (1 - power) / (1 - power)
-
-    def body(s: _Newton):
-        slope = times(s.u)
-        gradient = slope - force(s.u)
-        curvature = power * force(s.u) / s.u
-        scaling = jax.lax.rsqrt(1 + curvature)
-        hessian = cosines + jnp.diag(curvature)
-        hessian = scaling[:, None] * hessian * scaling[None, :]
-        factor = jnp.linalg.cholesky(hessian + num * eps * jnp.eye(num, dtype=dtype))
-        step = jax.scipy.linalg.cho_solve((factor, True), -scaling * gradient)
-        decrement = jnp.maximum(-(scaling * gradient) @ step, 0)
-        step = scaling * step
-        reach = 0.9 / jnp.maximum(jnp.max(jnp.where(step < 0, -step / s.u, 0)), eps)
-        # The objective along the step costs O(T): its quadratic part is two numbers.
-        # The first candidate is the step that is safe for self-concordant functions.
-        safe = jnp.minimum(1 / (1 + jnp.sqrt(decrement)), reach)
-        trials = jnp.minimum(1, reach) * jnp.array(_TRIALS, dtype)
-        trials = jnp.append(safe, trials)
-        bent = trials * (step @ slope) + trials**2 / 2 * (step @ times(step))
-        now = barrier(s.u)
-        gain = jax.vmap(lambda t: (barrier(s.u + t * step) - now).sum())(trials)
-        best = trials[jnp.argmin(bent - gain)]
-        length = jnp.where(decrement < _QUADRATIC, jnp.minimum(1, reach), best)
-        # Near the answer a step squares the relative change, until it is rounding.
-        change = jnp.max(jnp.abs(length * step) / s.u)
-        stuck = (s.change < 0.1) & (change > 0.5 * s.change)
-        moving = (change > jnp.sqrt(eps)) & ~stuck & (square(s.u, slope) > nothing)
-        return _Newton(s.u + length * step, change, moving, s.iteration + 1)
-
-    # The best point on the ray of the answer for orthogonal gradients.
-    u = target ** (1 / (1 + power))
-    ratio = (u * force(u)).sum() / jnp.maximum(u @ times(u), eps * u.sum() ** 2)
-    start = _Newton(
-        u * ratio ** (1 / (1 + power)),
-        jnp.asarray(jnp.inf, dtype),
-        jnp.ones((), bool),
-        jnp.int32(0),
-    )
-    state = jax.lax.while_loop(
-        lambda s: s.moving & (s.iteration < _MAX_STEPS), body, start
-    )
-    u = state.u
-    slope = times(u)
-    terms = jnp.abs(cosines * u[None, :]).sum(1) + force(u)
-    residual = jnp.max(jnp.abs(slope - force(u)) / terms, where=active, initial=0)
-    solved = jnp.isfinite(residual) & (residual <= jnp.sqrt(eps))
-    solved = solved & (square(u, slope) > nothing)
-    undo = jnp.exp(mean_log / (1 + power))
+    problem = _Scaled(cosines, target, power, active)
+    state = _newton(problem)
+    residual, solved = _certificate(problem, state.u)
     pairs |= jnp.eye(num, dtype=bool) & active[:, None]
 
     def bargain(u):  # the lengths are constants, the diagonal is not
         matrix = jnp.where(pairs, given / norms[:, None] / norms[None, :], cosines)
-        return jnp.matmul(matrix, u, precision="highest") - force(u)
+        return jnp.matmul(matrix, u, precision="highest") - problem.force(u)
 
     # A loop of one turn at most: its cost is paid where some problem needs it.
     fallback = jax.lax.while_loop(
@@ -160,8 +123,74 @@ def solve_bargaining(  # noqa: PLR0915 (one Newton method, start to certificate)
         lambda _: (jnp.zeros((), bool), min_norm_point(gramian, mask)[0]),
         (~solved & active.any(), jnp.zeros(num, dtype)),
     )[1]
-    u = implicit(bargain, jnp.where(solved, u, 1))
-    weights = jnp.where(active, u * undo / norms, 0)
+    u = implicit(bargain, jnp.where(solved, state.u, 1))
+    weights = jnp.where(active, u * jnp.exp(mean_log / (1 + power)) / norms, 0)
     weights = jnp.where(active.any(), jnp.where(solved, weights, fallback), 0)
-    residual = jnp.where(jnp.isfinite(residual), residual, jnp.inf)
     return weights, SolverStatus(residual, state.iteration, solved)
+
+
+def _newton(problem: _Scaled) -> _Newton:
+    """Damped Newton from the best point on a ray."""
+    num, dtype = problem.target.shape[0], problem.target.dtype
+    eps = jnp.finfo(dtype).eps
+    power, times, force = problem.power, problem.times, problem.force
+
+    def body(s: _Newton):
+        slope = times(s.u)
+        gradient = slope - force(s.u)
+        curvature = power * force(s.u) / s.u
+        scaling = jax.lax.rsqrt(1 + curvature)
+        hessian = problem.cosines + jnp.diag(curvature)
+        hessian = scaling[:, None] * hessian * scaling[None, :]
+        factor = jnp.linalg.cholesky(hessian + num * eps * jnp.eye(num, dtype=dtype))
+        step = jax.scipy.linalg.cho_solve((factor, True), -scaling * gradient)
+        decrement = jnp.maximum(-(scaling * gradient) @ step, 0)
+        step = scaling * step
+        length = _step_length(problem, s.u, slope, step, decrement)
+        # Near the answer a step squares the relative change, until it is rounding.
+        change = jnp.max(jnp.abs(length * step) / s.u)
+        stuck = (s.change < 0.1) & (change > 0.5 * s.change)
+        moving = (change > jnp.sqrt(eps)) & ~stuck & problem.gain_left(s.u, slope)
+        return _Newton(s.u + length * step, change, moving, s.iteration + 1)
+
+    # The best point on the ray of the answer for orthogonal gradients.
+    u = problem.target ** (1 / (1 + power))
+    ratio = (u * force(u)).sum() / jnp.maximum(u @ times(u), eps * u.sum() ** 2)
+    start = _Newton(
+        u * ratio ** (1 / (1 + power)),
+        jnp.asarray(jnp.inf, dtype),
+        jnp.ones((), bool),
+        jnp.int32(0),
+    )
+    return jax.lax.while_loop(
+        lambda s: s.moving & (s.iteration < _MAX_STEPS), body, start
+    )
+
+
+def _step_length(
+    problem: _Scaled, u: Weights, slope: Weights, step: Weights, decrement: Scalar
+) -> Scalar:
+    """The full step near the answer, the best of some shares of it before."""
+    eps = jnp.finfo(u.dtype).eps
+    reach = 0.9 / jnp.maximum(jnp.max(jnp.where(step < 0, -step / u, 0)), eps)
+    # The objective along the step costs O(T): its quadratic part is two numbers.
+    # The first candidate is the step that is safe for self-concordant functions.
+    safe = jnp.minimum(1 / (1 + jnp.sqrt(decrement)), reach)
+    trials = jnp.append(safe, jnp.minimum(1, reach) * jnp.array(_TRIALS, u.dtype))
+    bent = trials * (step @ slope) + trials**2 / 2 * (step @ problem.times(step))
+    now = problem.barrier(u)
+    gain = jax.vmap(lambda t: (problem.barrier(u + t * step) - now).sum())(trials)
+    best = trials[jnp.argmin(bent - gain)]
+    return jnp.where(decrement < _QUADRATIC, jnp.minimum(1, reach), best)
+
+
+def _certificate(problem: _Scaled, u: Weights) -> tuple[Scalar, Bool[Array, ""]]:
+    """The residual, and whether the equation is solved and has a solution."""
+    slope, force = problem.times(u), problem.force(u)
+    terms = jnp.abs(problem.cosines * u[None, :]).sum(1) + force
+    wrong = jnp.abs(slope - force) / terms
+    residual = jnp.max(wrong, where=problem.active, initial=0)
+    solved = jnp.isfinite(residual)
+    solved &= residual <= jnp.sqrt(jnp.finfo(u.dtype).eps)
+    solved &= problem.gain_left(u, slope)
+    return jnp.where(jnp.isfinite(residual), residual, jnp.inf), solved

@@ -14,6 +14,23 @@ from mtljax.types import Gramian, Mask, Weights
 _MAX_STEPS = 40
 
 
+class _Scaled(NamedTuple):
+    """The problem of unit gradients, so that short and long ones are solved for alike.
+
+    Its unknown is ``y = x n / max n`` for lengths ``n``.
+    """
+
+    cosines: Gramian
+    place: Weights  # the centre
+    slope: Weights  # gains at the centre
+    shares: Weights  # <u_i, d> ≥ v shares_i, for v in units of the shortest gradient
+    radius: Scalar
+    mask: Mask
+    active: Mask
+    lengths: Weights
+    size: Scalar  # the largest of them
+
+
 class _Search(NamedTuple):
     bound: Scalar
     y: Weights
@@ -23,7 +40,7 @@ class _Search(NamedTuple):
     iteration: Scalar
 
 
-def max_min_in_ball(  # noqa: PLR0915 (one Newton method, start to certificate)
+def max_min_in_ball(
     gramian: Gramian,
     center: Weights,
     radius: Scalar,
@@ -54,23 +71,41 @@ def max_min_in_ball(  # noqa: PLR0915 (one Newton method, start to certificate)
     References:
       Liu et al., arXiv 2110.14048, for the problem.
     """
-    num = gramian.shape[0]
-    dtype = gramian.dtype
-    eps = jnp.finfo(dtype).eps
-    mask = jnp.ones(num, bool) if mask is None else mask
+    mask = jnp.ones(gramian.shape[0], bool) if mask is None else mask
     given = (gramian, center, radius)
     gramian, center, radius = jax.lax.stop_gradient(given)
-    # Unit gradients, so that short and long ones are solved for alike: y = x n / size.
     lengths, active = unit_lengths(gramian, mask)
     size = jnp.max(lengths)
     cosines = gramian / lengths[:, None] / lengths[None, :]
     place = jnp.where(mask, center * (lengths / size), 0)
-    radius = radius / size
-    shares = jnp.min(lengths) / lengths  # <u_i, d> ≥ v n_min / n_i
     slope = jnp.matmul(cosines, place, precision="highest")
+    shares = jnp.min(lengths) / lengths
+    scaled = _Scaled(
+        cosines, place, slope, shares, radius / size, mask, active, lengths, size
+    )
+    state = _newton(scaled)
+    # The bound comes from above, so the norm does too: the last step is exact.
+    reach = jnp.where(state.reach > 0, state.reach, 1)
+    y = state.y * jnp.minimum(scaled.radius / reach, 1)
+    bound = jnp.where(active.any(), state.bound, 0)
+    gains = jnp.matmul(cosines, place + y, precision="highest")
+    terms = jnp.abs(cosines * (place + y)[None, :]).sum(1)
+    short = jnp.maximum(bound * shares - gains, 0) / jnp.where(terms > 0, terms, 1)
+    residual = jnp.max(short, where=active, initial=0)
+    converged = residual <= jnp.sqrt(jnp.finfo(gramian.dtype).eps)
+    y = _differentiable(y, bound, state, scaled, given)
+    return y * (size / lengths), SolverStatus(residual, state.iteration, converged)
 
-    def square(y):
-        return jnp.maximum(y @ jnp.matmul(cosines, y, precision="highest"), 0)
+
+def _square(cosines: Gramian, y: Weights) -> Scalar:
+    return jnp.maximum(y @ jnp.matmul(cosines, y, precision="highest"), 0)
+
+
+def _newton(problem: _Scaled) -> _Search:
+    """The value of the minimum, from above, and the last x that was solved for."""
+    cosines, _, slope, shares, radius, mask, active, _, _ = problem
+    num, dtype = slope.shape[0], slope.dtype
+    eps = jnp.finfo(dtype).eps
 
     def body(s: _Search):
         started = s.iteration > 0
@@ -80,7 +115,7 @@ def max_min_in_ball(  # noqa: PLR0915 (one Newton method, start to certificate)
         y = solution.x
         total = y.sum()
         unit = y / jnp.where(total > 0, total, 1)
-        length = square(unit)
+        length = _square(cosines, unit)
         gain = unit @ slope + radius * jnp.sqrt(length)
         step = jnp.where(total > 0, unit @ shares, 1)
         bound = jnp.minimum(gain / step, s.bound)
@@ -89,13 +124,9 @@ def max_min_in_ball(  # noqa: PLR0915 (one Newton method, start to certificate)
         bound = jnp.where(stuck, jnp.minimum(bound, 0), bound)
         noise = jnp.abs(unit) @ jnp.abs(slope) + radius * jnp.sqrt(length)
         moving = s.bound - bound > 4 * eps * noise / step
+        reach = jnp.sqrt(_square(cosines, y))
         return _Search(
-            bound,
-            y,
-            solution.free,
-            jnp.sqrt(square(y)),
-            ~started | moving,
-            s.iteration + 1,
+            bound, y, solution.free, reach, ~started | moving, s.iteration + 1
         )
 
     first = _Search(
@@ -106,22 +137,26 @@ def max_min_in_ball(  # noqa: PLR0915 (one Newton method, start to certificate)
         active.any(),
         jnp.int32(0),
     )
-    state = jax.lax.while_loop(
+    return jax.lax.while_loop(
         lambda s: s.moving & (s.iteration < _MAX_STEPS), body, first
     )
-    # The bound comes from above, so the norm does too: the last step is exact.
-    reach = jnp.where(state.reach > 0, state.reach, 1)
-    y = state.y * jnp.minimum(radius / reach, 1)
-    bound = jnp.where(active.any(), state.bound, 0)
-    gains = jnp.matmul(cosines, place + y, precision="highest")
-    terms = jnp.abs(cosines * (place + y)[None, :]).sum(1)
-    short = jnp.maximum(bound * shares - gains, 0) / jnp.where(terms > 0, terms, 1)
-    residual = jnp.max(short, where=active, initial=0)
-    converged = residual <= jnp.sqrt(eps)
 
-    # Derivatives: which tasks are worst, and whether the ball binds, are constants.
+
+def _differentiable(
+    y: Weights,
+    bound: Scalar,
+    state: _Search,
+    problem: _Scaled,
+    given: tuple[Gramian, Weights, Scalar],
+) -> Weights:
+    """y, with derivatives in what was given (lengths and size are constants).
+
+    Which tasks are worst, and whether the ball binds, are constants as well.
+    """
+    radius, mask, shares = problem.radius, problem.mask, problem.shares
+    lengths, size = problem.lengths, problem.size
     worst = state.free & (radius > 0)
-    binds = state.reach > radius * (1 - jnp.sqrt(eps))
+    binds = state.reach > radius * (1 - jnp.sqrt(jnp.finfo(y.dtype).eps))
     scale = jnp.where(radius > 0, radius, 1)
 
     def optimal(z):  # y and the bound, both in units of the radius
@@ -135,5 +170,4 @@ def max_min_in_ball(  # noqa: PLR0915 (one Newton method, start to certificate)
         return jnp.append(rows, jnp.where(binds & worst.any(), excess, v))
 
     moved = implicit(optimal, jnp.append(y, bound) / scale)[:-1] * scale
-    y = y + (moved - jax.lax.stop_gradient(moved))
-    return y * (size / lengths), SolverStatus(residual, state.iteration, converged)
+    return y + (moved - jax.lax.stop_gradient(moved))

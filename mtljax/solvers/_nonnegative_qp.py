@@ -30,8 +30,9 @@ from mtljax.solvers._implicit import implicit
 from mtljax.solvers._status import SolverStatus
 from mtljax.types import Gramian, Mask, Weights
 
-_DESCENT_STEPS = 12  # projected gradient steps that guess the free variables
-_SMALL = 8  # up to so many variables a factor is as fast as a few products
+_INLINE = 8  # up to so many variables XLA runs a sum faster than a product
+_DESCENT_STEPS = 10  # projected gradient steps that guess the free variables
+_DESCENT_SHARE = 2  # and not more than T divided by this, plus two
 _ROUNDS = 4  # of conjugate gradients
 _CONJUGATE_STEPS = 16  # in each of them
 _REFINEMENTS = 2
@@ -138,7 +139,7 @@ def nonnegative_qp(
         state = _pivot_to_signs(regular, linear - ridge * s.x, s.free, mask)
 
         def sharpen(x, _):  # two more steps on the same face: the ridge cubed
-            rest = -linear - jnp.matmul(quadratic, x, precision="highest")
+            rest = -linear - _times(quadratic, x)
             rest = jnp.where(state.free, rest, 0)
             return x + jax.scipy.linalg.cho_solve((state.factor, True), rest), None
 
@@ -169,6 +170,12 @@ def nonnegative_qp(
     return QPSolution(x * (size / lengths), free, status)
 
 
+def _times(matrix: Gramian, vector: Weights) -> Weights:
+    if vector.shape[0] <= _INLINE:
+        return (matrix * vector[None, :]).sum(1)
+    return jnp.matmul(matrix, vector, precision="highest")
+
+
 def _by_products(
     quadratic: Gramian, linear: Weights, start: Mask | None, mask: Mask
 ) -> tuple[Weights, Mask, Scalar, Scalar]:
@@ -176,21 +183,20 @@ def _by_products(
 
     Where it is not, x is of no use but the free variables are a good start.
     """
-    if linear.shape[0] <= _SMALL:
-        start = linear < 0 if start is None else start
-        return linear, mask & start, jnp.int32(0), jnp.zeros((), bool)
     if start is None:
         x = _descend(quadratic, linear, mask)
         start = x > 0
     else:
         x = jnp.zeros_like(linear)
+    eps = float(jnp.finfo(linear.dtype).eps)
 
     def body(s: _Round):
         free = s.free ^ s.wrong
         x = _conjugate_gradients(quadratic, linear, free, jnp.where(free, s.x, 0))
         wrong = _wrong_signs(quadratic, linear, free, mask, x)
         error = _residual(quadratic, linear, x, mask & free)
-        accurate = error <= 16 * jnp.finfo(x.dtype).eps
+        # Among huge terms any x looks right: a face that may be singular needs factors.
+        accurate = (error <= 16 * eps) & (jnp.max(jnp.abs(x), initial=0) < eps**-0.5)
         faces = s.faces + s.wrong.any()
         done = accurate & ~wrong.any()
         return _Round(x, free, wrong, faces, s.step + 1, done)
@@ -202,24 +208,23 @@ def _by_products(
 
 
 def _descend(quadratic: Gramian, linear: Weights, mask: Mask) -> Weights:
-    """A few projected gradient steps, of Barzilai and Borwein's lengths in turn."""
+    """A few projected gradient steps of Barzilai and Borwein's length."""
     num = linear.shape[0]
 
-    def step(carry, k):
+    def step(carry, _):
         old, old_slope, x = carry
-        slope = jnp.matmul(quadratic, x, precision="highest") + linear
-        moved, turned = x - old, slope - old_slope
-        across = moved @ turned
-        top = jnp.where(k % 2 == 0, across, moved @ moved)
-        bottom = jnp.where(k % 2 == 0, turned @ turned, across)
-        length = jnp.where(bottom > 0, top / jnp.where(bottom > 0, bottom, 1), 1)
-        length = jnp.clip(length, 0.5 / num, 30)
+        slope = _times(quadratic, x) + linear
+        moved = x - old
+        across = (moved * (slope - old_slope)).sum()
+        length = (moved * moved).sum() / jnp.where(across > 0, across, 1)
+        length = jnp.where(across > 0, jnp.clip(length, 0.5 / num, 30), 1)
         new = jnp.where(mask, jnp.maximum(x - length * slope, 0), 0)
         return (x, slope, new), None
 
     zero = jnp.zeros_like(linear)
     first = (zero, linear, jnp.where(mask, jnp.maximum(-linear, 0), 0))
-    return jax.lax.scan(step, first, jnp.arange(_DESCENT_STEPS))[0][2]
+    length = min(_DESCENT_STEPS, num // _DESCENT_SHARE + 2)
+    return jax.lax.scan(step, first, length=length)[0][2]
 
 
 def _conjugate_gradients(
@@ -227,13 +232,13 @@ def _conjugate_gradients(
 ) -> Weights:
     """Towards ``(Qx + q)_free = 0``, from x, which is zero elsewhere."""
     eps = jnp.finfo(x.dtype).eps
-    slope = jnp.matmul(quadratic, x, precision="highest") + linear
+    slope = _times(quadratic, x) + linear
     rest = jnp.where(free, -slope, 0)
     enough = (eps * jnp.max(jnp.abs(linear)) / 16) ** 2
 
     def step(carry):
         x, rest, along, square, k = carry
-        image = jnp.matmul(quadratic, along, precision="highest")
+        image = _times(quadratic, along)
         image = jnp.where(free, image, 0)
         bend = along @ image
         length = jnp.where(bend > 0, square / jnp.where(bend > 0, bend, 1), 0)
@@ -250,7 +255,7 @@ def _conjugate_gradients(
 
 def _residual(quadratic: Gramian, linear: Weights, x: Weights, mask: Mask) -> Scalar:
     """Largest complementarity violation relative to the terms in each slope."""
-    slope = jnp.matmul(quadratic, x, precision="highest") + linear
+    slope = _times(quadratic, x) + linear
     terms = jnp.abs(quadratic * x[None, :]).sum(1) + jnp.abs(linear)
     terms = jnp.where(terms > 0, terms, 1)
     wrong = jnp.where(x > 0, jnp.abs(slope), jnp.maximum(-slope, 0))
@@ -262,7 +267,7 @@ def _wrong_signs(
 ) -> Mask:
     """Free variables that are negative, fixed ones whose slope is."""
     eps = jnp.finfo(quadratic.dtype).eps
-    slope = jnp.matmul(quadratic, x, precision="highest") + linear
+    slope = _times(quadratic, x) + linear
     terms = jnp.abs(quadratic * x[None, :]).sum(1) + jnp.abs(linear)
     negative = free & (x < -4 * eps * jnp.max(jnp.abs(x), initial=0))
     return mask & (negative | (~free & (slope < -4 * eps * terms)))
@@ -280,7 +285,7 @@ def _pivot_to_signs(
         better = count < s.best
         patience = jnp.where(better, _PATIENCE, s.patience - 1)
         last = num - 1 - jnp.argmax(s.wrong[::-1])
-        slope = jnp.matmul(quadratic, s.x, precision="highest") + linear
+        slope = _times(quadratic, s.x) + linear
         worst = jnp.argmax(jnp.where(s.wrong, -jnp.where(s.free, s.x, slope), -1))
         last = jnp.where(s.iteration < _MURTY * num, worst, last)
         single = s.wrong & (jnp.arange(num) == last)
@@ -292,7 +297,7 @@ def _pivot_to_signs(
         target = jnp.where(free, -linear, 0)
 
         def refine(x, _):
-            rest = target - jnp.matmul(quadratic, x, precision="highest")
+            rest = target - _times(quadratic, x)
             rest = jnp.where(free, rest, 0)
             return x + jax.scipy.linalg.cho_solve((factor, True), rest), None
 

@@ -137,7 +137,7 @@ def test_bargaining_of_nash_and_fairgrad(tasks, alpha):
 
 
 @each(COUNTS)
-@pytest.mark.parametrize("c", [0.4])
+@pytest.mark.parametrize("c", [0.4, 1.5])
 def test_max_min_in_the_ball_of_cagrad(tasks, c):
     """No task gains less than a bound of the dual problem, and the ball is kept."""
     gramians = family(tasks)
@@ -161,9 +161,11 @@ def test_max_min_in_the_ball_of_cagrad(tasks, c):
     at_center, slope = times(gramians, center), times(gramians, center + found)
     rounding = 4 * np.finfo(np.float32).eps
 
-    def bound(s):  # weak duality, at any s >= 0
+    def bound(s):  # weak duality, at any s >= 0, less what rounding of G adds to it
         square = (s * times(gramians, s)).sum(1) - rounding * (s * norms).sum(1) ** 2
-        gain = (s * at_center).sum(1) + radius * np.sqrt(np.maximum(square, 0))
+        line = (s * at_center).sum(1)
+        line -= rounding * (s * norms).sum(1) * (center * norms).sum(1)
+        gain = line + radius * np.sqrt(np.maximum(square, 0))
         return gain / s.sum(1)
 
     top = found.max(1, keepdims=True)
@@ -177,6 +179,5 @@ def test_max_min_in_the_ball_of_cagrad(tasks, c):
     square = (found * times(gramians, found)).sum(1)
     outside = np.maximum(square - radius**2, 0)
     outside = outside / ((found * norms).sum(1) ** 2 + radius**2)
-    solved = np.asarray(status.converged)
-    assert np.maximum(missed, outside)[solved].max() <= BOUND
-    assert (~solved).sum() <= 1  # and what is not solved for says so
+    assert np.maximum(missed, outside).max() <= BOUND
+    assert np.asarray(status.converged).all()
