@@ -11,7 +11,8 @@ writes ``benchmarks/results/forkmerge.json``:
   be seen here is the number of cores.
 
 The ways take turns in every round; a ratio is that of a round, so that other work on
-the machine hits both sides.
+the machine hits both sides. Next to the time of a clock stands the processor time that
+all threads of the process spent: what is left to compare where the machine is busy.
 """
 
 import argparse
@@ -119,19 +120,23 @@ def measure(
         start = time.perf_counter()
         finals[name] = way()
         compile_s[name] = time.perf_counter() - start
-    times = {name: [] for name in names}
+    times, spent = {name: [] for name in names}, {name: [] for name in names}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times[names[0]]) < 3:
         for name, way in ways.items():
-            start = time.perf_counter()
+            start, busy = time.perf_counter(), time.process_time()
             way()
             times[name].append(time.perf_counter() - start)
+            spent[name].append(time.process_time() - busy)
     steps = SIZES[size][2]
     first = np.array(times[names[0]])
+    cpu_first = np.median(spent[names[0]])
     found = {}
     for name in names:
         ratio = np.array(times[name]) / first
         found[name] = {
+            "cpu_ms_per_step_of_all": 1e3 * float(np.median(spent[name])) / steps,
+            "cpu_ratio": float(np.median(spent[name]) / cpu_first),
             "ms_per_step_of_all": 1e3 * float(np.median(times[name])) / steps,
             "ms_min": 1e3 * float(np.min(times[name])) / steps,
             "ratio": float(np.median(ratio)),
@@ -182,7 +187,8 @@ def show(record: dict[str, Any]) -> None:
             f"B={record['branches']} {record['size']:5s} {name:10s} "
             f"{row['ms_per_step_of_all']:8.3f} ms a step of all branches  "
             f"x{row['ratio']:.2f} [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]  "
-            f"of minima x{row['ratio_of_minima']:.2f}"
+            f"of minima x{row['ratio_of_minima']:.2f}  "
+            f"of processor time x{row['cpu_ratio']:.2f}"
         )
 
 

@@ -1,8 +1,11 @@
 """``python -m experiments.forkmerge [smoke|cpu|paper] --data-dir DIR``."""
 
+import functools
 import os
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import tyro
@@ -15,45 +18,100 @@ def main(config: Config, command: str) -> None:
     # Here, so that --help and mistyped options answer at once.
     from rich.console import Console
 
-    from experiments.forkmerge import problem, report, train
+    from experiments.forkmerge import report
     from mtljax.training import tables
 
     check(config)
     console = Console()
-    found = problem.make_problem(config)
-    evaluate = problem.make_evaluate(found)
-    console.print(
+    say = lambda text: console.print(text, highlight=False, soft_wrap=True)
+    say(
         f"{len(config.domains)} targets x {config.seeds} seeds, {config.steps} steps "
-        f"each; writing to {config.out}",
-        highlight=False,
+        f"each; writing to {config.out}"
     )
-    started, rows = time.perf_counter(), []
-    for method in dict.fromkeys(("stl", *config.methods)):
-        begun = time.perf_counter()
-        rows += train.Run(config, found, method, evaluate).finish()
-        seconds = time.perf_counter() - begun
-        console.print(f"{LABELS[method]}: {seconds:.0f} s", highlight=False)
-    table = report.make_table(rows, config)
+    started = time.perf_counter()
+    rows = train_all(config, say)
+    kept = report.reported(rows)
     written = [
-        report.write_rows(rows, config),
-        report.write_table(table, config, command),
+        report.write_rows(kept, config),
+        report.write_table(kept, config, command),
     ]
     if config.plots:
-        written += report.write_plots(rows, config)
-    shown = tables.rich_table(
-        table,
-        report.columns_of(config),
-        digits=report.digits_of(config),
-        title=f"test accuracy on the target, %, over {config.seeds} seeds",
-        exclude=[LABELS["stl"]],
-    )
-    # No number is cut off where the output is narrow, or a pipe.
-    wide = console.options.update(max_width=400)
-    console.width = max(console.width, console.measure(shown, options=wide).maximum)
-    console.print(shown)
-    console.print(f"{time.perf_counter() - started:.0f} s. Written:", highlight=False)
+        written += report.write_plots(rows, kept, config)
+    for part in ("table", "shared"):
+        if part not in config.parts:
+            continue
+        targets = report.targets_of(config, part)
+        shown = tables.rich_table(
+            report.make_table(kept, config, part),
+            report.columns_of(targets),
+            digits=report.digits_of(targets),
+            title=f"test score on the target, %, over {config.seeds} seeds",
+            exclude=[LABELS["stl"]],
+        )
+        # No number is cut off where the output is narrow, or a pipe.
+        wide = console.options.update(max_width=400)
+        console.width = max(console.width, console.measure(shown, options=wide).maximum)
+        console.print(shown)
+    if "pairs" in config.parts:
+        for method, pairs in report.pair_gains(kept, config).items():
+            say(
+                f"{LABELS[method]}, one auxiliary at a time: {pairs.negative} pairs "
+                f"worse than STL, {pairs.significant(-1)} of them significantly"
+            )
+    say(f"{time.perf_counter() - started:.0f} s. Written:")
     for path in written:
-        console.print(f"  {path}", highlight=False, soft_wrap=True)
+        say(f"  {path}")
+
+
+def train_all(config: Config, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Rows of all parts; what is on disk already is not trained again."""
+    from experiments.forkmerge import problem, report, shared, train
+
+    rows: list[dict[str, Any]] = []
+
+    def finish(job: train.Job, label: str) -> None:
+        begun = time.perf_counter()
+        rows.extend(train.Run(config, job).finish())
+        say(f"{label}: {time.perf_counter() - begun:.0f} s")
+
+    def tune(part: str, method: str) -> float:
+        tuned = report.tune(rows, part, method)
+        say(f"{LABELS[method]}: learning rate {tuned:g} of {config.lrs}")
+        return tuned
+
+    domains = {"table", "pairs", "intervals"} & set(config.parts)
+    if domains:
+        found = problem.make_problem(config)
+        make = functools.partial(
+            train.make_job, config, found, problem.make_evaluate(found)
+        )
+        tuned: dict[str, float] = {}
+        for method in train.TUNED:
+            finish(make(method, tuned=tuned), LABELS[method])
+            tuned[method] = tune("table", method)
+        if "pairs" in domains:
+            for method in ("ew", "forkmerge"):
+                label = f"{LABELS[method]}, one auxiliary"
+                finish(make(method, part="pairs", tuned=tuned), label)
+        if "table" in domains:
+            for method in dict.fromkeys(config.methods):
+                if method not in tuned:
+                    finish(make(method, tuned=tuned), LABELS[method])
+        if "intervals" in domains:
+            for interval in config.intervals:
+                job = make(
+                    "forkmerge", part="intervals", tuned=tuned, interval=interval
+                )
+                finish(job, f"{LABELS['forkmerge']}, Δt = {interval}")
+    if "shared" in config.parts:
+        one_input = shared.make_problem(config)
+        measure, tuned = shared.make_evaluate(one_input), {}
+        for method in (*train.TUNED, "forkmerge", "forkmerge_each"):
+            job = train.make_shared_job(config, one_input, measure, method, tuned=tuned)
+            finish(job, f"one input, {LABELS[method]}")
+            if method in train.TUNED:
+                tuned[method] = tune("shared", method)
+    return rows
 
 
 def cli() -> None:

@@ -1,7 +1,7 @@
 """The data on the device, the model, and what is measured.
 
-Targets and seeds are one axis of G runs. A run orders the domains with its target
-first (``State.order``), so that every method sees the target as task 0.
+Targets and seeds are one axis of G runs. A run names the domains it trains on with its
+target first (``State.order``), so that every method sees the target as task 0.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,21 +13,25 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from experiments.forkmerge.config import Config
+from experiments.forkmerge.config import Config, ConfigError
 from mtljax import data, forkmerge, models
+from mtljax.data._domainnet import domainnet
 
 Split = Mapping[str, Array]
+POOL = 4
+"""Training sets of the seeds are drawn from this many times their size, at most."""
 
 
 class State(NamedTuple):
     """Everything that changes in a run, and what tells runs apart."""
 
-    params: Any  # {"trunk": ..., "heads": leaves [T, ...]}
+    params: Any  # {"trunk": ..., "heads": leaves [domains, ...]}
     batch_stats: Any
     opt_state: Any
     weighting: Any  # state of a balancer or of Auto-λ; () without
     order: Int[Array, " tasks"]  # domains, the target first
-    key: PRNGKeyArray  # of the rows; equal for all branches and methods of a seed
+    rows: Any  # [domains, train_size]: the training set of a seed; () is all rows
+    key: PRNGKeyArray  # of the batches; equal for all branches and methods of a seed
 
 
 class Problem(NamedTuple):
@@ -36,20 +40,30 @@ class Problem(NamedTuple):
     splits: dict[str, Split]  # train, val, test, perhaps report: leaves [domains, ...]
     model: models.Model
     optimizer: optax.GradientTransformation
-    tasks: int
+    domains: int
     batch_size: int
 
-    def init(self, key: PRNGKeyArray, order: Array) -> State:
+    def init(self, key: PRNGKeyArray, order: Array, rows: Any, lr: Array) -> State:
         """The first train state; a head for each domain, in one leaf."""
         model_key, heads_key, rows_key = jax.random.split(key, 3)
         image = jnp.zeros((1, *self.splits["train"]["image"].shape[2:]))
         variables = self.model.init(model_key, image)
         heads = jax.vmap(lambda k: self.model.init(k, image).params["heads"])(
-            jax.random.split(heads_key, self.tasks)
+            jax.random.split(heads_key, self.domains)
         )
         params = variables.params | {"heads": heads}
-        stats, opt_state = variables.batch_stats, self.optimizer.init(params)
-        return State(params, stats, opt_state, (), order, rows_key)
+        opt_state = with_lr(self.optimizer.init(params), lr)
+        stats = variables.batch_stats
+        return State(params, stats, opt_state, (), order, rows, rows_key)
+
+    def batch(self, state: State, domain: Array, key: Array, train: Split, count: int):
+        """Examples of one domain's training set, with repeats."""
+        drawn = jax.random.uniform(key, (count,))
+        if isinstance(state.rows, tuple):
+            rows = (drawn * train["size"][domain]).astype(jnp.int32)
+        else:
+            rows = state.rows[domain, (drawn * state.rows.shape[1]).astype(jnp.int32)]
+        return train["image"][domain, rows], train["label"][domain, rows]
 
     def logits(self, variables: Any, domain: Array, images: Array, *, train: bool):
         """Logits of one domain, by the trunk and its row of the heads."""
@@ -58,17 +72,17 @@ class Problem(NamedTuple):
         outputs, batch_stats = self.model.apply(
             (params | {"heads": head}, batch_stats), data.to_float(images), train=train
         )
-        return outputs["digit"], batch_stats
+        return outputs["label"], batch_stats
 
     def loss(self, variables: Any, domain: Array, batch: Any):
         """Cross-entropy of one domain, and the new running statistics."""
-        images, digits = batch
+        images, labels = batch
         logits, stats = self.logits(variables, domain, images, train=True)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, digits)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return losses.mean(), stats
 
     def task_losses(self, params: Any, batch_stats: Any, order: Array, batches: Any):
-        """Losses of all domains, the target's first, on a batch of each."""
+        """Losses of all tasks, the target's first, on a batch of each."""
         one = lambda domain, batch: self.loss((params, batch_stats), domain, batch)
         losses, stats = jax.vmap(one)(order, batches)
         return losses, jax.tree.map(lambda s: s.mean(0), stats)
@@ -78,80 +92,133 @@ class Problem(NamedTuple):
         domain = state.order[0]
         variables = (state.params, state.batch_stats)
         logits, _ = self.logits(variables, domain, split["image"][domain], train=False)
-        return logits, split["digit"][domain], split["mask"][domain]
+        return logits, split["label"][domain], split["mask"][domain]
 
     def accuracy(self, state: State, split: Split) -> Float[Array, ""]:
         """Accuracy on the target of a run."""
-        logits, digits, mask = self.target_logits(state, split)
-        return ((logits.argmax(-1) == digits) & mask).sum() / mask.sum()
+        logits, labels, mask = self.target_logits(state, split)
+        return ((logits.argmax(-1) == labels) & mask).sum() / mask.sum()
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    """SGD with Nesterov momentum; its learning rate is a number of the state."""
+    return optax.chain(
+        optax.add_decayed_weights(config.weight_decay),
+        optax.trace(0.9, nesterov=True),
+        optax.scale_by_schedule(optax.cosine_decay_schedule(1.0, config.steps)),
+        optax.inject_hyperparams(optax.scale)(step_size=-config.lrs[0]),
+    )
+
+
+def with_lr(opt_state: Any, lr: Array) -> Any:
+    """The optimiser state with another first learning rate."""
+    return optax.tree_utils.tree_set(opt_state, step_size=-lr)
 
 
 def stack_splits(splits: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """One split of all domains, ``[domains, n, ...]``; short ones repeat their rows."""
-    sizes = np.array([len(split["digit"]) for split in splits])
+    sizes = np.array([len(split["label"]) for split in splits])
     rows = np.arange(sizes.max())
     found = {k: np.stack([s[k][rows % len(s[k])] for s in splits]) for k in splits[0]}
     mask = rows[None] < sizes[:, None]
     return found | {"size": sizes.astype(np.int32), "mask": mask}
 
 
-def load(config: Config) -> dict[str, dict[str, np.ndarray]]:
-    """Splits of all domains."""
-    sets = [
-        data.load(
-            "digit_domains",
-            data_dir=config.data_dir,
-            domain=domain,
-            size=config.image_size,
-            train_size=config.train_size,
-            val_size=config.val_size,
-        )
-        for domain in config.domains
-    ]
-    limits = {"train": None, "val": None, "test": config.test_size}
+def read(config: Config, domain: str) -> data.Dataset:
+    """One domain."""
+    options: dict[str, Any] = {
+        "data_dir": config.data_dir,
+        "domain": domain,
+        "size": config.image_size,
+        "val_size": config.val_size,
+    }
+    if config.data == "digits":
+        return data.load("digit_domains", **options)
+    if config.train_size is None:
+        return domainnet(**options)
+    # Images are decoded one by one: no more of them than are drawn from.
+    try:
+        return domainnet(**options, train_size=POOL * config.train_size)
+    except data.MissingDataError:
+        raise
+    except data.DataError:  # a small domain: all of it
+        return domainnet(**options)
+
+
+def load(config: Config) -> tuple[dict[str, dict[str, np.ndarray]], int]:
+    """Splits of all domains, and the number of classes."""
+    sets = [read(config, domain) for domain in config.domains]
+    task = sets[0].tasks[0]
+    pool = None if config.train_size is None else POOL * config.train_size
+    limits = {"train": pool, "val": None, "test": config.test_size}
     found = {}
     for part, limit in limits.items():
-        cut = [{k: v[:limit] for k, v in getattr(s, part).items()} for s in sets]
-        found[part] = stack_splits(cut)
+        splits = [getattr(s, part) for s in sets]
+        found[part] = stack_splits(
+            [
+                {"image": s["image"][:limit], "label": s[task.name][:limit]}
+                for s in splits
+            ]
+        )
+    for domain, size in zip(config.domains, found["train"]["size"], strict=True):
+        if config.train_size is not None and size < config.train_size:
+            raise ConfigError(
+                f"--train-size {config.train_size} is more than the {size} training "
+                f"examples of {domain}."
+            )
     if config.held_out:
         middle, val = config.val_size // 2, found["val"]
         half = lambda rows: {k: v[:, rows] for k, v in val.items() if k != "size"}
         found["report"] = half(slice(middle, None))
         found["val"] = half(slice(0, middle))
-    return found
+    return found, task.size
+
+
+def training_rows(sizes: np.ndarray, count: int | None, seed: int) -> Any:
+    """The training set of a seed: ``[domains, count]``, or () for all rows."""
+    if count is None:
+        return ()
+    draw = lambda d, size: np.random.default_rng([seed, d]).permutation(size)[:count]
+    rows = [draw(d, int(size)) for d, size in enumerate(sizes)]
+    return np.stack(rows).astype(np.int32)
 
 
 def make_problem(config: Config) -> Problem:
     """Loads the data and binds model and optimiser."""
-    splits = jax.tree.map(jnp.asarray, load(config))
+    found, classes = load(config)
+    splits = jax.tree.map(jnp.asarray, found)
     options: dict[str, Any] = {"hidden": config.hidden} if config.model == "mlp" else {}
-    model = models.build(config.model, {"digit": 10}, **options)
-    schedule = optax.cosine_decay_schedule(config.lr, config.steps)
-    optimizer = optax.chain(
-        optax.add_decayed_weights(config.weight_decay),
-        optax.sgd(schedule, momentum=0.9, nesterov=True),
-    )
-    tasks = len(config.domains)
-    return Problem(splits, model, optimizer, tasks, config.batch_size)
+    model = models.build(config.model, {"label": classes}, **options)
+    optimizer = make_optimizer(config)
+    return Problem(splits, model, optimizer, len(config.domains), config.batch_size)
 
 
-def make_evaluate(problem: Problem) -> Callable[[Any], dict[str, Array]]:
-    """Measures train states ``[G, B]`` on their targets, one after the other."""
+Evaluate = Callable[[Any], dict[str, Array]]
+
+
+def over_runs(measure: Callable[..., dict[str, Array]], *sets: Any) -> Evaluate:
+    """Measures train states ``[G, B]``, one after the other."""
 
     @jax.jit
-    def run(states, val, test):
+    def run(states, *sets):
         lead = jax.tree.leaves(states)[0].shape[:2]
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), states)
-
-        def one(state):
-            logits, _, mask = problem.target_logits(state, test)
-            return {
-                "val": problem.accuracy(state, val),
-                "test": problem.accuracy(state, test),
-                "csd": forkmerge.confidence_score_discrepancy(logits, mask),
-            }
-
-        found = jax.lax.map(one, flat)
+        found = jax.lax.map(lambda state: measure(state, *sets), flat)
         return jax.tree.map(lambda x: x.reshape(lead), found)
 
-    return lambda states: run(states, problem.splits["val"], problem.splits["test"])
+    return lambda states: run(states, *sets)
+
+
+def make_evaluate(problem: Problem) -> Evaluate:
+    """Accuracies and discrepancy of runs, each on its target."""
+
+    def measure(state, val, test):
+        logits, labels, mask = problem.target_logits(state, test)
+        right = (logits.argmax(-1) == labels) & mask
+        return {
+            "val": problem.accuracy(state, val),
+            "test": right.sum() / mask.sum(),
+            "csd": forkmerge.confidence_score_discrepancy(logits, mask),
+        }
+
+    return over_runs(measure, problem.splits["val"], problem.splits["test"])

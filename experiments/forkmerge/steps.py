@@ -18,13 +18,6 @@ LABELS = {"trunk": "shared", "heads": "own"}
 Step = Callable[..., tuple[State, Any]]
 
 
-def rows_of(key: Array, domain: Array, train: Split, count: int):
-    """A batch of one domain, with repeats."""
-    rows = jax.random.uniform(key, (count,)) * train["size"][domain]
-    rows = rows.astype(jnp.int32)
-    return train["image"][domain, rows], train["digit"][domain, rows]
-
-
 def update(
     problem: Problem, state: State, grad: Any, batch_stats: Any, weighting: Any
 ) -> State:
@@ -50,7 +43,7 @@ def sampled_step(problem: Problem, *, alone_from: int | None = None) -> Step:
             slot = jnp.where(number < alone_from, slot, 0)
         domain = state.order[slot]
         key = jax.random.fold_in(state.key, number)
-        batch = rows_of(key, domain, train, problem.batch_size)
+        batch = problem.batch(state, domain, key, train, problem.batch_size)
 
         def objective(params):
             return problem.loss((params, state.batch_stats), domain, batch)
@@ -64,15 +57,14 @@ def sampled_step(problem: Problem, *, alone_from: int | None = None) -> Step:
 def joint_batch(problem: Problem, state: State, number: Array, train: Split, part: int):
     """An equal share of the batch from every domain, the target's first."""
     key = jax.random.fold_in(jax.random.fold_in(state.key, number), part)
-    keys = jax.random.split(key, problem.tasks)
-    count = problem.batch_size // problem.tasks
-    take = jax.vmap(rows_of, (0, 0, None, None))
-    return take(keys, state.order, train, count)
+    tasks = state.order.shape[0]
+    count = problem.batch_size // tasks
+    take = lambda key, domain: problem.batch(state, domain, key, train, count)
+    return jax.vmap(take)(jax.random.split(key, tasks), state.order)
 
 
-def make_balancer(config: Config, method: str) -> mtljax.Balancer:
+def make_balancer(config: Config, method: str, tasks: int) -> mtljax.Balancer:
     """The balancer of a joint row."""
-    tasks = len(config.domains)
     if method == "ew":
         return mtljax.linear(tasks)
     if method == "gcs":
@@ -82,11 +74,11 @@ def make_balancer(config: Config, method: str) -> mtljax.Balancer:
     return forkmerge.arml(tasks, learning_rate=config.arml_lr)
 
 
-def joint_step(config: Config, problem: Problem, method: str):
-    """A step on all domains, and the first state of its weighting."""
+def joint_step(config: Config, problem: Problem, method: str, tasks: int):
+    """A step on all tasks of a run, and the first state of its weighting."""
     if method == "auto_lambda":
-        return auto_lambda_step(config, problem)
-    balancer = make_balancer(config, method)
+        return auto_lambda_step(config, problem, tasks)
+    balancer = make_balancer(config, method, tasks)
     gradient = mtljax.value_and_balanced_grad(
         problem.task_losses, balancer, labels=LABELS, has_aux=True
     )
@@ -102,10 +94,10 @@ def joint_step(config: Config, problem: Problem, method: str):
     return step, lambda p: balancer.init(mtljax.shared_params(p, LABELS))
 
 
-def auto_lambda_step(config: Config, problem: Problem):
+def auto_lambda_step(config: Config, problem: Problem, tasks: int):
     """Auto-λ; as the released code it looks ahead on another training batch."""
     method = forkmerge.auto_lambda(
-        problem.tasks,
+        tasks,
         lambda params, *rest: problem.task_losses(params, *rest)[0],
         problem.optimizer,
         learning_rate=config.auto_lambda_lr,

@@ -3,26 +3,50 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from experiments.forkmerge import shared
 from experiments.forkmerge.config import Config
-from experiments.forkmerge.problem import Problem
+from experiments.forkmerge.problem import Evaluate, Problem, Split, training_rows
 from experiments.forkmerge.steps import JOINT, joint_step, sampled_step
 from mtljax import forkmerge, training
 from mtljax.training import records
 
-MERGED = ("forkmerge", "forkmerge_each")
-MAY_DIFFER = ("methods", "data_dir", "plots", "quick_compile", "strategy")
+MAY_DIFFER = (
+    *("methods", "parts", "intervals", "data_dir", "out", "resume", "overwrite"),
+    *("plots", "quick_compile", "strategy", "save_every"),
+)
+TUNED = ("stl", "ew")
+"""Run at every learning rate."""
 
 
-def branch_weights(config: Config, method: str) -> Array:
+class Job(NamedTuple):
+    """A method for all its runs."""
+
+    name: str  # of the folder
+    driver: forkmerge.ForkMerge
+    states: Any  # the first train states, [G, ...]
+    runs: list[dict[str, Any]]  # what tells the G runs apart
+    targets: tuple[int, ...]  # the target's index in ν, a run
+    splits: Mapping[str, Split]
+    evaluate: Evaluate
+    branches: tuple[dict[str, Any], ...] = ({},)  # what tells the branches apart
+    merges: bool = False
+    keep: int | None = None  # branches after the first merge
+
+
+def is_merged(method: str) -> bool:
+    """Whether a method forks and merges."""
+    return method.startswith("forkmerge")
+
+
+def branch_weights(config: Config, method: str, tasks: int) -> Array:
     """ν ``[B, T]`` of a method, the target being task 0."""
-    tasks = len(config.domains)
     if method == "stl":
         return jnp.eye(tasks)[:1]
     if method == "forkmerge":
@@ -36,39 +60,176 @@ def branch_weights(config: Config, method: str) -> Array:
     return jnp.ones((1, tasks))
 
 
-def runs_of(config: Config) -> list[tuple[int, int]]:
-    """(target, seed) of the G runs of a method."""
-    seeds = range(config.first_seed, config.first_seed + config.seeds)
-    return [(t, s) for t in range(len(config.domains)) for s in seeds]
+def seeds_of(config: Config) -> range:
+    return range(config.first_seed, config.first_seed + config.seeds)
 
 
-def make_driver(config: Config, problem: Problem, method: str):
-    """The branches of a method for all runs, and their first train states."""
-    runs = runs_of(config)
-    tasks = len(config.domains)
-    orders = jnp.array([[t, *(o for o in range(tasks) if o != t)] for t, _ in runs])
-    keys = jnp.stack([jax.random.key(seed) for _, seed in runs])
-    states = jax.jit(jax.vmap(problem.init))(keys, orders)
+def learning_rates(
+    config: Config, method: str, tuned: Mapping[str, float]
+) -> tuple[float, ...]:
+    """All for a method that is tuned, else that of the one it is like."""
+    if method in TUNED and method not in tuned:
+        return config.lrs
+    return (tuned["ew" if method in JOINT else "stl"],)
+
+
+def runs_of(
+    config: Config,
+    part: str,
+    method: str,
+    tuned: Mapping[str, float],
+    interval: int,
+) -> list[dict[str, Any]]:
+    """The G runs of a method, by what tells them apart."""
+    names = shared.TASKS if part == "shared" else config.domains
+    found = []
+    for target in names:
+        others = [name for name in names if name != target]
+        for aux in others if part == "pairs" else ("all",):
+            for seed in seeds_of(config):
+                for lr in learning_rates(config, method, tuned):
+                    run = {
+                        "part": part,
+                        "method": method,
+                        "target": target,
+                        "aux": aux,
+                        "seed": seed,
+                        "lr": lr,
+                    }
+                    found.append(
+                        run | ({"interval": interval} if is_merged(method) else {})
+                    )
+    return found
+
+
+def make_driver(
+    config: Config,
+    step: Callable[..., Any],
+    score: Callable[..., Any],
+    nu: Array,
+    *,
+    drawn: bool,
+    interval: int,
+) -> forkmerge.ForkMerge:
+    """The branches ν ``[G, B, T]`` of a method."""
+    last = config.merge_source == "last"
+    return forkmerge.ForkMerge(
+        step,
+        lambda state, split, _: score(state, split),
+        nu,
+        interval=interval,
+        targets=jnp.arange(len(nu)),
+        realisation="sample" if drawn else "sum",
+        strategy=config.strategy,
+        policies={"opt_state": "keep"},
+        merge_source=config.merge_source,
+        evaluate_every=None if last else min(config.eval_every, interval),
+    )
+
+
+def make_job(
+    config: Config,
+    problem: Problem,
+    evaluate: Evaluate,
+    method: str,
+    *,
+    part: str = "table",
+    tuned: Mapping[str, float],
+    interval: int | None = None,
+) -> Job:
+    """A method on domains: with all auxiliaries, or with one in part ``"pairs"``."""
+    interval = interval or config.interval
+    runs = runs_of(config, part, method, tuned, interval)
+    place = config.domains.index
+
+    def order(run):
+        target = place(run["target"])
+        if run["aux"] != "all":
+            return [target, place(run["aux"])]
+        return [target, *(d for d in range(problem.domains) if d != target)]
+
+    orders = np.array([order(run) for run in runs], np.int32)
+    sizes = np.asarray(problem.splits["train"]["size"])
+    sets = {s: training_rows(sizes, config.train_size, s) for s in seeds_of(config)}
+    rows = jax.tree.map(lambda *x: np.stack(x), *(sets[run["seed"]] for run in runs))
+    states = jax.jit(jax.vmap(problem.init))(keys_of(runs), orders, rows, lrs_of(runs))
+    tasks = orders.shape[1]
     if method in JOINT:
-        step, first = joint_step(config, problem, method)
+        step, first = joint_step(config, problem, method, tasks)
         states = states._replace(weighting=jax.vmap(first)(states.params))
     else:
         alone_from = config.steps // 2 if method == "post_train" else None
         step = sampled_step(problem, alone_from=alone_from)
-    nu = branch_weights(config, method)
-    driver = forkmerge.ForkMerge(
+    nu = branch_weights(config, method, tasks)
+    drawn = method not in JOINT
+    driver = make_driver(
+        config,
         step,
-        lambda state, split, _: problem.accuracy(state, split),
+        problem.accuracy,
         jnp.broadcast_to(nu[None], (len(runs), *nu.shape)),
-        interval=config.interval,
-        targets=jnp.arange(len(runs)),
-        realisation="sum" if method in JOINT else "sample",
-        strategy=config.strategy,
-        policies={"opt_state": "keep"},
-        merge_source=config.merge_source,
-        evaluate_every=None if config.merge_source == "last" else config.eval_every,
+        drawn=drawn,
+        interval=interval,
     )
-    return driver, states
+    each = tuple({"lambda": x} for x in config.lambdas)
+    name = {"table": method, "pairs": f"pairs_{method}"}.get(part, f"every_{interval}")
+    return Job(
+        name,
+        driver,
+        states,
+        runs,
+        (0,) * len(runs),
+        problem.splits,
+        evaluate,
+        branches=each if method == "lambda_grid" else ({},),
+        merges=is_merged(method),
+        keep=config.keep if method == "forkmerge_each" else None,
+    )
+
+
+def make_shared_job(
+    config: Config,
+    problem: shared.Problem,
+    evaluate: Evaluate,
+    method: str,
+    *,
+    tuned: Mapping[str, float],
+) -> Job:
+    """A method on one input with three tasks, each in turn the target."""
+    runs = runs_of(config, "shared", method, tuned, config.interval)
+    targets = tuple(shared.TASKS.index(run["target"]) for run in runs)
+    size = len(problem.splits["train"]["image"])
+    draw = lambda run: np.random.default_rng(run["seed"]).permutation(size)
+    rows = np.stack([draw(run)[: config.shared_train_size] for run in runs])
+    states = jax.jit(jax.vmap(problem.init))(
+        keys_of(runs), np.array(targets, np.int32), rows.astype(np.int32), lrs_of(runs)
+    )
+    nu = jnp.stack([shared.branch_weights(method, target) for target in targets])
+    driver = make_driver(
+        config,
+        problem.step,
+        problem.score,
+        nu,
+        drawn=False,
+        interval=config.interval,
+    )
+    return Job(
+        f"shared_{method}",
+        driver,
+        states,
+        runs,
+        targets,
+        problem.splits,
+        evaluate,
+        merges=is_merged(method),
+    )
+
+
+def keys_of(runs: list[dict[str, Any]]) -> Array:
+    return jnp.stack([jax.random.key(run["seed"]) for run in runs])
+
+
+def lrs_of(runs: list[dict[str, Any]]) -> np.ndarray:
+    return np.array([run["lr"] for run in runs], np.float32)
 
 
 def same(config: Config) -> Callable[[dict[str, Any]], None]:
@@ -87,39 +248,31 @@ def same(config: Config) -> Callable[[dict[str, Any]], None]:
 
 
 class Run:
-    """A method for all targets and seeds: its state, its rows, its files."""
+    """A job on its way: its state, its rows, its files."""
 
-    def __init__(
-        self,
-        config: Config,
-        problem: Problem,
-        method: str,
-        evaluate: Callable[[Any], dict[str, Array]],
-    ):
-        self.config, self.problem, self.method = config, problem, method
-        self.evaluate = evaluate  # one program for all methods
-        self.driver, self._states = make_driver(config, problem, method)
-        self.folder = config.out / "runs" / method
+    def __init__(self, config: Config, job: Job):
+        self.config, self.job = config, job
+        self.driver = job.driver
+        self.folder = config.out / "runs" / job.name
         self.rows: list[dict[str, Any]] = []
         self._saver: Any = None
 
     def fresh(self) -> forkmerge.ForkMergeState:
         """The state before the first step."""
         key = jax.random.key(self.config.first_seed)
-        return self.driver.init(self._states, key=key, per_target=True)
+        return self.driver.init(self.job.states, key=key, per_target=True)
 
     def finish(self) -> list[dict[str, Any]]:
         """Trains what is left to train; the rows of all evaluations."""
-        config = self.config
-        if config.overwrite:
+        if self.config.overwrite:
             shutil.rmtree(self.folder, ignore_errors=True)
         with training.Checkpointer(self.folder) as self._saver:
             self._saver.clean()
             state = self._restored() if self._saver.steps() else jax.jit(self.fresh)()
-            if self.method not in MERGED:
-                self._train(state)
-            else:
+            if self.job.merges:
                 self._fork_and_merge(state)
+            else:
+                self._train(state)
         return self.rows
 
     def _restored(self) -> forkmerge.ForkMergeState:
@@ -130,7 +283,7 @@ class Run:
             )
         step = self._saver.steps()[-1]
         kept = self.folder / "branches.json"
-        if step > self.config.interval and kept.exists():
+        if step > self.driver.interval and kept.exists():
             self.driver = self.driver.restrict(json.loads(kept.read_text()))
         target = jax.eval_shape(self.fresh)
         found = self._saver.restore(target, step, check=same(self.config))
@@ -140,7 +293,8 @@ class Run:
     def _save(self, state: forkmerge.ForkMergeState) -> None:
         meta = {"config": self.config, "rows": self.rows}
         step = int(state.step)
-        if step not in self._saver.steps():
+        due = step % self.config.save_every == 0 or step >= self.config.steps
+        if due and step not in self._saver.steps():
             self._saver.save(step, state, training.to_json(meta))
 
     def _train(self, state: forkmerge.ForkMergeState) -> None:
@@ -149,25 +303,20 @@ class Run:
         while (step := int(state.step)) < steps:
             n = min(every - step % every, steps - step)
             state, _ = self.driver.train(
-                state, jnp.arange(step, step + n), data=self.problem.splits["train"]
+                state, jnp.arange(step, step + n), data=self.job.splits["train"]
             )
             self._record(state.branches, step + n, {})
             self._save(state)
 
     def _fork_and_merge(self, state: forkmerge.ForkMergeState) -> None:
-        config, splits = self.config, self.problem.splits
+        config, splits, interval = self.config, self.job.splits, self.driver.interval
 
         def merged(state, info):
-            more = (
-                info._asdict()
-                if config.held_out
-                else {
-                    "weights": info.weights,
-                    "branch_scores": info.branch_scores,
-                }
-            )
+            more = {"weights": info.weights, "branch_scores": info.branch_scores}
+            if config.held_out:
+                more = info._asdict()
             one = jax.tree.map(lambda x: x[:, None], state.merged)
-            self._record(one, int(state.step), training.to_json(more))
+            self._record(one, int(state.step), jax.device_get(more))
 
         def run(state, steps):
             return self.driver.run(
@@ -177,40 +326,31 @@ class Run:
                 validation=splits["val"],
                 report=splits.get("report"),
                 data=splits["train"],
-                chunk=config.eval_every,
+                chunk=min(config.eval_every, interval),
                 on_chunk=lambda state, _: self._save(state),
                 on_merge=merged,
             )
 
-        first = int(state.step) <= config.interval
-        if self.method == "forkmerge_each" and first:
-            state = run(state, min(config.interval, config.steps))
+        if self.job.keep is not None and int(state.step) <= interval:
+            state = run(state, min(interval, config.steps))
             before = self.driver
             self.driver, state = self.driver.prune(
-                state, keep=config.keep, target=(0,) * len(runs_of(config))
+                state, keep=self.job.keep, target=self.job.targets
             )
             kept = positions(before.branch_weights, self.driver.branch_weights)
             (self.folder / "branches.json").write_text(json.dumps(kept))
         run(state, config.steps)
 
     def _record(self, states: Any, step: int, more: Mapping[str, Any]) -> None:
-        """Rows of train states ``[G, B]``: a branch of the grid is a λ."""
-        runs = runs_of(self.config)
-        count = jax.tree.leaves(states)[0].shape[1]
-        found = jax.device_get(self.evaluate(states))
-        for g, (target, seed) in enumerate(runs):
-            for b in range(count):
-                row = {
-                    "method": self.method,
-                    "target": self.config.domains[target],
-                    "seed": seed,
-                    "step": step,
-                    **{k: float(v[g, b]) for k, v in found.items()},
-                    **{k: v[g] for k, v in more.items()},
-                }
-                if self.method == "lambda_grid":
-                    row["lambda"] = self.config.lambdas[b]
-                self.rows.append(row)
+        """Rows of train states ``[G, B]``."""
+        found = jax.device_get(self.job.evaluate(states))
+        for g, run in enumerate(self.job.runs):
+            for b, branch in enumerate(self.job.branches):
+                numbers = {k: v[g, b] for k, v in found.items()}
+                extra = {k: v[g] for k, v in more.items()}
+                row = {**run, **branch, "step": step, **numbers, **extra}
+                # As it would be read back: a score that is not finite is None.
+                self.rows.append(training.to_json(row))
 
 
 def positions(before: Array, after: Array) -> list[list[int]]:

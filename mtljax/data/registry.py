@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mtljax.data._digit_domains import digit_domains
+from mtljax.data._domainnet import domainnet
 from mtljax.data._mulan import mulan_mtr
 from mtljax.data._multidigits import multidigits
 from mtljax.data._multimnist import multi_fashion, multi_fashion_mnist, multi_mnist
@@ -21,6 +22,7 @@ _BUILDERS: dict[str, Callable[..., Dataset]] = {
     "qm9": qm9,
     "mulan_mtr": mulan_mtr,
     "digit_domains": digit_domains,
+    "domainnet": domainnet,
 }
 
 
@@ -31,7 +33,8 @@ def available() -> tuple[str, ...]:
       >>> from mtljax.data import available
       >>> available()
       ('multidigits', 'multi_mnist', 'multi_fashion', 'multi_fashion_mnist',
-      'qm9_subset', 'qm9', 'mulan_mtr', 'digit_domains')
+      'qm9_subset', 'qm9', 'mulan_mtr', 'digit_domains',
+      'domainnet')
     """
     return tuple(_BUILDERS)
 
@@ -48,7 +51,8 @@ def load(
       **options: Keywords of the function of that name: ``seed``, ``train_size``,
         ``val_size``, ``test_size``; for the MultiMNIST family and ``qm9`` also
         ``source`` (``"files"`` or ``"tfds"``) and ``download``; for ``mulan_mtr``
-        also ``subset``, for ``digit_domains`` ``domain`` and ``size``.
+        also ``subset``, for ``digit_domains`` ``domain`` and ``size``, for
+        ``domainnet`` ``domain``, ``size`` and ``download``.
 
     Returns:
       The data set, in memory.

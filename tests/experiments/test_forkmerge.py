@@ -5,11 +5,13 @@ import json
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from experiments.forkmerge import __main__ as command
-from experiments.forkmerge import problem, report, train
+from experiments.forkmerge import problem, report, shared, train
 from experiments.forkmerge.config import LABELS, PRESETS, Config
 
 SMOKE = PRESETS["smoke"][1]
@@ -41,23 +43,27 @@ def small(folder, out, **options):
     return dataclasses.replace(SMOKE, data_dir=folder, out=out, **options)
 
 
-def rows_of(config):
+def lines_of(config):
     text = (config.out / "results.jsonl").read_text()
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_the_smoke_preset_writes_table_rows_and_plots(folder, tmp_path, capsys):
-    config = small(folder, tmp_path / "run", plots=True)
+def test_the_table_part_writes_table_rows_and_plots(folder, tmp_path, capsys):
+    methods = ("stl", "forkmerge")
+    config = small(
+        folder, tmp_path / "run", plots=True, parts=("table",), methods=methods
+    )
     command.main(config, "the command")
     printed = capsys.readouterr().out
     table = (config.out / "table.md").read_text()
-    for method in config.methods:
+    for method in ("stl", "ew", "forkmerge"):
         assert f"| {LABELS[method]} |" in table
         assert LABELS[method] in printed
     assert "`the command`" in table
-    lines = rows_of(config)
+    about, *lines = lines_of(config)
+    assert about["config"]["steps"] == config.steps
     assert len(lines) == 3 * 2 * 2  # methods, targets, seeds
-    assert str(folder) not in json.dumps(lines) + table
+    assert str(folder) not in json.dumps([about, *lines]) + table
     merged = [row for row in lines if row["method"] == "forkmerge"]
     assert all(row["step"] == config.steps for row in merged)
     np.testing.assert_allclose([sum(r["weights"]) for r in merged], 1, rtol=1e-5)
@@ -69,8 +75,8 @@ def test_the_smoke_preset_writes_table_rows_and_plots(folder, tmp_path, capsys):
     assert "--resume" in capsys.readouterr().err
     # Another configuration: it is named.
     with pytest.raises(SystemExit):
-        run_cli(config, "--resume", "--lr", "0.5")
-    assert "lr: 0.03 -> 0.5" in capsys.readouterr().err
+        run_cli(config, "--resume", "--weight-decay", "0.5")
+    assert "weight_decay: 0.0005 -> 0.5" in capsys.readouterr().err
 
 
 def run_cli(config: Config, *more: str):
@@ -83,26 +89,70 @@ def run_cli(config: Config, *more: str):
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize("stop", ["4", "8"])
+def test_all_parts_of_the_smoke_preset(folder, tmp_path):
+    config = small(folder, tmp_path / "run", plots=True, lrs=(0.01, 0.05))
+    command.main(config, "the command")
+    table = (config.out / "table.md").read_text()
+    for title in ("in turn the target", "One auxiliary", "Steps between", "One input"):
+        assert title in table
+    for name in ("weights", "pairs", "intervals"):
+        assert (config.out / f"{name}.png").stat().st_size > 5000
+    lines = lines_of(config)[1:]
+    count = lambda **wanted: len(report.of(lines, **wanted))
+    seeds = config.seeds
+    assert count(part="table") == 3 * 2 * seeds
+    assert count(part="pairs", method="ew") == 2 * seeds
+    assert count(part="pairs", aux="all") == 0
+    assert count(part="intervals", interval=12) == 2 * seeds
+    assert count(part="shared") == 4 * 3 * seeds
+    for part in ("table", "shared"):  # one learning rate, whatever was tried
+        rates = {row["lr"] for row in report.of(lines, part=part, method="stl")}
+        assert len(rates) == 1
+    # With two domains the one auxiliary is all of them.
+    for method in ("ew", "forkmerge"):
+        alone, both = (
+            [r["test"] for r in report.of(lines, part=part, method=method)]
+            for part in ("pairs", "table")
+        )
+        np.testing.assert_allclose(alone, both, atol=0.05)
+    # All is on disk: the same again, without a step.
+    before = (config.out / "results.jsonl").read_text()
+    resumed = dataclasses.replace(config, resume=True)
+    command.main(resumed, "the command")
+    after = (config.out / "results.jsonl").read_text()
+    assert before.splitlines()[1:] == after.splitlines()[1:]
+
+
+def run_of(config, method):
+    found = problem.make_problem(config)
+    tuned = {"stl": config.lrs[0], "ew": config.lrs[0]}
+    evaluate = problem.make_evaluate(found)
+    return lambda config: train.Run(
+        config, train.make_job(config, found, evaluate, method, tuned=tuned)
+    )
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("stop", ["4", "6", "8"])
 def test_a_run_that_was_cut_short_goes_on_to_the_same_rows(folder, tmp_path, stop):
-    """Also between the merge that prunes and the next checkpoint."""
+    """In a round, and between the merge that prunes and the next checkpoint."""
     options = {
         "domains": ("usps", "semeion", "optdigits"),
         "methods": ("forkmerge_each",),
         "keep": 2,
         "eval_every": 2,
+        "save_every": 2,
     }
     (folder / "optdigits").mkdir(exist_ok=True)
     source = np.load(folder / "usps" / "usps.npz")
     scaled = {k: v // 16 if k[0] == "x" else v for k, v in source.items()}
     np.savez(folder / "optdigits" / "optdigits.npz", **scaled)
     whole = small(folder, tmp_path / "whole", **options)
-    found = problem.make_problem(whole)
-    evaluate = problem.make_evaluate(found)
-    expected = train.Run(whole, found, "forkmerge_each", evaluate).finish()
+    make = run_of(whole, "forkmerge_each")
+    expected = make(whole).finish()
 
     cut = dataclasses.replace(whole, out=tmp_path / "cut")
-    run = train.Run(cut, found, "forkmerge_each", evaluate)
+    run = make(cut)
     save = run._save
 
     def save_and_die(state):
@@ -113,8 +163,7 @@ def test_a_run_that_was_cut_short_goes_on_to_the_same_rows(folder, tmp_path, sto
     run._save = save_and_die
     with pytest.raises(KeyboardInterrupt):
         run.finish()
-    again = dataclasses.replace(cut, resume=True)
-    rows = train.Run(again, found, "forkmerge_each", evaluate).finish()
+    rows = make(dataclasses.replace(cut, resume=True)).finish()
     assert rows == expected
     assert {len(row["weights"]) for row in rows} == {2, 3}
 
@@ -124,18 +173,20 @@ def test_every_row_learns(folder, tmp_path):
     config = small(
         folder,
         tmp_path,
+        parts=("table",),
         methods=tuple(LABELS),
         steps=120,
         interval=40,
         eval_every=40,
-        lr=0.1,
+        save_every=120,
+        lrs=(0.1,),
         lambdas=(0.5, 2.0),
         seeds=1,
         plots=True,
         held_out=True,
     )
     command.main(config, "")
-    rows = rows_of(config)
+    rows = lines_of(config)[1:]
     assert {row["method"] for row in rows} == set(LABELS)
     for row in rows:
         assert row["test"] > 0.5, row  # chance is a tenth
@@ -145,41 +196,140 @@ def test_every_row_learns(folder, tmp_path):
         assert (config.out / f"{name}.png").stat().st_size > 5000
 
 
+@pytest.mark.deep
+def test_domainnet_takes_the_place_of_the_digits(tmp_path, monkeypatch):
+    """Its reader is tested on files of its own, see tests/data/test_domainnet.py."""
+    from mtljax.data import Dataset, Task
+
+    def domainnet(*, data_dir, domain, size, val_size, train_size=None):
+        assert data_dir is None
+
+        def split(count):
+            labels = RNG.integers(0, 345, count).astype(np.int32)
+            images = RNG.integers(0, 99, (count, size, size, 3)).astype(np.uint8)
+            return {"image": images, "label": labels}
+
+        train, val, test = (split(n) for n in (train_size or 50, val_size, 40))
+        task = Task("label", "classification", 345)
+        return Dataset(domain, (task,), (size, size, 3), train, val, test)
+
+    monkeypatch.setattr(problem, "domainnet", domainnet)
+    config = dataclasses.replace(
+        PRESETS["paper"][1],
+        domains=("real", "sketch"),
+        parts=("table",),
+        methods=("stl", "forkmerge"),
+        out=tmp_path / "run",
+        model="mlp",
+        hidden=(8,),
+        image_size=8,
+        val_size=10,
+        steps=4,
+        interval=2,
+        eval_every=2,
+        save_every=4,
+        lrs=(0.01,),
+        plots=False,
+    )
+    command.main(config, "")
+    rows = lines_of(config)[1:]
+    assert {row["target"] for row in rows} == {"real", "sketch"}
+    assert len(rows) == 3 * 2 * 3
+
+
 def test_methods_see_the_same_data_and_start(folder, tmp_path):
     config = small(folder, tmp_path)
     found = problem.make_problem(config)
-    states = [
-        train.make_driver(config, found, method)[1]
+    tuned = {"stl": 0.1, "ew": 0.2}
+    jobs = [
+        train.make_job(config, found, lambda states: {}, method, tuned=tuned)
         for method in ("stl", "forkmerge", "gcs")
     ]
-    for state in states[1:]:
-        for a, b in zip(
-            jax.tree.leaves(state.params),
-            jax.tree.leaves(states[0].params),
-            strict=True,
-        ):
-            np.testing.assert_array_equal(a, b)
-    np.testing.assert_array_equal(states[0].order, [[0, 1]] * 2 + [[1, 0]] * 2)
+    first = jobs[0].states
+    for job in jobs[1:]:
+        for name in ("params", "order", "rows", "key"):
+            one, other = getattr(job.states, name), getattr(first, name)
+            jax.tree.map(np.testing.assert_array_equal, *map(numbers, (one, other)))
+    np.testing.assert_array_equal(first.order, [[0, 1]] * 2 + [[1, 0]] * 2)
+    # A training set for each seed, of examples that are there.
+    rows = np.asarray(first.rows)
+    np.testing.assert_array_equal(rows[:2], rows[2:])
+    assert (rows[0] != rows[1]).any()
+    sizes = np.asarray(found.splits["train"]["size"])
+    assert (rows < sizes[:, None]).all()
+    assert all(len(set(row.tolist())) == config.train_size for row in rows[0])
+    # GCS trains on all domains in every step, as EW; the others on one, as STL.
+    assert [job.runs[0]["lr"] for job in jobs] == [0.1, 0.1, 0.2]
+    sizes = [jax.tree.leaves(job.states.opt_state[-1].hyperparams)[0] for job in jobs]
+    np.testing.assert_allclose([s[0] for s in sizes], [-0.1, -0.1, -0.2], rtol=1e-6)
+
+
+def numbers(tree):
+    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree)
+
+
+def test_pairs_have_one_auxiliary_and_sweeps_their_interval(folder, tmp_path):
+    config = small(folder, tmp_path, seeds=1)
+    found = problem.make_problem(config)
+    tuned = {"stl": 0.1, "ew": 0.2}
+    make = lambda **options: train.make_job(
+        config, found, lambda states: {}, "forkmerge", tuned=tuned, **options
+    )
+    pairs, sweep = make(part="pairs"), make(part="intervals", interval=6)
+    assert [(r["target"], r["aux"]) for r in pairs.runs] == [
+        ("usps", "semeion"),
+        ("semeion", "usps"),
+    ]
+    np.testing.assert_array_equal(pairs.driver.branch_weights[0], [[1, 0], [1, 1]])
+    assert sweep.driver.interval == 6
+    assert {run["interval"] for run in sweep.runs} == {6}
+    assert len({pairs.name, sweep.name, make().name}) == 3
+
+
+def test_one_input_trains_the_tasks_of_its_weights(tmp_path):
+    config = dataclasses.replace(SMOKE, out=tmp_path, val_size=20, steps=60)
+    found = shared.make_problem(config)
+    where = jnp.int32(2), jnp.arange(32, dtype=jnp.int32), jnp.float32(0.05)
+    state = found.init(jax.random.key(0), *where)
+    step = jax.jit(found.step)
+    after, _ = step(state, np.array([0.0, 1.0, 0.0], "f4"), 0, found.splits["train"])
+    heads = lambda s: s.params["heads"]
+    moved = {
+        task: float(
+            abs(heads(after)[task]["kernel"] - heads(state)[task]["kernel"]).max()
+        )
+        for task in shared.TASKS
+    }
+    assert moved["right"] > 1e-3
+    # The others only decay: weight decay 5e-4 of values below one.
+    assert max(moved["left"], moved["ink"]) < 1e-4
+    score = jax.jit(found.score)
+    own = jax.tree.map(lambda x: x[:32], found.splits["train"])
+    before = score(state, own)
+    for i in range(40):
+        state, _ = step(state, np.array([0, 0, 0.3], "f4"), i, found.splits["train"])
+    assert score(state, own) > max(before, 0) + 0.2  # of the variance of ink
+    nu = [shared.branch_weights("forkmerge", target) for target in range(3)]
+    np.testing.assert_array_equal(nu[2], [[0, 0, 1], [1, 1, 1]])
+
+
+def row(method, step, val, test, **more):
+    fixed = {"part": "table", "target": "usps", "aux": "all", "seed": 0, "lr": 0.1}
+    return {**fixed, "method": method, "step": step, "val": val, "test": test, **more}
 
 
 def test_what_is_reported():
-    def row(method, step, val, test, **more):
-        return {
-            "method": method,
-            "target": "usps",
-            "seed": 0,
-            "step": step,
-            "val": val,
-            "test": test,
-            **more,
-        }
-
     rows = [row("ew", 1, 0.9, 0.1), row("ew", 2, 0.8, 0.2), row("ew", 3, 0.9, 0.3)]
-    assert [r["test"] for r in report.chosen(rows, "ew")] == [0.1]
-    rows = [row("forkmerge", s, v, v) for s, v in ((4, 0.9), (8, 0.5))]
-    assert [r["test"] for r in report.chosen(rows, "forkmerge")] == [0.5]
+    assert [r["test"] for r in report.chosen(rows)] == [0.1]
+    rows = [row("forkmerge", s, v, v, interval=4) for s, v in ((4, 0.9), (8, 0.5))]
+    assert [r["test"] for r in report.chosen(rows)] == [0.5]
+    # A run that diverged is nobody's choice, in whatever order.
+    rows = [row("ew", 1, None, None), row("ew", 2, 0.1, 0.2), row("ew", 3, None, None)]
+    assert [r["test"] for r in report.chosen(rows)] == [0.2]
     config = dataclasses.replace(SMOKE, domains=("usps",), lambdas=(0.5, 1.0), steps=2)
     rows = [row("stl", 2, 0.5, 0, csd=0.1), row("stl", 1, 0.7, 0, csd=0.1)]
+    rows += [row("stl", 2, 0.9, 0, csd=0.1, lr=0.2)]  # a rate that was not taken
     rows += [
         row("lambda_grid", 2, v, 0, csd=c) | {"lambda": lam}
         for lam, v, c in ((0.5, 0.6, 0.2), (1.0, 0.4, 0.3))
@@ -191,15 +341,59 @@ def test_what_is_reported():
     assert found["best_lambda"][0] == 0.5
 
 
+def test_the_learning_rate_is_tuned_on_validation():
+    rows = [
+        row("ew", step, val, 0, lr=lr, seed=seed)
+        for lr, runs in {
+            0.1: [(0.5, 0.8), (0.6, 0.6)],  # best steps 0.8, 0.6
+            0.2: [(0.7, 0.1), (0.8, 0.2)],  # 0.7, 0.8
+            0.4: [(0.99, 0.1), (None, None)],  # a seed diverged
+        }.items()
+        for seed, values in enumerate(runs)
+        for step, val in enumerate(values)
+    ]
+    assert report.tune(rows, "table", "ew") == 0.2
+    kept = report.reported(rows)
+    assert [(r["lr"], r["step"]) for r in kept] == [(0.2, 0), (0.2, 0)]
+
+
+def test_gains_of_pairs_and_their_significance():
+    config = dataclasses.replace(SMOKE, domains=("usps", "semeion"), seeds=4)
+    domains = config.domains
+    scores = np.random.default_rng(1).uniform(0.5, 0.9, (3, 4))  # usps <- semeion worse
+    scores[1] = scores[0] - [0.10, 0.11, 0.12, 0.10]
+    rows = []
+    for seed in range(4):
+        for target in domains:
+            rows.append(row("stl", 1, 0, scores[0, seed], target=target, seed=seed))
+        for i, (target, aux) in enumerate((domains, domains[::-1]), 1):
+            where = {"part": "pairs", "target": target, "aux": aux, "seed": seed}
+            rows.append(row("ew", 1, 0, scores[i, seed], **where))
+    found = report.pair_gains(rows, config)["ew"]
+    expected = 100 * (scores[1:] - scores[0]).mean(1)
+    np.testing.assert_allclose([found.gains[1, 0], found.gains[0, 1]], expected, 1e-4)
+    assert np.isnan(found.gains.diagonal()).all()
+    reference = stats.ttest_1samp((scores[1:] - scores[0]).T, 0)[1]
+    got = [found.p_values[1, 0], found.p_values[0, 1]]
+    np.testing.assert_allclose(got, np.asarray(reference), rtol=1e-3)
+    assert found.negative == int((expected < 0).sum())
+    assert found.significant(-1) == 1
+    assert "| 2 |" in report.pairs_text({"ew": found})[2]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--methods", "mgda"], "--methods: there is no 'mgda'; there are stl, ew"),
         (["--domains", "usps"], "must name a target and an auxiliary"),
         (["--domains", "usps", "usps"], "names one twice"),
+        (["--data", "domainnet"], "--domains: there is no 'usps'; there are clipart"),
         (["--steps", "0"], "--steps must be positive, not 0"),
+        (["--val-size", "0"], "--val-size must be positive, not 0"),
         (["--interval", "5"], "--interval 5 must be a multiple of --eval-every 4"),
         (["--batch-size", "1"], "below the 2 domains"),
+        (["--lrs", "0.1", "0.1"], "--lrs must be positive numbers, each once"),
+        (["--intervals", "0"], "--intervals must be positive numbers"),
         (["--resume", "--overwrite"], "exclude each other"),
         ([], "pass --data-dir DIR with DIR/usps/usps.npz"),
     ],
@@ -215,6 +409,17 @@ def test_bad_input_is_one_sentence(arguments, message, tmp_path, capsys):
     assert message in printed
     assert len(printed.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("as_users")
+def test_too_few_examples_are_named(folder, tmp_path, capsys):
+    config = small(folder, tmp_path / "run")
+    with pytest.raises(SystemExit):
+        run_cli(config, "--train-size", "100")
+    printed = capsys.readouterr().err
+    assert (
+        "--train-size 100 is more than the 80 training examples of semeion" in printed
+    )
 
 
 def test_presets_are_complete():
