@@ -1,10 +1,13 @@
 """Step time of alternating steps against the number of tasks and groups, in one run.
 
-``python -m benchmarks.alternating`` (about a minute on two idle CPU cores) trains an
+``python -m benchmarks.alternating`` (about two minutes on two idle CPU cores) trains an
 MLP 256-512-512 with T stacked linear heads on batches of 128, with Adam. A row is G
 groups (a state per slot), AdaTask (per-task states, one group) or one group per batch.
 All rows of a T take turns; their times are divided by that of one joint step on the sum
-of the losses with plain optax. Writes ``benchmarks/results/alternating.json``.
+of the losses with plain optax. ``temporary_mb`` is what a step needs beside parameters
+and optimiser states, which it replaces in place; one more copy of the states would show
+there. Compile times are processor times, the least of a few, without a cache. Writes
+``benchmarks/results/alternating.json``.
 """
 
 import argparse
@@ -93,41 +96,70 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def make_step(tasks: int, batch: Any, options: dict[str, Any]):
+    """``(init, step, cost)`` of a row."""
+    alternating = alternate(
+        optax.adam(1e-3), tasks, key=jax.random.key(0), labels=LABELS, **options
+    )
+
+    def init(params):
+        return params, alternating.init(params)
+
+    def step(carry):
+        return alternating.step(task_loss, *carry, batch)[1:]
+
+    return init, step, alternating.cost._asdict()
+
+
+def make_batch(tasks: int, size: int) -> Any:
+    """Inputs ``[size, features]`` and targets ``[tasks, size]``."""
+    key = jax.random.key(1)
+    x = jax.random.normal(key, (size, WIDTHS[0]))
+    return x, jax.random.normal(key, (tasks, size))
+
+
+def compile_seconds(batch_size: int, repeats: int) -> dict[str, dict[str, float]]:
+    """Processor time of XLA for 4 and for 64 tasks."""
+    found = {}
+    for name, options in (("G = T", {}), ("G = 2", {"groups": 2})):
+        seconds: dict[int, list[float]] = {4: [], 64: []}
+        for _ in range(repeats):
+            for tasks, times in seconds.items():
+                batch = make_batch(tasks, batch_size)
+                init, step, _ = make_step(tasks, batch, options)
+                carry = jax.eval_shape(init, make_params(tasks))
+                lowered = jax.jit(step, donate_argnums=0).lower(carry)
+                start = time.process_time()
+                lowered.compile()
+                times.append(time.process_time() - start)
+        few, many = (min(times, default=float("nan")) for times in seconds.values())
+        found[name] = {"T = 4": few, "T = 64": many, "ratio": many / few}
+        print(f"compile {name}: T = 4 {few:.2f} s, T = 64 {many:.2f} s")
+    return found
+
+
 def measure(tasks: int, rounds: int, steps: int, batch_size: int) -> dict[str, Any]:
     """All rows of a number of tasks."""
-    optimizer = optax.adam(1e-3)
-    key = jax.random.key(1)
-    x = jax.random.normal(key, (batch_size, WIDTHS[0]))
-    batch = x, jax.random.normal(key, (tasks, batch_size))
+    batch = make_batch(tasks, batch_size)
     programs, carries, rows = {}, {}, {}
 
-    def add(name, init, step, **about):
+    def add(name, init, step, about):
         carry = init(make_params(tasks))
-        start = time.perf_counter()
-        programs[name] = jax.jit(step, donate_argnums=0).lower(carry).compile()
-        seconds = time.perf_counter() - start
+        program = jax.jit(step, donate_argnums=0).lower(carry).compile()
+        programs[name] = program
         # Some leaves of a fresh state share a buffer; donated buffers must not.
         carry = jax.tree.map(jnp.copy, carry)
-        carries[name] = jax.block_until_ready(programs[name](carry))
-        rows[name] = {"compile_s": seconds, **about}
+        carries[name] = jax.block_until_ready(program(carry))
+        memory = program.memory_analysis()
+        if memory is not None:
+            about = about | {"temporary_mb": memory.temp_size_in_bytes / 2**20}
+        rows[name] = about
 
+    optimizer = optax.adam(1e-3)
     init, step = joint_step(optimizer, batch)
-    add("joint", lambda p: (p, init(p)), step)
+    add("joint", lambda p: (p, init(p)), step, {})
     for name, options in entries(tasks).items():
-        alternating = alternate(
-            optimizer, tasks, key=jax.random.key(0), labels=LABELS, **options
-        )
-
-        def one(carry, alternating=alternating):
-            return alternating.step(task_loss, *carry, batch)[1:]
-
-        init_one = alternating.init
-        add(
-            name,
-            lambda p, init_one=init_one: (p, init_one(p)),
-            one,
-            **alternating.cost._asdict(),
-        )
+        add(name, *make_step(tasks, batch, options))
     times = {name: [] for name in programs}
     for _ in range(rounds):
         for name, program in programs.items():
@@ -147,8 +179,8 @@ def measure(tasks: int, rounds: int, steps: int, batch_size: int) -> dict[str, A
         print(
             f"T = {tasks:3d}  {name:22s} {rows[name]['ms']:8.2f} ms "
             f" x{rows[name]['ratio']:6.2f}  of minima x"
-            f"{rows[name]['ratio_of_minima']:6.2f}  compile "
-            f"{rows[name]['compile_s']:.2f} s"
+            f"{rows[name]['ratio_of_minima']:6.2f}  temporary "
+            f"{rows[name].get('temporary_mb', float('nan')):.1f} MB"
         )
     return rows
 
@@ -156,12 +188,16 @@ def measure(tasks: int, rounds: int, steps: int, batch_size: int) -> dict[str, A
 def main() -> None:
     """Measures, prints a table and writes the numbers."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tasks", type=int, nargs="+", default=[4, 16])
+    parser.add_argument("--tasks", type=int, nargs="+", default=[4, 16, 64])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--compiles", type=int, default=2)
     parser.add_argument("--out", type=pathlib.Path, default=OUT)
     options = parser.parse_args()
+    jax.config.update("jax_enable_compilation_cache", False)
+    compiled = compile_seconds(options.batch_size, options.compiles)
+    jax.config.update("jax_enable_compilation_cache", True)
     rows = {
         str(tasks): measure(tasks, options.rounds, options.steps, options.batch_size)
         for tasks in options.tasks
@@ -172,6 +208,7 @@ def main() -> None:
         "rounds": options.rounds,
         "steps_per_round": options.steps,
         "batch_size": options.batch_size,
+        "compile_seconds": compiled,
         "tasks": rows,
         "machine": {"cpu": cpu_model(), "cores": os.cpu_count()},
         "load_average": os.getloadavg()[0],

@@ -5,6 +5,8 @@ import pathlib
 from typing import Any, Literal, NamedTuple
 
 SINGLE_TASK = "single_task"
+SETS = ("digits", "faces", "camvid", "tox21", "school")
+TASKS = {"digits": 21, "faces": 5, "camvid": 12, "tox21": 12, "school": 139}
 
 
 class Row(NamedTuple):
@@ -56,8 +58,7 @@ ROWS: dict[str, Row] = {
     "alternating:per_batch": _alternating(
         "alternating, task per batch", schedule="per_batch"
     ),
-    **_groups(2),
-    **_groups(4),
+    **{name: row for g in (2, 3, 4, 6, 12, 35) for name, row in _groups(g).items()},
     "groups_4:never": _alternating(
         "G = 4, slot, fixed partition", groups=4, regroup_every="never"
     ),
@@ -69,108 +70,219 @@ ROWS: dict[str, Row] = {
     "cagrad": Row("CAGrad", balancer="cagrad"),
 }
 
+# The table of the question: what is steps, what is states, what is grouping.
+TABLE = tuple(
+    name
+    for name in ROWS
+    if not name.startswith(("groups_3", "groups_6", "groups_12", "groups_35"))
+)
+SCALED_ROWS = ("sum", "alternating:shared", "alternating", "adatask", "pcgrad")
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message is for the user."""
 
 
 @dataclasses.dataclass(frozen=True)
+class Setting:
+    """How one data set is trained on."""
+
+    rows: tuple[str, ...] = TABLE
+    """Rows of the table (ROWS in config.py), in its order; single-task comes first."""
+    hidden: tuple[int, ...] = (64, 32)
+    """Widths of the trunk that the tasks share; each has a linear head of its own."""
+    steps: int = 400
+    """Batches of every run."""
+    batch_size: int = 32
+    """Examples per batch (of every task, for school)."""
+    lrs: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    """Learning rates of Adam; validation picks one for each row."""
+    sgd_lrs: tuple[float, ...] = (0.01, 0.03, 0.1)
+    """The same for SGD."""
+    eval_every: int = 40
+    """Batches between evaluations (validation picks the one that is reported)."""
+    scales: tuple[float, ...] = ()
+    """Factors of the last task's loss in a study of its own; none, no study."""
+    alignment: bool = False
+    """Whether to study cosines under plain SGD at eta, and at eta / 4 four times as
+    long."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Joint, alternating and grouped steps on tasks of different nature."""
 
-    rows: tuple[str, ...] = tuple(ROWS)
-    """Rows of the table (ROWS in config.py), in its order; single-task comes first."""
+    sets: tuple[Literal["digits", "faces", "camvid", "tox21", "school"], ...] = (
+        "faces",
+        "school",
+        "tox21",
+        "camvid",
+    )
+    """Data sets; digits is embedded, the others are read from --data-dir."""
+    data_dir: pathlib.Path | None = None
+    """Folder that holds cmu_faces/, camvid_72x96/, tox21/ and school/."""
     seeds: int = 3
     """Runs of every row, trained together by vmap."""
     first_seed: int = 0
     """Seeds are first_seed, first_seed + 1, ..."""
 
-    tasks: Literal["classes", "modalities"] = "classes"
-    """Every class of either digit a one-vs-rest task, with the ink: 21 tasks; or
-    left, right and ink: 3 tasks."""
-    ink_scale: float = 1.0
-    """Factor of the regression's loss in training; 1 is its natural scale."""
-    train_size: int = 6000
-    """Training canvases."""
-    eval_size: int = 2000
-    """Validation and test canvases used, at most."""
+    digits: Setting = Setting()
+    """Every class of either digit against the rest, and the ink: 21 tasks."""
+    faces: Setting = Setting()
+    """Person, pose, expression, sunglasses, and the image itself: 5 tasks."""
+    camvid: Setting = Setting()
+    """11 classes of pixels against the rest, and brightness: 12 dense tasks."""
+    tox21: Setting = Setting()
+    """12 assays, a sixth of the labels missing."""
+    school: Setting = Setting()
+    """Exam scores in 139 schools, every one a task with pupils of its own."""
 
-    model: Literal["mlp", "lenet"] = "mlp"
-    """Trunk that the tasks share; each has a linear head of its own."""
-    hidden: tuple[int, ...] = (128, 64)
-    """Widths of the MLP's trunk."""
-    steps: int = 1200
-    """Batches of every run."""
-    batch_size: int = 64
-    """Examples per batch."""
-    lrs: tuple[float, ...] = (3e-4, 1e-3)
-    """Learning rates of Adam; validation picks one for each row."""
-    sgd_lrs: tuple[float, ...] = (3e-3, 1e-2)
-    """The same for SGD."""
-
-    eval_every: int = 50
-    """Batches between evaluations (validation picks the one that is reported)."""
-    log_every: int = 25
+    log_every: int = 20
     """Batches between rows of training losses and measures of exploration."""
-    probe_size: int = 256
+    probe_size: int = 128
     """Training examples on which cosines of the gradients are measured."""
-    time_steps: int = 20
-    """Steps of one timing round, of three; 0 leaves the timing out."""
-
+    time_rounds: int = 0
+    """Rounds of timing a batch, rows taking turns; 0 leaves it out (on an idle machine
+    only; benchmarks/alternating.py times the steps by themselves)."""
     out: pathlib.Path = pathlib.Path("results/alternating")
-    """Rows, checkpoints, table and plots go here."""
+    """Rows, checkpoints, tables and plots go here."""
     resume: bool = False
     """Go on where an interrupted run stopped; what is finished is not run again."""
+    report_only: bool = False
+    """Train nothing: write the report of the rows that are finished in --out."""
     overwrite: bool = False
     """Delete an earlier run in --out first."""
-    tensorboard: bool = False
-    """Write TensorBoard files as well (needs mtljax[tensorboard])."""
     plots: bool = True
     """Write the PNGs."""
     quick_compile: bool = False
     """Compile without optimisation: starts sooner and runs slower."""
 
+    def setting(self, name: str) -> Setting:
+        """That of a data set."""
+        return getattr(self, name)
+
+
+_SCHOOL_CURVE = ("groups_4:slot", "groups_12:slot", "groups_35:slot")
+_CORE = ("mean_T", "sum", "alternating:shared", "alternating")
+
+CPU = Config(
+    faces=Setting(
+        lrs=(1e-3, 3e-3, 1e-2),
+        sgd_lrs=(0.1, 0.3, 1.0),
+        scales=(1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0, 1e3),
+        alignment=True,
+    ),
+    school=Setting(
+        rows=(*_CORE, *_SCHOOL_CURVE, "adatask"),
+        hidden=(32,),
+        steps=400,
+        batch_size=8,
+        lrs=(1e-4, 3e-4, 1e-3, 3e-3),
+        eval_every=50,
+    ),
+    tox21=Setting(
+        rows=("mean_T", "sum", "alternating", "groups_2:slot", "groups_4:slot"),
+        hidden=(32,),
+        steps=240,
+        eval_every=20,
+    ),
+    camvid=Setting(
+        rows=("mean_T", "sum", "alternating", "groups_4:slot"),
+        steps=240,
+        batch_size=4,
+        lrs=(1e-3, 3e-3, 1e-2),
+        eval_every=60,
+    ),
+)
+
+_LONG: dict[str, Any] = {
+    "steps": 10_000,
+    "lrs": (1e-4, 3e-4, 1e-3, 3e-3),
+    "sgd_lrs": (3e-3, 0.01, 0.03, 0.1),
+    "eval_every": 250,
+}
 
 PRESETS = {
     "smoke": (
         "A quarter of a minute, mostly compilation: two rows, a few batches.",
         Config(
-            rows=("sum", "alternating"),
+            sets=("digits",),
             seeds=2,
-            tasks="modalities",
-            train_size=512,
-            eval_size=256,
-            hidden=(16,),
-            steps=8,
-            lrs=(1e-3,),
-            eval_every=4,
+            digits=Setting(
+                rows=("sum", "alternating"),
+                hidden=(16,),
+                steps=8,
+                lrs=(1e-3,),
+                eval_every=4,
+            ),
             log_every=2,
             probe_size=64,
-            time_steps=0,
+            time_rounds=0,
             plots=False,
             quick_compile=True,
             out=pathlib.Path("results/alternating-smoke"),
         ),
     ),
-    "cpu": (
-        "Meant to stay below 20 minutes on 2 CPU cores: 21 tasks, 3 seeds, an MLP.",
-        Config(),
-    ),
+    "cpu": ("Small networks on four data sets, 3 seeds; needs --data-dir.", CPU),
     "paper": (
-        "For an accelerator: LeNet, 5 seeds, longer runs, a wider grid of rates.",
-        Config(
-            model="lenet",
+        "For an accelerator: every row on every set, 5 seeds, wider, longer runs.",
+        dataclasses.replace(
+            CPU,
+            sets=SETS,
             seeds=5,
-            steps=20_000,
-            batch_size=128,
-            lrs=(1e-4, 3e-4, 1e-3, 3e-3),
-            sgd_lrs=(1e-3, 3e-3, 1e-2, 3e-2),
-            eval_every=250,
+            digits=Setting(hidden=(512, 256), batch_size=128, **_LONG),
+            faces=dataclasses.replace(CPU.faces, hidden=(256, 128), **_LONG),
+            camvid=Setting(hidden=(512, 256, 256), batch_size=8, **_LONG),
+            tox21=Setting(
+                rows=(*TABLE, "groups_3:slot", "groups_6:slot"),
+                hidden=(512, 128),
+                batch_size=128,
+                **_LONG,
+            ),
+            school=Setting(
+                rows=(*TABLE, "groups_12:slot", "groups_35:slot"),
+                hidden=(64, 32),
+                batch_size=8,
+                **_LONG,
+            ),
             log_every=100,
             out=pathlib.Path("results/alternating-paper"),
         ),
     ),
 }
+
+
+def _check_setting(name: str, setting: Setting) -> None:
+    if not setting.rows:
+        raise ConfigError(f"--{name}.rows is empty; name at least one row.")
+    for row in setting.rows:
+        if row not in ROWS:
+            raise ConfigError(
+                f"--{name}.rows: there is no row {row!r}; the rows are "
+                f"{', '.join(ROWS)}."
+            )
+        groups = dict(ROWS[row].options).get("groups", 1)
+        if groups > TASKS[name]:
+            raise ConfigError(
+                f"--{name}.rows {row} has {groups} groups, but {name} has "
+                f"{TASKS[name]} tasks."
+            )
+    for field in ("steps", "batch_size", "eval_every"):
+        if getattr(setting, field) < 1:
+            raise ConfigError(
+                f"--{name}.{field.replace('_', '-')} must be positive, not "
+                f"{getattr(setting, field)}."
+            )
+    for field in ("lrs", "sgd_lrs", "scales"):
+        numbers = getattr(setting, field)
+        if (not numbers and field != "scales") or any(not x > 0 for x in numbers):
+            raise ConfigError(
+                f"--{name}.{field.replace('_', '-')} must be positive numbers, not "
+                f"{numbers}."
+            )
+    needed = [r for r in ("sgd:mean_T", "sgd:alternating") if r not in setting.rows]
+    if setting.alignment and needed:
+        raise ConfigError(f"--{name}.alignment needs the row {needed[0]} too.")
 
 
 def check(config: Config) -> None:
@@ -179,31 +291,22 @@ def check(config: Config) -> None:
     Raises:
       ConfigError: One sentence that names the field.
     """
-    if not config.rows:
-        raise ConfigError("--rows is empty; name at least one row.")
-    for name in config.rows:
-        if name not in ROWS:
+    if not config.sets:
+        raise ConfigError(f"--sets is empty; choose from {', '.join(SETS)}.")
+    for name in config.sets:
+        _check_setting(name, config.setting(name))
+        if name != "digits" and config.data_dir is None:
             raise ConfigError(
-                f"--rows: there is no row {name!r}; the rows are {', '.join(ROWS)}."
+                f"{name} is read from files: pass --data-dir DIR, or --sets digits, "
+                "which needs none."
             )
-        groups = dict(ROWS[name].options).get("groups", 1)
-        if config.tasks == "modalities" and groups > 3:
-            raise ConfigError(
-                f"--rows {name} has {groups} groups, but --tasks modalities has 3."
-            )
-    for field in ("seeds", "steps", "batch_size", "eval_every", "log_every"):
+    for field in ("seeds", "log_every", "probe_size"):
         if getattr(config, field) < 1:
             raise ConfigError(
                 f"--{field.replace('_', '-')} must be positive, "
                 f"not {getattr(config, field)}."
             )
-    for field in ("lrs", "sgd_lrs"):
-        rates = getattr(config, field)
-        if not rates or min(rates) <= 0:
-            raise ConfigError(
-                f"--{field.replace('_', '-')} must be positive numbers, not {rates}."
-            )
-    if not config.ink_scale > 0:
-        raise ConfigError(f"--ink-scale must be positive, not {config.ink_scale}.")
-    if config.resume and config.overwrite:
-        raise ConfigError("--resume and --overwrite exclude each other.")
+    chosen = [f for f in ("resume", "report_only", "overwrite") if getattr(config, f)]
+    if len(chosen) > 1:
+        first, second = (f"--{field.replace('_', '-')}" for field in chosen[:2])
+        raise ConfigError(f"{first} and {second} exclude each other.")

@@ -1,36 +1,108 @@
-"""Two digits and a regression on one canvas, as 3 tasks or as 21."""
+"""Networks, losses and metrics of the five sets, task by task and all at once."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array
 
 import mtljax
+from experiments.alternating import data
 from experiments.alternating.config import Config
-from mtljax import data, metrics, models
+from mtljax import metrics, models
 from mtljax.alternating import indexed
 
 Batch = Mapping[str, Array]
-DIGITS = ("left", "right")
-CLASSES = 10
-MODALITIES = (*DIGITS, "ink")
+SHARES = {"trunk": "shared", "heads": "own"}
+MANY = 40  # tasks for which cosines of all pairs are left out
 
 
-class Problem(NamedTuple):
-    """A model on the canvases, its losses one by one and all at once."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Problem:
+    """A network on a set. Heads are stacked, or each has its name and its size."""
 
-    num_tasks: int
-    modality: tuple[int, ...]  # of every task
+    name: str
+    tasks: tuple[str, ...]
+    columns: dict[str, np.ndarray]  # name -> weight of every task's metric, sum 1
+    stacked: bool
     labels: Any  # for alternate
-    shares: Any  # the same, "shared" and "own" only
-    init_model: Callable[[Array], Any]
+    init: Callable[[Array], Any]
     train: Batch
-    task_loss: Callable[..., Array]
+    splits: Mapping[str, Batch]
+    task_loss: Callable[..., Array]  # of parameters with the task's own row
     task_losses: Callable[[Any, Batch], Array]
-    evaluate: Callable[..., dict[str, Array]]
+    judge: Callable[[Any, Batch], tuple[Array, Array]]  # losses, metrics: more is more
+    judge_alone: Callable[..., tuple[Array, Array]]  # of a task's network
+    probe_size: int
+
+    @property
+    def num_tasks(self) -> int:
+        """T."""
+        return len(self.tasks)
+
+    def rows(self, function: Callable[[Array], Array], params: Any) -> Any:
+        """``function`` of the stacked heads; nothing where they are not stacked."""
+        if not self.stacked:
+            return params
+        return {**params, "heads": jax.tree.map(function, params["heads"])}
+
+    def alone(self, params: Any, task: Array) -> Any:
+        """The network of a single task."""
+        return self.rows(lambda x: x[task], params)
+
+    def cosines(self, params: Any) -> dict[str, Array]:
+        """Mean cosine of the trunk's gradients over pairs of tasks; share below 0."""
+        if self.num_tasks > MANY:
+            return {}
+        probe = {k: v[: self.probe_size] for k, v in self.train.items()}
+        _, gramian = mtljax.task_gramian(
+            lambda trunk: self.task_losses({**params, "trunk": trunk}, probe)
+        )(params["trunk"])
+        return {
+            "cosine": metrics.mean_cosine(gramian),
+            "conflicts": metrics.conflict_rate(gramian),
+        }
+
+    def evaluate(self, params: Any) -> dict[str, Array]:
+        """Losses and metrics of all tasks; the score is the mean over the columns."""
+        found = {}
+        for name, split in self.splits.items():
+            losses, values = self.judge(params, split)
+            found |= {f"{name}_losses": losses, f"{name}_metrics": values}
+        weights = jnp.asarray(np.mean(list(self.columns.values()), 0), jnp.float32)
+        found["val_score"] = (weights * found["val_metrics"]).sum()
+        return found | self.cosines(params)
+
+    def evaluate_alone(self, params: Any, task: Array) -> dict[str, Array]:
+        """The same of a network of one task."""
+        found = {}
+        for name, split in self.splits.items():
+            loss, value = self.judge_alone(params, task, split)
+            found |= {f"{name}_loss": loss, f"{name}_metric": value}
+        return found | {"val_score": found["val_metric"]}
+
+
+def auc(scores: Array, positive: Array, known: Array) -> Array:
+    """Area under the ROC curve: a positive above a negative, ties by halves."""
+    positive, negative = known & positive, known & ~positive
+    below = jnp.sort(jnp.where(negative, scores, jnp.inf))
+    wins = sum(jnp.searchsorted(below, scores, side=s) for s in ("left", "right")) / 2
+    pairs = jnp.maximum(positive.sum() * negative.sum(), 1)
+    return (jnp.where(positive, wins, 0.0) / pairs).sum()
+
+
+def r2(error: Array, target: Array) -> Array:
+    """1 - mean squared error over the variance of the targets."""
+    return 1 - jnp.square(error).mean() / target.var()
+
+
+def mean_known(losses: Array, known: Array) -> Array:
+    """Mean over examples whose label is there."""
+    return jnp.where(known, losses, 0).sum() / jnp.maximum(known.sum(), 1)
 
 
 def binary(logit: Array, positive: Array) -> Array:
@@ -38,172 +110,284 @@ def binary(logit: Array, positive: Array) -> Array:
     return optax.sigmoid_binary_cross_entropy(logit, positive.astype(logit.dtype))
 
 
-class Classes(NamedTuple):
-    """21 tasks: heads of one output, stacked, a row for every task."""
+class Stack(NamedTuple):
+    """A trunk and T linear heads of equal size, a row of every array for each task."""
 
     model: models.Model
-    ink_scale: float
+    tasks: int
+    example: Any  # one input, without the axis of the batch
 
-    @property
-    def modality(self) -> tuple[int, ...]:
-        """The digit that a class belongs to, or the ink."""
-        return (0,) * CLASSES + (1,) * CLASSES + (2,)
-
-    @property
-    def labels(self) -> Any:
-        """Every task owns its row."""
-        return {"trunk": "shared", "heads": "own"}
-
-    def init(self, key: Array, images: Array) -> Any:
+    def init(self, key: Array) -> Any:
         """The trunk once, a head for every task."""
-        keys = jax.random.split(key, len(self.modality) + 1)
-        rows = jax.vmap(lambda k: self.model.init(k, images).params["heads"])(keys[1:])
-        return {
-            "trunk": self.model.init(keys[0], images).params["trunk"],
-            "heads": rows,
-        }
+        x = jnp.asarray(self.example)[None]
+        keys = jax.random.split(key, self.tasks + 1)
+        rows = jax.vmap(lambda k: self.model.init(k, x).params["heads"])(keys[1:])
+        return {"trunk": self.model.init(keys[0], x).params["trunk"], "heads": rows}
 
-    def _loss(self, out: Array, task: Array, batch: Batch) -> Array:
-        digit, number = task // CLASSES, task % CLASSES
-        label = jnp.where(digit == 0, batch["left"], batch["right"])
-        error = self.ink_scale * jnp.square(out - batch["ink"])
-        found = jnp.where(task == 2 * CLASSES, error, binary(out, label == number))
-        return found.mean()
+    def one(self, params: Any, x: Array) -> Array:
+        """Outputs ``[batch, size]`` of parameters with a single row."""
+        return self.model.apply((params, {}), x, train=True)[0]["task"]
 
-    def task_loss(self, params: Any, task: Array, batch: Batch) -> Array:
-        """Of the parameters with the task's own row."""
-        outputs, _ = self.model.apply((params, {}), batch["image"], train=True)
-        return self._loss(outputs["task"][:, 0], task, batch)
-
-    def outputs(self, params: Any, images: Array) -> Array:
-        """All outputs ``[tasks, batch]`` from one pass through the trunk."""
-
-        def one(head):
-            both = {"trunk": params["trunk"], "heads": head}
-            return self.model.apply((both, {}), images, train=False)[0]["task"][:, 0]
-
-        return jax.vmap(one)(params["heads"])
-
-    def task_losses(self, params: Any, batch: Batch) -> Array:
-        """All losses."""
-        out = self.outputs(params, batch["image"])
-        return jax.vmap(lambda o, t: self._loss(o, t, batch))(
-            out, jnp.arange(len(self.modality))
-        )
-
-    def read(self, params: Any, images: Array) -> dict[str, Array]:
-        """Scores of the classes, and the ink."""
-        out = self.outputs(params, images).T
-        return {
-            "left": out[:, :CLASSES],
-            "right": out[:, CLASSES : 2 * CLASSES],
-            "ink": out[:, -1],
-        }
+    def all(self, params: Any, x: Array) -> Array:
+        """Outputs ``[tasks, batch, size]`` from one pass through the trunk."""
+        trunk = params["trunk"]
+        head = lambda row: self.one({"trunk": trunk, "heads": row}, x)
+        return jax.vmap(head)(params["heads"])
 
 
-class Modalities(NamedTuple):
-    """3 tasks: heads of different sizes, each owned by a task's number."""
+class Parts(NamedTuple):
+    """What a set defines; the rest is common to all."""
 
-    model: models.Model
-    ink_scale: float
-
-    @property
-    def modality(self) -> tuple[int, ...]:
-        """Themselves."""
-        return (0, 1, 2)
-
-    @property
-    def labels(self) -> Any:
-        """Every task owns its head."""
-        return {"trunk": "shared", "heads": {m: i for i, m in enumerate(MODALITIES)}}
-
-    def init(self, key: Array, images: Array) -> Any:
-        """Trunk and heads."""
-        return self.model.init(key, images).params
-
-    def read(self, params: Any, images: Array) -> dict[str, Array]:
-        """Logits of the classes, and the ink."""
-        outputs, _ = self.model.apply((params, {}), images, train=True)
-        return {**outputs, "ink": outputs["ink"][:, 0]}
-
-    def task_losses(self, params: Any, batch: Batch) -> Array:
-        """All losses."""
-        out = self.read(params, batch["image"])
-        losses = [
-            optax.softmax_cross_entropy_with_integer_labels(out[d], batch[d]).mean()
-            for d in DIGITS
-        ]
-        error = jnp.square(out["ink"] - batch["ink"]).mean()
-        return jnp.stack([*losses, self.ink_scale * error])
-
-    def task_loss(self, params: Any, task: Array, batch: Batch) -> Array:
-        """Heads are light: all are evaluated, one is differentiated."""
-        return indexed(self.task_losses)(params, task, batch)
+    columns: dict[str, np.ndarray]
+    init: Callable[[Array], Any]
+    task_loss: Callable[..., Array]
+    task_losses: Callable[[Any, Batch], Array]
+    judge: Callable[[Any, Batch], tuple[Array, Array]]
+    judge_alone: Callable[[Any, Array, Batch], tuple[Array, Array]]
+    labels: Any
 
 
-def build_model(config: Config) -> models.Model:
-    """The trunk with the heads that a step sees."""
-    sizes = {"left": CLASSES, "right": CLASSES, "ink": 1}
-    heads = {"task": 1} if config.tasks == "classes" else sizes
-    options: dict[str, Any] = {"hidden": config.hidden}
-    if config.model == "lenet":
-        options = {"kernels": (5, 3)}
-    return models.build(config.model, heads, **options)
+def _mean_of(count: int, members: slice) -> np.ndarray:
+    weights = np.zeros(count)
+    weights[members] = 1
+    return weights / weights.sum()
 
 
-def make_problem(config: Config) -> Problem:
-    """Loads the data and binds model, losses and metrics."""
-    dataset = data.load("multidigits", train_size=config.train_size)
-    kind = Classes if config.tasks == "classes" else Modalities
-    tasks = kind(build_model(config), config.ink_scale)
-    modality = jnp.array(tasks.modality)
+def _stacked(
+    stack: Stack, columns: dict[str, np.ndarray], loss, metric, inputs=lambda b: b["x"]
+) -> Parts:
+    """A set whose tasks read the same inputs.
 
-    def prepared(split, size):
-        arrays = {k: jnp.asarray(v[:size]) for k, v in split.items()}
-        return {**arrays, "image": data.to_float(arrays["image"], dataset.image_max)}
+    ``loss(out [batch, size], task, batch)`` and ``metric`` of the same, for one task.
+    """
+    tasks = jnp.arange(stack.tasks)
 
-    train = prepared(dataset.train, None)
-    probe = {k: v[: config.probe_size] for k, v in train.items()}
-    splits = {
-        "val": prepared(dataset.val, config.eval_size),
-        "test": prepared(dataset.test, config.eval_size),
-    }
+    def task_loss(params, task, batch):
+        return loss(stack.one(params, inputs(batch)), task, batch)
 
-    def modality_losses(params, batch):
-        losses = tasks.task_losses(params, batch)
-        return jax.ops.segment_sum(losses, modality, len(MODALITIES))
+    def over_tasks(function, params, batch):
+        out = stack.all(params, inputs(batch))
+        return jax.vmap(lambda o, t: function(o, t, batch))(out, tasks)
 
-    def evaluate(params, weights):
-        found: dict[str, Array] = {}
-        for name, split in splits.items():
-            out = tasks.read(params, split["image"])
-            for digit in DIGITS:
-                accuracy = metrics.accuracy(out[digit], split[digit])
-                found[f"{name}_{digit}_acc"] = accuracy
-            found[f"{name}_ink_r2"] = metrics.r2(out["ink"], split["ink"])
-        main = jnp.stack([found[f"val_{c}"] for c in columns()])
-        # A single-task run is chosen by its own modality, the others by the mean.
-        found["val_score"] = (weights * main).sum() / weights.sum()
-        _, gramian = mtljax.task_gramian(
-            lambda trunk: modality_losses({**params, "trunk": trunk}, probe)
-        )(params["trunk"])
-        upper = jnp.triu_indices(len(MODALITIES), k=1)
-        return found | {"cosines": metrics.cosine_matrix(gramian)[upper]}
+    def judge_alone(params, task, batch):
+        out = stack.one(params, inputs(batch))
+        return loss(out, task, batch), metric(out, task, batch)
 
-    shares = {"trunk": "shared", "heads": "own"}
-    return Problem(
-        num_tasks=len(tasks.modality),
-        modality=tasks.modality,
-        labels=tasks.labels,
-        shares=shares,
-        init_model=lambda key: tasks.init(key, train["image"][:1]),
-        train=train,
-        task_loss=tasks.task_loss,
-        task_losses=tasks.task_losses,
-        evaluate=jax.jit(jax.vmap(evaluate)),
+    return Parts(
+        columns,
+        stack.init,
+        task_loss,
+        lambda params, batch: over_tasks(loss, params, batch),
+        lambda params, batch: (
+            over_tasks(loss, params, batch),
+            over_tasks(metric, params, batch),
+        ),
+        judge_alone,
+        SHARES,
     )
 
 
-def columns() -> tuple[str, ...]:
-    """The metric of every modality; more is better."""
-    return (*(f"{digit}_acc" for digit in DIGITS), "ink_r2")
+def _model(hidden: tuple[int, ...], heads: Mapping[str, int]) -> models.Model:
+    return models.build("mlp", heads, hidden=hidden)
+
+
+def _digits(arrays: data.Arrays, hidden: tuple[int, ...]) -> Parts:
+    count = len(arrays.tasks)
+    stack = Stack(_model(hidden, {"task": 1}), count, arrays.train["x"][0])
+
+    def positive(task, batch):
+        label = jnp.where(task < 10, batch["left"], batch["right"])
+        return label == task % 10
+
+    def loss(out, task, batch):
+        error = jnp.square(out[:, 0] - batch["ink"])
+        found = binary(out[:, 0], positive(task, batch))
+        return jnp.where(task == count - 1, error, found).mean()
+
+    def metric(out, task, batch):
+        known = jnp.ones(len(out), bool)
+        area = auc(out[:, 0], positive(task, batch), known)
+        found = r2(out[:, 0] - batch["ink"], batch["ink"])
+        return jnp.where(task == count - 1, found, area)
+
+    columns = {
+        "left AUC": _mean_of(count, slice(10)),
+        "right AUC": _mean_of(count, slice(10, 20)),
+        "ink R²": _mean_of(count, slice(20, 21)),
+    }
+    return _stacked(stack, columns, loss, metric)
+
+
+def _tox21(arrays: data.Arrays, hidden: tuple[int, ...]) -> Parts:
+    count = len(arrays.tasks)
+    stack = Stack(_model(hidden, {"task": 1}), count, arrays.train["x"][0])
+
+    def loss(out, task, batch):
+        label = batch["y"][:, task]
+        return mean_known(binary(out[:, 0], label == 1), label != data.MISSING)
+
+    def metric(out, task, batch):
+        label = batch["y"][:, task]
+        return auc(out[:, 0], label == 1, label != data.MISSING)
+
+    columns = {"mean AUC": _mean_of(count, slice(count))}
+    return _stacked(stack, columns, loss, metric)
+
+
+def _camvid(arrays: data.Arrays, hidden: tuple[int, ...]) -> Parts:
+    count, pixels = len(arrays.tasks), data.PATCH**2
+    model = _model(hidden, {"task": pixels})
+    stack = Stack(model, count, arrays.train["x"][0, 0])
+    unlabelled = count - 1
+
+    def patches(batch):
+        return batch["x"].reshape(-1, batch["x"].shape[-1])
+
+    def targets(batch):
+        label = batch["label"].reshape(-1, pixels)
+        return label, label != unlabelled, batch["grey"].reshape(-1, pixels)
+
+    def loss(out, task, batch):
+        label, known, grey = targets(batch)
+        found = mean_known(binary(out, label == task), known)
+        return jnp.where(task == count - 1, jnp.square(out - grey).mean(), found)
+
+    def metric(out, task, batch):
+        label, known, grey = targets(batch)
+        hit, true = (out > 0) & known, (label == task) & known
+        iou = (hit & true).sum() / jnp.maximum((hit | true).sum(), 1)
+        return jnp.where(task == count - 1, r2(out - grey, grey), iou)
+
+    columns = {
+        "mean IoU": _mean_of(count, slice(count - 1)),
+        "brightness R²": _mean_of(count, slice(count - 1, count)),
+    }
+    return _stacked(stack, columns, loss, metric, patches)
+
+
+def _school(arrays: data.Arrays, hidden: tuple[int, ...]) -> Parts:
+    count = len(arrays.tasks)
+    stack = Stack(_model(hidden, {"task": 1}), count, arrays.train["x"][0, 0])
+
+    def task_loss(params, task, batch):
+        out = stack.one(params, batch["x"][:, task])[:, 0]
+        return jnp.square(out - batch["y"][:, task]).mean()
+
+    def task_losses(params, batch):
+        def one(row, task):
+            return task_loss({"trunk": params["trunk"], "heads": row}, task, batch)
+
+        return jax.vmap(one)(params["heads"], jnp.arange(count))
+
+    def judge_alone(params, task, batch):
+        mine = batch["pupils"][task]
+        out = stack.one(params, batch["x"][jnp.maximum(mine, 0)])[:, 0]
+        error = jnp.square(out - batch["y"][jnp.maximum(mine, 0)])
+        loss = mean_known(error, mine != data.MISSING)
+        return loss, 1 - loss / batch["y"].var()
+
+    def judge(params, batch):
+        def one(row, task):
+            return judge_alone({"trunk": params["trunk"], "heads": row}, task, batch)
+
+        return jax.vmap(one)(params["heads"], jnp.arange(count))
+
+    pupils = (arrays.test["pupils"] != data.MISSING).sum(1)
+    columns = {"explained variance": pupils / pupils.sum()}
+    return Parts(
+        columns, stack.init, task_loss, task_losses, judge, judge_alone, SHARES
+    )
+
+
+def _faces(arrays: data.Arrays, hidden: tuple[int, ...]) -> Parts:
+    pixels = int(np.prod(arrays.train["x"].shape[1:]))
+    sizes = dict(zip(data.FACE_LABELS, (13, 4, 4, 2), strict=True))
+    model = _model(hidden, {**sizes, "image": pixels})
+    example = jnp.asarray(arrays.train["x"][:1])
+
+    def outputs(params, batch):
+        return model.apply((params, {}), batch["x"], train=True)[0]
+
+    def image(batch):
+        return batch["x"].reshape(-1, pixels)
+
+    def losses_of(out, batch):
+        losses = []
+        for k in sizes:
+            label = jnp.maximum(batch[k], 0)
+            each = optax.softmax_cross_entropy_with_integer_labels(out[k], label)
+            losses.append(mean_known(each, batch[k] != data.MISSING))
+        return jnp.stack([*losses, jnp.square(out["image"] - image(batch)).mean()])
+
+    def judge(params, batch):
+        out = outputs(params, batch)
+        right = [
+            metrics.accuracy(out[k], batch[k], batch[k] != data.MISSING) for k in sizes
+        ]
+        # Of what differs between faces, not between places on a face.
+        centred = image(batch) - image(batch).mean(0)
+        share = jnp.square(out["image"] - image(batch)).mean()
+        right.append(1 - share / jnp.square(centred).mean())
+        return losses_of(out, batch), jnp.stack(right)
+
+    def judge_alone(params, task, batch):
+        losses, values = judge(params, batch)
+        return losses[task], values[task]
+
+    def task_losses(params, batch):
+        return losses_of(outputs(params, batch), batch)
+
+    count = len(arrays.tasks)
+    columns = {
+        **{f"{k} acc": _mean_of(count, slice(i, i + 1)) for i, k in enumerate(sizes)},
+        "image R²": _mean_of(count, slice(count - 1, count)),
+    }
+    heads = {name: i for i, name in enumerate(arrays.tasks)}
+    return Parts(
+        columns,
+        lambda key: model.init(key, example).params,
+        indexed(task_losses),
+        task_losses,
+        judge,
+        judge_alone,
+        {"trunk": "shared", "heads": heads},
+    )
+
+
+_MAKE = {
+    "digits": _digits,
+    "faces": _faces,
+    "camvid": _camvid,
+    "tox21": _tox21,
+    "school": _school,
+}
+
+
+def make_problem(config: Config, name: str) -> Problem:
+    """Loads a set and binds network, losses and metrics.
+
+    Raises:
+      ConfigError: If its file is not there.
+    """
+    arrays = data.load(name, config.data_dir)
+    parts = _MAKE[name](arrays, config.setting(name).hidden)
+
+    def on_device(split):
+        return {k: jnp.asarray(v) for k, v in split.items()}
+
+    return Problem(
+        name=name,
+        tasks=arrays.tasks,
+        columns=parts.columns,
+        stacked=parts.labels is SHARES,
+        labels=parts.labels,
+        init=parts.init,
+        train=on_device(arrays.train),
+        splits={"val": on_device(arrays.val), "test": on_device(arrays.test)},
+        task_loss=parts.task_loss,
+        task_losses=parts.task_losses,
+        judge=parts.judge,
+        judge_alone=parts.judge_alone,
+        # An image of camvid is 48 examples to its trunk.
+        probe_size=-(-config.probe_size // (8 if name == "camvid" else 1)),
+    )

@@ -1,4 +1,4 @@
-"""From rows to the table and the plots; no training code."""
+"""From rows to the table and the lines of results; no training code."""
 
 import json
 import pathlib
@@ -8,15 +8,22 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from experiments.alternating.config import SINGLE_TASK, Config
-from experiments.alternating.problem import MODALITIES, columns
 from experiments.alternating.train import row_of
 from mtljax import metrics, training
 from mtljax.alternating import Cost
-from mtljax.training import plots, tables
+from mtljax.training import tables
 
-BY = ("seed", "lr", "task")
+BY = ("seed", "lr", "task", "scale")
 MEASURES = ("distance", "straightness", "turning")
 Rows = Sequence[Mapping[str, Any]]
+Columns = Mapping[str, np.ndarray]
+
+
+class Measured(NamedTuple):
+    """What a program takes: of one run, one batch."""
+
+    milliseconds: float
+    megabytes: float  # arguments, results and temporary buffers
 
 
 class Report(NamedTuple):
@@ -48,20 +55,25 @@ def chosen_rows(rows: Rows, last_step: float = float("inf")) -> list[dict[str, A
     return found
 
 
-def values_of(name: str, chosen: Rows) -> dict[str, list[float]]:
-    """Test metrics over seeds; a baseline's come from the run on that modality."""
+def chosen_rate(rows: Rows) -> float:
+    """The learning rate that validation chose for a row of many tasks."""
+    return chosen_rows(rows)[0]["lr"]
 
-    def of(column, modality):
-        wanted = modality if name == SINGLE_TASK else "all"
-        return [row[f"test_{column}"] for row in chosen if row["task"] == wanted]
 
-    pairs = zip(columns(), MODALITIES, strict=True)
-    return {column: of(column, modality) for column, modality in pairs}
+def columns_of(columns: Columns, chosen: Rows) -> np.ndarray:
+    """Test metrics ``[seeds, columns]``; single-task networks are put together."""
+    if chosen[0]["task"] < 0:
+        values = np.array([row["test_metrics"] for row in chosen])
+    else:
+        seeds = list(dict.fromkeys(row["seed"] for row in chosen))
+        mine = [[r["test_metric"] for r in chosen if r["seed"] == s] for s in seeds]
+        values = np.array(mine)
+    return values @ np.array(list(columns.values())).T
 
 
 def travelled(rows: Rows) -> dict[str, list[float]]:
     """Measures of exploration at the end of the reported learning rate's runs."""
-    lr = chosen_rows(rows)[0]["lr"]
+    lr = chosen_rate(rows)
     train = [r for r in rows if r.get("kind") == "train" and r["lr"] == lr]
     last = max(row["step"] for row in train)
     return {m: [row[m] for row in train if row["step"] == last] for m in MEASURES}
@@ -69,119 +81,146 @@ def travelled(rows: Rows) -> dict[str, list[float]]:
 
 def make_report(
     rows: Mapping[str, Rows],
+    columns: Columns,
     costs: Mapping[str, Cost],
-    times: Mapping[str, float],
+    measured: Mapping[str, Measured],
     steps: int,
 ) -> Report:
     """Metrics at equal batches, and their mean at equal backward passes."""
     names = [name for name in rows if name != SINGLE_TASK]
     budget = steps * min(costs[name].backward for name in names)
-    higher = np.ones(len(columns()), bool)
-    table, baseline = {}, None
+    baseline = columns_of(columns, chosen_rows(rows[SINGLE_TASK])).mean(0)
+    table = {}
     for name, found in rows.items():
-        values = values_of(name, chosen_rows(found))
-        row: dict[str, Any] = {c.replace("_", " "): v for c, v in values.items()}
-        stacked = np.array([values[c] for c in columns()]).T
-        if name == SINGLE_TASK:
-            baseline = stacked.mean(0)
-        else:
-            row["average"] = stacked.mean(1)
-            if baseline is not None:
-                row["Δm %"] = metrics.delta_m(stacked, baseline, higher)
+        chosen = chosen_rows(found)
+        values = columns_of(columns, chosen)
+        row: dict[str, Any] = dict(zip(columns, values.T.tolist(), strict=True))
+        row["average"] = values.mean(1)
+        if name != SINGLE_TASK:
+            row["Δm %"] = metrics.delta_m(values, baseline, [True] * len(baseline))
             early = chosen_rows(found, budget / costs[name].backward)
             if early:
-                at_budget = values_of(name, early)
-                row["average, equal passes"] = np.mean(
-                    [at_budget[c] for c in columns()], axis=0
-                )
+                row["average, equal passes"] = columns_of(columns, early).mean(1)
             cost = costs[name]
             row |= {"F": cost.forward, "B": cost.backward, "states": cost.states}
-            row |= travelled(found)
-        if name in times:
-            row["step time / sum"] = times[name] / times.get("sum", times[names[0]])
+            row |= {"lr / 1e-3": 1e3 * chosen[0]["lr"], **travelled(found)}
+        if name in measured:
+            row["ms"], row["MB"] = measured[name]
         table[row_of(name).label] = row
-    directions: dict[str, Literal["min", "max", ""]] = {
-        c.replace("_", " "): "max" for c in columns()
-    }
-    directions |= {"average": "max", "Δm %": "min", "average, equal passes": "max"}
-    directions |= dict.fromkeys(("F", "B", "states"), "")
-    if times:
-        directions["step time / sum"] = ""
+    directions: dict[str, Literal["min", "max", ""]] = dict.fromkeys(columns, "max")
+    if len(columns) > 1:
+        directions["average"] = "max"
+    directions |= {"Δm %": "min", "average, equal passes": "max"}
+    directions |= dict.fromkeys(("lr / 1e-3", "F", "B", "states"), "")
+    directions |= dict.fromkeys(("ms", "MB") if measured else (), "")
     directions |= dict.fromkeys(MEASURES, "")
     digits = dict.fromkeys(directions, 3)
-    digits |= {"Δm %": 1, "F": 0, "B": 0, "states": 0, "distance": 1}
-    digits["step time / sum"] = 2
-    return Report(directions, table, digits)
+    digits |= {"Δm %": 1, "F": 0, "B": 0, "states": 0, "distance": 1, "lr / 1e-3": 1}
+    return Report(directions, table, digits | {"ms": 2, "MB": 2, "straightness": 2})
 
 
-def write_table(report: Report, config: Config, command: str) -> pathlib.Path:
-    """``table.md``: the command, the versions, the table."""
+def _versions() -> list[str]:
+    about = training.environment()
+    about = {**about.pop("versions"), **about}
+    return [
+        "| " + " | ".join(about) + " |",
+        "|" + ":--|" * len(about),
+        "| " + " | ".join(str(v) for v in about.values()) + " |",
+        "",
+    ]
+
+
+def scale_table(study: Mapping[str, Rows], columns: Columns) -> str:
+    """Last column of the table and mean of the others, for every factor and row."""
+    factors = sorted({row["scale"] for found in study.values() for row in found})
+    shown: dict[str, dict[str, Any]] = {}
+    for name, found in study.items():
+        label = row_of(name).label
+        for part, pick in (("scaled", slice(-1, None)), ("others", slice(-1))):
+            row = shown.setdefault(f"{label}: {part}", {})
+            for factor in factors:
+                at = [r for r in found if r["scale"] == factor]
+                row[f"{factor:g}"] = columns_of(columns, chosen_rows(at))[:, pick].mean(
+                    1
+                )
+    return tables.markdown_table(shown, {f"{f:g}": "" for f in factors})
+
+
+def alignment_table(study: Mapping[tuple[str, int], Rows]) -> str:
+    """Agreement of the tasks' gradients over a run, and at its end."""
+    shown = {}
+    for (name, part), found in study.items():
+        evaluated = [row for row in found if row["kind"] == "eval"]
+        seeds = list(dict.fromkeys(row["seed"] for row in evaluated))
+        row: dict[str, Any] = {}
+        for key in ("cosine", "conflicts"):
+            each = [[r[key] for r in evaluated if r["seed"] == s] for s in seeds]
+            row[f"{key}, mean of the run"] = [float(np.mean(e[1:])) for e in each]
+            row[f"{key}, end"] = [e[-1] for e in each]
+        rate = "eta" if part == 1 else f"eta / {part}, {part} x as long"
+        shown[f"{row_of(name).label}, {rate}"] = row
+    columns = list(next(iter(shown.values())))
+    return tables.markdown_table(shown, dict.fromkeys(columns, ""), digits=4)
+
+
+def write_table(
+    report: Report, name: str, config: Config, command: str, more: Mapping[str, str]
+) -> pathlib.Path:
+    """``table.md``: the command, the versions, the table, and those of studies."""
     text = tables.markdown_table(
         report.rows, report.columns, digits=report.digits, exclude=["single task"]
     )
-    about = training.environment()
-    about = {**about.pop("versions"), **about}
     lines = [
-        f"# Alternating steps, {config.tasks}, {config.seeds} seeds",
+        f"# Alternating steps, {name}, {config.seeds} seeds",
         "",
         f"`{command}`",
         "",
         text,
         "",
         "Mean ± standard deviation over seeds on the test split, at the evaluation and "
-        "the learning rate that validation chose. Δm is relative to single-task "
-        "networks, in percent, lower is better. F, B: forward and backward passes per "
-        "batch; states: optimiser states of the shared parameters. Equal passes: only "
-        "as many batches as cost what the cheapest row spends on backward passes in "
-        "its whole run. Distance, straightness (distance over path) and turning (mean "
-        "cosine of successive batches' displacements) are the trunk's, at the end of "
-        "the run.",
-        "",
-        "| " + " | ".join(about) + " |",
-        "|" + ":--|" * len(about),
-        "| " + " | ".join(str(v) for v in about.values()) + " |",
+        'the learning rate that validation chose (the rate a row of "lr x T" '
+        "multiplies is shown before it does). Δm is relative to single-task networks, "
+        "in percent, lower is better. F, B: forward and backward passes per batch; "
+        "states: optimiser states of the shared parameters. Equal passes: only as many "
+        "batches as cost what the cheapest row spends on backward passes in its whole "
+        "run. Distance, straightness (distance over path) and turning (mean cosine of "
+        "successive batches' displacements) are the trunk's, at the end of the run.",
         "",
     ]
-    path = config.out / "table.md"
-    path.write_text("\n".join(lines), encoding="utf-8")
+    for title, table in more.items():
+        lines += [title, "", table, ""]
+    path = config.out / name / "table.md"
+    path.write_text("\n".join([*lines, *_versions()]), encoding="utf-8")
     return path
 
 
 def write_rows(
-    rows: Mapping[str, Rows], times: Mapping[str, float], config: Config
+    rows: Mapping[str, Rows],
+    studies: Mapping[str, Mapping[str, Rows]],
+    measured: Mapping[str, Measured],
+    name: str,
+    config: Config,
 ) -> pathlib.Path:
-    """``results.jsonl``: a line per row and run, with the whole configuration."""
-    path = config.out / "results.jsonl"
+    """``results.jsonl``: the configuration, then a line per row and reported run."""
+    about = {"config": training.to_json(config), **training.environment()}
+    for path in ("data_dir", "out"):  # of a machine
+        about["config"].pop(path)
+    lines: list[Any] = [{"kind": "about", "set": name, **about}]
+    for row_name, found in rows.items():
+        taken = measured.get(row_name)
+        for row in chosen_rows(found):
+            timing = taken._asdict() if taken else {}
+            lines.append({"row": row_name, **row, **timing})
+    for study, by_row in studies.items():
+        for row_name, found in by_row.items():
+            for scale in dict.fromkeys(row["scale"] for row in found):
+                at = [row for row in found if row["scale"] == scale]
+                lines += [
+                    {"study": study, "row": row_name, **row} for row in chosen_rows(at)
+                ]
+    path = config.out / name / "results.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
-        for name, found in rows.items():
-            for row in chosen_rows(found):
-                line = {"row": name, **row, "step_ms": times.get(name)}
-                about = {"config": training.to_json(config), **training.environment()}
-                file.write(json.dumps(training.to_json(line | about)) + "\n")
+        for line in lines:
+            file.write(json.dumps(training.to_json(line)) + "\n")
     return path
-
-
-def write_plots(
-    rows: Mapping[str, Rows], report: Report, config: Config
-) -> list[pathlib.Path]:
-    """Cosines over the run, and the trade-off between a digit and the ink."""
-    shown = {}
-    for name, found in rows.items():
-        if name != SINGLE_TASK:
-            lr = chosen_rows(found)[0]["lr"]
-            shown[row_of(name).label] = [r for r in found if r.get("lr") == lr]
-    pairs = [
-        f"{a} · {b}" for i, a in enumerate(MODALITIES) for b in MODALITIES[i + 1 :]
-    ]
-    cosines = {k: plots.curve(v, "cosines", "eval") for k, v in shown.items()}
-    x, y = "left acc", "ink r2"
-    figures = {
-        "cosines": plots.cosine_over_time(cosines, pairs),
-        "tradeoff": plots.tradeoff_scatter(
-            {k: (report.rows[k][x], report.rows[k][y]) for k in shown},
-            xlabel=f"{x}, test",
-            ylabel=f"{y}, test",
-            methods=list(shown),
-        ),
-    }
-    return [plots.save(f, config.out / f"{name}.png") for name, f in figures.items()]

@@ -1,40 +1,52 @@
-"""Step times of all rows, measured in turn so that drift hits all alike."""
+"""Time and memory of one batch of one run, rows taking turns so that drift hits all."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
-from experiments.alternating.config import Config
 from experiments.alternating.problem import Problem
-from experiments.alternating.train import Program, initial_state
-from mtljax import training
+from experiments.alternating.report import Measured
+from experiments.alternating.train import Run, initial_state, make_program
 
 
-def step_times(
-    config: Config, problem: Problem, programs: Mapping[str, Program], rounds: int = 3
-) -> dict[str, float]:
-    """Median milliseconds of one step of all runs together, for each row."""
-    runs = {}
-    for name, program in programs.items():
-        state, order = initial_state(config, problem, name, program)
-        one = jax.tree.map(lambda x: x[0], state)
-        batch = jax.tree.map(lambda a: a[: config.batch_size], problem.train)
-        run = training.make_runner(
-            program.step, one, batch, batch_size=config.batch_size, seeds=True
-        )
-        runs[name] = (run, state, order)
+def _megabytes(program: Any) -> float:
+    found = program.memory_analysis()
+    if found is None:  # a backend that does not tell
+        return float("nan")
+    total = found.temp_size_in_bytes + found.argument_size_in_bytes
+    return (total + found.output_size_in_bytes - found.alias_size_in_bytes) / 2**20
 
-    def once(name: str) -> float:
-        run, state, order = runs[name]
-        start = time.perf_counter()
-        state, metrics = run(state, problem.train, order, 0, config.time_steps)
-        jax.block_until_ready((state, metrics))
-        runs[name] = (run, state, order)  # the old buffers were donated
-        return 1e3 * (time.perf_counter() - start) / config.time_steps
 
-    for name in programs:
-        once(name)  # compiles, unless training did
-    times = [[once(name) for name in programs] for _ in range(rounds)]
-    return dict(zip(programs, np.median(times, axis=0).tolist(), strict=True))
+def measure(
+    problem: Problem,
+    names: Sequence[str],
+    batch_size: int,
+    rounds: int,
+    steps: int = 20,
+) -> dict[str, Measured]:
+    """Median milliseconds over rounds, and the program's memory."""
+    batch = {k: v[:batch_size] for k, v in problem.train.items()}
+    programs, states = {}, {}
+    for name in names:
+        row = make_program(problem, name)
+        state, _ = initial_state(problem, row, [Run(0, 1e-4)])
+        state = jax.tree.map(lambda x: x[0].copy(), state)
+        step = jax.jit(row.step, donate_argnums=0)
+        programs[name] = step.lower(state, batch).compile()
+        states[name] = programs[name](state, batch)[0]
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(rounds):
+        for name, program in programs.items():
+            state = jax.block_until_ready(states[name])
+            start = time.perf_counter()
+            for _ in range(steps):
+                state, _ = program(state, batch)
+            states[name] = jax.block_until_ready(state)
+            times[name].append(1e3 * (time.perf_counter() - start) / steps)
+    return {
+        name: Measured(float(np.median(found)), _megabytes(programs[name]))
+        for name, found in times.items()
+    }

@@ -1,16 +1,19 @@
 """One batch of a row of the table, and its run with all seeds and learning rates."""
 
-from collections.abc import Callable
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 import mtljax
 from experiments.alternating.config import ROWS, SINGLE_TASK, Config, Row
-from experiments.alternating.problem import MODALITIES, Batch, Problem
+from experiments.alternating.problem import SHARES, Batch, Problem
 from mtljax import training
 from mtljax.alternating import Cost, alternate
 
@@ -25,13 +28,14 @@ class Exploration(NamedTuple):
 
 
 class State(NamedTuple):
-    """Everything that changes in a run."""
+    """Everything that changes in a run, and what tells it apart."""
 
     params: Any
-    optimizer: Any  # of alternate, or (balancer, Adam)
+    optimizer: Any  # of alternate, (balancer, Adam), or Adam for a single task
     exploration: Exploration
     lr: Float[Array, ""]
-    mask: Bool[Array, " tasks"]  # tasks of the modality that a baseline trains
+    scale: Float[Array, ""]  # of the last task's loss
+    task: Int[Array, ""]  # of a single-task network
     step: Int[Array, ""]
 
 
@@ -44,21 +48,21 @@ class Program(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One entry of the vmapped axis: a seed at a learning rate (on one modality)."""
+    """One entry of the vmapped axis."""
 
     seed: int
     lr: float
-    modality: int | None
+    task: int = -1  # of a single-task network
+    scale: float = 1.0
 
     def label(self) -> dict[str, Any]:
         """What tells this run apart in the rows."""
-        task = "all" if self.modality is None else MODALITIES[self.modality]
-        return {"seed": self.seed, "lr": self.lr, "task": task}
+        return self._asdict()
 
 
 def row_of(name: str) -> Row:
-    """The row of a name; single-task networks train on the sum of their tasks."""
-    return Row("single task", (("groups", 1),)) if name == SINGLE_TASK else ROWS[name]
+    """The row of a name."""
+    return Row("single task") if name == SINGLE_TASK else ROWS[name]
 
 
 def _dot(tree: Any, other: Any) -> Array:
@@ -88,160 +92,275 @@ def measures(state: State) -> dict[str, Array]:
     }
 
 
-def make_program(problem: Problem, name: str) -> Program:
-    """Initial state and step of a row."""
-    row, num_tasks = row_of(name), problem.num_tasks
-    factor = num_tasks if row.rate == "T" else 1
-    single = name == SINGLE_TASK
+class _Mover:
+    """A row's optimiser, its first state and its move."""
 
-    def optimizer_of(lr):
-        make = optax.adam if row.optimizer == "adam" else optax.sgd
-        return make(factor * lr)
+    def __init__(self, problem: Problem, name: str):
+        self.problem, self.row = problem, row_of(name)
+        self.single = name == SINGLE_TASK
+        # The key of a run lives in its state; this one is never drawn from.
+        self.unused = jax.random.key(0)
 
-    def alternating_of(lr, key):
-        options = dict(row.options)
+    def optimizer(self, lr: Array) -> optax.GradientTransformation:
+        make = optax.adam if self.row.optimizer == "adam" else optax.sgd
+        return make((self.problem.num_tasks if self.row.rate == "T" else 1) * lr)
+
+    def alternating(self, lr: Array, key: Array):
         return alternate(
-            optimizer_of(lr), num_tasks, key=key, labels=problem.labels, **options
+            self.optimizer(lr),
+            self.problem.num_tasks,
+            key=key,
+            labels=self.problem.labels,
+            **dict(self.row.options),
         )
 
-    def balancer_of(key):
-        assert row.balancer is not None
-        return mtljax.get_method(row.balancer).build(num_tasks, key=key)
+    def balancer(self, key: Array) -> mtljax.Balancer:
+        assert self.row.balancer is not None
+        method = mtljax.get_method(self.row.balancer)
+        return method.build(self.problem.num_tasks, key=key)
 
-    def init(params, key, lr, mask):
-        if row.balancer is None:
-            optimizer: Any = alternating_of(lr, key).init(params)
+    def init(self, params: Any, key: Array, lr: Array) -> Any:
+        if self.single:
+            return self.optimizer(lr).init(params)
+        if self.row.balancer is None:
+            return self.alternating(lr, key).init(params)
+        shared = mtljax.shared_params(params, SHARES)
+        return self.balancer(key).init(shared), self.optimizer(lr).init(params)
+
+    def factor(self, state: State, task: Any) -> Array:
+        last = task == self.problem.num_tasks - 1
+        return jnp.where(last, state.scale, 1.0)
+
+    def __call__(self, state: State, batch: Batch) -> tuple[Array, Any, Any]:
+        """``(losses, params, optimizer)``; losses without their factor."""
+        if self.single:
+            return self._alone(state, batch)
+        everyone = jnp.arange(self.problem.num_tasks)
+        if self.row.balancer is None:
+            losses, params, optimizer = self._in_turn(state, batch)
         else:
-            shared = mtljax.shared_params(params, problem.shares)
-            optimizer = balancer_of(key).init(shared), optimizer_of(lr).init(params)
-        trunk = params["trunk"]
-        zeros = jax.tree.map(jnp.zeros_like, trunk)
-        trip = Exploration(trunk, zeros, jnp.zeros(()), jnp.zeros(()))
-        return State(params, optimizer, trip, lr, mask, jnp.int32(0))
+            losses, params, optimizer = self._jointly(state, batch)
+        return losses / self.factor(state, everyone), params, optimizer
 
-    # The key of a run lives in its state; this one is never drawn from.
-    unused = jax.random.key(0)
+    def _alone(self, state: State, batch: Batch):
+        def loss(params):
+            return self.problem.task_loss(params, state.task, batch)
 
-    def alternating_step(state: State, batch: Batch):
-        alternating = alternating_of(state.lr, unused)
-        mask = state.mask if single else None
-        return alternating.step(
-            problem.task_loss, state.params, state.optimizer, batch, mask=mask
+        value, grad = jax.value_and_grad(loss)(state.params)
+        updates, optimizer = self.optimizer(state.lr).update(
+            grad, state.optimizer, state.params
         )
+        params: Any = optax.apply_updates(state.params, updates)
+        return value[None], params, optimizer
 
-    def joint_step(state: State, batch: Batch):
+    def _in_turn(self, state: State, batch: Batch):
+        def loss(params, task, batch):
+            return self.factor(state, task) * self.problem.task_loss(
+                params, task, batch
+            )
+
+        steps = self.alternating(state.lr, self.unused)
+        return steps.step(loss, state.params, state.optimizer, batch)
+
+    def _jointly(self, state: State, batch: Batch):
+        def losses_of(params, batch):
+            losses = self.problem.task_losses(params, batch)
+            return self.factor(state, jnp.arange(len(losses))) * losses
+
         balancer_state, opt_state = state.optimizer
         gradient = mtljax.value_and_balanced_grad(
-            problem.task_losses, balancer_of(unused), labels=problem.shares
+            losses_of, self.balancer(self.unused), labels=SHARES
         )
         losses, grad, balancer_state = gradient(state.params, balancer_state, batch)
-        updates, opt_state = optimizer_of(state.lr).update(
+        updates, opt_state = self.optimizer(state.lr).update(
             grad, opt_state, state.params
         )
         params: Any = optax.apply_updates(state.params, updates)
         return losses, params, (balancer_state, opt_state)
 
-    move = alternating_step if row.balancer is None else joint_step
+
+def make_program(problem: Problem, name: str) -> Program:
+    """Initial state and step of a row."""
+    move = _Mover(problem, name)
+
+    def init(params, key, lr, task=-1, scale=1.0):
+        task = jnp.int32(task)
+        if name == SINGLE_TASK:
+            params = problem.alone(params, task)
+        trunk = params["trunk"]
+        zeros = jax.tree.map(jnp.zeros_like, trunk)
+        trip = Exploration(trunk, zeros, jnp.zeros(()), jnp.zeros(()))
+        lr, scale = jnp.float32(lr), jnp.float32(scale)
+        optimizer = move.init(params, key, lr)
+        return State(params, optimizer, trip, lr, scale, task, jnp.int32(0))
 
     def step(state: State, batch: Batch):
         losses, params, optimizer = move(state, batch)
         trip = travel(state.exploration, state.params["trunk"], params["trunk"])
-        state = State(params, optimizer, trip, state.lr, state.mask, state.step + 1)
-        return state, {"losses": losses} | measures(state)
+        state = state._replace(
+            params=params, optimizer=optimizer, exploration=trip, step=state.step + 1
+        )
+        seen = {"losses": losses}
+        return state, seen if name == SINGLE_TASK else seen | measures(state)
 
-    return Program(init, step, cost_of(row, num_tasks))
+    return Program(init, step, cost_of(name, problem.num_tasks))
 
 
-def cost_of(row: Row, num_tasks: int) -> Cost:
+def cost_of(name: str, num_tasks: int) -> Cost:
     """Passes per batch."""
+    row = row_of(name)
+    if name == SINGLE_TASK:
+        return Cost(1, 1, 1)
     if row.balancer is None:
         key = jax.random.key(0)
         return alternate(optax.sgd(0.0), num_tasks, key=key, **dict(row.options)).cost
-    needs = (
-        mtljax.get_method(row.balancer).build(num_tasks, key=jax.random.key(0)).needs
-    )
+    method = mtljax.get_method(row.balancer)
+    needs = method.build(num_tasks, key=jax.random.key(0)).needs
     return Cost(1, 1 if needs == "losses" else num_tasks, 1)
 
 
-def runs_of(config: Config, name: str) -> list[Run]:
-    """The vmapped axis: seeds x learning rates, and modalities for the baselines."""
-    parts = range(len(MODALITIES)) if name == SINGLE_TASK else (None,)
+def inner_steps(name: str, num_tasks: int) -> int:
+    """Steps of length eta in a batch, as a joint step with a rate T eta has."""
+    row = row_of(name)
+    if row.rate == "T":
+        return num_tasks
+    options = dict(row.options)
+    if row.balancer is not None or options.get("schedule") == "per_batch":
+        return 1
+    # Side by side, displacements of the tasks' own optimisers add up.
+    if options.get("state") == "per_task":
+        return num_tasks
+    return options.get("groups", num_tasks)
+
+
+def runs_of(config: Config, problem: Problem, name: str) -> list[Run]:
+    """The vmapped axis: seeds x learning rates, and tasks for the baseline."""
+    setting = config.setting(problem.name)
+    lrs = setting.lrs if row_of(name).optimizer == "adam" else setting.sgd_lrs
     seeds = range(config.first_seed, config.first_seed + config.seeds)
-    lrs = config.lrs if row_of(name).optimizer == "adam" else config.sgd_lrs
-    return [Run(seed, lr, part) for part in parts for lr in lrs for seed in seeds]
+    tasks = range(problem.num_tasks) if name == SINGLE_TASK else (-1,)
+    return [Run(seed, lr, task) for task in tasks for lr in lrs for seed in seeds]
 
 
-def initial_state(config: Config, problem: Problem, name: str, program: Program):
+@functools.lru_cache(maxsize=4)
+def _first_models(problem: Problem) -> Callable[[Array], Any]:
+    """Compiled once for all rows: random numbers take XLA long."""
+    return jax.jit(jax.vmap(problem.init))
+
+
+def initial_state(problem: Problem, program: Program, runs: Sequence[Run]):
     """The stacked states of all runs of a row, and their keys of data order."""
-    runs = runs_of(config, name)
     keys = jnp.stack([jax.random.key(run.seed) for run in runs])
     init_keys, order_keys = training.split_run_key(keys)
     model_keys, own_keys = jax.vmap(jax.random.split, out_axes=1)(init_keys)
-    masks = jnp.array(
-        [[run.modality in (None, m) for m in problem.modality] for run in runs]
-    )
-    lrs = jnp.array([run.lr for run in runs])
-
-    def start(model_key, own_key, lr, mask):
-        return program.init(problem.init_model(model_key), own_key, lr, mask)
-
-    return jax.jit(jax.vmap(start))(model_keys, own_keys, lrs, masks), order_keys
+    params = _first_models(problem)(model_keys)
+    columns = [
+        jnp.array([getattr(r, f) for r in runs]) for f in ("lr", "task", "scale")
+    ]
+    start = jax.jit(jax.vmap(program.init))
+    return start(params, own_keys, *columns), order_keys
 
 
-def make_evaluate(config: Config, problem: Problem, name: str):
-    """``evaluate(states) -> metrics``; a baseline is judged by its own modality."""
-    runs = runs_of(config, name)
-    weights = jnp.array(
-        [[float(r.modality in (None, i)) for i in range(3)] for r in runs]
-    )
-    return lambda states: problem.evaluate(states.params, weights)
+class Evaluator:
+    """Evaluates stacked states; compiled once for all rows with as many runs."""
+
+    def __init__(self, problem: Problem):
+        self._all = jax.jit(jax.vmap(problem.evaluate))
+        self._alone = jax.jit(jax.vmap(problem.evaluate_alone))
+
+    def of(self, name: str) -> Callable[[State], dict[str, Array]]:
+        """That of a row."""
+        if name == SINGLE_TASK:
+            return lambda states: self._alone(states.params, states.task)
+        return lambda states: self._all(states.params)
 
 
-def make_train(
-    config: Config, problem: Problem, name: str
-) -> Callable[..., tuple[State, dict[str, Array]]]:
-    """A pure ``train(key, lr) -> (state, metrics)``; jit it, vmap it over both."""
+class Interrupted(Exception):
+    """The run was told to stop; ``--resume`` goes on."""
+
+
+def _folder(config: Config, problem: Problem, name: str, study: str) -> pathlib.Path:
+    last = "-".join([name.replace(":", "-"), *([study] if study else [])])
+    return config.out / problem.name / "runs" / last
+
+
+def _finished(path: pathlib.Path, steps: int) -> list[dict[str, Any]]:
+    """Rows of a finished run; none of one that is not."""
+    if not (path / "metrics.jsonl").is_file():
+        return []
+    _, rows = training.read_jsonl(path)
+    done = any(row["kind"] == "eval" and row["step"] == steps for row in rows)
+    return rows if done else []
+
+
+def run_row(
+    config: Config,
+    problem: Problem,
+    name: str,
+    evaluator: Evaluator,
+    *,
+    runs: Sequence[Run] | None = None,
+    study: str = "",
+    longer: int = 1,
+) -> list[dict[str, Any]]:
+    """Trains all runs of a row; rows and checkpoints go below ``config.out``.
+
+    Returns:
+      The rows of the whole run. With ``config.report_only`` what an earlier call wrote,
+      or none if it did not come to its end.
+
+    Raises:
+      Interrupted: If it was told to stop.
+    """
+    setting = config.setting(problem.name)
+    folder = _folder(config, problem, name, study)
+    if config.report_only:
+        return _finished(folder, setting.steps * longer)
     program = make_program(problem, name)
-    everything = jnp.ones(problem.num_tasks, bool)
+    runs = runs_of(config, problem, name) if runs is None else runs
+    state, order_keys = initial_state(problem, program, runs)
+    about = dataclasses.replace(setting, rows=(), scales=(), alignment=False)
+    result = training.fit(
+        state,
+        program.step,
+        problem.train,
+        num_steps=setting.steps * longer,
+        batch_size=setting.batch_size,
+        order_key=order_keys,
+        seeds=[run.label() for run in runs],
+        eval_fn=evaluator.of(name),
+        eval_every=setting.eval_every * longer,
+        eval_at_start=bool(study),
+        log_every=config.log_every * longer,
+        run_dir=folder,
+        resume="auto" if config.resume else False,
+        overwrite=config.overwrite,
+        config={
+            "set": problem.name,
+            "row": name,
+            "setting": training.to_json(about),
+            "probe_size": config.probe_size,
+        },
+        loop_on="device",
+        title=f"{problem.name} {name} {study}".strip(),
+    )
+    if result.interrupted:
+        raise Interrupted
+    return result.rows
 
-    def train(key, lr=config.lrs[0]):
+
+def make_train(config: Config, problem: Problem, name: str):
+    """A pure ``train(key, lr) -> (state, metrics)``; jit it, vmap it over both."""
+    program, setting = make_program(problem, name), config.setting(problem.name)
+
+    def train(key, lr=setting.lrs[0]):
         def init(key):
             model_key, own_key = jax.random.split(key)
-            rate = jnp.asarray(lr, jnp.float32)
-            params = problem.init_model(model_key)
-            return program.init(params, own_key, rate, everything)
+            return program.init(problem.init(model_key), own_key, lr)
 
         run = training.make_train(
-            init, program.step, num_steps=config.steps, batch_size=config.batch_size
+            init, program.step, num_steps=setting.steps, batch_size=setting.batch_size
         )
         return run(key, problem.train)
 
     return train
-
-
-def run_row(
-    config: Config, problem: Problem, name: str, program: Program
-) -> training.FitResult:
-    """Trains all runs of a row; rows and checkpoints go below ``config.out``."""
-    state, order_keys = initial_state(config, problem, name, program)
-    return training.fit(
-        state,
-        program.step,
-        problem.train,
-        num_steps=config.steps,
-        batch_size=config.batch_size,
-        order_key=order_keys,
-        seeds=[run.label() for run in runs_of(config, name)],
-        eval_fn=make_evaluate(config, problem, name),
-        eval_every=config.eval_every,
-        select="val_score",
-        select_mode="max",
-        log_every=config.log_every,
-        run_dir=config.out / "runs" / name.replace(":", "-"),
-        resume="auto" if config.resume else False,
-        overwrite=config.overwrite,
-        config=config,
-        may_differ=("rows", "steps", "time_steps", "plots", "quick_compile"),
-        tensorboard=config.tensorboard,
-        title=name,
-    )

@@ -1,16 +1,12 @@
 """``python -m experiments.forkmerge [smoke|cpu|paper] --data-dir DIR``."""
 
 import functools
-import os
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import tyro
-
 from experiments.forkmerge.config import LABELS, PRESETS, Config, check
+from mtljax.training.cli import run_cli
 
 
 def main(config: Config, command: str) -> None:
@@ -116,38 +112,14 @@ def train_all(config: Config, say: Callable[[str], None]) -> list[dict[str, Any]
 
 def cli() -> None:
     """Reads the command line; errors are one sentence, unless MTLJAX_TRACEBACK=1."""
-    arguments = sys.argv[1:]
-    help_wanted = bool({"-h", "--help"} & set(arguments[:1]))
-    if not help_wanted and (not arguments or arguments[0].startswith("-")):
-        arguments = ["cpu", *arguments]
-    config = tyro.extras.overridable_config_cli(
+    run_cli(
+        main,
         PRESETS,
-        args=arguments,
         prog="python -m experiments.forkmerge",
         description="ForkMerge and other ways to learn from auxiliary tasks, on digits "
         "of five domains. Without a preset, `cpu` runs.",
+        default="cpu",
     )
-    if config.quick_compile:
-        jax.config.update("jax_disable_most_optimizations", True)
-    command = " ".join(["python -m experiments.forkmerge", *hidden_paths(arguments)])
-    try:
-        main(config, command)
-    except (ValueError, OSError, RuntimeError) as error:
-        if os.environ.get("MTLJAX_TRACEBACK"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-
-
-def hidden_paths(arguments: list[str]) -> list[str]:
-    """The command without the folder that holds the data on this machine."""
-    shown = list(arguments)
-    for i, argument in enumerate(shown):
-        if argument == "--data-dir" and i + 1 < len(shown):
-            shown[i + 1] = "DIR"
-        elif argument.startswith("--data-dir="):
-            shown[i] = "--data-dir=DIR"
-    return shown
 
 
 if __name__ == "__main__":

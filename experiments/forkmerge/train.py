@@ -338,6 +338,8 @@ class Run:
                 state, keep=self.job.keep, target=self.job.targets
             )
             kept = positions(before.branch_weights, self.driver.branch_weights)
+            # No checkpoint may have been due yet.
+            self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "branches.json").write_text(json.dumps(kept))
         run(state, config.steps)
 

@@ -175,8 +175,25 @@ def narrow(new: Any, old: Any, key: PRNGKeyArray | None) -> Any:
     return jax.tree.unflatten(treedef, [leaf(i, *p) for i, p in enumerate(pairs)])
 
 
+def after(index: Int[Array, ""], done: Any) -> Int[Array, ""]:
+    """The index, which XLA cannot tell before all of ``done`` is there.
+
+    Where a state is written in place, what is computed from its old value must be
+    there. XLA would rather copy the whole stack than see to that order, and drops
+    ``jax.lax.optimization_barrier`` before it decides; it does not see that the number
+    added here is zero.
+    """
+    for leaf in jax.tree.leaves(done):
+        if leaf.size:
+            first = leaf[(0,) * leaf.ndim].real.astype(jnp.float32)
+            bits = jax.lax.bitcast_convert_type(first, jnp.int32)
+            zero = jnp.minimum(bits, 0) ^ jnp.maximum(bits, 0) ^ bits
+            index = index + zero.astype(index.dtype)
+    return index
+
+
 def write(states: Any, index: Array, new: Any) -> Any:
-    """The stacked states with one replaced."""
+    """The stacked states with one replaced; in place if ``index`` is :func:`after`."""
 
     def leaf(x, n):
         if x.shape[0] == 1:

@@ -72,9 +72,9 @@ class Carry(NamedTuple):
 class Run(NamedTuple):
     """What all inner steps of a batch have in common.
 
-    What an inner step changes in one place of a stack (the state in a slot, the row of
-    a head) no other step of the batch reads: it is read from ``before`` and written to
-    the carry, which XLA then updates in place; else it copies the stack at every step.
+    What an inner step changes in one place of a stack (the row of a head) no other step
+    of the batch reads: it is read from ``before`` and written to the carry, which XLA
+    then updates in place; else it copies the stack at every step.
     """
 
     rule: Rule
@@ -140,8 +140,7 @@ def _together(run: Run, group: Group, view: Any, carry: Carry, at: Any) -> Outco
         losses, stats, grad, new = _balanced(rule, group, view, held)
         balancer = states.write(balancer, slot, new)
     index = group.tasks[0] if rule.state == "per_task" else slot
-    # A single state passes from step to step.
-    held = states.read(carry.shared if rule.slots == 1 else run.before.shared, index)
+    held = states.read(carry.shared, index)
     grad = _clip(rule, grad)
     shared = parts.shared(carry.params)
     updates, new = states.step(
@@ -154,12 +153,14 @@ def _together(run: Run, group: Group, view: Any, carry: Carry, at: Any) -> Outco
     )
     new = states.narrow(new, held, run.draw(ROUNDING, number))
     keep = None if run.mask is None else group.present.any()
+    moved = _where(keep, optax.apply_updates(shared, updates), shared)
+    place = states.after(index, moved)
     return Outcome(
         losses,
         stats,
         grad,
-        _where(keep, optax.apply_updates(shared, updates), shared),
-        states.write(carry.shared, index, _where(keep, new, held)),
+        moved,
+        states.write(carry.shared, place, _where(keep, new, held)),
         balancer,
     )
 
@@ -200,7 +201,7 @@ def _side_by_side(run: Run, group: Group, view: Any, carry: Carry, at: Any) -> O
         grad = _clip(rule, grad)
         task, here = group.tasks[member], group.present[member]
         keep = None if group.full else here
-        held = states.read(run.before.shared, task)
+        held = states.read(slots, task)
         updates, new = states.step(
             rule.optimizer,
             parts.shared(grad),
@@ -211,9 +212,9 @@ def _side_by_side(run: Run, group: Group, view: Any, carry: Carry, at: Any) -> O
         )
         folded = None if key is None else jax.random.fold_in(key, member)
         new = _where(keep, states.narrow(new, held, folded), held)
-        slots = states.write(slots, task, new)
         zeros = jax.tree.map(jnp.zeros_like, moved)
         moved = _add(moved, _where(keep, updates, zeros))
+        slots = states.write(slots, states.after(task, moved), new)
         return (moved, slots, _add(own, parts.own(grad))), None
 
     zeros = jax.tree.map(jnp.zeros_like, (shared, parts.own(view)))

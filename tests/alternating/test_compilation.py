@@ -60,3 +60,29 @@ def test_compile_time_does_not_depend_on_the_number_of_tasks(options):
     finally:
         jax.config.update("jax_enable_compilation_cache", True)
     assert min(seconds[64]) < 1.5 * min(seconds[4])
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"schedule": "per_batch"}, {"groups": 2, "state": "per_task"}, {"groups": 8}],
+)
+def test_states_are_written_in_place(options):
+    """A copy of the stack at every step, or even one a batch, would show as memory."""
+    tasks, width = 16, 64
+    steps = alternate(optax.adam(1e-3), tasks, key=KEY, **options)
+    params = [jnp.ones((width, width)) / width] * 4
+    state = jax.eval_shape(steps.init, params)
+
+    def loss(params, task, batch):
+        for layer in params:
+            batch = jnp.tanh(batch @ layer)
+        return jnp.square(batch - task).mean()
+
+    step = jax.jit(lambda c, x: steps.step(loss, *c, x)[1:], donate_argnums=0)
+    program = step.lower((params, state), jnp.ones((8, width))).compile()
+    memory = program.memory_analysis()
+    if memory is None:
+        pytest.skip("this backend does not tell")
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.shared))
+    assert memory.temp_size_in_bytes < 0.75 * size

@@ -1,8 +1,10 @@
-"""The experiment: rows that mean what their names say, measures, files."""
+"""The experiment: rows that mean what their names say, data, measures, files."""
 
 import dataclasses
 import itertools
 import json
+import os
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -10,26 +12,53 @@ import numpy as np
 import pytest
 
 from experiments.alternating import __main__ as command
-from experiments.alternating import problem, report, train
+from experiments.alternating import data, figures, problem, report, train
 from experiments.alternating.config import (
+    CPU,
     PRESETS,
     ROWS,
+    SETS,
     SINGLE_TASK,
+    TASKS,
     ConfigError,
     check,
 )
 
 SMOKE = PRESETS["smoke"][1]
+TINY = {"hidden": (8,), "batch_size": 8}
+
+
+def data_dir():
+    folder = pathlib.Path(os.environ.get("MTLJAX_DATA_DIR", "nowhere"))
+    if not (folder / "cmu_faces").is_dir():
+        pytest.skip(
+            "no real data sets: set MTLJAX_DATA_DIR to the folder of cmu_faces/"
+        )
+    return folder
+
+
+def configured(name, folder=None, **changes):
+    setting = dataclasses.replace(SMOKE.setting(name), **{**TINY, **changes})
+    return dataclasses.replace(SMOKE, sets=(name,), data_dir=folder, **{name: setting})
 
 
 def test_passes_per_batch():
-    costs = {name: train.cost_of(row, 21)[:2] for name, row in ROWS.items()}
+    costs = {name: train.cost_of(name, 21)[:2] for name in ROWS if "35" not in name}
     assert costs["sum"] == costs["mean_T"] == (1, 1)
     assert costs["alternating"] == costs["sgd:alternating"] == (21, 21)
     assert costs["groups_4:slot"] == (4, 4)
     assert costs["groups_4:per_task"] == (4, 21)
     assert costs["adatask"] == costs["pcgrad"] == (1, 21)
     assert costs["alternating:per_batch"] == costs["uncertainty"] == (1, 1)
+
+
+def test_how_far_a_batch_may_go():
+    reach = {name: train.inner_steps(name, 12) for name in ROWS}
+    assert reach["mean_T"] == reach["alternating"] == reach["adatask"] == 12
+    assert reach["groups_4:per_task"] == 12
+    assert reach["groups_4:slot"] == reach["groups_4:never"] == 4
+    assert reach["sum"] == reach["mean"] == reach["pcgrad"] == 1
+    assert reach["alternating:per_batch"] == 1
 
 
 def test_measures_of_travel():
@@ -44,7 +73,8 @@ def test_measures_of_travel():
         None,
         trip,
         jnp.float32(0),
-        jnp.ones(3, bool),
+        jnp.float32(1),
+        jnp.int32(-1),
         jnp.int32(4),
     )
     found = train.measures(state)
@@ -60,50 +90,91 @@ def test_measures_of_travel():
     np.testing.assert_allclose(found["turning"], cosines.mean(), rtol=1e-4)
 
 
+def evaluated(lr, step, score, **more):
+    return {
+        "kind": "eval",
+        "seed": 0,
+        "lr": lr,
+        "task": -1,
+        "scale": 1.0,
+        "step": step,
+        "val_score": score,
+        **more,
+    }
+
+
 def test_the_step_and_the_learning_rate_are_validations():
     rows = [
-        {"kind": "eval", "seed": 0, "lr": lr, "task": "all", "step": s, "val_score": v}
+        evaluated(lr, s, v)
         for lr, s, v in [(0.1, 1, 0.5), (0.1, 9, 0.6), (0.2, 1, 0.4), (0.2, 9, 0.9)]
     ]
     (best,) = report.chosen_rows(rows)
     assert (best["lr"], best["step"]) == (0.2, 9)
+    assert report.chosen_rate(rows) == 0.2
     (early,) = report.chosen_rows(rows, last_step=5)
     assert (early["lr"], early["step"]) == (0.1, 1)
     assert report.chosen_rows(rows, last_step=0) == []
 
 
-@pytest.mark.parametrize("tasks", ["classes", "modalities"])
-def test_a_task_loss_is_its_entry_of_all(tasks):
-    config = dataclasses.replace(SMOKE, tasks=tasks, ink_scale=0.1)
-    found = problem.make_problem(config)
-    params = jax.jit(found.init_model)(jax.random.key(0))
-    batch = {k: v[:8] for k, v in found.train.items()}
-    losses = jax.jit(found.task_losses)(params, batch)
+def test_columns_of_joint_and_of_single_task_networks():
+    columns = {"a": np.array([0.5, 0.5, 0]), "b": np.array([0, 0, 1.0])}
+    joint = [evaluated(1, 1, 0, test_metrics=[0.2, 0.4, 0.9])]
+    np.testing.assert_allclose(report.columns_of(columns, joint), [[0.3, 0.9]])
+    alone = [
+        evaluated(1, 1, 0, test_metric=value) | {"task": task, "seed": seed}
+        for task, value in enumerate([0.2, 0.4, 0.9])
+        for seed in (0, 1)
+    ]
+    np.testing.assert_allclose(report.columns_of(columns, alone), [[0.3, 0.9]] * 2)
 
-    @jax.jit
-    @jax.vmap
-    def each(task):
-        heads = params["heads"]
-        if tasks == "classes":
-            heads = jax.tree.map(lambda x: x[task], heads)
-        return found.task_loss({**params, "heads": heads}, task, batch)
 
-    assert losses.shape == (found.num_tasks,)
-    np.testing.assert_allclose(each(jnp.arange(found.num_tasks)), losses, rtol=1e-5)
-    ink = found.task_losses(params, batch | {"ink": batch["ink"] + 1.0})[-1]
-    assert abs(float(ink - losses[-1])) > 1e-3
+def test_the_ends_of_the_line_of_groups():
+    names = ("sum", "alternating", "groups_2:slot", "groups_6:slot", "groups_3:shared")
+    assert figures.group_lines(dict.fromkeys(names), 12) == {
+        "slot": {1: "sum", 2: "groups_2:slot", 6: "groups_6:slot", 12: "alternating"}
+    }
+
+
+def test_area_under_the_curve_counts_pairs():
+    rng = np.random.default_rng(0)
+    scores = rng.integers(0, 6, 40).astype(np.float32)  # with ties
+    positive, known = rng.random(40) < 0.4, rng.random(40) < 0.8
+    wins = [
+        (s > r) + (s == r) / 2
+        for s in scores[known & positive]
+        for r in scores[known & ~positive]
+    ]
+    found = jax.jit(problem.auc)(scores, positive, known)
+    np.testing.assert_allclose(found, np.mean(wins), rtol=1e-5)
 
 
 @pytest.mark.usefixtures("as_users")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rows": ("adam",)}, "no row 'adam'; the rows are sgd:mean"),
-        ({"rows": ("groups_4:slot",)}, "has 4 groups, but --tasks modalities"),
-        ({"rows": ()}, "--rows is empty"),
-        ({"sgd_lrs": (0.0,)}, "--sgd-lrs must be positive"),
-        ({"ink_scale": -1.0}, "--ink-scale must be positive"),
-        ({"resume": True, "overwrite": True}, "exclude each other"),
+        ({"rows": ("adam",)}, "--digits.rows: there is no row 'adam'; the rows are"),
+        ({"rows": ("groups_35:slot",)}, "has 35 groups, but digits has 21 tasks"),
+        ({"rows": ()}, "--digits.rows is empty"),
+        ({"sgd_lrs": (0.0,)}, "--digits.sgd-lrs must be positive"),
+        ({"lrs": ()}, "--digits.lrs must be positive"),
+        ({"scales": (-1.0,)}, "--digits.scales must be positive"),
+        ({"batch_size": 0}, "--digits.batch-size must be positive, not 0"),
+        ({"alignment": True}, "--digits.alignment needs the row sgd:mean_T too"),
+    ],
+)
+def test_settings_that_cannot_run(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        check(configured("digits", **changes))
+
+
+@pytest.mark.usefixtures("as_users")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sets": ()}, "--sets is empty; choose from digits, faces"),
+        ({"sets": ("faces",)}, "faces is read from files: pass --data-dir DIR"),
+        ({"seeds": 0}, "--seeds must be positive, not 0"),
+        ({"resume": True, "overwrite": True}, "--resume and --overwrite exclude"),
     ],
 )
 def test_configurations_that_cannot_run(changes, message):
@@ -111,26 +182,151 @@ def test_configurations_that_cannot_run(changes, message):
         check(dataclasses.replace(SMOKE, **changes))
 
 
-@pytest.mark.deep
-def test_smoke(tmp_path):
-    config = dataclasses.replace(SMOKE, out=tmp_path)
-    command.main(config, "smoke")
-    lines = (tmp_path / "results.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    assert {row["row"] for row in rows} == {SINGLE_TASK, *config.rows}
-    assert all(np.isfinite(row["test_ink_r2"]) for row in rows)
-    table = (tmp_path / "table.md").read_text()
-    assert "| alternating, per task |" in table
+def test_a_folder_without_the_file():
+    config = configured("faces", pathlib.Path("nowhere"))
+    with pytest.raises(ConfigError, match=r"no file 'nowhere/cmu_faces/cmu_faces_q.np"):
+        problem.make_problem(config, "faces")
 
 
-@pytest.mark.deep
-@pytest.mark.parametrize("name", ROWS)
-def test_every_row_learns(name):
-    config = dataclasses.replace(
-        SMOKE, tasks="classes", steps=60, train_size=2000, batch_size=64
+@pytest.mark.data
+def test_faces_are_judged_where_a_question_can_be_asked():
+    folder = data_dir()
+    arrays = data.faces(folder)
+    with np.load(folder / "cmu_faces" / "cmu_faces_q.npz") as found:
+        images = found["x"].reshape(-1, 15, 2, 16, 2).astype(np.float32).mean((2, 4))
+        owner = {
+            image.tobytes(): p for image, p in zip(images, found["person"], strict=True)
+        }
+    people, seen = {}, {}
+    for name in ("train", "val", "test"):
+        split = getattr(arrays, name)
+        back = np.round(split["x"][..., 0] * 255 * 4) / 4
+        people[name] = np.array([owner[i.astype(np.float32).tobytes()] for i in back])
+        seen[name] = {i.tobytes() for i in back}
+    assert not seen["train"] & (seen["val"] | seen["test"])
+    for name in ("val", "test"):
+        split, known = getattr(arrays, name), np.unique(people["train"])
+        strange = ~np.isin(people[name], known)
+        assert (strange == (split["person"] == data.MISSING)).all()
+        for label in data.FACE_LABELS[1:]:
+            assert (strange == (split[label] != data.MISSING)).all()
+        assert 0 < strange.sum() < len(strange)
+    pairs = set(
+        zip(people["train"].tolist(), arrays.train["person"].tolist(), strict=True)
     )
-    found = problem.make_problem(config)
+    assert len(pairs) == 13  # one number a person
+
+
+@pytest.mark.data
+def test_molecules_and_pupils_are_on_one_side():
+    folder = data_dir()
+    arrays = data.tox21(folder)
+    molecules = [
+        {row.tobytes() for row in np.hstack([s["x"], s["y"]])}
+        for s in (arrays.train, arrays.val, arrays.test)
+    ]
+    assert all(len(m) > 900 for m in molecules)
+    arrays = data.school(folder)
+    rounds = arrays.train["y"]
+    assert rounds.shape[1] == 139
+    held = np.hstack([arrays.val["pupils"], arrays.test["pupils"]])
+    sizes = (held != data.MISSING).sum(1)
+    with np.load(folder / "school" / "school.npz") as found:
+        pupils = np.bincount(found["task"])
+    for task in (0, int(pupils.argmin()), int(pupils.argmax())):
+        # Once through a school before anybody comes again.
+        first = rounds[: pupils[task] - sizes[task], task]
+        assert len(first) == min(pupils[task] - sizes[task], len(rounds))
+    assert arrays.train["x"].shape == (*rounds.shape, 27)
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", SETS)
+def test_a_task_loss_is_its_entry_of_all(name):
+    folder = None if name == "digits" else data_dir()
+    found = problem.make_problem(configured(name, folder), name)
+    assert found.num_tasks == TASKS[name]
+    params = jax.jit(found.init)(jax.random.key(0))
+    batch = {k: v[:4] for k, v in found.train.items()}
+    losses = jax.jit(found.task_losses)(params, batch)
+    tasks = jnp.arange(found.num_tasks)
+
+    @jax.jit
+    @jax.vmap
+    def each(task):
+        return found.task_loss(found.alone(params, task), task, batch)
+
+    assert losses.shape == (found.num_tasks,)
+    assert len(np.unique(np.asarray(losses))) == found.num_tasks
+    np.testing.assert_allclose(each(tasks), losses, rtol=1e-5)
+    for column in found.columns.values():
+        np.testing.assert_allclose(column.sum(), 1)
+    np.testing.assert_array_equal(
+        np.sum([column > 0 for column in found.columns.values()], 0), 1
+    )
+
+
+@pytest.mark.parametrize("name", ["sum", "pcgrad"])
+def test_a_factor_scales_the_last_loss_only_and_is_not_shown(name):
+    """Of what two steps of SGD see: the head of the ink moves twice as far."""
+    found = problem.make_problem(configured("digits"), "digits")
+    program = train.make_program(found, name)
+    params = jax.jit(found.init)(jax.random.key(0))
+    batch = {k: v[:8] for k, v in found.train.items()}
+
+    @jax.jit
+    @jax.vmap
+    def once(scale):
+        state = program.init(params, jax.random.key(1), 0.0, scale=scale)
+        _, seen = program.step(state, batch)
+        return seen["losses"]
+
+    plain, scaled = once(jnp.array([1.0, 1000.0]))
+    np.testing.assert_allclose(plain, scaled, rtol=1e-5)
+    mover = train._Mover(found, name)
+    state = program.init(params, jax.random.key(1), 0.0, scale=1000.0)
+    factors = mover.factor(state, jnp.arange(21))
+    np.testing.assert_array_equal(factors, [1] * 20 + [1000])
+
+
+@pytest.mark.deep
+def test_smoke_and_resume(tmp_path):
+    config = dataclasses.replace(SMOKE, out=tmp_path, time_rounds=1, plots=True)
+    command.main(config, "smoke")
+    folder = tmp_path / "digits"
+    first = (folder / "results.jsonl").read_text()
+    rows = [json.loads(line) for line in first.splitlines()][1:]
+    assert {row["row"] for row in rows} == {SINGLE_TASK, *config.digits.rows}
+    assert all(np.isfinite(row["test_metrics"]).all() for row in rows[-4:])
+    assert "| alternating, per task |" in (folder / "table.md").read_text()
+    assert {p.stem for p in folder.glob("*.png")} == {"losses", "rates", "exploration"}
+    for row in rows:
+        for name in ("milliseconds", "megabytes"):
+            row.pop(name, None)
+    for option in ("resume", "report_only"):
+        later = dataclasses.replace(config, **{option: True}, time_rounds=0)
+        command.main(later, "smoke")
+        lines = (folder / "results.jsonl").read_text().splitlines()
+        assert [json.loads(line) for line in lines][1:] == rows
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("name", [n for n in ROWS if "35" not in n])
+def test_every_row_learns(name):
+    config = configured("digits", steps=60, batch_size=64, hidden=(16,))
+    found = problem.make_problem(config, "digits")
     _, metrics = jax.jit(train.make_train(config, found, name))(jax.random.key(0))
     losses = np.asarray(metrics["losses"]).mean(1)
     assert np.isfinite(losses).all()
     assert losses[-5:].mean() < losses[20:25].mean()
+
+
+def test_the_presets_can_run():
+    for _, config in PRESETS.values():
+        check(dataclasses.replace(config, data_dir=pathlib.Path("nowhere")))
+    for name in CPU.sets:
+        setting = CPU.setting(name)
+        # The cheapest row's passes end on an evaluation of the dearest.
+        dearest = max(train.cost_of(r, TASKS[name]).backward for r in setting.rows)
+        if dearest < setting.steps // setting.eval_every:
+            assert (setting.steps // dearest) >= setting.eval_every
