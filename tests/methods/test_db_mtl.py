@@ -145,5 +145,5 @@ def test_errors():
         with pytest.raises(ValueError, match=f"db_mtl: {message}"):
             db_mtl(2, **options)
     grads, balancer = {"w": jnp.eye(2)}, db_mtl(2)
-    with pytest.raises(ValueError, match=r"db_mtl: gradient .* has shape .*shared_params"):
+    with pytest.raises(ValueError, match=r"db_mtl: gradient .*shared_params"):
         balancer.update(grads, balancer.init({}), losses=jnp.ones(2))

@@ -132,7 +132,7 @@ def test_errors():
             moco(2, **options)
     grads, balancer = {"w": jnp.eye(2)}, moco(2)
     for wrong in ({}, grads):
-        with pytest.raises(ValueError, match=r"moco: gradient .* has shape .*shared_params"):
+        with pytest.raises(ValueError, match=r"moco: gradient .*shared_params"):
             balancer.update(grads, balancer.init(wrong))
     balancer = moco(2, compat="libmtl")
     state = balancer.init({"w": jnp.zeros(2)})

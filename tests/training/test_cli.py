@@ -28,7 +28,7 @@ def test_presets_overrides_and_the_default(monkeypatch):
     assert seen == [(3, "prog cpu"), (5, "prog cpu --seeds 5"), (1, "prog smoke")]
 
 
-@pytest.mark.parametrize("arguments, default", [(["--help"], "cpu"), ([], None)])
+@pytest.mark.parametrize(("arguments", "default"), [(["--help"], "cpu"), ([], None)])
 def test_help(monkeypatch, capsys, arguments, default):
     with pytest.raises(SystemExit) as stop:
         start(monkeypatch, pytest.fail, *arguments, default=default)
@@ -50,7 +50,7 @@ def test_an_error_is_one_sentence(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "given, shown",
+    ("given", "shown"),
     [
         (["cpu", "--data-dir=/a", "--seeds", "2"], "cpu --data-dir DIR --seeds 2"),
         (["cpu", "--data-dir", "/a"], "cpu --data-dir DIR"),

@@ -1,0 +1,1 @@
+"""Does conflict, sharpness or Fisher information explain transfer?"""

@@ -1,0 +1,257 @@
+"""From the lines of the results to numbers; no training and no drawing."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.trajectories.config import SUM, Config
+from experiments.trajectories.data import TARGET
+from mtljax import trajectory
+
+FACTORS = ("sharpness", "covariance", "fisher")
+FACTOR_NAMES = {
+    "min_loss": "minimum loss",
+    "sharpness": "sharpness",
+    "covariance": "covariance trace",
+    "fisher": "Fisher trace",
+    "score": "score",
+}
+ARRAYS = (
+    *("step", "train_loss", "train_score", "val_score", "test_score"),
+    *("sharpness", "covariance", "square_norm", "fisher"),
+    *("similarity", "null", "split", "split_low", "split_high"),
+)
+
+
+class Group(NamedTuple):
+    """All seeds of a row."""
+
+    setting: str
+    tasks: tuple[str, ...]
+    method: str
+    lr: float
+    lr_at_edge: bool
+    measured: Mapping[str, Any]
+    nonfinite: int  # entries of measurements that were NaN or infinite
+    values: dict[str, np.ndarray]  # [S, T, K]; step [S, T]
+
+    def of(self, name: str, task: str) -> np.ndarray:
+        """A quantity of one of the tasks ``[S, T]``."""
+        return self.values[name][:, :, self.tasks.index(task)]
+
+
+Groups = dict[tuple[str, tuple[str, ...], str], Group]
+
+
+def group(lines: Sequence[Mapping[str, Any]]) -> Groups:
+    """Seeds of a row together; what was not measured becomes NaN."""
+    found: dict[tuple[str, tuple[str, ...], str], list[Mapping[str, Any]]] = {}
+    for line in lines:
+        key = line["setting"], tuple(line["tasks"]), line["method"]
+        found.setdefault(key, []).append(line)
+    return {key: _group(key, mine) for key, mine in found.items()}
+
+
+def _group(key, lines) -> Group:
+    tasks = len(key[1])
+
+    def array(line, name):
+        if name == "step":
+            return np.array(line[name], float)
+        blank = [None] * tasks
+        rows = [blank if row is None else row for row in line[name]]
+        return np.array(rows, float)  # None becomes NaN
+
+    setting, names, method = key
+    first = lines[0]
+    return Group(
+        setting=setting,
+        tasks=names,
+        method=method,
+        lr=first["lr"],
+        lr_at_edge=first["lr_at_edge"],
+        measured=first["measured"],
+        nonfinite=sum(n or 0 for line in lines for n in line["nonfinite"]),
+        values={name: np.stack([array(x, name) for x in lines]) for name in ARRAYS},
+    )
+
+
+def aggregates(config: Config, found: Group, task: str) -> dict[str, np.ndarray]:
+    """One number a seed for every quantity of a task (the paper's footnote 5)."""
+    mine = lambda name: found.of(name, task)
+    sharp = max(1, math.ceil(config.last / config.sharpness_every))
+    aggregate = trajectory.aggregate
+    values = {
+        "score": aggregate(
+            mine("test_score"), "at_best", config.best, by=mine("val_score")
+        ),
+        "sharpness": aggregate(mine("sharpness"), "last", sharp),
+        "covariance": aggregate(mine("covariance"), "last", config.last),
+        "fisher": aggregate(mine("fisher"), "largest", config.largest),
+        "min_loss": np.nanmin(mine("train_loss"), 1),
+        # After the start, where every run is the same.
+        "similarity": np.nanmean(mine("similarity")[:, 1:], 1),
+        "null": np.nanmean(mine("null")[:, 1:], 1),
+    }
+    return {name: np.asarray(value) for name, value in values.items()}
+
+
+def baseline_of(groups: Groups, setting: str, task: str) -> Group | None:
+    """The single-task row of a task."""
+    return groups.get((setting, (task,), SUM))
+
+
+def compared(groups: Groups) -> list[tuple[Group, str, Group]]:
+    """Multi-task rows by the sum, each of their tasks, and its single-task row."""
+    found = []
+    for (setting, tasks, method), mine in groups.items():
+        if len(tasks) < 2 or method != SUM:
+            continue
+        for task in tasks:
+            single = baseline_of(groups, setting, task)
+            if single is not None:
+                trajectory.check_comparable(_protocol(mine), _protocol(single))
+                found.append((mine, task, single))
+    return found
+
+
+def _protocol(found: Group) -> dict[str, Any]:
+    """How it was measured; the images of other tasks are in a probe set too."""
+    return {k: v for k, v in found.measured.items() if k != "probe_set"}
+
+
+class TransferRow(NamedTuple):
+    """A line of Table 1."""
+
+    setting: str
+    task: str
+    others: tuple[str, ...]
+    single: np.ndarray  # scores over seeds
+    deltas: dict[str, trajectory.Delta]
+    gap: trajectory.GeneralizationGap
+
+
+def transfer_rows(config: Config, groups: Groups) -> list[TransferRow]:
+    """Table 1: transfer and what the factors did."""
+    rows = []
+    for multi, task, single in compared(groups):
+        a, b = (aggregates(config, g, task) for g in (multi, single))
+        deltas = {
+            name: trajectory.factor_delta(a[name], b[name])
+            for name in ("score", *FACTORS)
+        }
+        gap = trajectory.generalization_gap(
+            single.of("train_loss", task),
+            single.of("test_score", task),
+            multi.of("train_loss", task),
+            multi.of("test_score", task),
+        )
+        others = tuple(t for t in multi.tasks if t != task)
+        rows.append(TransferRow(multi.setting, task, others, b["score"], deltas, gap))
+    return rows
+
+
+def agreements(rows: Sequence[TransferRow]) -> dict[str, trajectory.SignAgreement]:
+    """How often each factor moved the way that would explain transfer."""
+
+    def stacked(name):
+        deltas = [row.deltas[name] for row in rows]
+        return trajectory.Delta(
+            *(jnp.stack([d[i] for d in deltas], -1) for i in range(3))
+        )
+
+    if not rows:
+        return {}
+    return {
+        name: trajectory.sign_agreement(stacked(name), stacked("score"), lower=True)
+        for name in FACTORS
+    }
+
+
+class OptimiserRow(NamedTuple):
+    """A point of Figure 4: a method on one task of a set, against the sum."""
+
+    setting: str
+    tasks: tuple[str, ...]
+    task: str
+    method: str
+    change: dict[str, float]  # percent
+    significant: bool  # of the change in score
+
+
+def optimiser_rows(config: Config, groups: Groups) -> list[OptimiserRow]:
+    """What other optimisers change relative to the plain sum."""
+    rows = []
+    for (setting, tasks, method), mine in groups.items():
+        base = groups.get((setting, tasks, SUM))
+        if method == SUM or base is None:
+            continue
+        for task in tasks:
+            a, b = (aggregates(config, g, task) for g in (mine, base))
+            change = {
+                name: float(trajectory.percent_change(a[name].mean(), b[name].mean()))
+                for name in FACTOR_NAMES
+            }
+            sure = trajectory.factor_delta(a["score"], b["score"]).significant
+            rows.append(OptimiserRow(setting, tasks, task, method, change, bool(sure)))
+    return rows
+
+
+class Scatter(NamedTuple):
+    """Figures 5 and 6 of one target: a point for every set it was trained in."""
+
+    setting: str
+    target: str
+    sizes: np.ndarray  # K of every point
+    sets: list[tuple[str, ...]]
+    values: dict[str, np.ndarray]  # name -> [points, seeds]
+
+
+def scatters(config: Config, groups: Groups) -> list[Scatter]:
+    """The sets of each target, by the sum."""
+    found: dict[tuple[str, str], list[Group]] = {}
+    for (setting, tasks, method), mine in groups.items():
+        if method != SUM or len(tasks) < 2:
+            continue
+        for task in tasks:
+            if setting != "fashion_mtl" or task == TARGET:
+                found.setdefault((setting, task), []).append(mine)
+    result = []
+    for (setting, task), mine in found.items():
+        if len(mine) < 2:
+            continue
+        each = [aggregates(config, g, task) for g in mine]
+        values = {name: np.stack([e[name] for e in each]) for name in each[0]}
+        sizes = np.array([len(g.tasks) for g in mine])
+        result.append(Scatter(setting, task, sizes, [g.tasks for g in mine], values))
+    return result
+
+
+def correlations(found: Scatter) -> dict[str, trajectory.RankCorrelation]:
+    """Rank correlations of similarity with everything, over the means of the sets."""
+    x = found.values["similarity"].mean(1)
+    return {
+        name: trajectory.rank_correlation(
+            x,
+            found.values[name].mean(1),
+            covariate=found.sizes,
+            groups=found.sizes,
+            key=jax.random.key(0),
+        )
+        for name in (*FACTORS, "score")
+    }
+
+
+def flattest(config: Config, groups: Groups) -> list[tuple[str, dict[str, np.ndarray]]]:
+    """FashionMTL's target in the rows of the paper's Figure 1, worst score first."""
+    rows = []
+    for (setting, tasks, method), mine in groups.items():
+        if setting == "fashion_mtl" and method == SUM and len(tasks) <= 2:
+            others = [task for task in tasks if task != TARGET]
+            name = f"+ {others[0]}" if others else "alone"
+            rows.append((name, aggregates(config, mine, TARGET)))
+    return sorted(rows, key=lambda row: float(row[1]["score"].mean()))

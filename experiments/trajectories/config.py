@@ -1,0 +1,206 @@
+"""What can be set, and the presets."""
+
+import dataclasses
+import pathlib
+from typing import Literal
+
+Setting = Literal["fashion_mtl", "cmu_faces", "cifar100", "celeba"]
+
+SUM = "linear"
+"""The uniform multi-task gradient, C = 1: the plain sum."""
+
+SETTINGS: tuple[Setting, ...] = ("fashion_mtl", "cmu_faces", "cifar100", "celeba")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message is for the user."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How a setting is trained and measured; examples are per task."""
+
+    train_size: int | None = None
+    """Training images of a task; None for all there are."""
+    val_size: int = 1000
+    """Validation images."""
+    test_size: int | None = None
+    """Test images; None for all."""
+    steps: int = 2400
+    """Updates of every run, single-task runs included."""
+    batch_size: int = 32
+    """Images of every task in an update."""
+    eval_every: int = 120
+    """Steps between checkpoints of the trajectory."""
+    lrs: tuple[float, ...] = (0.003, 0.01, 0.03)
+    """Learning rates of SGD with momentum; constant in a run, tuned for every row."""
+    rho: float = 1e-3
+    """Half-width of the sharpness box, relative to the weights."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Trains single tasks and sets of tasks, measures along the way, compares."""
+
+    settings: tuple[Setting, ...] = ("fashion_mtl", "cmu_faces")
+    """Which data; cifar100 and celeba come from tensorflow-datasets."""
+    methods: tuple[str, ...] = ("mgda", "pcgrad", "gradnorm")
+    """Multi-task optimisers compared with the plain sum, on --optimiser-sets."""
+    seeds: int = 3
+    """Runs of every row, trained together."""
+    first_seed: int = 0
+    """Seeds are first_seed, first_seed + 1, ...; learning rates use another one."""
+    data_dir: pathlib.Path | None = None
+    """Folder with fashion_mnist/, mnist/ and cmu_faces/, or tensorflow-datasets."""
+    download: bool = False
+    """Let tensorflow-datasets download what is absent."""
+
+    model: Literal["mlp", "lenet", "resnet18"] = "mlp"
+    """Shared trunk; every task has a linear head of its own."""
+    hidden: tuple[int, ...] = (32,)
+    """Widths of the MLP."""
+    fashion_mtl: Scale = Scale(train_size=1000, test_size=2000)
+    """Two halves of FashionMNIST, noisy labels, and another domain (MNIST)."""
+    cmu_faces: Scale = Scale()
+    """Attributes of faces; split by person."""
+    cifar100: Scale = Scale(train_size=2000, val_size=500, steps=9375, eval_every=125)
+    """Twenty superclasses, a task each."""
+    celeba: Scale = Scale(steps=15900, batch_size=256, eval_every=636)
+    """Forty attributes."""
+    sets: Literal["all", "largest"] = "all"
+    """All sets of tasks (random ones where tasks are many), or the largest only."""
+    random_sets: tuple[int, ...] = (1, 1, 1, 1, 1, 3, 3, 3, 9)
+    """Numbers of auxiliary tasks of the random sets, where there are many tasks."""
+    num_targets: int = 3
+    """Targets of the random sets."""
+
+    sharpness_batches: int = 2
+    """Batches of 128 probe images whose worst case is sought."""
+    sharpness_every: int = 4
+    """Checkpoints between two measurements of sharpness, by far the dearest."""
+    fisher_size: int = 256
+    """Probe images with one drawn label each."""
+    covariance_size: int = 256
+    """Probe images, in micro-batches of 16."""
+    similarity_batches: int = 20
+    """Batches of the training size (twice as many half-batches for the split form)."""
+
+    last: int = 5
+    """Checkpoints averaged at the end for sharpness and covariance; the paper: 20."""
+    largest: int = 5
+    """Largest values averaged for the Fisher trace; the paper: 20."""
+    best: int = 3
+    """Checkpoints of best validation averaged for generalisation; the paper: 10."""
+
+    out: pathlib.Path = pathlib.Path("results/trajectories")
+    """Rows, checkpoints, tables and figures go here."""
+    resume: bool = False
+    """Go on where an interrupted run stopped; what is finished is not run again."""
+    overwrite: bool = False
+    """Delete an earlier run in --out first."""
+    plots: bool = True
+    """Write the PNGs."""
+    quick_compile: bool = False
+    """Compile without optimisation: starts sooner and runs slower."""
+
+    def scale(self, setting: str) -> Scale:
+        """The scale of a setting."""
+        return getattr(self, setting)
+
+
+_TINY = Scale(
+    train_size=256, val_size=64, test_size=128, steps=12, eval_every=4, lrs=(0.03,)
+)
+
+PRESETS = {
+    "smoke": (
+        "Some fifteen seconds, mostly compilation: the faces only, a few steps.",
+        Config(
+            settings=("cmu_faces",),
+            methods=("pcgrad",),
+            sets="largest",
+            seeds=2,
+            hidden=(8,),
+            cmu_faces=dataclasses.replace(_TINY, train_size=160),
+            sharpness_batches=1,
+            fisher_size=32,
+            covariance_size=64,
+            similarity_batches=4,
+            last=2,
+            largest=2,
+            best=1,
+            quick_compile=True,
+            out=pathlib.Path("results/trajectories-smoke"),
+        ),
+    ),
+    "cpu": (
+        "Sized for a quarter of an hour on 2 idle cores: small sets, an MLP, 3 seeds.",
+        Config(),
+    ),
+    "paper": (
+        "For an accelerator: all four settings, the paper's sizes where files allow.",
+        Config(
+            settings=SETTINGS,
+            model="resnet18",
+            fashion_mtl=Scale(
+                train_size=25_000,
+                val_size=5000,
+                test_size=5000,
+                steps=23_400,
+                eval_every=390,
+                lrs=(0.001, 0.005, 0.01, 0.05, 0.1),
+            ),
+            cifar100=Scale(
+                train_size=2000,
+                val_size=500,
+                batch_size=16,
+                steps=9375,
+                eval_every=125,
+                lrs=(0.0005, 0.001, 0.005, 0.01, 0.05),
+                rho=0.01,
+            ),
+            sharpness_batches=16,
+            sharpness_every=5,
+            fisher_size=2000,
+            covariance_size=1024,
+            similarity_batches=200,
+            last=20,
+            largest=20,
+            best=10,
+            out=pathlib.Path("results/trajectories-paper"),
+        ),
+    ),
+}
+
+
+def check(config: Config) -> None:
+    """Raises on what only shows later, before anything is written.
+
+    Raises:
+      ConfigError: One sentence that names the field.
+    """
+    import mtljax
+
+    for name in config.methods:
+        try:
+            mtljax.get_method(name)
+        except ValueError as error:
+            raise ConfigError(f"--methods: {error}") from None
+    if not config.settings:
+        raise ConfigError("--settings is empty; name at least one.")
+    if config.seeds < 1:
+        raise ConfigError(f"--seeds must be positive, not {config.seeds}.")
+    for setting in config.settings:
+        scale = config.scale(setting)
+        for field in ("steps", "batch_size", "eval_every"):
+            if getattr(scale, field) < 1:
+                raise ConfigError(
+                    f"--{setting}.{field.replace('_', '-')} must be positive, "
+                    f"not {getattr(scale, field)}."
+                )
+        if not scale.lrs or min(scale.lrs) <= 0:
+            raise ConfigError(
+                f"--{setting}.lrs must be positive numbers, not {scale.lrs}."
+            )
+    if config.resume and config.overwrite:
+        raise ConfigError("--resume and --overwrite exclude each other.")

@@ -1,0 +1,302 @@
+"""The settings of the paper as arrays: images, labels, and who shares them."""
+
+import dataclasses
+import itertools
+import pathlib
+import zipfile
+
+import numpy as np
+
+from experiments.trajectories.config import Config, Scale
+from mtljax import data
+
+Split = dict[str, np.ndarray]
+
+TARGET, OTHER, NOISY, DOMAIN = "fashion", "other half", "noisy labels", "mnist"
+FACES = ("pose", "expression", "sunglasses")
+PERSONS = {"train": range(12), "val": range(12, 16), "test": range(16, 20)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Tasks with as many images each.
+
+    Images are ``[N, H, W, C]`` where all tasks see the same (``shared``), else
+    ``[N, K, H, W, C]``; labels are ``[N, K]``.
+    """
+
+    name: str
+    tasks: tuple[str, ...]
+    classes: tuple[int, ...]
+    shared: bool
+    train: Split
+    val: Split
+    test: Split
+    width: int = 10  # of every head: the most classes of a task of the setting
+    metric: str = "accuracy"  # or "f1", of the class 1
+
+    def select(self, names: tuple[str, ...]) -> "Problem":
+        """The same images with some of the tasks."""
+        at = [self.tasks.index(name) for name in names]
+
+        def of(split: Split) -> Split:
+            image = split["image"] if self.shared else split["image"][:, at]
+            return {"image": image, "label": split["label"][:, at]}
+
+        return dataclasses.replace(
+            self,
+            tasks=names,
+            classes=tuple(self.classes[i] for i in at),
+            train=of(self.train),
+            val=of(self.val),
+            test=of(self.test),
+        )
+
+
+def load(config: Config, setting: str) -> Problem:
+    """A setting by name."""
+    build = {
+        "fashion_mtl": fashion_mtl,
+        "cmu_faces": cmu_faces,
+        "cifar100": cifar100,
+        "celeba": celeba,
+    }[setting]
+    return build(config, config.scale(setting))
+
+
+def _folder(config: Config, name: str) -> pathlib.Path:
+    if config.data_dir is None:
+        raise data.MissingDataError(
+            f"The {name} files are needed: pass --data-dir DIR with DIR/{name}/."
+        )
+    return config.data_dir
+
+
+def fashion_mtl(config: Config, scale: Scale) -> Problem:
+    """FashionMNIST in two halves; the second also with wrong labels; and MNIST.
+
+    Validation and test images of the halves are the same; those of the noisy task have
+    their true labels, so that its scores are of what it could have learnt.
+    """
+    folder = _folder(config, "fashion_mnist")
+    fashion = data.read_images(folder, "fashion_mnist")
+    mnist = data.read_images(folder, "mnist")
+    order = np.random.default_rng(0).permutation(len(fashion.train_labels))
+    spare = len(order) - scale.val_size
+    size = spare // 2 if scale.train_size is None else scale.train_size
+    if size < 1 or 2 * size > spare or size + scale.val_size > len(mnist.train_labels):
+        raise data.DataError(
+            f"--fashion-mtl.train-size {size} twice and --fashion-mtl.val-size "
+            f"{scale.val_size} are more than the {len(order)} images there are."
+        )
+    val = order[: scale.val_size]
+    halves = order[scale.val_size :][:size], order[scale.val_size + size :][:size]
+    images, labels = fashion.train_images, fashion.train_labels
+    noisy = np.random.default_rng(1).permutation(labels[halves[1]])
+    digits = np.random.default_rng(2).permutation(len(mnist.train_labels))
+    digits, digits_val = digits[:size], digits[size : size + scale.val_size]
+    tests = min(len(fashion.test_labels), len(mnist.test_labels))
+    tests = tests if scale.test_size is None else min(tests, scale.test_size)
+
+    def stacked(parts) -> Split:
+        image, label = zip(*parts, strict=True)
+        return {"image": np.stack(image, 1)[..., None], "label": np.stack(label, 1)}
+
+    def evaluation(split, digit_split) -> Split:
+        return stacked([split, split, split, digit_split])
+
+    return Problem(
+        "fashion_mtl",
+        (TARGET, OTHER, NOISY, DOMAIN),
+        (10, 10, 10, 10),
+        shared=False,
+        train=stacked(
+            [
+                (images[halves[0]], labels[halves[0]]),
+                (images[halves[1]], labels[halves[1]]),
+                (images[halves[1]], noisy),
+                (mnist.train_images[digits], mnist.train_labels[digits]),
+            ]
+        ),
+        val=evaluation(
+            (images[val], labels[val]),
+            (mnist.train_images[digits_val], mnist.train_labels[digits_val]),
+        ),
+        test=evaluation(
+            (fashion.test_images[:tests], fashion.test_labels[:tests]),
+            (mnist.test_images[:tests], mnist.test_labels[:tests]),
+        ),
+    )
+
+
+def cmu_faces(config: Config, scale: Scale) -> Problem:
+    """Three attributes of the same faces; no person is in two splits.
+
+    Under a random split a test face has near copies in training with every other
+    expression. The fourth label, the person, cannot be asked of a person never seen.
+    """
+    path = _folder(config, "cmu_faces") / "cmu_faces" / "cmu_faces_q.npz"
+    if not path.is_file():
+        raise data.MissingDataError(
+            f"There is no file {str(path)!r}: pass --data-dir DIR with "
+            "DIR/cmu_faces/cmu_faces_q.npz."
+        )
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in ("x", "person", *FACES)}
+    except (zipfile.BadZipFile, KeyError, ValueError, OSError) as error:
+        raise data.DataError(
+            f"File {str(path)!r} is not the faces ({error})."
+        ) from error
+    order = np.random.default_rng(0).permutation(len(arrays["x"]))
+    sizes = {"train": scale.train_size, "val": scale.val_size, "test": scale.test_size}
+
+    def split(name: str) -> Split:
+        mine = order[np.isin(arrays["person"][order], list(PERSONS[name]))]
+        mine = mine[: sizes[name]]
+        return {
+            "image": arrays["x"][mine][..., None],
+            "label": np.stack([arrays[t][mine] for t in FACES], 1).astype(np.int32),
+        }
+
+    classes = tuple(int(arrays[t].max()) + 1 for t in FACES)
+    return Problem(
+        "cmu_faces",
+        FACES,
+        classes,
+        True,
+        split("train"),
+        split("val"),
+        split("test"),
+        width=max(classes),
+    )
+
+
+def _rows(config: Config, name: str, split: str, keys: tuple[str, ...], limit=None):
+    source = data.tfds_source(
+        name, split, data_dir=config.data_dir, download=config.download
+    )
+    count = len(source) if limit is None else min(limit, len(source))
+    rows = [source[i] for i in range(count)]
+    return {key: [row[key] for row in rows] for key in keys}
+
+
+def cifar100(config: Config, scale: Scale) -> Problem:
+    """Each superclass of CIFAR-100 is a task: which of its five classes is it?"""
+    raw = {
+        part: _rows(config, "cifar100", part, ("image", "label", "coarse_label"))
+        for part in ("train", "test")
+    }
+    fine = np.concatenate([raw[p]["label"] for p in raw])
+    coarse = np.concatenate([raw[p]["coarse_label"] for p in raw])
+    names = tuple(f"superclass {i}" for i in sorted(set(coarse.tolist())))
+    splits: dict[str, list] = {"train": [], "val": [], "test": []}
+    for task in sorted(set(coarse.tolist())):
+        inside = {c: i for i, c in enumerate(sorted(set(fine[coarse == task])))}
+        for part in ("train", "test"):
+            mine = np.flatnonzero(np.asarray(raw[part]["coarse_label"]) == task)
+            image = np.stack([raw[part]["image"][i] for i in mine])
+            label = np.array([inside[raw[part]["label"][i]] for i in mine], np.int32)
+            if part == "test":
+                splits["test"].append((image, label))
+                continue
+            splits["val"].append((image[: scale.val_size], label[: scale.val_size]))
+            rest = slice(scale.val_size, None)
+            splits["train"].append((image[rest], label[rest]))
+    limits = {"train": scale.train_size, "val": None, "test": scale.test_size}
+
+    def stacked(part: str) -> Split:
+        length = min(len(label) for _, label in splits[part])
+        length = length if limits[part] is None else min(length, limits[part])
+        if length == 0:
+            raise data.DataError(
+                f"--cifar100.val-size {scale.val_size} leaves a superclass without "
+                f"images in the {part} split."
+            )
+        return {
+            "image": np.stack([image[:length] for image, _ in splits[part]], 1),
+            "label": np.stack([label[:length] for _, label in splits[part]], 1),
+        }
+
+    return Problem(
+        "cifar100",
+        names,
+        (5,) * len(names),
+        False,
+        stacked("train"),
+        stacked("val"),
+        stacked("test"),
+        width=5,
+    )
+
+
+def celeba(config: Config, scale: Scale) -> Problem:
+    """Forty attributes of the same faces, at 64 by 64 pixels, scored by F1."""
+    from PIL import Image
+
+    def small(image: np.ndarray) -> np.ndarray:
+        side = min(image.shape[:2])
+        top, left = ((n - side) // 2 for n in image.shape[:2])
+        crop = Image.fromarray(image[top : top + side, left : left + side])
+        return np.asarray(crop.resize((64, 64), Image.Resampling.BILINEAR))
+
+    limits = {"train": scale.train_size, "validation": scale.val_size}
+    limits["test"] = scale.test_size
+    splits, names = {}, ()
+    for part, limit in limits.items():
+        rows = _rows(config, "celeb_a", part, ("image", "attributes"), limit)
+        names = tuple(sorted(rows["attributes"][0]))
+        label = [[int(row[name]) for name in names] for row in rows["attributes"]]
+        splits[part] = {
+            "image": np.stack([small(image) for image in rows["image"]]),
+            "label": np.array(label, np.int32),
+        }
+    return Problem(
+        "celeba",
+        names,
+        (2,) * len(names),
+        True,
+        splits["train"],
+        splits["validation"],
+        splits["test"],
+        width=2,
+        metric="f1",
+    )
+
+
+def single_tasks(problem: Problem) -> list[tuple[str, ...]]:
+    """Tasks with a single-task baseline: the target of FashionMTL, or all."""
+    tasks = problem.tasks[:1] if problem.name == "fashion_mtl" else problem.tasks
+    return [(task,) for task in tasks]
+
+
+def task_sets(config: Config, problem: Problem) -> list[tuple[str, ...]]:
+    """Sets of two tasks and more: all of them if tasks are few, else random ones.
+
+    Every set of FashionMTL has the target. All the tasks together come last.
+    """
+    tasks = problem.tasks
+    if config.sets == "largest":
+        return [tasks]
+    if len(tasks) <= 4:
+        sizes = range(2, len(tasks) + 1)
+        found = [s for size in sizes for s in itertools.combinations(tasks, size)]
+        target = problem.name == "fashion_mtl"
+        return [s for s in found if not target or TARGET in s]
+    rng = np.random.default_rng(0)
+    targets = rng.choice(len(tasks), min(config.num_targets, len(tasks)), replace=False)
+    found = []
+    for target in targets:
+        others = [i for i in range(len(tasks)) if i != target]
+        for size in config.random_sets:
+            if size < len(others):
+                chosen = sorted([target, *rng.choice(others, size, replace=False)])
+                found.append(tuple(tasks[i] for i in chosen))
+    return [*dict.fromkeys(found), tasks]
+
+
+def optimiser_sets(problem: Problem) -> list[tuple[str, ...]]:
+    """Where multi-task optimisers are compared: all tasks, and target and domain."""
+    if problem.name == "fashion_mtl":
+        return [(TARGET, DOMAIN), problem.tasks]
+    return [problem.tasks]

@@ -1,0 +1,226 @@
+"""The PNGs, from groups of runs."""
+
+import math
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from experiments.trajectories import analysis
+from experiments.trajectories.analysis import FACTOR_NAMES, FACTORS, Group, Groups
+from experiments.trajectories.config import SUM, Config
+from experiments.trajectories.data import DOMAIN, NOISY, OTHER, TARGET
+from mtljax.training import plots
+
+LOOKS = {
+    (TARGET,): ("alone", "#222222", "o"),
+    (TARGET, OTHER): (f"+ {OTHER}", "#228833", "s"),
+    (TARGET, NOISY): (f"+ {NOISY}", "#EE6677", "^"),
+    (TARGET, DOMAIN): (f"+ {DOMAIN}", "#4477AA", "D"),
+}
+"""Name, colour and marker of the rows of Figures 1 and 3."""
+
+BY_SIZE = ("#4477AA", "#EE6677", "#228833", "#AA3377", "#CCBB44")
+
+
+def write(config: Config, groups: Groups) -> list[pathlib.Path]:
+    """All figures for which there are runs."""
+    made = {
+        "gap": gap_figure(groups),
+        "factors": factor_figure(groups),
+        "optimisers": optimiser_figure(config, groups),
+        "similarity_factors": similarity_figure(config, groups, FACTORS),
+        "similarity_score": similarity_figure(config, groups, ("score",)),
+    }
+    return [
+        plots.save(figure, config.out / f"{name}.png")
+        for name, figure in made.items()
+        if figure is not None
+    ]
+
+
+def _panels(rows: int, columns: int, width: float = 3.6, height: float = 3.0):
+    from matplotlib.figure import Figure
+
+    figure = Figure((width * columns, height * rows + 0.5), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.grid(color="#E6E6E6", linewidth=0.8)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _legend(figure, axes, columns: int) -> None:
+    """One for all panels, below them."""
+    found: dict[str, Any] = {}
+    for axis in axes.flat:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    figure.legend(
+        list(found.values()),
+        list(found),
+        loc="outside lower center",
+        ncols=columns,
+        frameon=False,
+    )
+
+
+def binned(loss: np.ndarray, values: np.ndarray, per_decade: int = 4):
+    """Centres, means and deviations over runs in bins of the logarithm of the loss."""
+    good = np.isfinite(loss) & np.isfinite(values) & (loss > 0)
+    place = np.floor(np.log10(np.where(good, loss, 1)) * per_decade + 1e-6)
+    found = []
+    for bin_ in np.unique(place[good])[::-1]:
+        inside = good & (place == bin_)
+        runs = [
+            values[r][inside[r]].mean() for r in range(len(loss)) if inside[r].any()
+        ]
+        sd = np.std(runs, ddof=1) if len(runs) > 1 else np.nan
+        found.append((10 ** ((bin_ + 0.5) / per_decade), np.mean(runs), sd))
+    return np.array(found).T
+
+
+def _against_loss(axis, mine: Group, name: str, look, factor: float = 1.0) -> None:
+    label, colour, marker = look
+    loss, values = mine.of("train_loss", TARGET), factor * mine.of(name, TARGET)
+    axis.plot(
+        loss.ravel(), values.ravel(), marker, color=colour, alpha=0.22, markersize=3.5,
+        linestyle="none", markeredgewidth=0,
+    )  # fmt: skip
+    centre, mean, sd = binned(loss, values)
+    axis.errorbar(
+        centre, mean, yerr=2 * np.nan_to_num(sd), color=colour, marker=marker,
+        markersize=5, capsize=2, linewidth=1.6, elinewidth=1.0, label=label,
+    )  # fmt: skip
+
+
+def _loss_axis(axis) -> None:
+    """Logarithmic, training goes right, few plain ticks."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_xscale("log")
+    axis.invert_xaxis()
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _shown(groups: Groups):
+    for tasks, look in LOOKS.items():
+        mine = groups.get(("fashion_mtl", tasks, SUM))
+        if mine is not None:
+            yield mine, look
+
+
+def gap_figure(groups: Groups):
+    """Figure 1: test accuracy against the target's own training loss."""
+    rows = list(_shown(groups))
+    if not rows:
+        return None
+    figure, axes = _panels(1, 1, 6.0, 4.0)
+    axis = axes[0, 0]
+    for mine, look in rows:
+        _against_loss(axis, mine, "test_score", look, 100)
+    _loss_axis(axis)
+    top = max(float(np.nanmax(m.of("test_score", TARGET))) for m, _ in rows)
+    axis.set_ylim(100 * top - 22, 100 * top + 1.5)
+    axis.set_xlabel("own-task training loss, nats (training goes right)")
+    axis.set_ylabel("test accuracy of the target, %")
+    axis.set_title("FashionMTL: dots are checkpoints, lines means ± 2 sd over seeds",
+                   fontsize=9.5)  # fmt: skip
+    axis.legend(frameon=False, loc="lower right")
+    return figure
+
+
+def factor_figure(groups: Groups):
+    """Figure 3: the three factors against the target's own training loss."""
+    rows = list(_shown(groups))
+    if not rows:
+        return None
+    figure, axes = _panels(1, 3, 3.9, 3.4)
+    units = {"sharpness": "sharpness, nats", "covariance": "covariance trace"}
+    for axis, factor in zip(axes.flat, FACTORS, strict=True):
+        for mine, look in rows:
+            _against_loss(axis, mine, factor, look)
+        _loss_axis(axis)
+        axis.set_xlabel("own-task training loss, nats")
+        axis.set_ylabel(units.get(factor, FACTOR_NAMES[factor]))
+        # Signed estimates stay as they are: a negative one is shown below zero.
+        low = min(float(np.nanmin(m.of(factor, TARGET))) for m, _ in rows)
+        axis.set_yscale("log" if low > 0 else "symlog")
+    _legend(figure, axes, 4)
+    return figure
+
+
+def optimiser_figure(config: Config, groups: Groups):
+    """Figure 4: change of the score against the change of each factor."""
+    rows = analysis.optimiser_rows(config, groups)
+    if not rows:
+        return None
+    methods = list(dict.fromkeys(row.method for row in rows))
+    sets = list(dict.fromkeys((row.setting, row.tasks) for row in rows))
+    names = ("min_loss", *FACTORS)
+    figure, axes = _panels(1, len(names), 3.3, 3.4)
+    for axis, name in zip(axes.flat, names, strict=True):
+        axis.axhline(0, color="#777777", linewidth=0.8)
+        axis.axvline(0, color="#777777", linewidth=0.8)
+        for row in rows:
+            marker = plots.MARKERS[sets.index((row.setting, row.tasks))]
+            setting, tasks = row.setting, row.tasks
+            axis.plot(
+                row.change[name],
+                row.change["score"],
+                marker,
+                color=plots.PALETTE[methods.index(row.method)],
+                markersize=7,
+                fillstyle="full" if row.significant else "none",
+                linestyle="none",
+                label=f"{row.method}, {setting} ({len(tasks)} tasks)",
+            )
+        axis.set_xscale("symlog", linthresh=2)
+        axis.set_xlabel(f"change of {FACTOR_NAMES[name]}, %")
+    axes[0, 0].set_ylabel("change of the score, %")
+    _legend(figure, axes, 3)
+    figure.suptitle(
+        "Against the plain sum; filled: the change of the score is significant. "
+        "A factor explains a method whose points are all upper left or lower right.",
+        fontsize=9.5,
+    )
+    return figure
+
+
+def similarity_figure(config: Config, groups: Groups, names: tuple[str, ...]):
+    """Figures 5 and 6: similarity against factors or the score, by number of tasks."""
+    found = analysis.scatters(config, groups)[:6]
+    if not found:
+        return None
+    if len(names) == 1:
+        figure, axes = _panels(1, len(found), 3.2, 3.2)
+        cells = [(axes[0, i], s, names[0]) for i, s in enumerate(found)]
+    else:
+        figure, axes = _panels(len(found), len(names), 3.5, 2.5)
+        cells = [
+            (axes[i, j], s, name)
+            for i, s in enumerate(found)
+            for j, name in enumerate(names)
+        ]
+    sizes = sorted({int(k) for s in found for k in s.sizes})
+    for axis, scatter, name in cells:
+        factor = 100 if name == "score" else 1
+        for k in sorted(set(scatter.sizes.tolist())):
+            at = scatter.sizes == k
+            colour = BY_SIZE[sizes.index(k) % len(BY_SIZE)]
+            x, y = scatter.values["similarity"][at], factor * scatter.values[name][at]
+            axis.plot(x.ravel(), y.ravel(), "o", color=colour, alpha=0.35,
+                      markersize=4, markeredgewidth=0)  # fmt: skip
+            axis.plot(x.mean(1), y.mean(1), plots.MARKERS[sizes.index(k)],
+                      color=colour, markersize=8, linestyle="none",
+                      markeredgecolor="white", label=f"K = {k}")  # fmt: skip
+            axis.axvline(1 / math.sqrt(k), color=colour, linewidth=1, linestyle="--",
+                         label=f"1/√{k}: orthogonal")  # fmt: skip
+        axis.set_xlabel("mean similarity to the sum")
+        axis.set_ylabel("test accuracy, %" if name == "score" else FACTOR_NAMES[name])
+        axis.set_title(f"{scatter.setting}: {scatter.target}", fontsize=9.5)
+    _legend(figure, axes, min(6, 2 * axes.shape[1]))  # no wider than the panels
+    return figure

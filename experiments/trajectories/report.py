@@ -1,0 +1,243 @@
+"""Tables and files from the lines of the results; no training code."""
+
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.trajectories import analysis
+from experiments.trajectories.analysis import FACTOR_NAMES, FACTORS, Groups
+from experiments.trajectories.config import Config
+from mtljax import training
+
+
+def write(
+    config: Config, lines: Sequence[Mapping[str, Any]], command: str
+) -> list[pathlib.Path]:
+    """``results.jsonl``, ``table.md`` and the figures."""
+    config.out.mkdir(parents=True, exist_ok=True)
+    results = config.out / "results.jsonl"
+    about = {"kind": "header", "command": command, **training.environment()}
+    plain = training.to_json(config)
+    for name in ("data_dir", "out", "resume", "overwrite"):  # of this machine
+        plain.pop(name)
+    header = training.to_json({**about, "config": plain})
+    with results.open("w", encoding="utf-8") as file:
+        for line in [header, *lines]:
+            file.write(json.dumps(training.to_json(line)) + "\n")
+    groups = analysis.group(lines)
+    table = config.out / "table.md"
+    table.write_text(make_table(config, groups, command), encoding="utf-8")
+    written = [results, table]
+    if config.plots:
+        from experiments.trajectories import figures
+
+        written += figures.write(config, groups)
+    return written
+
+
+def number(value: float, digits: int = 3) -> str:
+    """Short, signed where a sign means something; never hides what is not finite."""
+    if not math.isfinite(value):
+        return "not finite"
+    return f"{value:.{digits}g}"
+
+
+def mean_sd(values: np.ndarray, factor: float = 1.0, digits: int = 1) -> str:
+    """Mean ± standard deviation over seeds."""
+    scaled = factor * np.asarray(values)
+    if len(scaled) < 2:
+        return f"{scaled.mean():.{digits}f}"
+    return f"{scaled.mean():.{digits}f} ± {scaled.std(ddof=1):.{digits}f}"
+
+
+def marked(delta, *, lower: bool, factor: float = 1.0) -> str:
+    """A difference with the paper's marks: ✓ better, ✗ worse, · insignificant."""
+    value = factor * float(delta.delta)
+    mark = "·"
+    if bool(delta.significant):
+        mark = "✓" if (value < 0) == lower else "✗"
+    return f"{value:+.3g} {mark}" if math.isfinite(value) else "not finite"
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    lines = ["| " + " | ".join(head) + " |", "|" + ":--|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def make_table(config: Config, groups: Groups, command: str) -> str:
+    """All tables of the experiment, as markdown."""
+    parts = [
+        "# Trajectories",
+        f"`{command}`, {config.seeds} seeds. Written by the command; not edited.",
+        "## The target of FashionMTL: is the worst generaliser the flattest?",
+        _flattest(config, groups),
+        "## Table 1: transfer, and what the factors did",
+        _transfer(config, groups),
+        "## Figure 1 in words: the gap at equal own-task training loss",
+        _gaps(config, groups),
+        "## Figure 4: other optimisers against the plain sum, % change",
+        _optimisers(config, groups),
+        "## Figures 5 and 6: similarity to the sum, at fixed numbers of tasks",
+        _correlations(config, groups),
+        "## Runs",
+        _runs(groups),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _flattest(config: Config, groups: Groups) -> str:
+    rows = analysis.flattest(config, groups)
+    if len(rows) < 2:
+        return "Not run."
+    lines = [
+        [
+            name,
+            mean_sd(v["score"], 100),
+            *(f"{v[f].mean():.3g} ± {v[f].std(ddof=1):.2g}" for f in FACTORS),
+            f"{v['min_loss'].mean():.2g}",
+        ]
+        for name, v in rows
+    ]
+    worst, flat = rows[0][0], min(rows, key=lambda r: r[1]["sharpness"].mean())[0]
+    verdict = "reproduced" if worst == flat else "refuted"
+    text = markdown(
+        ["trained", "test accuracy %", *(FACTOR_NAMES[f] for f in FACTORS), "min loss"],
+        lines,
+    )
+    return (
+        f"{text}\n\nThe worst generaliser is '{worst}', the flattest '{flat}': the "
+        f"paper's row is **{verdict}** here, by the means."
+    )
+
+
+def _transfer(config: Config, groups: Groups) -> str:
+    rows = analysis.transfer_rows(config, groups)
+    if not rows:
+        return "Not run."
+    lines = [
+        [
+            row.setting,
+            row.task,
+            ", ".join(row.others),
+            mean_sd(row.single, 100),
+            marked(row.deltas["score"], lower=False, factor=100),
+            *(marked(row.deltas[f], lower=True) for f in FACTORS),
+        ]
+        for row in rows
+    ]
+    head = ["setting", "task", "with", "alone %", "Δ transfer, points"]
+    text = markdown([*head, *(f"Δ {FACTOR_NAMES[f]}" for f in FACTORS)], lines)
+    counts = analysis.agreements(rows)
+    tally = markdown(
+        ["factor", "explains the sign", "contradicts it", "one is insignificant"],
+        [
+            [FACTOR_NAMES[f], str(c.agree), str(c.disagree), str(c.insignificant)]
+            for f, c in counts.items()
+        ],
+    )
+    return (
+        f"{text}\n\n✓ better, ✗ worse, · insignificant: the ± 2 sd intervals of seeds "
+        f"overlap. Less of a factor counts as better.\n\n{tally}"
+    )
+
+
+def _gaps(config: Config, groups: Groups) -> str:
+    lines = []
+    for row in analysis.transfer_rows(config, groups):
+        name = f"{row.setting}, {row.task} with {', '.join(row.others)}"
+        lines.append(f"- {name}: {row.gap.describe()}")
+    return "\n".join(lines) or "Not run."
+
+
+def _optimisers(config: Config, groups: Groups) -> str:
+    rows = analysis.optimiser_rows(config, groups)
+    if not rows:
+        return "Not run."
+    names = ("min_loss", *FACTORS)
+    lines = [
+        [
+            f"{row.setting}: {' + '.join(row.tasks)}",
+            row.task,
+            row.method,
+            f"{number(row.change['score'])}{'' if row.significant else ' ·'}",
+            *(number(row.change[n]) for n in names),
+        ]
+        for row in rows
+    ]
+    head = ["set", "task", "method", "score", *(FACTOR_NAMES[n] for n in names)]
+    verdicts = []
+    for method in dict.fromkeys(row.method for row in rows):
+        for factor in names:
+            mine = [r.change for r in rows if r.method == method]
+            signs = [np.sign(c["score"]) * np.sign(c[factor]) for c in mine]
+            if all(s < 0 for s in signs):
+                verdicts.append(f"{method} by {FACTOR_NAMES[factor]}")
+    text = (
+        f"explained in all its points: {', '.join(verdicts)}"
+        if verdicts
+        else (
+            "no method has all its points in the quadrants where a factor could "
+            "explain it (a better score with less of it, or a worse one with more)"
+        )
+    )
+    return f"{markdown(head, lines)}\n\n· insignificant. Of these, {text}."
+
+
+def _correlations(config: Config, groups: Groups) -> str:
+    lines = []
+    for found in analysis.scatters(config, groups):
+        for name, c in analysis.correlations(found).items():
+            inside = ", ".join(
+                f"K={k}: {v:+.2f} (n={int((found.sizes == k).sum())})"
+                for k, v in c.within.items()
+                if math.isfinite(v)
+            )
+            low, high = (float(v) for v in c.interval)
+            lines.append(
+                [
+                    f"{found.setting}, {found.target}",
+                    FACTOR_NAMES[name],
+                    str(c.points),
+                    _coefficient(c.spearman),
+                    f"[{low:+.2f}, {high:+.2f}]" if math.isfinite(low) else "-",
+                    _coefficient(c.kendall),
+                    _coefficient(c.partial),
+                    inside or "too few",
+                ]
+            )
+    if not lines:
+        return "Not run."
+    head = ["target", "similarity with", "sets", "Spearman", "95 %", "Kendall"]
+    text = markdown([*head, "partial on K", "within K"], lines)
+    return (
+        f"{text}\n\n- is not defined: fewer than three sets, or nothing left to vary."
+    )
+
+
+def _coefficient(value: Any) -> str:
+    return f"{float(value):+.2f}" if math.isfinite(float(value)) else "-"
+
+
+def _runs(groups: Groups) -> str:
+    lines = [
+        [
+            g.setting,
+            " + ".join(g.tasks),
+            g.method,
+            f"{g.lr:g}{' (at the edge of those tried)' if g.lr_at_edge else ''}",
+            str(g.nonfinite),
+        ]
+        for g in groups.values()
+    ]
+    head = ["setting", "tasks", "method", "learning rate", "non-finite measurements"]
+    text = markdown(head, lines)
+    return (
+        f"{text}\n\nMeasurements that were not finite are left out of every mean and "
+        "counted here: mostly the split similarity or its interval, where a squared "
+        "length was estimated as negative."
+    )

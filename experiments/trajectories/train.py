@@ -1,0 +1,257 @@
+"""One step of a row, and its run: learning rates first, then all seeds, measured."""
+
+import zlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+import mtljax
+from experiments.trajectories.config import SUM, Config, Scale
+from experiments.trajectories.data import (
+    Problem,
+    optimiser_sets,
+    single_tasks,
+    task_sets,
+)
+from experiments.trajectories.measure import on_device, probe_set
+from experiments.trajectories.model import Functions
+from mtljax import stack, training
+
+Batch = Mapping[str, Array]
+
+LABELS = {"trunk": "shared", "heads": "own"}
+MOMENTUM = 0.9
+TUNING_SEED = 1000  # learning rates are chosen on a seed that is not reported
+
+
+class State(NamedTuple):
+    """Everything that changes in a run."""
+
+    params: Any  # {"trunk": ..., "heads": {"kernel": [K, F, C], "bias": [K, C]}}
+    batch_stats: Any
+    opt_state: Any
+    balancer: Any
+    lr: Float[Array, ""]
+    step: Int[Array, ""]
+
+
+class Row(NamedTuple):
+    """A line of the tables: tasks trained together, and how."""
+
+    tasks: tuple[str, ...]
+    method: str = SUM
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        plain = " + ".join(self.tasks)
+        return plain if self.method == SUM else f"{plain}, {self.method}"
+
+    @property
+    def folder(self) -> str:
+        """For files."""
+        return "-".join([self.method, *self.tasks]).replace(" ", "_")[:120]
+
+
+def make_step(functions: Functions, row: Row, *, careful: bool):
+    """``init(params, stats, key, lr)`` and ``step(state, batch)`` of a row.
+
+    If careful, a run that diverges stands still, and the others go on.
+    """
+    tasks = len(row.tasks)
+    optimizer = optax.trace(MOMENTUM)
+
+    def balancer(key):
+        return mtljax.get_method(row.method).build(tasks, key=key)
+
+    def init(params, stats, key, lr):
+        shared = mtljax.shared_params(params, LABELS)
+        return State(
+            params=params,
+            batch_stats=stats,
+            opt_state=optimizer.init(params),
+            balancer=balancer(key).init(shared),
+            lr=lr,
+            step=jnp.int32(0),
+        )
+
+    def step(state: State, batch: Batch):
+        # The key of a random method lives in its state; this one is never drawn from.
+        mine = balancer(jax.random.key(0))
+        gradient = mtljax.value_and_balanced_grad(
+            functions.task_losses, mine, labels=LABELS, has_aux=True
+        )
+        (losses, stats), grad, weighed = gradient(
+            state.params, state.balancer, state.batch_stats, batch
+        )
+        direction, opt_state = optimizer.update(grad, state.opt_state)
+        params = jax.tree.map(lambda p, d: p - state.lr * d, state.params, direction)
+        if careful:
+            fine = stack.all_finite(params) & jnp.isfinite(losses).all()
+            params = jax.tree.map(
+                lambda new, old: jnp.where(fine, new, old), params, state.params
+            )
+        new = State(params, stats, opt_state, weighed, state.lr, state.step + 1)
+        return new, {"task_losses" if careful else "losses": losses}
+
+    return init, step
+
+
+def run_row(
+    config: Config,
+    scale: Scale,
+    problem: Problem,
+    functions: Functions,
+    row: Row,
+    *,
+    lrs: tuple[float, ...],
+    measured: bool,
+) -> training.FitResult:
+    """Trains a row: all learning rates on the tuning seed, or all seeds, measured."""
+    seeds = range(config.first_seed, config.first_seed + config.seeds)
+    runs = [(s, lr) for lr in lrs for s in (seeds if measured else (TUNING_SEED,))]
+    keys = jnp.stack([jax.random.key(seed) for seed, _ in runs])
+    init_keys, order_keys = training.split_run_key(keys)
+    model_keys, balancer_keys = jax.vmap(jax.random.split, out_axes=1)(init_keys)
+    train = on_device(problem.train)
+    # A head starts from its task's name: the same alone and with others.
+    ids = jnp.array([zlib.crc32(task.encode()) for task in row.tasks], jnp.uint32)
+    classes = jnp.array(problem.classes)
+    first = train["image"][:1]
+    variables = [functions.init(k, first, ids, classes) for k in model_keys]
+    params, stats = jax.tree.map(lambda *x: jnp.stack(x), *variables)
+    init, step = make_step(functions, row, careful=not measured)
+    rates = jnp.array([lr for _, lr in runs])
+    state = jax.vmap(init)(params, stats, balancer_keys, rates)
+    splits = {"val": on_device(problem.val)}
+    if measured:
+        splits |= {"train": train, "test": on_device(problem.test)}
+
+    def evaluate(state: State):
+        return functions.evaluate(state.params, state.batch_stats, splits)
+
+    probed = None
+    if measured:
+        probed = functions.probe.on(probe_set(problem)).beside(
+            evaluate,
+            params=lambda s: (s.params, s.batch_stats),
+            step=lambda s: s.step,
+        )
+    part = "runs" if measured else "tuning"
+    return training.fit(
+        state,
+        step,
+        train,
+        num_steps=scale.steps,
+        batch_size=scale.batch_size,
+        order_key=order_keys,
+        seeds=[{"seed": seed, "lr": lr} for seed, lr in runs],
+        task_names=list(row.tasks),
+        eval_fn=probed or evaluate,
+        eval_every=scale.eval_every,
+        eval_at_start=measured,
+        checkpoint_every=scale.steps,
+        log_every=scale.eval_every,
+        run_dir=config.out / problem.name / part / row.folder,
+        resume="auto" if config.resume else False,
+        overwrite=config.overwrite,
+        config={"row": row, "scale": scale, "model": config.model, "lrs": lrs},
+        title=f"{problem.name}: {row.label}{'' if measured else ', learning rates'}",
+    )
+
+
+def best_lr(result: training.FitResult) -> float:
+    """The learning rate of the best mean validation score at any checkpoint."""
+    best: dict[float, float] = {}
+    for row in result.rows:
+        if row["kind"] == "eval" and row["val_mean"] is not None:
+            best[row["lr"]] = max(best.get(row["lr"], -1.0), row["val_mean"])
+    return max(best, key=lambda lr: best[lr])
+
+
+def rows_of(config: Config, problem: Problem) -> list[Row]:
+    """Single tasks, sets of tasks, then other optimisers on some of the sets."""
+    rows = [Row(tasks) for tasks in single_tasks(problem)]
+    rows += [Row(tasks) for tasks in task_sets(config, problem)]
+    wanted = [*task_sets(config, problem)]
+    for tasks in optimiser_sets(problem):
+        if tasks in wanted:
+            rows += [Row(tasks, method) for method in config.methods]
+    return rows
+
+
+def run_tuned(
+    config: Config, scale: Scale, problem: Problem, functions: Functions, row: Row
+) -> list[dict[str, Any]] | None:
+    """A row at its best learning rate: a line a seed; None if interrupted."""
+    lr = scale.lrs[0]
+    if len(scale.lrs) > 1:
+        tuned = run_row(
+            config, scale, problem, functions, row, lrs=scale.lrs, measured=False
+        )
+        if tuned.interrupted:
+            return None
+        lr = best_lr(tuned)
+    result = run_row(config, scale, problem, functions, row, lrs=(lr,), measured=True)
+    if result.interrupted:
+        return None
+    about = functions.probe.on(probe_set(problem)).config()
+    return lines_of(
+        problem,
+        row,
+        result.rows,
+        about,
+        len(scale.lrs) > 1 and lr in (min(scale.lrs), max(scale.lrs)),
+    )
+
+
+FACTORS = {
+    "sharpness": "probe_sharpness",
+    "covariance": "probe_covariance_trace",
+    "square_norm": "probe_covariance_square_norm",
+    "fisher": "probe_fisher",
+    "similarity": "probe_similarity_naive",
+    "null": "probe_similarity_null",
+    "split": "probe_similarity_split",
+    "split_low": "probe_similarity_low",
+    "split_high": "probe_similarity_high",
+}
+"""Names in the results, and in the rows of a run."""
+
+METRICS = ("train_loss", "train_score", "val_score", "test_score")
+
+
+def lines_of(problem, row, rows, about, at_edge) -> list[dict[str, Any]]:
+    """A line a seed: every quantity ``[T][K]``, None where it was not measured."""
+    evals = [r for r in rows if r["kind"] == "eval"]
+    lines = []
+    for seed in dict.fromkeys(r["seed"] for r in evals):
+        mine = [r for r in evals if r["seed"] == seed]
+        line: dict[str, Any] = {
+            "setting": problem.name,
+            "tasks": list(row.tasks),
+            "method": row.method,
+            "seed": seed,
+            "lr": mine[0]["lr"],
+            "lr_at_edge": at_edge,
+            "step": [r["step"] for r in mine],
+            "nonfinite": [r.get("probe_nonfinite") for r in mine],
+            "measured": about,
+        }
+        for name in METRICS:
+            line[name] = [rounded(r[name]) for r in mine]
+        for name, key in FACTORS.items():
+            line[name] = [rounded(r.get(key)) for r in mine]
+        lines.append(line)
+    return lines
+
+
+def rounded(values: Any) -> Any:
+    """Five digits are more than the seeds agree on."""
+    if isinstance(values, list):
+        return [rounded(v) for v in values]
+    return None if values is None else float(f"{values:.5g}")

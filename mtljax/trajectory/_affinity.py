@@ -1,0 +1,59 @@
+"""Task affinity: what a step on one task does to the loss of another."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mtljax.trajectory import _trees as trees
+from mtljax.types import Gramian
+
+
+def task_affinity(
+    task_losses: Callable[[Any, Any], Any], params: Any, batch: Any, *, lr: float
+) -> Gramian:
+    r"""Inter-task affinity of one batch, ``Z[i, j]``: row i acts on column j.
+
+    .. math:: Z_{ij} = 1 - L_j(θ - η ∇L_i) / L_j(θ)
+
+    Not symmetric. To first order :math:`η ⟨g_i, g_j⟩ / L_j`. TAG averages it over
+    training.
+
+    Args:
+      task_losses: ``task_losses(params, batch) -> [K]``; it closes over the heads.
+      params: The shared parameters.
+      batch: One batch.
+      lr: η, the step of plain gradient descent that is tried.
+
+    Returns:
+      ``[K, K]``; not finite where a loss is 0. Cost: 1 forward, K backward and K
+      forward passes, one task's at a time: 3 copies of the parameters in memory.
+
+    Raises:
+      ValueError: If lr is negative, or the losses are not a vector.
+
+    Examples:
+      >>> losses = lambda w, batch: jnp.stack([w**2, 4 - w])
+      >>> task_affinity(losses, jnp.array(1.0), None, lr=0.5).tolist()
+      [[1.0, -0.333], [-1.25, 0.167]]
+
+    References:
+      Fifty et al., `arXiv 2109.04617 <https://arxiv.org/abs/2109.04617>`_, 2021.
+    """
+    name = "task_affinity"
+    if not lr >= 0:
+        raise ValueError(f"{name}: lr={lr!r} must be at least 0.")
+    trees.check_params(name, params)
+    losses, pull = jax.vjp(lambda p: task_losses(p, batch), params)
+    if losses.ndim != 1:
+        raise ValueError(
+            f"{name}: task_losses returned shape {losses.shape}; it must be [K]."
+        )
+
+    def look(row):
+        (gradient,) = pull(row)
+        return task_losses(trees.shifted(params, gradient, -lr), batch)
+
+    after = jax.lax.map(look, jnp.eye(losses.shape[0], dtype=losses.dtype))
+    return 1 - after / losses[None]

@@ -1,0 +1,242 @@
+"""Gradient conflict: Gramians by layer, pairwise cosines, similarity to the sum."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mtljax import metrics, stack
+from mtljax.balancer import check_choice
+from mtljax.gradients import value_and_task_grads
+from mtljax.trajectory import _trees as trees
+from mtljax.types import Grads, Gramian, Weights
+
+By: TypeAlias = Literal["leaf", "block", "total"]
+SimilarityEstimator: TypeAlias = Literal["naive", "split"]
+
+
+class ConflictMatrix(NamedTuple):
+    """What one Gramian says; pairwise means are NaN with a single task."""
+
+    cosine: Gramian  # [K, K]; 0 with a zero gradient
+    magnitude_similarity: Gramian  # 2 ‖g_i‖ ‖g_j‖ / (‖g_i‖² + ‖g_j‖²)
+    norm: Weights  # ‖g_k‖
+    similarity: Weights  # cos(g_k, Σ w_j g_j)
+    null: Weights  # the same, were the gradients orthogonal; 1/√K for equal norms
+    conflict_fraction: Float[Array, ""]  # of pairs with a negative inner product
+    mean_cosine: Float[Array, ""]  # over pairs
+    pairs: int  # K (K − 1) / 2
+
+
+class GradientSimilarity(NamedTuple):
+    """What :func:`gradient_similarity` returns."""
+
+    similarity: Weights  # [K]
+    interval: Float[Array, "tasks 2"]  # of the given confidence
+    null: Weights  # what orthogonal gradients of these lengths would give
+    cosine: Gramian  # [K, K], by the same estimator
+    signal: Weights  # mean squared length the estimator saw; split: may be negative
+    samples: int  # batches, or pairs of half-batches
+
+
+def gradient_gram(task_grads: Grads, *, by: By = "total") -> Any:
+    """Inner products of the task gradients, layer by layer.
+
+    All cosines, lengths and similarities follow from it: keep this, not the gradients.
+
+    Args:
+      task_grads: Leaves ``[K, ...]``, of :func:`mtljax.value_and_task_grads`.
+      by: ``"leaf"`` for every array, ``"block"`` for every entry of the outermost
+        container (a layer, usually), ``"total"`` for one of all.
+
+    Returns:
+      ``[K, K]``, or a dict of them by path. At least float32; K² P multiplications.
+
+    Raises:
+      ValueError: If a leaf has no leading axis of the same length.
+
+    Examples:
+      >>> grads = {"a": jnp.eye(2), "b": jnp.ones((2, 1))}
+      >>> gradient_gram(grads).tolist()
+      [[2.0, 1.0], [1.0, 2.0]]
+      >>> gradient_gram(grads, by="leaf")["b"].tolist()
+      [[1.0, 1.0], [1.0, 1.0]]
+    """
+    check_choice("gradient_gram", "by", by, By)
+    tasks = trees.check_length("gradient_gram", "task_grads", task_grads)
+    stack.check(task_grads, tasks, "gradient_gram")
+    if by == "total":
+        return stack.gramian(task_grads)
+    found: dict[str, Array] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(task_grads):
+        name = stack.path_name(path if by == "leaf" else path[:1])
+        gram = stack.gramian(leaf)
+        found[name] = found[name] + gram if name in found else gram
+    return found
+
+
+def conflict_matrix(gramian: Gramian, weights: Weights | None = None) -> ConflictMatrix:
+    r"""Pairwise and aggregate conflict from a Gramian.
+
+    .. math:: \mathrm{sim}_k = \cos\big(g_k, \textstyle\sum_j w_j g_j\big)
+
+    Similarity to the sum contains the task itself: orthogonal gradients of equal length
+    give :math:`1/\sqrt K`, not 0. Compare it with ``null``, never across K.
+
+    Args:
+      gramian: ``[K, K]``.
+      weights: Of the sum, ones by default; a task of weight 0 takes no part in the sum.
+
+    Returns:
+      The statistics. No passes.
+
+    Examples:
+      >>> found = conflict_matrix(jnp.eye(4))
+      >>> found.similarity.tolist(), found.null.tolist()
+      ([0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5])
+
+    References:
+      Mueller et al., `arXiv 2408.14677 <https://arxiv.org/abs/2408.14677>`_, 2024,
+      eq. 6; Yu et al., `arXiv 2001.06782 <https://arxiv.org/abs/2001.06782>`_, 2020.
+    """
+    tasks = gramian.shape[0]
+    w = jnp.ones(tasks, gramian.dtype) if weights is None else weights
+    similarity, null, _ = _similarities(gramian, w)
+    alone = tasks < 2
+    return ConflictMatrix(
+        cosine=metrics.cosine_matrix(gramian),
+        magnitude_similarity=metrics.gradient_magnitude_similarity(gramian),
+        norm=jnp.sqrt(jnp.maximum(jnp.diagonal(gramian), 0)),
+        similarity=similarity,
+        null=null,
+        conflict_fraction=jnp.array(jnp.nan) if alone else _conflicts(gramian),
+        mean_cosine=jnp.array(jnp.nan) if alone else metrics.mean_cosine(gramian),
+        pairs=tasks * (tasks - 1) // 2,
+    )
+
+
+def _conflicts(gramian: Gramian) -> Array:
+    return metrics.conflict_rate(gramian)
+
+
+def _similarities(gramian: Array, w: Array) -> tuple[Array, Array, Array]:
+    """Similarity, null and cosines; NaN where a squared length is not positive."""
+    squares = jnp.diagonal(gramian)
+    lengths = _root(squares)
+    toward = jnp.matmul(gramian, w, precision="highest")
+    total = _root(jnp.vdot(w, toward, precision="highest"))
+    similarity = toward / (lengths * total)
+    null = w * lengths / _root(jnp.sum(jnp.square(w) * squares))
+    return similarity, null, gramian / (lengths[:, None] * lengths[None, :])
+
+
+def _root(square: Array) -> Array:
+    """√x, NaN unless x > 0: no direction can be told."""
+    positive = square > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), jnp.nan)
+
+
+def gradient_similarity(
+    task_losses: Callable[[Any, Any], Any],
+    params: Any,
+    batches: Any,
+    *,
+    estimator: SimilarityEstimator = "naive",
+    weights: Weights | None = None,
+    confidence: float = 0.95,
+) -> GradientSimilarity:
+    r"""How well each task's gradient agrees with the summed one, over many batches.
+
+    ``"naive"`` is the paper's mean of :math:`\cos(g_k^B, \sum_j w_j g_j^B)`. Averaging
+    removes its variance, not its bias: noise shortens cosines between tasks by
+    :math:`\sqrt{(1 + b_i/B)(1 + b_j/B)}`, with b the noise scale; and a task's own
+    noise is in the sum, which pulls :math:`\mathrm{sim}_k` towards
+    :math:`\sqrt{\mathrm{tr}Σ_k / \sum_j \mathrm{tr}Σ_j}`. ``"split"`` multiplies
+    gradients of independent half-batches only, and divides after averaging,
+
+    .. math:: \frac{\sum_j w_j E⟨g_k^a, g_j^b⟩}
+       {\sqrt{E⟨g_k^a, g_k^b⟩ \, \sum_{ij} w_i w_j E⟨g_i^a, g_j^b⟩}},
+
+    which estimates the similarity of the noiseless gradients. It is consistent; under
+    much noise it is wide, or NaN where a squared length comes out negative: see
+    ``signal`` and the interval. Intervals are normal ones around the mean (naive) and
+    by the jackknife over pairs (split), of the mean over batches, not of the bias.
+
+    Args:
+      task_losses: ``task_losses(params, batch) -> [K]``.
+      params: The shared parameters.
+      batches: Leaves ``[n, ...]``; consecutive pairs are the halves a and b for
+        ``"split"``, so n is even then, and batches are of half the size.
+      estimator: See above.
+      weights: Of the sum, ones by default; the balancer's for a weighted step.
+      confidence: Of the interval.
+
+    Returns:
+      Similarities with interval and null value, and pairwise cosines. With one task,
+      similarity and null are both 1: there is nothing to disagree with. Cost: n K
+      gradients, K copies of the parameters in memory (2 K for split).
+
+    Raises:
+      ValueError: If n is too small or odd for ``"split"``, or confidence not in (0, 1).
+
+    Examples:
+      >>> losses = lambda w, x: jnp.stack([(x[:, 0] @ w), (x[:, 1] @ w)])
+      >>> x = jnp.broadcast_to(jnp.eye(2), (4, 2, 2))  # two orthogonal gradients
+      >>> found = gradient_similarity(losses, jnp.ones(2), x)
+      >>> found.similarity.tolist(), found.null.tolist()
+      ([0.707, 0.707], [0.707, 0.707])
+
+    References:
+      Mueller et al., `arXiv 2408.14677 <https://arxiv.org/abs/2408.14677>`_, 2024.
+    """
+    name = "gradient_similarity"
+    check_choice(name, "estimator", estimator, SimilarityEstimator)
+    if not 0 < confidence < 1:
+        raise ValueError(f"{name}: confidence={confidence} must lie between 0 and 1.")
+    count = trees.check_length(name, "batches", batches)
+    split = estimator == "split"
+    if split and (count % 2 or count < 4):
+        raise ValueError(
+            f"{name}: estimator='split' pairs half-batches, and needs an even number "
+            f"of at least 4, not {count}."
+        )
+    gradients = value_and_task_grads(task_losses)
+
+    def gram(batch):
+        return stack.gramian(gradients(params, batch)[1])
+
+    def cross(pair):
+        halves = [jax.tree.map(lambda x, i=i: x[i], pair) for i in (0, 1)]
+        product = stack.cross_gramian(*(gradients(params, h)[1] for h in halves))
+        return (product + product.T) / 2
+
+    if split:
+        pairs = jax.tree.map(lambda x: x.reshape(-1, 2, *x.shape[1:]), batches)
+        grams = jax.lax.map(cross, pairs)
+    else:
+        grams = jax.lax.map(gram, batches)
+    samples, tasks = grams.shape[0], grams.shape[-1]
+    w = jnp.ones(tasks, grams.dtype) if weights is None else weights
+    reach = jax.scipy.special.ndtri((1 + confidence) / 2)
+    if split:
+        total = grams.sum(0)
+        similarity, null, cosine = _similarities(total / samples, w)
+        # Delete one pair, divide anew: the jackknife of a ratio of means.
+        without = jax.vmap(lambda g: _similarities((total - g) / (samples - 1), w)[0])
+        apart = without(grams) - similarity[None]
+        error = jnp.sqrt((samples - 1) * jnp.square(apart).mean(0))
+    else:
+        each, nulls, cosines = jax.vmap(lambda g: _similarities(g, w))(grams)
+        similarity, null, cosine = each.mean(0), nulls.mean(0), cosines.mean(0)
+        spread = each.std(0, ddof=1) if samples > 1 else jnp.full(tasks, jnp.nan)
+        error = spread / samples**0.5
+    return GradientSimilarity(
+        similarity=similarity,
+        interval=jnp.stack([similarity - reach * error, similarity + reach * error], 1),
+        null=null,
+        cosine=cosine,
+        signal=jnp.diagonal(grams.mean(0)),
+        samples=samples,
+    )

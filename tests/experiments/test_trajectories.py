@@ -1,0 +1,267 @@
+"""The trajectory experiment: its data, its files, what it says and to whom."""
+
+import dataclasses
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from experiments.trajectories import __main__ as command
+from experiments.trajectories import analysis, data, report, train
+from experiments.trajectories.config import PRESETS, Config, Scale
+from mtljax.data import write_idx
+
+SMOKE = PRESETS["smoke"][1]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Generated miniatures in the layout of the real files; labels can be learnt."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for name in ("fashion_mnist", "mnist"):
+        (folder / name).mkdir()
+        for part, count in (("train", 140), ("t10k", 30)):
+            label = rng.integers(10, size=count).astype(np.uint8)
+            image = rng.integers(60, size=(count, 28, 28)).astype(np.uint8)
+            image[np.arange(count), label] = 255
+            write_idx(folder / name / f"{part}-images-idx3-ubyte.gz", image)
+            write_idx(folder / name / f"{part}-labels-idx1-ubyte.gz", label)
+    (folder / "cmu_faces").mkdir()
+    count = 400
+    arrays = {"x": rng.integers(200, size=(count, 8, 8)).astype(np.uint8)}
+    arrays["person"] = (np.arange(count) % 20).astype(np.uint8)
+    for name, classes in zip(data.FACES, (4, 4, 2), strict=True):
+        arrays[name] = rng.integers(classes, size=count).astype(np.uint8)
+        arrays["x"][np.arange(count), arrays[name], 0] = 255
+    np.savez(folder / "cmu_faces" / "cmu_faces_q.npz", **arrays)
+    return folder
+
+
+def small(files, **options):
+    return dataclasses.replace(SMOKE, data_dir=files, **options)
+
+
+def test_the_two_halves_of_fashion_share_no_image(files):
+    scale = Scale(train_size=40, val_size=20, test_size=None)
+    problem = data.fashion_mtl(small(files), scale)
+    assert problem.tasks == ("fashion", "other half", "noisy labels", "mnist")
+    images, labels = problem.train["image"], problem.train["label"]
+    assert images.shape == (40, 4, 28, 28, 1)
+    rows = [{x.tobytes() for x in images[:, k]} for k in range(2)]
+    assert not rows[0] & rows[1]
+    held = {x.tobytes() for x in problem.val["image"][:, 0]}
+    assert not held & (rows[0] | rows[1])
+    # The noisy task: the other half's images, its labels in another order.
+    np.testing.assert_array_equal(images[:, 1], images[:, 2])
+    assert (labels[:, 1] != labels[:, 2]).mean() > 0.5
+    assert sorted(labels[:, 1]) == sorted(labels[:, 2])
+    np.testing.assert_array_equal(
+        problem.val["label"][:, 0], problem.val["label"][:, 2]
+    )
+    sets = data.task_sets(dataclasses.replace(SMOKE, sets="all"), problem)
+    assert len(sets) == 7
+    assert all("fashion" in tasks for tasks in sets)
+    assert sets[-1] == problem.tasks
+
+
+def test_no_person_is_in_two_splits_of_the_faces(files):
+    with np.load(files / "cmu_faces" / "cmu_faces_q.npz") as arrays:
+        person = {
+            x.tobytes(): p for x, p in zip(arrays["x"], arrays["person"], strict=True)
+        }
+    problem = data.cmu_faces(small(files), Scale(val_size=1000))
+    found = [
+        {int(person[x.tobytes()]) for x in split["image"]}
+        for split in (problem.train, problem.val, problem.test)
+    ]
+    assert [len(f) for f in found] == [12, 4, 4]
+    assert len(set.union(*found)) == 20
+
+
+class Cifar(list):
+    """As many images of each of the hundred classes; class c is in superclass c % 20.
+
+    The pixel says which of its superclass's classes an image is of.
+    """
+
+    def __init__(self, times):
+        pixel = lambda c: np.full((32, 32, 3), c // 20, np.uint8)
+        row = lambda c: {"image": pixel(c), "label": c, "coarse_label": c % 20}
+        super().__init__(row(c) for _ in range(times) for c in range(100))
+
+
+def test_cifar_100_is_a_task_a_superclass(monkeypatch):
+    sources = {"train": Cifar(3), "test": Cifar(1)}
+    monkeypatch.setattr(data.data, "tfds_source", lambda name, part, **_: sources[part])
+    problem = data.cifar100(SMOKE, Scale(val_size=5, train_size=None))
+    assert len(problem.tasks) == 20
+    assert problem.train["image"].shape == (10, 20, 32, 32, 3)
+    assert problem.test["label"].shape == (5, 20)
+    for split in (problem.train, problem.val, problem.test):
+        np.testing.assert_array_equal(split["image"][:, :, 0, 0, 0], split["label"])
+    with pytest.raises(ValueError, match="leaves a superclass without"):
+        data.cifar100(SMOKE, Scale(val_size=15))
+
+
+@pytest.mark.deep
+def test_celeba_is_forty_attributes_on_generated_faces():
+    import tensorflow_datasets as tfds
+
+    with tfds.testing.mock_data(num_examples=6):
+        scale = Scale(train_size=5, val_size=3, test_size=4)
+        celeba = data.celeba(SMOKE, scale)
+    assert len(celeba.tasks) == 40
+    assert celeba.train["image"].shape == (5, 64, 64, 3)
+    assert celeba.test["label"].shape == (4, 40)
+    assert set(np.unique(celeba.train["label"])) <= {0, 1}
+    many = data.task_sets(dataclasses.replace(SMOKE, sets="all"), celeba)
+    assert len(many) <= 28
+    assert many[-1] == celeba.tasks
+    assert {len(tasks) for tasks in many} == {2, 4, 10, 40}
+
+
+@pytest.mark.deep
+def test_the_smoke_preset_writes_everything_and_resumes(files, tmp_path, capsys):
+    config = small(files, out=tmp_path / "run")
+    command.main(config, "the command")
+    out = capsys.readouterr().out
+    assert "results.jsonl" in out
+    header, *lines = results(config)
+    assert header["command"] == "the command"
+    assert str(files) not in json.dumps(header)
+    assert len(lines) == 5 * config.seeds  # three alone, together, together by pcgrad
+    assert lines[0]["step"] == [0, 4, 8, 12]
+    assert lines[0]["sharpness"][0] is not None
+    assert lines[0]["sharpness"][1] is None
+    table = (config.out / "table.md").read_text()
+    for part in ("Table 1", "Figure 4", "pcgrad", "`the command`", "sunglasses"):
+        assert part in table
+    png = (config.out / "optimisers.png").read_bytes()
+    assert png[:8] == b"\x89PNG\r\n\x1a\n"
+    # The numbers of the files are those of the rows.
+    groups = analysis.group(lines)
+    key = ("cmu_faces", ("pose",), "linear")
+    np.testing.assert_allclose(
+        groups[key].of("train_loss", "pose")[0],
+        [row[0] for row in lines[0]["train_loss"]],
+    )
+    # A second time without a word about it: refused. Resumed: the same numbers.
+    argv = ["-", "smoke", "--data-dir", str(files), "--out", str(config.out)]
+    argv += ["--no-plots"]
+    assert cli(argv) == 1
+    assert "--resume" in capsys.readouterr().err
+    assert cli([*argv, "--resume"]) == 0
+    again = results(config)
+    assert again[1:] == lines
+    assert "--data-dir DIR --no-plots --resume" in again[0]["command"]
+
+
+def results(config):
+    text = (config.out / "results.jsonl").read_text()
+    return [json.loads(x) for x in text.splitlines()]
+
+
+def cli(argv):
+    before, sys.argv = sys.argv, argv
+    try:
+        command.cli()
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        sys.argv = before
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--settings", "cmu_faces"], "pass --data-dir DIR"),
+        (["--methods", "adam"], "--methods: "),
+        (["--seeds", "0"], "--seeds must be positive, not 0"),
+        (["--cmu-faces.lrs", "-1"], "--cmu_faces.lrs must be positive"),
+    ],
+)
+def test_mistakes_are_one_sentence(arguments, sentence, tmp_path, capsys):
+    assert cli(["-", "smoke", "--out", str(tmp_path / "x"), *arguments]) == 1
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "x").exists()
+
+
+def line(tasks, *, seed, score, sharpness, method="linear", loss=(1.0, 0.1, 0.01)):
+    """Three checkpoints of a made-up run."""
+    times = len(loss)
+    rows = lambda value: [[value] * len(tasks) for _ in range(times)]
+    return {
+        "setting": "fashion_mtl",
+        "tasks": list(tasks),
+        "method": method,
+        "seed": seed,
+        "lr": 0.1,
+        "lr_at_edge": False,
+        "step": list(range(times)),
+        "nonfinite": [0] * times,
+        "measured": {"sharpness": {"rho": 0.001}, "probe_set": str(tasks)},
+        "train_loss": [[x] * len(tasks) for x in loss],
+        "sharpness": [None, *rows(sharpness)[1:]],
+        **{name: rows(score) for name in ("train_score", "val_score", "test_score")},
+        **dict.fromkeys(("covariance", "square_norm", "fisher"), rows(1.0)),
+        **dict.fromkeys(("similarity", "null", "split"), rows(len(tasks) ** -0.5)),
+        **dict.fromkeys(("split_low", "split_high"), rows(None)),
+    }
+
+
+def made_up(worst_is_flattest):
+    rows = {("fashion",): (0.8, 0.5), ("fashion", "other half"): (0.85, 0.4)}
+    rows["fashion", "noisy labels"] = (0.7, 0.1 if worst_is_flattest else 0.9)
+    noise = lambda seed: 1e-3 * seed
+    return [
+        line(tasks, seed=seed, score=score + noise(seed), sharpness=sharp + noise(seed))
+        for tasks, (score, sharp) in rows.items()
+        for seed in range(3)
+    ]
+
+
+@pytest.mark.parametrize("truth", [True, False])
+def test_the_row_of_the_paper_is_reproduced_or_refuted(truth):
+    table = report.make_table(Config(), analysis.group(made_up(truth)), "x")
+    assert f"**{'reproduced' if truth else 'refuted'}**" in table
+    (row,) = [
+        r
+        for r in analysis.transfer_rows(Config(), analysis.group(made_up(truth)))
+        if r.others == ("noisy labels",)
+    ]
+    np.testing.assert_allclose(row.deltas["score"].delta, -0.1, atol=1e-4)
+    assert row.deltas["score"].significant
+    # Flatter and worse: contradicts; sharper and worse: explains.
+    counts = analysis.agreements([row])["sharpness"]
+    assert (counts.agree, counts.disagree) == ((0, 1) if truth else (1, 0))
+
+
+def test_what_cannot_be_compared_is_said():
+    lines = made_up(True)
+    for x in lines[3:6]:
+        x["train_loss"] = [[1e-6] * 2] * 3  # never where the single task is
+    table = report.make_table(Config(), analysis.group(lines), "x")
+    assert "other half: The loss ranges do not overlap" in table
+    lines[0]["sharpness"] = [[float("nan")]] * 3
+    table = report.make_table(Config(), analysis.group(lines), "x")
+    assert "not finite" in table
+    lines = made_up(True)
+    for x in lines[:3]:
+        x["measured"] = {"sharpness": {"rho": 0.01}}
+    with pytest.raises(ValueError, match="differ in 'rho'"):
+        report.make_table(Config(), analysis.group(lines), "x")
+
+
+def test_presets_name_only_what_exists():
+    assert set(PRESETS) == {"smoke", "cpu", "paper"}
+    for _, config in PRESETS.values():
+        for setting in config.settings:
+            scale = config.scale(setting)
+            # Checkpoints at equal steps, the last one included.
+            assert scale.steps % scale.eval_every == 0, setting
+    assert train.Row(("a", "b")).label == "a + b"
