@@ -72,6 +72,9 @@ LATE |= {"test_fs_mtl", "test_igb", "test_experiment"}  # experiments of minutes
 LATE |= {"test_gramian_engine", "test_flat_split", "test_perturbation"}
 LATE |= {"test_driver", "test_branches", "test_auto_lambda"}  # forkmerge
 LATE |= {"test_composition", "test_clocks"}  # alternating
+LATE |= {"test_forkmerge", "test_trajectories"}  # experiments
+LATE |= {"test_covariance", "test_curvature", "test_geometry"}  # trajectory
+LATE |= {"test_probe", "test_sharpness"}  # trajectory
 
 
 def pytest_collection_modifyitems(items):
