@@ -10,7 +10,8 @@ Samples during which other processes kept the machine busy are dropped as far as
 relative to equal weights; memory is what the compiled step needs beside its arguments
 and results, as XLA reports it. ``auto`` is the engine and the strategy that the
 defaults take, ``regret`` how much longer that takes than the best measured row. Rows
-without a time are compiled only.
+without a time are compiled only. ``--only`` and ``--tasks`` run some of the models;
+their rows take the place of the old ones in the file of results.
 """
 
 import argparse
@@ -297,7 +298,7 @@ def sample(program: Any, arguments: Any, least: float = 0.05) -> Sample:
 def quiet(samples: list[Sample]) -> list[Sample]:
     """Samples that nobody disturbed, or the half that was disturbed the least."""
     undisturbed = [one for one in samples if one.others < 0.1]
-    if len(undisturbed) >= ENOUGH:
+    if len(undisturbed) >= min(ENOUGH, max(2, len(samples) // 2)):
         return undisturbed
     return sorted(samples, key=lambda one: one.others)[: max(2, len(samples) // 2)]
 
@@ -321,20 +322,25 @@ def default_of(case: Case) -> str:
     return f"stacked, {passes.strategy}"
 
 
-def measure(case: Case, patience: float) -> list[dict[str, Any]]:
-    """A row for every contender, timed in turns for at most ``patience`` seconds."""
-    programs = {name: compiled(case, *how) for name, how in contenders(case).items()}
+def take_turns(programs: dict[str, Any], patience: float) -> dict[str, list[Sample]]:
+    """Samples of every program until enough were undisturbed, or patience ends."""
     samples: dict[str, list[Sample]] = {name: [] for name in programs}
-    for program, arguments, _ in programs.values() if case.timed else ():
+    for program, arguments, _ in programs.values():
         jax.block_until_ready(program(*arguments))
     end = time.perf_counter() + patience
-    while case.timed:
+    while True:
         for name, (program, arguments, _) in programs.items():
             samples[name].append(sample(program, arguments))
         turns = min(map(len, samples.values()))
         calm = min(sum(s.others < 0.1 for s in each) for each in samples.values())
         if turns > 1 and (calm >= ENOUGH or time.perf_counter() > end):
-            break
+            return samples
+
+
+def measure(case: Case, patience: float) -> list[dict[str, Any]]:
+    """A row for every contender, timed in turns for at most ``patience`` seconds."""
+    programs = {name: compiled(case, *how) for name, how in contenders(case).items()}
+    samples = take_turns(programs, patience) if case.timed else {}
     rows = []
     default = default_of(case)
     for name, (program, _, compile_s) in programs.items():
@@ -345,11 +351,15 @@ def measure(case: Case, patience: float) -> list[dict[str, Any]]:
             "engine": name,
             "auto": name == default,
             "memory_mb": memory(program) / 2**20,
-            "compile_s": compile_s,
         }
+        if not jax.config.values[
+            "jax_compilation_cache_dir"
+        ]:  # else most of it is found there
+            row["compile_s"] = compile_s
         if case.timed:
             kept = quiet(samples[name])
-            low, median, high = statistics.quantiles([s.seconds for s in kept], n=4)
+            seconds = [one.seconds for one in kept]
+            low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
             row |= {"ms": 1e3 * median, "low_ms": 1e3 * low, "high_ms": 1e3 * high}
             row["samples"] = len(kept)
             row["others"] = statistics.mean(s.others for s in kept)
@@ -389,33 +399,52 @@ def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
         if row.get("regret", 0) > 0.005:
             auto += f", {row['regret']:+.0%}"
         head = f"| {row['model']} | {row['tasks']} | {row['size']} | {row['engine']} |"
-        tail = f" {row['memory_mb']:.1f} | {row['compile_s']:.1f} | {auto} |"
+        compile_s = f"{row['compile_s']:.1f}" if "compile_s" in row else ""
+        tail = f" {row['memory_mb']:.1f} | {compile_s} | {auto} |"
         lines.append(f"{head} {ms} | {over} |{tail}")
     lines += ["", ", ".join(f"{k} {v}" for k, v in about.items())]
     return "\n".join(lines) + "\n"
+
+
+def merged(old: list[Any], new: list[Any], order: list[Case]) -> list[Any]:
+    """New rows in the place of old ones of the same model, in the given order."""
+    cells = [(case.name, case.tasks, case.size) for case in order]
+
+    def cell(row):
+        return row["model"], row["tasks"], row["size"]
+
+    fresh = {cell(row) for row in new}
+    kept = [row for row in old if cell(row) in cells and cell(row) not in fresh]
+    return sorted(kept + new, key=lambda row: cells.index(cell(row)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--patience", type=float, default=15.0, help="seconds a model")
     parser.add_argument("--only", nargs="+", help="names of models")
+    parser.add_argument("--tasks", type=int, nargs="+", help="only these T")
     parser.add_argument("--out", type=pathlib.Path, default=OUT)
     arguments = parser.parse_args()
-    rows = []
-    for case in cases():
-        if arguments.only is None or case.name in arguments.only:
-            start = time.perf_counter()
-            rows += measure(case, arguments.patience)
-            taken = time.perf_counter() - start
-            print(
-                f"{case.name}, T={case.tasks}, {case.size}: {taken:.0f} s", flush=True
-            )
     about = {"backend": jax.default_backend(), "cores": os.cpu_count()}
     about |= {"python": platform.python_version()}
     about |= {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
+    rows: list[dict[str, Any]] = []
+    if arguments.out.exists():
+        found = json.loads(arguments.out.read_text())
+        rows = found["rows"] if found["about"] == about else []
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    results = json.dumps({"about": about, "rows": rows}, indent=1)
-    arguments.out.write_text(results + "\n")
+    everything = cases()
+    for case in everything:
+        if arguments.only is not None and case.name not in arguments.only:
+            continue
+        if arguments.tasks is not None and case.tasks not in arguments.tasks:
+            continue
+        start = time.perf_counter()
+        rows = merged(rows, measure(case, arguments.patience), everything)
+        results = json.dumps({"about": about, "rows": rows}, indent=1)
+        arguments.out.write_text(results + "\n")
+        taken = time.perf_counter() - start
+        print(f"{case.name}, T={case.tasks}, {case.size}: {taken:.0f} s", flush=True)
     table = markdown(rows, about)
     arguments.out.with_suffix(".md").write_text(table)
     print(table)

@@ -109,10 +109,11 @@ def make_table(rows: Rows, config: Config, part: str) -> dict[str, dict[str, Any
         row: dict[str, Any] = dict(zip(targets, scores.T, strict=True))
         row["average"] = scores.mean(1)
         if method != "stl":
-            # The paper prints gains: the larger the better.
-            row["gain % over STL"] = -metrics.delta_m(
-                scores, alone.mean(0), [True] * len(targets)
-            )
+            if alone.mean(0).all():  # else there is nothing to be relative to
+                # The paper prints gains: the larger the better.
+                row["gain % over STL"] = -metrics.delta_m(
+                    scores, alone.mean(0), [True] * len(targets)
+                )
             row["targets worse than STL"] = float(
                 (scores.mean(0) < alone.mean(0)).sum()
             )

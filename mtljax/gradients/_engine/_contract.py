@@ -17,6 +17,8 @@ from jaxtyping import Array
 _EXACT = "highest"
 # Entries that an intermediate result may have, so that it is not written to memory.
 _LIVE = 1 << 19
+# Columns in a part, for products that are worth a call.
+_FEWEST = 16
 
 
 class Side(NamedTuple):
@@ -40,13 +42,13 @@ def inner(left: Side, right: Side) -> Array:
     def one(x, delta, y, delta2):
         between = jnp.matmul(x, y.T, precision=_EXACT)
 
-        def some(part):
-            moved = jnp.matmul(between, _rows_first(part), precision=_EXACT)
-            return _products(_tasks_first(moved, len(part)), delta)
+        def some(delta, delta2):
+            moved = jnp.matmul(between, _rows_first(delta2), precision=_EXACT)
+            return _products(delta, _tasks_first(moved, len(delta2)))
 
-        size = _LIVE // delta2[0].size
-        rows = [r.reshape(-1, len(delta)) for r in _in_parts(some, size, delta2)]
-        return jnp.concatenate(rows).T
+        # Some columns o at a time, so that every cotangent is read once.
+        size = max(_LIVE // delta[..., 0].size, _FEWEST)
+        return _in_parts(some, size, delta, delta2, axis=2)
 
     x, y = (wide(jnp.concatenate(side.blocks, axis=-1)) for side in (left, right))
     return _over_batch(one, x, wide(left.delta), y, wide(right.delta))
@@ -64,8 +66,8 @@ def formed(left: Side, right: Side) -> Array:
                 h = _tasks_first(jnp.matmul(y, b, precision=_EXACT), len(delta2))
             return _products(g, h)
 
-        size = _LIVE // delta[:, 0].size
-        return _total(part.sum(0) for part in _in_parts(some, size, x.T, y.T))
+        size = max(_LIVE // delta[:, 0].size, 1)
+        return _in_parts(some, size, x.T, y.T)
 
     return _total(
         _over_batch(one, wide(x), wide(left.delta), wide(y), wide(right.delta))
@@ -104,21 +106,23 @@ def _total(parts: Iterable[Array]) -> Array:
     return functools.reduce(operator.add, parts)
 
 
-def _in_parts(function, size: int, *rows: Array) -> list[Array]:
-    """A function of ``size`` rows at a time, results stacked; then of the rest."""
-    size, length = max(size, 1), len(rows[0])
+def _in_parts(function, size: int, *arrays: Array, axis: int = 0) -> Array:
+    """Sum of a function of parts of arrays along an axis, of about ``size``."""
+    length = arrays[0].shape[axis]
+    count = max(round(length / size), 1)
+    size = -(-length // count)
 
-    def part(start):
+    def part(start, size=size):
         # A slice of the whole array; one reshaped into parts would be another copy.
-        return function(*(jax.lax.dynamic_slice_in_dim(x, start, size) for x in rows))
+        return function(
+            *(jax.lax.dynamic_slice_in_dim(x, start, size, axis) for x in arrays)
+        )
 
+    if count == 1:
+        return function(*arrays)
     whole = length // size * size
-    results = []
-    if whole:
-        results.append(jax.lax.map(part, jnp.arange(0, whole, size)))
-    if whole < length:
-        results.append(function(*(x[whole:] for x in rows))[None])
-    return results
+    total = jax.lax.map(part, jnp.arange(0, whole, size)).sum(0)
+    return total if whole == length else total + part(whole, length - whole)
 
 
 # One large product of two matrices is what every backend runs best, so the tasks join
