@@ -74,7 +74,8 @@ LATE |= {"test_driver", "test_branches", "test_auto_lambda"}  # forkmerge
 LATE |= {"test_composition", "test_clocks"}  # alternating
 LATE |= {"test_forkmerge", "test_trajectories"}  # experiments
 LATE |= {"test_covariance", "test_curvature", "test_geometry"}  # trajectory
-LATE |= {"test_probe", "test_sharpness"}  # trajectory
+LATE |= {"test_probe", "test_sharpness", "test_fisher", "test_analysis"}
+LATE |= {"test_bargaining", "test_max_min_ball"}  # their methods run by default
 
 
 def pytest_collection_modifyitems(items):

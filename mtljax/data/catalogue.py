@@ -70,7 +70,9 @@ def tfds_source(
             f"tensorflow-datasets could not prepare {name!r} in {where}: {error} "
             "(preparing needs the network and tensorflow-cpu)."
         ) from error
-    except (NotImplementedError, tfds.core.DatasetNotFoundError) as error:
+    except (NotImplementedError, KeyError, tfds.core.DatasetNotFoundError) as error:
+        if isinstance(error, KeyError) and "is empty" not in str(error):
+            raise  # an unknown split of a set that is there
         # Its own message blames the file format when there are no files at all.
         raise MissingDataError(
             f"tensorflow-datasets has no {name!r} prepared as array_record in {where}: "
