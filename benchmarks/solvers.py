@@ -47,7 +47,6 @@ TASKS = (3, 11, 40, 128)
 BATCH = {3: 256, 11: 256, 40: 64, 128: 16}
 C = 0.5
 PATIENCE = 10.0  # seconds that one solver may take at one T, twice
-QUICK = 0.1  # seconds; calls below are timed with warm caches
 BATCHED = ("mtljax, lax.map", "mtljax, vmap")
 
 
@@ -202,10 +201,7 @@ def ours(tasks: int) -> dict[str, Callable[[Any], Any]]:
     }
 
 
-def seconds(call: Callable[[], Any], *, warm: bool) -> float:
-    """Time of a call, right after another of the same if ``warm``."""
-    if warm:
-        call()
+def seconds(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
@@ -295,11 +291,9 @@ def measure(tasks: int, rounds: int) -> list[dict[str, Any]]:
     for turn in range(rounds):
         for key, call in calls.items():
             if answers[key] and sum(times[key]) < PATIENCE / 2:
-                # Dozens of other solvers ran since: slow ones alone do not mind.
-                warm = not times[key] or times[key][-1] < QUICK
                 with contextlib.suppress(Exception):
                     once = functools.partial(call, turn % 8)
-                    times[key].append(seconds(once, warm=warm))
+                    times[key].append(seconds(once))
     rows = []
     for (method, label), measured in times.items():
         row: dict[str, Any] = {"tasks": tasks, "method": method, "solver": label}
