@@ -8,6 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+import tyro
 
 from experiments.fs_mtl import __main__ as command
 from experiments.fs_mtl import figures, paper, report, train
@@ -30,7 +31,7 @@ def test_the_lines_of_the_paper_are_all_there():
         assert labels.count(line) == 1, line
     for line in ("STL", "F-STL"):
         assert labels.count(line) == 2  # a run for each task
-    assert len({entry.name for entry in entries(CPU)}) == len(entries(CPU)) == 33
+    assert len({entry.name for entry in entries(CPU)}) == len(entries(CPU)) == 37
 
 
 @pytest.mark.parametrize(
@@ -71,9 +72,7 @@ def test_bad_input_is_one_sentence(options, message, tmp_path, capsys):
     config = dataclasses.replace(SMOKE, out=tmp_path / "run", **options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["fs_mtl", "smoke"])
-        patch.setattr(
-            command.tyro.extras, "overridable_config_cli", lambda *a, **k: config
-        )
+        patch.setattr(tyro.extras, "overridable_config_cli", lambda *a, **k: config)
         with pytest.raises(SystemExit) as stopped:
             command.cli()
     printed = capsys.readouterr().err
