@@ -45,14 +45,15 @@ def _stacked_engine(balancer, pull: Pullback, state, inputs, passes):
 
 
 def _gramian_engine(balancer, pull: Linearized, state, inputs, passes):
-    """T backward passes of the activations, then a weighted one."""
+    """T backward passes of the activations, then a weighted one or their mixture."""
     mask = inputs["mask"]
     pull = pull if mask is None else pull.select(mask)
-    gramian = pull.gramian(passes)
+    rows = pull.rows(passes)
+    gramian = pull.gramian(rows)
     weights, state = balancer.weigh(
         state, losses=pull.losses, gramian=gramian, **inputs
     )
-    return pull.shared(weights), weights, state
+    return pull.shared(weights, rows), weights, state
 
 
 _ENGINES = {

@@ -11,7 +11,8 @@ gradients from backward passes of the activations alone. The engine reads the ja
 3. runs the program with zeros added to the results of these products, whose cotangents
    are the δ_t: one backward pass through all heads, T through the trunk
    (``_evaluate``),
-4. contracts (``_contract``); once the weights are known, one weighted pass follows.
+4. contracts (``_contract``); once the weights are known, one weighted pass follows,
+   or the weighted sum of what the T passes left, where that is less to read.
 
 Whatever it does not recognise is differentiated as usual: the result is always exact.
 """
@@ -26,7 +27,8 @@ import optax
 from mtljax import stack
 from mtljax.balancer import check_choice
 from mtljax.gradients._engine import _evaluate as evaluate
-from mtljax.gradients._engine._cost import Passes, estimate
+from mtljax.gradients._engine._batch import batch
+from mtljax.gradients._engine._cost import Passes, cheap_heads, combining_pays, estimate
 from mtljax.gradients._engine._cost import passes as default_passes
 from mtljax.gradients._engine._plan import Plan, common_plan, plan
 from mtljax.gradients._engine._program import is_float, trace
@@ -109,10 +111,10 @@ class Linearized(NamedTuple):
         """As if the gradients of absent tasks were zero."""
         return self._replace(backward=evaluate.select(self.backward, mask))
 
-    def shared(self, weights: Weights) -> Any:
+    def shared(self, weights: Weights, rows: evaluate.Rows) -> Any:
         """``Σ_t weights[t] g_t`` of the shared leaves, MaskedNode for own ones."""
         absent = [optax.MaskedNode()] * self.uses.marks.count("own")
-        return self.merge(self._gradient("shared", weights), absent)
+        return self.merge(self._gradient("shared", weights, rows), absent)
 
     @property
     def own(self) -> Callable[[Weights], list[Any]] | None:
@@ -127,9 +129,8 @@ class Linearized(NamedTuple):
         leaves = [next(sources[mark]) for mark in self.uses.marks]
         return jax.tree.unflatten(self.uses.treedef, leaves)
 
-    def gramian(self, passes: Passes) -> Gramian:
+    def gramian(self, rows: evaluate.Rows) -> Gramian:
         """Inner products of the gradients of the shared leaves."""
-        rows = self.rows(passes)
         products = evaluate.products(self.uses.plan, rows, rows)
         # Rounding differs across the diagonal, and solvers rely on symmetry.
         return (products + products.T) / 2
@@ -137,14 +138,24 @@ class Linearized(NamedTuple):
     def rows(self, passes: Passes) -> evaluate.Rows:
         """The T gradients, formed as far as they need to be."""
 
-        def run(pull, cotangents):
-            return map_tasks(pull, cotangents, *passes)
+        def run(pull, cotangents, in_axes, out_axes):
+            if passes.strategy == "vmap":
+                return batch(pull, cotangents, in_axes, out_axes)
+            axes = {"in_axes": in_axes, "out_axes": out_axes}
+            return map_tasks(pull, cotangents, *passes, **axes)
 
         return evaluate.gather(self.uses.plan, self.backward, run)
 
-    def _gradient(self, label: str, weights: Weights) -> list[Any]:
-        numbers = self.uses.numbers(label)
-        found = evaluate.gradient(self.uses.plan, self.backward, weights, numbers)
+    def _gradient(
+        self, label: str, weights: Weights, rows: evaluate.Rows | None = None
+    ) -> list[Any]:
+        numbers, made = self.uses.numbers(label), self.uses.plan
+        if rows is not None and combining_pays(made):
+            found = evaluate.combine(made, self.backward, rows, weights, numbers)
+        else:
+            found = evaluate.gradient(
+                made, self.backward, weights, numbers, heads_again=cheap_heads(made)
+            )
         return [
             found[i] if i in found else jnp.zeros_like(self.uses.leaves[i])
             for i in numbers
@@ -203,7 +214,7 @@ def task_gramian(
             gramian = stack.gramian(rows)
         else:
             pull = linearize_uses(uses)
-            gramian = pull.gramian(passes)
+            gramian = pull.gramian(pull.rows(passes))
         return ((pull.losses, pull.aux) if has_aux else pull.losses), gramian
 
     return function

@@ -128,23 +128,46 @@ def task_rows(
 
 
 def map_tasks(
-    function: Callable[[Any], Any], rows: Any, strategy: Strategy, chunk_size: int
+    function: Callable[[Any], Any],
+    rows: Any,
+    strategy: Strategy,
+    chunk_size: int,
+    *,
+    in_axes: Any = 0,
+    out_axes: Any = 0,
 ) -> Any:
-    """``function`` of every row of a stacked tree, the results stacked."""
-    num_tasks = jax.tree.leaves(rows)[0].shape[0]
+    """``function`` of every row of a stacked tree, the results stacked.
+
+    Tasks lie along ``in_axes`` and ``out_axes``: 0, or a tree of axes.
+    """
     if strategy == "vmap":
-        return jax.vmap(function)(rows)
-    if strategy == "map":
-        return jax.lax.map(function, rows)
-    if strategy == "chunked":
-        if chunk_size < 1:
+        return jax.vmap(function, (in_axes,), out_axes)(rows)
+    if isinstance(in_axes, int):
+        in_axes = jax.tree.map(lambda _: in_axes, rows)
+    if strategy in ("map", "chunked"):
+        if strategy == "chunked" and chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, not {chunk_size}.")
-        return jax.lax.map(function, rows, batch_size=min(chunk_size, num_tasks))
+        rows = jax.tree.map(lambda x, axis: jnp.moveaxis(x, axis, 0), rows, in_axes)
+        num_tasks = jax.tree.leaves(rows)[0].shape[0]
+        size = None if strategy == "map" else min(chunk_size, num_tasks)
+        stacked = jax.lax.map(function, rows, batch_size=size)
+        if isinstance(out_axes, int):
+            out_axes = jax.tree.map(lambda _: out_axes, stacked)
+        return jax.tree.map(lambda x, axis: jnp.moveaxis(x, 0, axis), stacked, out_axes)
+    leaf, axis = jax.tree.leaves(rows)[0], jax.tree.leaves(in_axes)[0]
     each = [
-        function(jax.tree.map(lambda x, task=task: x[task], rows))
-        for task in range(num_tasks)
+        function(
+            jax.tree.map(
+                lambda x, axis, task=task: jax.lax.index_in_dim(x, task, axis, False),
+                rows,
+                in_axes,
+            )
+        )
+        for task in range(leaf.shape[axis])
     ]
-    return jax.tree.map(lambda *row: jnp.stack(row), *each)
+    if isinstance(out_axes, int):
+        out_axes = jax.tree.map(lambda _: out_axes, each[0])
+    return jax.tree.map(lambda axis, *row: jnp.stack(row, axis), out_axes, *each)
 
 
 def own_cotangent(losses: Losses, mask: Mask | None) -> Losses:

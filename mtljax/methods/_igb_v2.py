@@ -393,6 +393,7 @@ class _Rule(NamedTuple):
                 key,
                 jnp.where(due, number, 0),
                 rows,
+                max_updates=2 * self.updates,
                 max_rows=2 * self.batch_size,
                 **self.sac,
             )

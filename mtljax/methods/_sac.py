@@ -142,12 +142,21 @@ def stored(memory: Memory) -> Int[Array, ""]:
     return jnp.minimum(memory.written, memory.rows.reward.shape[0])
 
 
-def sample(key: PRNGKeyArray, memory: Memory, number: int) -> Transition:
-    """``number`` transitions, uniformly with replacement."""
+def draw(
+    key: PRNGKeyArray, memory: Memory, shape: tuple[int, ...]
+) -> Int[Array, "..."]:
+    """Indices of stored transitions, uniformly with replacement."""
     # Of 2^32 numbers the remainder favours no row by more than capacity / 2^32.
-    bits = jax.random.bits(key, (number,), jnp.uint32)
+    bits = jax.random.bits(key, shape, jnp.uint32)
     at = bits % jnp.maximum(stored(memory), 1).astype(jnp.uint32)
-    return jax.tree.map(lambda ring: ring[at], memory.rows)
+    return at.astype(jnp.int32)
+
+
+def take(memory: Memory, at: Int[Array, " rows"]) -> Transition:
+    """The transitions at these indices of the ring."""
+    return jax.tree.map(
+        lambda ring: ring.at[at].get(mode="promise_in_bounds"), memory.rows
+    )
 
 
 def free_logits(present: Array, density: Density) -> Array:
@@ -306,6 +315,7 @@ def train(
     num_updates: Int[Array, ""],
     num_rows: Int[Array, ""],
     *,
+    max_updates: int,
     max_rows: int,
     **options: Any,
 ) -> Agent:
@@ -314,12 +324,15 @@ def train(
     Both numbers are traced: ``max_rows`` are drawn and the rest is masked.
     """
     valid = jnp.arange(max_rows) < num_rows
+    # All random numbers at once: in the loop each draw costs a dozen tiny kernels.
+    row_key, noise_key = jax.random.split(key)
+    rows = draw(row_key, memory, (max_updates, max_rows))
+    num_tasks = memory.rows.losses.shape[-1]
+    shape = (max_updates, 2, max_rows, num_tasks)
+    noise = jax.random.normal(noise_key, shape, jnp.float32)
 
     def body(i, agent):
-        draw, draw_noise = jax.random.split(jax.random.fold_in(key, i))
-        batch = sample(draw, memory, max_rows)
-        noise = jax.random.normal(draw_noise, (2, *batch.losses.shape), jnp.float32)
-        return update_agent(agent, batch, valid, noise, **options)
+        return update_agent(agent, take(memory, rows[i]), valid, noise[i], **options)
 
     return jax.lax.fori_loop(0, num_updates, body, agent)
 

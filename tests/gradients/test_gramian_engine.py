@@ -16,6 +16,7 @@ from mtljax import stack
 from mtljax.balancer import from_weights
 from mtljax.gradients import _gramian_engine as engine
 from mtljax.gradients._engine import _contract as contract
+from mtljax.gradients._engine import _evaluate as evaluate
 from mtljax.gradients._engine import _plan as plan
 from mtljax.gradients._engine._cost import Passes
 
@@ -365,6 +366,20 @@ def split(tree, labels):
     return shared, jax.tree.leaves(tree["heads"])
 
 
+def every_way(pull, weights, rows):
+    """The weighted gradient of the shared leaves, whichever way is the cheapest."""
+    uses = pull.uses
+    numbers = uses.numbers("shared")
+    given = uses.plan, pull.backward
+    found = [
+        evaluate.combine(*given, rows, weights, numbers),
+        evaluate.gradient(*given, weights, numbers, heads_again=False),
+        evaluate.gradient(*given, weights, numbers, heads_again=True),
+    ]
+    zeros = {leaf: jnp.zeros_like(uses.leaves[leaf]) for leaf in numbers}
+    return [[(zeros | way)[leaf] for leaf in numbers] for way in found]
+
+
 def compare(model, dtype, tolerance, strategy="vmap"):
     """Losses, Gramian, weighted gradients and aux, in one compiled program."""
     params = cast(model.params, dtype)
@@ -380,16 +395,17 @@ def compare(model, dtype, tolerance, strategy="vmap"):
         pull = engine.linearize_uses(uses)
         weights = jnp.linspace(0.5, 2, pull.losses.shape[0], dtype=dtype)
         own = pull.own(weights) if model.labels is not None else []
-        found = (
-            pull.gramian(Passes(strategy, 2)),
-            jax.tree.leaves(pull.shared(weights)),
-            own,
-        )
+        rows = pull.rows(Passes(strategy, 2))
+        ways = [
+            jax.tree.leaves(pull.shared(weights, rows)),
+            *every_way(pull, weights, rows),
+        ]
+        found = pull.gramian(rows), ways, own
 
         rows, aux = jax.jacrev(alone, has_aux=True)(p)
         parts = split(rows, model.labels)
         mixed = [[jnp.tensordot(weights, g, 1) for g in part] for part in parts]
-        expected = stack.gramian(parts[0]), *mixed
+        expected = stack.gramian(parts[0]), [mixed[0]] * len(ways), mixed[1]
         return (found, pull.losses, pull.aux), (expected, alone(p)[0], aux)
 
     got, want = jax.jit(both)(params)
@@ -436,7 +452,6 @@ def test_half_precision_is_rounded_no_earlier_than_when_stacking():
 def test_in_parts(name, monkeypatch):
     """What large models do: gradients formed piece by piece, tasks one by one."""
     monkeypatch.setattr(contract, "_LIVE", 100)
-    monkeypatch.setattr(contract, "_FEWEST", 2)
     model = MODELS[name]()
     with enable_x64(True):
         compare(model, jnp.float64, 1e-10)

@@ -238,7 +238,8 @@ def test_the_ring_overwrites_the_oldest_and_is_sampled_where_it_is_filled():
         row = _sac.Transition(x, x, jnp.float32(i), x, here, here)
         memory = put(memory, row, jnp.array(i != 1))
         if i == 2:
-            drawn = _sac.sample(jax.random.key(0), memory, 64).reward
+            at = _sac.draw(jax.random.key(0), memory, (64,))
+            drawn = _sac.take(memory, at).reward
             assert set(np.asarray(drawn).tolist()) == {0.0, 2.0}
     assert memory.written == 5
     assert _sac.stored(memory) == 4

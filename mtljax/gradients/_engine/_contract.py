@@ -1,8 +1,10 @@
 """Inner products of weight gradients, from the inputs and cotangents of a product.
 
 All functions take two sides (of one batch, or of two) and return ``[S, S']``. A side is
-the inputs ``X [b, P, I]``, in blocks along I, and cotangents ``δ [S, b, P, O]``; the
-gradients are ``g_s = Xᵀ δ_s`` for every b.
+the inputs ``X [b, P, I]``, in blocks along I, and cotangents ``δ [b, P, S, O]`` of S
+tasks; the gradients are ``g_s = Xᵀ δ_s`` for every b. With the tasks beside the outputs
+δ is a matrix ``[P, S O]`` as it lies in memory: the cotangents of all tasks move in one
+large product of two matrices, which is what every backend runs best.
 """
 
 import functools
@@ -15,10 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 _EXACT = "highest"
-# Entries that an intermediate result may have, so that it is not written to memory.
-_LIVE = 1 << 19
-# Columns in a part, for products that are worth a call.
-_FEWEST = 16
+# Entries that an intermediate result may have; of a larger one a part at a time.
+_LIVE = 1 << 22
 
 
 class Side(NamedTuple):
@@ -43,11 +43,9 @@ def inner(left: Side, right: Side) -> Array:
         between = jnp.matmul(x, y.T, precision=_EXACT)
 
         def some(delta, delta2):
-            moved = jnp.matmul(between, _rows_first(delta2), precision=_EXACT)
-            return _products(delta, _tasks_first(moved, len(delta2)))
+            return _products(delta, _times(between, delta2))
 
-        # Some columns o at a time, so that every cotangent is read once.
-        size = max(_LIVE // delta[..., 0].size, _FEWEST)
+        size = max(_LIVE // delta2[..., 0].size, 1)
         return _in_parts(some, size, delta, delta2, axis=2)
 
     x, y = (wide(jnp.concatenate(side.blocks, axis=-1)) for side in (left, right))
@@ -58,15 +56,11 @@ def formed(left: Side, right: Side) -> Array:
     """``Σ_j <X_jᵀ δ_s, X'_jᵀ δ'_t>``: the gradients, some of their rows j at a time."""
 
     def one(x, delta, y, delta2):
-        a, b = _rows_first(delta), _rows_first(delta2)
-
         def some(x, y):
-            g = h = _tasks_first(jnp.matmul(x, a, precision=_EXACT), len(delta))
-            if left is not right:
-                h = _tasks_first(jnp.matmul(y, b, precision=_EXACT), len(delta2))
-            return _products(g, h)
+            g = _times(x, delta)
+            return _products(g, g if left is right else _times(y, delta2))
 
-        size = max(_LIVE // delta[:, 0].size, 1)
+        size = max(_LIVE // delta[0].size, 1)
         return _in_parts(some, size, x.T, y.T)
 
     return _total(
@@ -86,9 +80,9 @@ def looked_up(left: Side, right: Side) -> Array:
     slots = jnp.unique(ids, return_inverse=True, size=ids.size)[1].reshape(-1)
 
     def rows(ids, slots, delta):
-        delta = jnp.where((ids >= 0)[None, :, None], wide(delta[:, 0]), 0)
-        zeros = jnp.zeros((delta.shape[0], num_slots, delta.shape[2]), delta.dtype)
-        return zeros.at[:, slots].add(delta)
+        delta = jnp.where((ids >= 0)[:, None, None], wide(delta[0]), 0)
+        zeros = jnp.zeros((num_slots, *delta.shape[1:]), delta.dtype)
+        return zeros.at[slots].add(delta)
 
     num_slots = slots.size
     a = rows(x, slots[: x.size], left.delta)
@@ -98,8 +92,8 @@ def looked_up(left: Side, right: Side) -> Array:
 def _over_batch(function, x: Array, delta: Array, y: Array, delta2: Array) -> Array:
     """Sum over b of a function of ``X_b, δ_b`` and those of the other side."""
     if len(x) == 1:  # no batch axis for the compiler to stumble over
-        return function(x[0], delta[:, 0], y[0], delta2[:, 0])
-    return jax.vmap(function, (0, 1, 0, 1))(x, delta, y, delta2).sum(0)
+        return function(x[0], delta[0], y[0], delta2[0])
+    return jax.vmap(function)(x, delta, y, delta2).sum(0)
 
 
 def _total(parts: Iterable[Array]) -> Array:
@@ -125,19 +119,13 @@ def _in_parts(function, size: int, *arrays: Array, axis: int = 0) -> Array:
     return total if whole == length else total + part(whole, length - whole)
 
 
-# One large product of two matrices is what every backend runs best, so the tasks join
-# the columns; the inner axis stays where it is, which makes the copies cheap.
-def _rows_first(delta: Array) -> Array:
-    """``[S, P, O]`` as a matrix ``[P, S O]``."""
-    return delta.transpose(1, 0, 2).reshape(delta.shape[1], -1)
-
-
-def _tasks_first(matrix: Array, num_tasks: int) -> Array:
-    """The inverse: ``[I, S O]`` as ``[S, I, O]``."""
-    return matrix.reshape(len(matrix), num_tasks, -1).transpose(1, 0, 2)
+def _times(matrix: Array, delta: Array) -> Array:
+    """``[Q, P]`` times ``[P, S, O]``."""
+    flat = delta.reshape(len(delta), -1)
+    made = jnp.matmul(matrix, flat, precision=_EXACT)
+    return made.reshape(len(matrix), *delta.shape[1:])
 
 
 def _products(a: Array, b: Array) -> Array:
-    """``<a_s, b_t>``."""
-    a, b = a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1)
-    return jnp.matmul(a, b.T, precision=_EXACT)
+    """``Σ_p <a_ps, b_pt>`` of ``[P, S, O]``, a small product for every p."""
+    return jnp.einsum("pso,pto->pst", a, b, precision=_EXACT).sum(0)

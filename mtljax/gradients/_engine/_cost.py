@@ -118,9 +118,47 @@ def estimate(plan: Plan) -> Estimate:
     again = any(
         len(who) > 1 for leaf, who in plan.in_heads.items() if leaf in plan.shared
     )
-    gramian = (1 + again) * heads.total + tasks * trunk.activations + formed
-    gramian += trunk.activations + trunk.shared + trunk.own
+    gramian = heads.total + tasks * trunk.activations + formed
+    last = _last(plan, trunk)
+    gramian += min(last.weighted + again * heads.total, last.combined)
+    if trunk.own:
+        gramian += trunk.activations + trunk.own
     return Estimate(stacked + own, gramian)
+
+
+class _Last(NamedTuple):
+    """Work of the weighted gradient once the T passes are made."""
+
+    weighted: int  # one more pass
+    combined: int  # the mixture of what the passes left
+
+
+def _last(plan: Plan, trunk: Work) -> _Last:
+    """Compares the two ways to the weighted gradient."""
+
+    def entries(refs):
+        return sum(math.prod(plan.program.avals[ref].shape) for ref in refs)
+
+    uses = [use for factored in plan.factored.values() for use in factored.uses]
+    products = sum(forward_work(use.op.eqn) for use in uses if not use.lookup)
+    left = entries({use.op.outs[0] for use in uses})
+    left += entries(plan.program.leaves[leaf] for leaf in plan.direct)
+    mixing = plan.num_tasks * left * _PER_ENTRY
+    return _Last(trunk.activations + trunk.shared, mixing + products)
+
+
+def combining_pays(plan: Plan) -> bool:
+    """Whether the mixture of the passes costs less than a weighted pass."""
+    last = _last(plan, backward_work(plan, plan.stages.trunk))
+    return last.combined < last.weighted
+
+
+def cheap_heads(plan: Plan) -> bool:
+    """Whether a second pass through the heads is less than to mix what they gave."""
+    ends = {*plan.stages.handed, *plan.stages.entries}
+    entries = sum(math.prod(plan.program.avals[ref].shape) for ref in ends)
+    heads = backward_work(plan, [op for ops in plan.stages.heads for op in ops])
+    return heads.total < plan.num_tasks * entries * _PER_ENTRY
 
 
 class Passes(NamedTuple):

@@ -17,8 +17,8 @@ from mtljax.gradients._engine._uses import Use
 from mtljax.types import Gramian, Losses, Mask, Weights
 
 Leaf = int
-# Runs a function of one task's cotangents on those of all, stacked.
-MapTasks = Callable[[Callable[[Any], Any], Any], Any]
+# Runs a function of one task's cotangents on those of all, stacked along ``in_axes``.
+MapTasks = Callable[..., Any]
 
 
 class Backward(NamedTuple):
@@ -27,10 +27,13 @@ class Backward(NamedTuple):
     losses: Losses
     aux: list[Any]
     env: Env  # values that outlive the forward pass
-    cotangents: dict[Ref, Array]  # at the end of the trunk, [T, *value]
+    cotangents: dict[Ref, Array]  # at the end of the trunk, of all tasks
     pull_trunk: Callable[[dict[Ref, Array]], tuple[dict[Leaf, Array], Any]]
-    pull_heads: Callable[[Losses], list[dict[Leaf, Array]]]
+    # Of seeds of the losses: cotangents of what each head took over, of the entries,
+    # and of the leaves that each head reads.
+    pull_heads: Callable[[Losses], tuple[Any, dict[Ref, Array], Any]]
     head_rows: list[dict[Leaf, Array]]  # each task's gradient as far as its head goes
+    mask: Mask | None = None
 
 
 def forward(plan: Plan, leaves: Sequence[Any]) -> Backward:
@@ -76,7 +79,7 @@ def forward(plan: Plan, leaves: Sequence[Any]) -> Backward:
         env,
         cotangents,
         pull_trunk,
-        lambda seeds: pull_heads(seeds.astype(losses.dtype))[2],
+        lambda seeds: pull_heads(seeds.astype(losses.dtype)),
         head_rows,
     )
 
@@ -125,15 +128,22 @@ def _heads(plan: Plan, env: Env) -> Callable[..., Any]:
 
 def select(backward: Backward, mask: Mask) -> Backward:
     """Zeroes the gradients of absent tasks, also where they are not finite."""
-    rows = [
-        jax.tree.map(lambda g, present=mask[task]: jnp.where(present, g, 0), of_task)
-        for task, of_task in enumerate(backward.head_rows)
-    ]
+    rows = _present(backward.head_rows, mask)
     cotangents = {
-        ref: jnp.where(mask.reshape(-1, *[1] * (c.ndim - 1)), c, 0)
+        ref: jnp.where(jnp.expand_dims(mask, _around(c)), c, 0)
         for ref, c in backward.cotangents.items()
     }
-    return backward._replace(cotangents=cotangents, head_rows=rows)
+    return backward._replace(cotangents=cotangents, head_rows=rows, mask=mask)
+
+
+def _present(trees: list[Any], mask: Mask | None) -> list[Any]:
+    """One tree per task, those of absent tasks zeroed."""
+    if mask is None:
+        return trees
+    return [
+        jax.tree.map(lambda x, here=here: jnp.where(here, x, 0), tree)
+        for tree, here in zip(trees, mask, strict=True)
+    ]
 
 
 def _kept(plan: Plan) -> set[Ref]:
@@ -157,10 +167,26 @@ def _views(plan: Plan, values: dict[Leaf, Any]) -> Env:
 def _stack(
     ref: Ref, value: Array, of_copies: list[dict[Ref, Array]], of_entry: Array | None
 ) -> Array:
-    """Cotangents of one value, a row per task; a task that does not read it has 0."""
+    """Cotangents of one value by task; a task that does not read it has 0."""
     zeros = jnp.zeros_like(value)
-    rows = jnp.stack([copy.get(ref, zeros) for copy in of_copies])
-    return rows if of_entry is None else rows + jnp.diag(of_entry)
+    rows = [copy.get(ref, zeros) for copy in of_copies]
+    if of_entry is not None:
+        rows = [r + e for r, e in zip(rows, jnp.diag(of_entry), strict=True)]
+    return jnp.stack(rows, _task_axis(value.ndim + 1))
+
+
+def _task_axis(ndim: int) -> int:
+    """Where the tasks lie among the axes of stacked cotangents.
+
+    Beside the last one, so that ``δ [*positions, T, O]`` of a dense layer is a matrix
+    whose rows are positions.
+    """
+    return max(ndim - 2, 0)
+
+
+def _around(stacked: Array) -> list[int]:
+    """All axes but that of the tasks."""
+    return [a for a in range(stacked.ndim) if a != _task_axis(stacked.ndim)]
 
 
 class Rows(NamedTuple):
@@ -169,21 +195,26 @@ class Rows(NamedTuple):
     sides: dict[Leaf, contract.Side]  # of factored leaves
     whole: dict[Leaf, Array]  # [T, *leaf], of other leaves that the trunk reads
     partial: dict[Leaf, dict[int, Array]]  # by task, of those that only heads read
+    deltas: dict[Ref, Array]  # [b, P, T, O], cotangents of products of factored leaves
 
 
 def gather(plan: Plan, backward: Backward, map_tasks: MapTasks) -> Rows:
     """T backward passes through the trunk."""
     wanted = [leaf for leaf in plan.direct if leaf in plan.in_trunk]
+    uses = {use.op.outs[0]: use for f in plan.factored.values() for use in f.uses}
 
     def pull(rows):
         leaves, nudges = backward.pull_trunk(rows[0])
-        return {leaf: leaves[leaf] for leaf in wanted}, nudges
+        deltas = {ref: use.cotangent(nudges[ref]) for ref, use in uses.items()}
+        return {leaf: leaves[leaf] for leaf in wanted}, deltas
 
     whole, deltas = {}, {}
-    if wanted or plan.factored:
+    if wanted or uses:
         # The second entry is not read; it says how many tasks if there is no other.
         rows = backward.cotangents, jnp.zeros(plan.num_tasks)
-        whole, deltas = map_tasks(pull, rows)
+        in_axes = {ref: _task_axis(c.ndim) for ref, c in rows[0].items()}, 0
+        out_axes = dict.fromkeys(wanted, 0), dict.fromkeys(uses, 2)
+        whole, deltas = map_tasks(pull, rows, in_axes, out_axes)
     partial = {}
     for leaf in plan.direct:
         tasks = plan.in_heads.get(leaf, [])
@@ -196,7 +227,7 @@ def gather(plan: Plan, backward: Backward, map_tasks: MapTasks) -> Rows:
         leaf: _side(factored.uses, backward.env, deltas)
         for leaf, factored in plan.factored.items()
     }
-    return Rows(sides, whole, partial)
+    return Rows(sides, whole, partial, deltas)
 
 
 def _side(uses: list[Use], env: Env, deltas: dict[Ref, Array]) -> contract.Side:
@@ -204,11 +235,11 @@ def _side(uses: list[Use], env: Env, deltas: dict[Ref, Array]) -> contract.Side:
     sources = [jnp.asarray(env[use.source]) for use in uses]
     each = [use.inputs(x) for use, x in zip(uses, sources, strict=True)]
     blocks = zip(*each, strict=True)
-    deltas_of = [use.cotangent(deltas[use.op.outs[0]]) for use in uses]
+    deltas_of = [deltas[use.op.outs[0]] for use in uses]
     if len(uses) == 1:
         return contract.Side([block for (block,) in blocks], deltas_of[0])
     joined = [jnp.concatenate(block, axis=1) for block in blocks]
-    return contract.Side(joined, jnp.concatenate(deltas_of, axis=2))
+    return contract.Side(joined, jnp.concatenate(deltas_of, axis=1))
 
 
 def products(plan: Plan, left: Rows, right: Rows) -> Gramian:
@@ -239,32 +270,53 @@ def _stacked(rows: dict[int, Array]) -> Array:
     return jnp.stack(list(rows.values()))
 
 
-def _combine(cotangents: dict[Ref, Array], weights: Weights) -> dict[Ref, Array]:
+def _combine(stacked: Array, weights: Weights) -> Array:
     """``Σ_t weights[t] c_t`` of values that, unlike parameters, may be complex."""
-
-    def mix(rows):
-        wide = contract.wide(rows)
-        mixed = jnp.tensordot(weights.astype(wide.dtype), wide, 1, precision="highest")
-        return mixed.astype(rows.dtype)
-
-    return {ref: mix(rows) for ref, rows in cotangents.items()}
+    wide = contract.wide(stacked)
+    weights = weights.astype(wide.dtype)
+    if wide.ndim == 1:
+        return jnp.dot(weights, wide, precision="highest").astype(stacked.dtype)
+    # A row vector for every position: tensordot would first bring the tasks forward.
+    rows = wide.reshape(-1, *wide.shape[-2:])
+    weights = jnp.broadcast_to(weights, (len(rows), 1, len(weights)))
+    mixed = jnp.matmul(weights, rows, precision="highest")
+    return mixed.reshape(*wide.shape[:-2], -1).astype(stacked.dtype)
 
 
 def gradient(
-    plan: Plan, backward: Backward, weights: Weights, leaves: Sequence[Leaf]
+    plan: Plan,
+    backward: Backward,
+    weights: Weights,
+    leaves: Sequence[Leaf],
+    *,
+    heads_again: bool,
 ) -> dict[Leaf, Array]:
-    """``Σ_t weights[t] g_t`` of some leaves: one backward pass through the trunk."""
+    """``Σ_t weights[t] g_t`` of some leaves: one backward pass through the trunk.
+
+    It starts from a second pass through the heads, or from the mixture of what they
+    handed over in the first.
+    """
+    again: Any = None
+    shares = any(len(plan.in_heads.get(leaf, [])) > 1 for leaf in leaves)
+    if shares or heads_again:
+        copies, of_entries, rows = backward.pull_heads(weights)
+        again = _present(copies, backward.mask), of_entries, rows
     found: dict[Leaf, Array] = {}
     if plan.in_trunk.intersection(leaves):
-        mixed, _ = backward.pull_trunk(_combine(backward.cotangents, weights))
+        if again is None:
+            ends = {ref: _combine(c, weights) for ref, c in backward.cotangents.items()}
+        else:
+            ends = {
+                ref: _sum(ref, c, again[0], again[1].get(ref))
+                for ref, c in backward.cotangents.items()
+            }
+        mixed, _ = backward.pull_trunk(ends)
         found = {leaf: mixed[leaf] for leaf in leaves if leaf in plan.in_trunk}
-    # Leaves that several heads read: one pass more adds up what else would be T rows.
-    again = None
     for leaf in leaves:
         tasks = plan.in_heads.get(leaf, [])
-        if len(tasks) > 1:
-            again = backward.pull_heads(weights) if again is None else again
-            parts = [again[task][leaf] for task in tasks]
+        if again is not None:
+            # Adds up what else would be a row per head.
+            parts = [_present(again[2], backward.mask)[task][leaf] for task in tasks]
         else:
             parts = [
                 (weights[task] * row).astype(row.dtype)
@@ -274,3 +326,45 @@ def gradient(
         for part in parts:
             found[leaf] = found[leaf] + part if leaf in found else part
     return found
+
+
+def _sum(
+    ref: Ref, stacked: Array, of_copies: list[dict[Ref, Array]], of_entry: Array | None
+) -> Array:
+    """Cotangents of one value, weighted by the seeds, summed over the tasks."""
+    parts = [copy[ref] for copy in of_copies if ref in copy]
+    parts += [] if of_entry is None else [of_entry]
+    shape = [n for a, n in enumerate(stacked.shape) if a != _task_axis(stacked.ndim)]
+    return functools.reduce(jnp.add, parts, jnp.zeros(shape, stacked.dtype))
+
+
+def combine(
+    plan: Plan, backward: Backward, rows: Rows, weights: Weights, leaves: Sequence[Leaf]
+) -> dict[Leaf, Array]:
+    """What :func:`gradient` returns, from what T passes left: without one more."""
+    mixed = {ref: _combine(delta, weights) for ref, delta in rows.deltas.items()}
+    found: dict[Leaf, Array] = {}
+    for leaf in leaves:
+        if leaf in plan.factored:
+            found[leaf] = _pull_products(plan, backward.env, leaf, mixed)
+        elif leaf in rows.whole:
+            found[leaf] = stack.combine(rows.whole[leaf], weights)
+        elif rows.partial[leaf]:
+            tasks = jnp.array(list(rows.partial[leaf]))
+            found[leaf] = stack.combine(_stacked(rows.partial[leaf]), weights[tasks])
+    return found
+
+
+def _pull_products(plan: Plan, env: Env, leaf: Leaf, mixed: dict[Ref, Array]) -> Array:
+    """``Σ_u X_uᵀ δ_u`` in the layout of the leaf, of cotangents ``[b, P, O]``."""
+    uses, avals = plan.factored[leaf].uses, plan.program.avals
+
+    def products(value):
+        seen = {**env, **_views(plan, {leaf: value})}
+        made = [apply(use.op, [seen[ref] for ref in use.op.ins])[0] for use in uses]
+        return [use.cotangent(y) for use, y in zip(uses, made, strict=True)]
+
+    aval = avals[plan.program.leaves[leaf]]
+    pull = jax.linear_transpose(products, jax.ShapeDtypeStruct(*aval))
+    (gradient,) = pull([mixed[use.op.outs[0]] for use in uses])
+    return gradient

@@ -69,6 +69,17 @@ class Program(NamedTuple):
     rematerialises: bool  # it held a jax.checkpoint, which is inlined like any call
 
 
+class Flat(NamedTuple):
+    """A jaxpr as operations in order."""
+
+    ops: list[Op]
+    inputs: list[Ref]
+    outputs: list[Ref]
+    constants: Env
+    avals: dict[Ref, Aval]
+    rematerialises: bool
+
+
 def is_float(dtype: Any) -> bool:
     """Whether the dtype is of real numbers."""
     return jnp.issubdtype(dtype, jnp.floating)
@@ -103,18 +114,31 @@ def trace(
             p for p, is_array in zip(parts, traced, strict=True) if is_array
         ]
 
-    closed = jax.make_jaxpr(flat)(list(leaves))
-    builder = _Builder()
-    inputs = [builder.new(var.aval) for var in closed.jaxpr.invars]
-    losses, *aux = builder.inline(closed.jaxpr, closed.consts, inputs)
+    made = flatten(jax.make_jaxpr(flat)(list(leaves)))
+    losses, *aux = made.outputs
     return Program(
-        builder.ops,
-        inputs,
+        made.ops,
+        made.inputs,
         losses,
         aux,
+        made.constants,
+        made.avals,
+        holder[-1],
+        made.rematerialises,
+    )
+
+
+def flatten(closed: Any) -> Flat:
+    """The operations of a closed jaxpr, calls inlined."""
+    builder = _Builder()
+    inputs = [builder.new(var.aval) for var in closed.jaxpr.invars]
+    outputs = builder.inline(closed.jaxpr, closed.consts, inputs)
+    return Flat(
+        builder.ops,
+        inputs,
+        outputs,
         builder.constants,
         builder.avals,
-        holder[-1],
         builder.rematerialises,
     )
 
@@ -173,10 +197,12 @@ def run(op: Op, env: Env) -> None:
     env.update(zip(op.outs, results, strict=True))
 
 
-def apply(op: Op, values: Sequence[Any]) -> Sequence[Any]:
-    """Results of one operation."""
+def apply(
+    op: Op, values: Sequence[Any], params: dict[str, Any] | None = None
+) -> Sequence[Any]:
+    """Results of one operation, with its own parameters or others."""
     primitive = op.eqn.primitive
-    params = primitive.get_bind_params(op.params)
+    params = primitive.get_bind_params(op.params if params is None else params)
     # jax 0.7 hands the functions of a custom rule back beside the parameters.
     functions, params = params if isinstance(params, tuple) else ((), params)
     with op.eqn.ctx.manager:

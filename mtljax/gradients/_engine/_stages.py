@@ -41,11 +41,11 @@ class Stages(NamedTuple):
 _REORDERS = {"reshape", "transpose", "squeeze", "expand_dims", "rev", "neg", "copy"}
 _REORDERS |= {"copy_p", "name", "optimization_barrier", "sharding_constraint"}
 
-_ELEMENTWISE = {"add", "add_any", "sub", "mul", "div", "neg", "abs", "sign", "square"}
-_ELEMENTWISE |= {"integer_pow", "pow", "sqrt", "rsqrt", "exp", "exp2", "expm1", "log"}
-_ELEMENTWISE |= {"log1p", "tanh", "logistic", "max", "min", "clamp", "select_n", "copy"}
-_ELEMENTWISE |= {"convert_element_type", "copy_p", "stop_gradient", "is_finite"}
-_ELEMENTWISE |= {"eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not"}
+ELEMENTWISE = {"add", "add_any", "sub", "mul", "div", "neg", "abs", "sign", "square"}
+ELEMENTWISE |= {"integer_pow", "pow", "sqrt", "rsqrt", "exp", "exp2", "expm1", "log"}
+ELEMENTWISE |= {"log1p", "tanh", "logistic", "max", "min", "clamp", "select_n", "copy"}
+ELEMENTWISE |= {"convert_element_type", "copy_p", "stop_gradient", "is_finite"}
+ELEMENTWISE |= {"eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not"}
 
 
 def _is_reorder(op: Op, program: Program) -> bool:
@@ -100,7 +100,7 @@ def _reach(
         """What an elementwise operation of losses reads; None if it is another."""
         shapes = {ref: program.avals[ref].shape for ref in op.ins}
         moving = [ref for ref in op.ins if ref in dependent]
-        fits = op.name in _ELEMENTWISE and all(
+        fits = op.name in ELEMENTWISE and all(
             shape in ((), (num_tasks,)) for shape in shapes.values()
         )
         # A number or a parameter that moves all the losses belongs to the trunk.

@@ -33,7 +33,7 @@ class Use(NamedTuple):
     # x -> blocks [b, P, I_j] with sum_j I_j = I; for a lookup the row numbers [P],
     # negative where nothing was read.
     inputs: Callable[[Array], list[Array]]
-    cotangent: Callable[[Array], Array]  # δ [S, *y] -> [S, b, P, O]
+    cotangent: Callable[[Array], Array]  # δ [*y] -> [b, P, O], every entry once
     lookup: bool = False
 
 
@@ -80,13 +80,13 @@ def _dense(op: Op, operand: int, view: View, program: Program) -> Use | None:
     left = list(range(first, first + len(free[0])))
     right = list(range(first + len(free[0]), first + len(free[0]) + len(free[1])))
     positions, outputs = (left, right) if operand == 1 else (right, left)
-    order = [0, *(1 + a for a in listed + positions + outputs)]
+    order = listed + positions + outputs
 
     def inputs(x):
         return [x.transpose(x_b + x_n + x_in).reshape(b, n, i)]
 
     def cotangent(delta):
-        return delta.transpose(order).reshape(-1, b, n, o)
+        return delta.transpose(order).reshape(b, n, o)
 
     layout = ("dense", view.chain, shape, w_b, w_in)
     return Use(
@@ -140,8 +140,7 @@ def _conv(op: Op, operand: int, view: View, program: Program) -> Use | None:
 
     def cotangent(delta):
         order = (y_spec[0], *y_spec[2:], y_spec[1])
-        delta = delta.transpose((0, *(1 + a for a in order)))
-        return delta.reshape(-1, 1, n, features)
+        return delta.transpose(order).reshape(1, n, features)
 
     layout = ("conv", view.chain, w_shape, tuple(w_spec))
     fan_in = math.prod(window) * channels
@@ -178,8 +177,7 @@ def _lookup(op: Op, operand: int, view: View, program: Program) -> Use | None:
         return [jnp.where((ids < 0) | (ids >= table[0]), -1, ids)]
 
     def cotangent(delta):
-        delta = delta.transpose((0, *(1 + a for a in order)))
-        return delta.reshape(-1, 1, n, width)
+        return delta.transpose(order).reshape(1, n, width)
 
     layout = ("lookup", view.chain, table)
     return Use(

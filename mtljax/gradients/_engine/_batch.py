@@ -1,0 +1,152 @@
+"""One function of the cotangents of a task, run on those of all tasks at once.
+
+What ``jax.vmap`` does, except that the axis of the tasks stays where it is wherever an
+operation allows it: ``vmap`` moves it to the front at the first elementwise operation
+with a value that all tasks share, and every move copies the cotangents of all tasks.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array
+
+from mtljax.gradients._engine._program import Op, apply, flatten
+from mtljax.gradients._engine._stages import ELEMENTWISE
+
+
+class Value(NamedTuple):
+    """A value, and where its tasks lie; None if they share it."""
+
+    array: Any
+    axis: int | None
+
+
+def batch(function: Callable[[Any], Any], rows: Any, in_axes: Any, out_axes: Any):
+    """``jax.vmap(function, (in_axes,), out_axes)(rows)``; the axes are trees of axes.
+
+    The function is inlined, so it should be one that is called once.
+    """
+    leaves, axes = jax.tree.leaves(rows), jax.tree.leaves(in_axes)
+    num_tasks = leaves[0].shape[axes[0]]
+    one = jax.tree.map(
+        lambda x, axis: jax.ShapeDtypeStruct(
+            x.shape[:axis] + x.shape[axis + 1 :], x.dtype
+        ),
+        rows,
+        in_axes,
+    )
+    closed, shape = jax.make_jaxpr(function, return_shape=True)(one)
+    program = flatten(closed)
+    env = {ref: Value(x, None) for ref, x in program.constants.items()}
+    values = [Value(x, axis) for x, axis in zip(leaves, axes, strict=True)]
+    env |= dict(zip(program.inputs, values, strict=True))
+    for op in program.ops:
+        outs = _run(op, [env[ref] for ref in op.ins])
+        env |= dict(zip(op.outs, outs, strict=True))
+    found = [
+        _moved(env[ref], axis, num_tasks)
+        for ref, axis in zip(program.outputs, jax.tree.leaves(out_axes), strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(shape), found)
+
+
+def _run(op: Op, values: list[Value]) -> list[Value]:
+    """One operation."""
+    axes = [value.axis for value in values]
+    batched = [i for i, axis in enumerate(axes) if axis is not None]
+    if not batched:
+        return [Value(x, None) for x in apply(op, [value.array for value in values])]
+    if op.name in ELEMENTWISE and len(op.outs) == 1 and _same_shapes(op, values):
+        axis = axes[batched[0]]
+        shape = values[batched[0]].array.shape
+        arrays = [_beside(value, axis, shape) for value in values]
+        return [Value(apply(op, arrays)[0], axis)]
+    if op.name == "dot_general" and len(batched) == 1:
+        return [_dot(op, values, batched[0])]
+    if op.name == "transpose":
+        return [_transpose(op, values[0])]
+    if op.name == "reshape" and op.params["dimensions"] is None:
+        place = _kept_apart(op, axes[0])
+        if place is not None:
+            return [_reshape(op, values[0], place)]
+    out = jax.vmap(lambda *xs: tuple(apply(op, xs)), axes)(*(v.array for v in values))
+    return [Value(x, 0) for x in out]
+
+
+def _same_shapes(op: Op, values: list[Value]) -> bool:
+    """Whether every operand is a shared number or of the shape of the result."""
+    shape = op.eqn.outvars[0].aval.shape
+    return all(
+        op.shape(i) == shape or (op.shape(i) == () and value.axis is None)
+        for i, value in enumerate(values)
+    )
+
+
+def _beside(value: Value, axis: int, shape: tuple[int, ...]) -> ArrayLike:
+    """An operand of an elementwise operation with its tasks along an axis."""
+    if value.axis is not None:
+        return jnp.moveaxis(value.array, value.axis, axis)
+    if jnp.ndim(value.array) == 0:
+        return value.array
+    return jnp.broadcast_to(jnp.expand_dims(value.array, axis), shape)
+
+
+def _dot(op: Op, values: list[Value], which: int) -> Value:
+    """A product of which one operand differs between tasks: one more free axis."""
+    axis = values[which].axis
+    assert axis is not None
+    contract, batches = op.params["dimension_numbers"]
+
+    def shifted(axes):
+        return tuple(a + (a >= axis) for a in axes)
+
+    numbers = [list(contract), list(batches)]
+    for pair in numbers:
+        pair[which] = shifted(pair[which])
+    params = {**op.params, "dimension_numbers": tuple(map(tuple, numbers))}
+    (out,) = apply(op, [value.array for value in values], params)
+    taken = {*numbers[0][which], *numbers[1][which]}
+    place = len(batches[0]) + sum(a not in taken for a in range(axis))
+    if which == 1:
+        place += len(op.shape(0)) - len(contract[0]) - len(batches[0])
+    return Value(out, place)
+
+
+def _transpose(op: Op, value: Value) -> Value:
+    """The tasks stay between the axes that they lay between, or before the second."""
+    axis = value.axis
+    assert axis is not None
+    order = list(op.params["permutation"])
+    place = order.index(axis) if axis < len(order) else len(order)
+    order = [a + (a >= axis) for a in order]
+    order.insert(place, axis)
+    return Value(value.array.transpose(order), place)
+
+
+def _kept_apart(op: Op, axis: int | None) -> int | None:
+    """Where the tasks lie after a reshape that does not mix them with other axes."""
+    assert axis is not None
+    before = math.prod(op.shape(0)[:axis])
+    sizes = op.params["new_sizes"]
+    places = [i for i in range(len(sizes) + 1) if math.prod(sizes[:i]) == before]
+    return max(places, default=None)
+
+
+def _reshape(op: Op, value: Value, place: int) -> Value:
+    sizes = list(op.params["new_sizes"])
+    sizes.insert(place, value.array.shape[value.axis])
+    return Value(value.array.reshape(sizes), place)
+
+
+def _moved(value: Value, axis: int, num_tasks: int) -> Array:
+    """A result with its tasks along an axis."""
+    if value.axis is not None:
+        return jnp.moveaxis(value.array, value.axis, axis)
+    wide = jnp.expand_dims(value.array, axis)
+    return jnp.broadcast_to(
+        wide, (*wide.shape[:axis], num_tasks, *wide.shape[axis + 1 :])
+    )
