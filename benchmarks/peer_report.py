@@ -15,13 +15,17 @@ BALANCED = [method for method in METHODS if method != BASELINE]
 # precision. Its MGDA is a hundred Frank-Wolfe steps, its Nash-MTL stops early, and
 # PCGrad draws another order for T > 2: these are recorded and not checked.
 TOLERANCE = {BASELINE: 1e-3, "UPGrad": 0.05, "CAGrad": 0.05}
+# Where rounding moves activations across zero, layer by layer: in float64 the two
+# ResNets' gradients agree to 1e-14, in float32 their directions to 0.005.
+LOOSER = {"resnet18": 0.02}
 
 
 def check_agreement(
     model: str, tasks: int, method: str, losses: float, update: float
 ) -> None:
     """Raises if the two sides do not do the same work."""
-    if losses > 1e-4 or update > TOLERANCE.get(method, float("inf")):
+    bound = max(TOLERANCE.get(method, float("inf")), LOOSER.get(model, 0))
+    if losses > 1e-4 or update > bound:
         raise RuntimeError(
             f"{model}, T={tasks}, {method}: losses differ by {losses:.1e} and the "
             f"directions of the updates by {update:.1e}; the sides are not comparable."

@@ -28,7 +28,7 @@ from mtljax import stack
 from mtljax.balancer import check_choice
 from mtljax.gradients._engine import _evaluate as evaluate
 from mtljax.gradients._engine._batch import batch
-from mtljax.gradients._engine._cost import Passes, cheap_heads, combining_pays, estimate
+from mtljax.gradients._engine._cost import Passes, cheap_heads, combining_pays, pays
 from mtljax.gradients._engine._cost import passes as default_passes
 from mtljax.gradients._engine._plan import Plan, common_plan, plan
 from mtljax.gradients._engine._program import is_float, trace
@@ -257,7 +257,7 @@ def choose(
         # Outside of jit a function may look at the values of its parameters.
         return Choice(None, asked)
     # Who wrote jax.checkpoint wants its memory back, which inlining does not give.
-    if uses.plan.program.rematerialises or not estimate(uses.plan).pays:
+    if uses.plan.program.rematerialises or not pays(uses.plan):
         return Choice(None, passes(uses, stacked=True))
     return Choice(uses, passes(uses, stacked=False))
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from mtljax.gradients._engine._program import Op, apply, flatten
+from mtljax.gradients._engine._program import Flat, Op, apply, flatten
 from mtljax.gradients._engine._stages import ELEMENTWISE
 
 
@@ -44,7 +44,7 @@ def batch(function: Callable[[Any], Any], rows: Any, in_axes: Any, out_axes: Any
     env = {ref: Value(x, None) for ref, x in program.constants.items()}
     values = [Value(x, axis) for x, axis in zip(leaves, axes, strict=True)]
     env |= dict(zip(program.inputs, values, strict=True))
-    for op in program.ops:
+    for op in _needed(program):
         outs = _run(op, [env[ref] for ref in op.ins])
         env |= dict(zip(op.outs, outs, strict=True))
     found = [
@@ -54,14 +54,25 @@ def batch(function: Callable[[Any], Any], rows: Any, in_axes: Any, out_axes: Any
     return jax.tree.unflatten(jax.tree.structure(shape), found)
 
 
+def _needed(program: Flat) -> list[Op]:
+    """The operations that results depend on: a pullback has gradients nobody asked."""
+    wanted, ops = set(program.outputs), []
+    for op in reversed(program.ops):
+        if wanted.intersection(op.outs):
+            wanted.update(op.ins)
+            ops.append(op)
+    return ops[::-1]
+
+
 def _run(op: Op, values: list[Value]) -> list[Value]:
     """One operation."""
     axes = [value.axis for value in values]
     batched = [i for i, axis in enumerate(axes) if axis is not None]
     if not batched:
         return [Value(x, None) for x in apply(op, [value.array for value in values])]
+    axis = axes[batched[0]]
+    assert axis is not None
     if op.name in ELEMENTWISE and len(op.outs) == 1 and _same_shapes(op, values):
-        axis = axes[batched[0]]
         shape = values[batched[0]].array.shape
         arrays = [_beside(value, axis, shape) for value in values]
         return [Value(apply(op, arrays)[0], axis)]
@@ -70,7 +81,7 @@ def _run(op: Op, values: list[Value]) -> list[Value]:
     if op.name == "transpose":
         return [_transpose(op, values[0])]
     if op.name == "reshape" and op.params["dimensions"] is None:
-        place = _kept_apart(op, axes[0])
+        place = _kept_apart(op, axis)
         if place is not None:
             return [_reshape(op, values[0], place)]
     out = jax.vmap(lambda *xs: tuple(apply(op, xs)), axes)(*(v.array for v in values))
@@ -127,9 +138,8 @@ def _transpose(op: Op, value: Value) -> Value:
     return Value(value.array.transpose(order), place)
 
 
-def _kept_apart(op: Op, axis: int | None) -> int | None:
+def _kept_apart(op: Op, axis: int) -> int | None:
     """Where the tasks lie after a reshape that does not mix them with other axes."""
-    assert axis is not None
     before = math.prod(op.shape(0)[:axis])
     sizes = op.params["new_sizes"]
     places = [i for i in range(len(sizes) + 1) if math.prod(sizes[:i]) == before]

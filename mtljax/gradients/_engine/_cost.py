@@ -83,11 +83,6 @@ class Estimate(NamedTuple):
     stacked: int
     gramian: int
 
-    @property
-    def pays(self) -> bool:
-        """Whether the Gramian engine is worth its compilation."""
-        return self.stacked > _SMALL and self.gramian < _MARGIN * self.stacked
-
 
 def estimate(plan: Plan) -> Estimate:
     """Both engines: T passes with gradients, or T without and one with."""
@@ -147,6 +142,14 @@ def _last(plan: Plan, trunk: Work) -> _Last:
     return _Last(trunk.activations + trunk.shared, mixing + products)
 
 
+def pays(plan: Plan) -> bool:
+    """Whether the Gramian engine is worth its compilation."""
+    work = estimate(plan)
+    # Passes made one by one compile faster without T gradients to stack.
+    margin = 1 if _convolves(plan) and jax.default_backend() == "cpu" else _MARGIN
+    return work.stacked > _SMALL and work.gramian < margin * work.stacked
+
+
 def combining_pays(plan: Plan) -> bool:
     """Whether the mixture of the passes costs less than a weighted pass."""
     last = _last(plan, backward_work(plan, plan.stages.trunk))
@@ -170,20 +173,28 @@ class Passes(NamedTuple):
 
 # Bytes that the values of all passes may take at once, by backend.
 _LIVE = {"cpu": 1 << 28}
+# Passes, and operations of all passes, up to which they are unrolled.
 _UNROLL = 16
+_UNROLLED_OPS = 5000
+
+
+def _convolves(plan: Plan) -> bool:
+    return any(op.name == "conv_general_dilated" for op in plan.stages.trunk)
 
 
 def passes(plan: Plan, *, stacked: bool) -> Passes:
     """The default way to run the T passes.
 
     One batched pass is the fastest where its operations are large products. XLA:CPU is
-    slow at batches of gradients of kernels and at convolutions in loops: there the
-    passes of stacking, and of any trunk that convolves, are unrolled while they are
-    few. Values of all tasks that do not fit together are made for some at a time.
+    slow at batches of gradients of kernels, and at convolutions in batches and loops:
+    there the passes of stacking are unrolled while they are few, and those of a trunk
+    that convolves while their operations are. Values of all tasks that do not fit
+    together are made for some at a time.
     """
     tasks, backend = plan.num_tasks, jax.default_backend()
-    convolves = any(op.name == "conv_general_dilated" for op in plan.stages.trunk)
-    if backend == "cpu" and (stacked or convolves) and tasks <= _UNROLL:
+    few, convolves = tasks <= _UNROLL, _convolves(plan)
+    short = not stacked and tasks * len(plan.stages.trunk) <= _UNROLLED_OPS
+    if backend == "cpu" and ((few and stacked) or (convolves and (few or short))):
         return Passes("unrolled", 1)
     sizes = [
         math.prod(plan.program.avals[ref].shape)

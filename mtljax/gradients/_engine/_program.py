@@ -202,9 +202,9 @@ def apply(
 ) -> Sequence[Any]:
     """Results of one operation, with its own parameters or others."""
     primitive = op.eqn.primitive
-    params = primitive.get_bind_params(op.params if params is None else params)
+    bound: Any = primitive.get_bind_params(op.params if params is None else params)
     # jax 0.7 hands the functions of a custom rule back beside the parameters.
-    functions, params = params if isinstance(params, tuple) else ((), params)
+    functions, bound = bound if isinstance(bound, tuple) else ((), bound)
     with op.eqn.ctx.manager:
-        out = primitive.bind(*functions, *values, **params)
+        out = primitive.bind(*functions, *values, **bound)
     return out if primitive.multiple_results else [out]
