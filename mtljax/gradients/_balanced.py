@@ -102,7 +102,7 @@ def value_and_balanced_grad(
     single backward pass, and one that reads the Gramian need not see the gradients:
     with ``y = x W`` and ``δ_t`` the cotangent of y for loss t, the entry of W in the
     Gramian is ``<xᵀ δ_s, xᵀ δ_t> = <δ_s, (x xᵀ) δ_t>``, so that T backward passes of
-    the activations and one weighted one are enough.
+    the activations are enough, and the update is ``xᵀ Σ_t w_t δ_t`` or one more pass.
 
     Args:
       task_losses: ``task_losses(params, *args, **kwargs) -> losses[T]`` (or
@@ -115,11 +115,12 @@ def value_and_balanced_grad(
         codebases differ; the papers that balance "shared parameters" mean the first.
       has_aux: ``task_losses`` returns ``(losses, aux)``.
       engine: ``"losses"`` (one weighted backward pass), ``"gramian"`` (T backward
-        passes of the activations and one weighted; a parameter's T gradients are formed
-        only where that is less work, or where it is used in an unknown way),
-        ``"stacked"`` (T backward passes) or ``"auto"``: the least that the balancer
-        allows and, of the last two, the one with less work by the shapes. The engine
-        ``"gramian"`` inlines ``jax.checkpoint``; ``"auto"`` then stacks.
+        passes of the activations, then their mixture or one weighted pass, whichever is
+        less work; a parameter's T gradients are formed only where that is less work, or
+        where it is used in an unknown way), ``"stacked"`` (T backward passes) or
+        ``"auto"``: the least that the balancer allows and, of the last two, the one
+        with less work by the shapes. The engine ``"gramian"`` inlines
+        ``jax.checkpoint``; ``"auto"`` then stacks.
       strategy: How T backward passes run, see :func:`value_and_task_grads`.
       chunk_size: Tasks in a chunk.
 

@@ -80,7 +80,7 @@ def _run(op: Op, values: list[Value]) -> list[Value]:
         return [_dot(op, values, batched[0])]
     if op.name == "transpose":
         return [_transpose(op, values[0])]
-    if op.name == "reshape" and op.params["dimensions"] is None:
+    if op.name == "reshape" and op.params.get("dimensions") is None:
         place = _kept_apart(op, axis)
         if place is not None:
             return [_reshape(op, values[0], place)]

@@ -296,14 +296,18 @@ def gradient(
     It starts from a second pass through the heads, or from the mixture of what they
     handed over in the first.
     """
-    again: Any = None
     shares = any(len(plan.in_heads.get(leaf, [])) > 1 for leaf in leaves)
-    if shares or heads_again:
+    through_trunk = bool(plan.in_trunk.intersection(leaves))
+    again: Any = ()
+    if shares or (heads_again and through_trunk):
         copies, of_entries, rows = backward.pull_heads(weights)
-        again = _present(copies, backward.mask), of_entries, rows
+        here = backward.mask
+        if here is not None:
+            of_entries = {ref: jnp.where(here, e, 0) for ref, e in of_entries.items()}
+        again = _present(copies, here), of_entries, _present(rows, here)
     found: dict[Leaf, Array] = {}
-    if plan.in_trunk.intersection(leaves):
-        if again is None:
+    if through_trunk:
+        if not again:
             ends = {ref: _combine(c, weights) for ref, c in backward.cotangents.items()}
         else:
             ends = {
@@ -314,9 +318,8 @@ def gradient(
         found = {leaf: mixed[leaf] for leaf in leaves if leaf in plan.in_trunk}
     for leaf in leaves:
         tasks = plan.in_heads.get(leaf, [])
-        if again is not None:
-            # Adds up what else would be a row per head.
-            parts = [_present(again[2], backward.mask)[task][leaf] for task in tasks]
+        if len(tasks) > 1:  # adds up what else would be a row per head
+            parts = [again[2][task][leaf] for task in tasks]
         else:
             parts = [
                 (weights[task] * row).astype(row.dtype)
