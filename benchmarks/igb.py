@@ -1,6 +1,6 @@
 """Step time of IGBv1 and IGBv2 beside equal weighting, in one run.
 
-``python -m benchmarks.igb`` (about twelve minutes on two CPU cores) trains the message-
+``python -m benchmarks.igb`` (about six minutes on two CPU cores) trains the message-
 passing network of QM9's tables on made-up molecules, 11 tasks, batches of 120, at the
 experiment's width and at twice that, and writes ``benchmarks/results/igb.json``. All
 methods take turns: a round is 50 steps of each, one period of the agent, so that its
@@ -177,7 +177,7 @@ def summary(name: str, times: np.ndarray) -> dict[str, Any]:
 def main() -> None:
     """Measures, prints a table and writes the numbers."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=16)
     parser.add_argument("--widths", nargs="+", type=int, default=[64, 128])
     parser.add_argument("--batch-size", type=int, default=120)
     parser.add_argument("--out", type=pathlib.Path, default=OUT)

@@ -1,6 +1,6 @@
 """A whole training step, ours beside TorchJD's: time, memory, seeds, compilation.
 
-``python -m benchmarks.peers`` (estimated at eight minutes on two idle CPU cores; needs
+``python -m benchmarks.peers`` (about fifteen minutes on two idle CPU cores; needs
 the extra ``bench``) builds each model twice with the same weights and data, checks that
 losses and updates of the first step agree, and steps both in turns in one process, so
 that drift hits both alike:

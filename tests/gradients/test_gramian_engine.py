@@ -459,6 +459,24 @@ def test_in_parts(name, monkeypatch):
         compare(model, jnp.float64, 1e-10)
 
 
+def test_every_way_leaves_out_an_absent_task():
+    model = mlp()
+    params = cast(model.params, jnp.float32)
+    uses = engine.find_uses(
+        model.task_losses, params, has_aux=False, labels=model.labels
+    )
+    mask = jnp.array([True, False, True])
+    pull = engine.linearize_uses(uses).select(mask)
+    rows = pull.rows(Passes("vmap", 2))
+    # A weight that the mask alone keeps from the update.
+    weights = jnp.array([0.5, 7.0, 2.0])
+    jacobian = split(jax.jacrev(model.task_losses)(params), model.labels)[0]
+    present = jnp.where(mask, weights, 0)
+    expected = [jnp.tensordot(present, g, 1) for g in jacobian]
+    for way in every_way(pull, weights, rows):
+        close(way, expected, 1e-5)
+
+
 PARAMS = cast(mlp().params, jnp.float32)
 SHARED = mtljax.shared_params(PARAMS, HEADS)
 ALL, SOME = jnp.ones(3, bool), jnp.array([True, False, True])
