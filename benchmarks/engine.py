@@ -49,7 +49,6 @@ class Case(NamedTuple):
     task_losses: Callable[..., Any]
     params: Any
     batch: Any
-    timed: bool = True
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
@@ -65,7 +64,7 @@ def conv(x, w, stride=1, padding="SAME"):
     )
 
 
-def make_case(name, tasks, size, x, *, trunk, params, outputs=10, timed=True) -> Case:
+def make_case(name, tasks, size, x, *, trunk, params, outputs=10) -> Case:
     """Linear heads on features ``[n, d]``: regression, or ten classes."""
     rng = np.random.default_rng(1)
     width = jax.eval_shape(trunk, params, x).shape[-1]
@@ -83,7 +82,7 @@ def make_case(name, tasks, size, x, *, trunk, params, outputs=10, timed=True) ->
         return jnp.stack([loss(h @ w, target) for w, target in pairs])
 
     everything = {"trunk": params, "heads": heads}
-    return Case(name, tasks, size, task_losses, everything, (x, y), timed)
+    return Case(name, tasks, size, task_losses, everything, (x, y))
 
 
 def mlp(tasks: int, examples: int) -> Case:
@@ -144,7 +143,7 @@ def resnet(tasks: int, examples: int) -> Case:
     return make_case("resnet", tasks, f"N={examples}", x, trunk=trunk, params=params)
 
 
-def transformer(tasks: int, sequences: int, *, timed: bool = True) -> Case:
+def transformer(tasks: int, sequences: int) -> Case:
     """Two layers of width 256 with eight heads, 64 tokens a sequence."""
     d, heads = 256, 8
     layers = []
@@ -172,9 +171,7 @@ def transformer(tasks: int, sequences: int, *, timed: bool = True) -> Case:
 
     x = normal(9, sequences, 64, d) * 100
     size = f"{sequences}x64 tokens"
-    return make_case(
-        "transformer", tasks, size, x, trunk=trunk, params=layers, timed=timed
-    )
+    return make_case("transformer", tasks, size, x, trunk=trunk, params=layers)
 
 
 def several_batches(tasks: int, examples: int) -> Case:
@@ -210,7 +207,7 @@ def cases() -> list[Case]:
         transformer(3, 4),
         transformer(24, 4),
         transformer(3, 32),
-        transformer(40, 32, timed=False),
+        transformer(40, 32),
     ]
 
 
@@ -246,6 +243,7 @@ def contenders(case: Case) -> dict[str, Any]:
     options["stacked, vmap"] = (balancer, "stacked", "vmap")
     if not few:
         options["stacked, chunked"] = (balancer, "stacked", "chunked")
+        options["stacked, map"] = (balancer, "stacked", "map")
     options["gramian"] = (balancer, "gramian", "auto")
     return options
 
@@ -348,7 +346,7 @@ def take_turns(programs: dict[str, Any], patience: float) -> dict[str, list[Samp
 def measure(case: Case, patience: float) -> list[dict[str, Any]]:
     """A row for every contender, timed in turns for at most ``patience`` seconds."""
     programs = {name: compiled(case, *how) for name, how in contenders(case).items()}
-    samples = take_turns(programs, patience) if case.timed else {}
+    samples = take_turns(programs, patience)
     rows = []
     default = default_of(case)
     for name, (program, _, compile_s) in programs.items():
@@ -364,24 +362,22 @@ def measure(case: Case, patience: float) -> list[dict[str, Any]]:
             "jax_compilation_cache_dir"
         ]:  # else most of it is found there
             row["compile_s"] = compile_s
-        if case.timed:
-            kept = quiet(samples[name])
-            seconds = [one.seconds for one in kept]
-            low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
-            row |= {"ms": 1e3 * median, "low_ms": 1e3 * low, "high_ms": 1e3 * high}
-            row["samples"] = len(kept)
-            row["others"] = statistics.mean(s.others for s in kept)
+        kept = quiet(samples[name])
+        seconds = [one.seconds for one in kept]
+        low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+        row |= {"ms": 1e3 * median, "low_ms": 1e3 * low, "high_ms": 1e3 * high}
+        row["samples"] = len(kept)
+        row["others"] = statistics.mean(s.others for s in kept)
         rows.append(row)
     return with_ratios(rows)
 
 
 def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Overhead over the first row; regret of the default beside the best other one."""
-    timed = [row for row in rows[1:] if "ms" in row]
-    for row in timed:
+    for row in rows[1:]:
         row["overhead"] = row["ms"] / rows[0]["ms"]
         if row["auto"]:
-            row["regret"] = row["ms"] / min(r["ms"] for r in timed) - 1
+            row["regret"] = row["ms"] / min(r["ms"] for r in rows[1:]) - 1
     return rows
 
 
@@ -399,9 +395,8 @@ def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
     if disturbed > 0.1:
         lines.insert(4, f"Other processes kept up to {disturbed:.1f} cores busy.\n")
     for row in rows:
-        ms, over, auto = "", "", "auto" if row["auto"] else ""
-        if "ms" in row:
-            ms = f"{row['ms']:.3g} ({row['low_ms']:.3g} to {row['high_ms']:.3g})"
+        over, auto = "", "auto" if row["auto"] else ""
+        ms = f"{row['ms']:.3g} ({row['low_ms']:.3g} to {row['high_ms']:.3g})"
         if "overhead" in row:
             over = f"{row['overhead']:.2f}"
         if row.get("regret", 0) > 0.005:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mtljax.alternating._parts import Parts
+from mtljax.gradients._engine._sweep import sweep
 
 
 def indexed(task_losses: Callable[..., Any]) -> Callable[..., Any]:
@@ -138,6 +139,7 @@ def each_member(
     weights = group.weights(mean)
     if grad_fn is None:
         losses, pull, stats = jax.vjp(group.losses, params, has_aux=True)
+        pull = sweep(pull, losses)
 
         def body(carry, number):
             seed = jnp.where(numbers == number, weights, 0).astype(losses.dtype)

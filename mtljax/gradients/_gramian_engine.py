@@ -139,7 +139,7 @@ class Linearized(NamedTuple):
         """The T gradients, formed as far as they need to be."""
 
         def run(pull, cotangents, in_axes, out_axes):
-            if passes.strategy == "vmap":
+            if passes.strategy == "vmap" and not _explicit_axes():
                 return batch(pull, cotangents, in_axes, out_axes)
             axes = {"in_axes": in_axes, "out_axes": out_axes}
             return map_tasks(pull, cotangents, *passes, **axes)
@@ -160,6 +160,12 @@ class Linearized(NamedTuple):
             found[i] if i in found else jnp.zeros_like(self.uses.leaves[i])
             for i in numbers
         ]
+
+
+def _explicit_axes() -> bool:
+    """Whether shardings are part of types: then only ``vmap`` knows its axes."""
+    types = jax.sharding.get_abstract_mesh().axis_types
+    return jax.sharding.AxisType.Explicit in (types or ())
 
 
 def linearize_uses(uses: Uses) -> Linearized:

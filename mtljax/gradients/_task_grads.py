@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from mtljax.balancer import check_choice
+from mtljax.gradients._engine._sweep import sweep
 from mtljax.gradients._labels import resolve_labels
 from mtljax.types import Grads, Losses, Mask, Params
 
@@ -79,7 +80,8 @@ def linearize(
 
     if labels is None:
         losses, vjp, aux = jax.vjp(checked, params, has_aux=True)
-        return Pullback(losses, aux, lambda c: vjp(c)[0], None, lambda g, _: g)
+        pull = sweep(vjp, losses)
+        return Pullback(losses, aux, lambda c: pull(c)[0], None, lambda g, _: g)
 
     flat = resolve_labels(labels, params)
     leaves, treedef = jax.tree.flatten(params)
@@ -99,9 +101,13 @@ def linearize(
         split("own"),
         has_aux=True,
     )
-    # Under jit the half of each pass that is not used is never computed.
+    pull = sweep(vjp, losses)
     return Pullback(
-        losses, aux, lambda c: merge(vjp(c)[0], absent), lambda c: vjp(c)[1], merge
+        losses,
+        aux,
+        lambda c: merge(pull(c, lambda results: results[0]), absent),
+        lambda c: pull(c, lambda results: results[1]),
+        merge,
     )
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from mtljax.gradients._engine._program import Flat, Op, apply, flatten
+from mtljax.gradients._engine._program import Op, apply, flatten, needed
 from mtljax.gradients._engine._stages import ELEMENTWISE
 
 
@@ -44,7 +44,8 @@ def batch(function: Callable[[Any], Any], rows: Any, in_axes: Any, out_axes: Any
     env = {ref: Value(x, None) for ref, x in program.constants.items()}
     values = [Value(x, axis) for x, axis in zip(leaves, axes, strict=True)]
     env |= dict(zip(program.inputs, values, strict=True))
-    for op in _needed(program):
+    # A pullback has gradients that nobody asked for.
+    for op in needed(program.ops, program.outputs):
         outs = _run(op, [env[ref] for ref in op.ins])
         env |= dict(zip(op.outs, outs, strict=True))
     found = [
@@ -52,16 +53,6 @@ def batch(function: Callable[[Any], Any], rows: Any, in_axes: Any, out_axes: Any
         for ref, axis in zip(program.outputs, jax.tree.leaves(out_axes), strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(shape), found)
-
-
-def _needed(program: Flat) -> list[Op]:
-    """The operations that results depend on: a pullback has gradients nobody asked."""
-    wanted, ops = set(program.outputs), []
-    for op in reversed(program.ops):
-        if wanted.intersection(op.outs):
-            wanted.update(op.ins)
-            ops.append(op)
-    return ops[::-1]
 
 
 def _run(op: Op, values: list[Value]) -> list[Value]:

@@ -13,6 +13,7 @@ from mtljax.gradients._engine import _contract as contract
 from mtljax.gradients._engine._plan import Plan
 from mtljax.gradients._engine._program import Env, Ref, apply, has_cotangent, run
 from mtljax.gradients._engine._stages import joins_scalars
+from mtljax.gradients._engine._sweep import sweep
 from mtljax.gradients._engine._uses import Use
 from mtljax.types import Gramian, Losses, Mask, Weights
 
@@ -53,6 +54,7 @@ def forward(plan: Plan, leaves: Sequence[Any]) -> Backward:
     nudges = {ref: jnp.zeros(*program.avals[ref]) for ref in sorted(made)}
     trunk = _trunk(plan, fixed, ends)
     handed, pull_trunk, seen = jax.vjp(trunk, in_trunk, nudges, has_aux=True)
+    pull_trunk = sweep(pull_trunk, handed)
     env = {**fixed, **seen}
 
     copies = [{r: handed[r] for r in ends if r in reads} for reads in stages.reads]

@@ -1,6 +1,6 @@
 """A traced function as a flat list of operations, calls inlined."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -128,9 +128,9 @@ def trace(
     )
 
 
-def flatten(closed: Any) -> Flat:
-    """The operations of a closed jaxpr, calls inlined."""
-    builder = _Builder()
+def flatten(closed: Any, keep: Collection[str] = ()) -> Flat:
+    """The operations of a closed jaxpr, calls inlined but those to keep."""
+    builder = _Builder(keep)
     inputs = [builder.new(var.aval) for var in closed.jaxpr.invars]
     outputs = builder.inline(closed.jaxpr, closed.consts, inputs)
     return Flat(
@@ -146,7 +146,8 @@ def flatten(closed: Any) -> Flat:
 class _Builder:
     """Numbers the values while calls are replaced by their bodies."""
 
-    def __init__(self):
+    def __init__(self, keep: Collection[str]):
+        self.calls = {name: key for name, key in _CALLS.items() if name not in keep}
         self.ops: list[Op] = []
         self.constants: Env = {}
         self.avals: dict[Ref, Aval] = {}
@@ -178,7 +179,7 @@ class _Builder:
 
         for eqn in jaxpr.eqns:
             ins = [read(atom) for atom in eqn.invars]
-            key = _CALLS.get(eqn.primitive.name)
+            key = self.calls.get(eqn.primitive.name)
             if key is None:
                 outs = [self.new(var.aval) for var in eqn.outvars]
                 self.ops.append(Op(eqn, tuple(ins), tuple(outs)))
@@ -189,6 +190,16 @@ class _Builder:
                 outs = self.inline(body, held, ins)
             names.update(zip(eqn.outvars, outs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
+
+
+def needed(ops: Sequence[Op], results: Iterable[Ref]) -> list[Op]:
+    """The operations that some values depend on, and prints and callbacks, in order."""
+    wanted, found = set(results), []
+    for op in reversed(ops):
+        if wanted.intersection(op.outs) or op.eqn.effects:
+            wanted.update(op.ins)
+            found.append(op)
+    return found[::-1]
 
 
 def run(op: Op, env: Env) -> None:

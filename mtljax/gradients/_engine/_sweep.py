@@ -1,0 +1,195 @@
+"""A backward pass, rewritten in two places that compilers leave as they are.
+
+``jax.vjp`` transposes a program operation by operation. Two things follow:
+
+- The cotangent of a mean over positions is the same at all of them, and is yet passed
+  on in full, through every product before the mean. Here a value has size 1 along the
+  axes on which it is constant, until an operation needs all of it: the product is made
+  once, and a gradient ``Σ_p x_p δᵀ`` is ``(Σ_p x_p) δᵀ``.
+- The gradient of a matrix contracts all axes of positions at once, for which XLA:CPU
+  first transposes the cotangents. Joined to one axis, they are read as they lie.
+
+The result is that of ``jax.vjp`` up to rounding.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from mtljax.gradients._engine._program import Env, Flat, Op, Ref, apply, flatten, needed
+from mtljax.gradients._engine._stages import ELEMENTWISE
+
+Shape = tuple[int, ...]
+
+
+class Thin(NamedTuple):
+    """A value with size 1 along axes on which it is known to be constant."""
+
+    array: Array
+    shape: Shape  # with all its entries
+
+    @property
+    def constant(self) -> list[int]:
+        """The axes."""
+        pairs = enumerate(zip(self.array.shape, self.shape, strict=True))
+        return [axis for axis, (here, full) in pairs if here != full]
+
+
+class Sweep(NamedTuple):
+    """What maps cotangents to gradients, traced once and run any number of times."""
+
+    program: Flat
+    results: Any  # a tree of the values of the program that are results
+
+    def __call__(
+        self, cotangent: Any, part: Callable[[Any], Any] = lambda results: results
+    ) -> Any:
+        """The gradients, or a part of their tree; what it does not need is not run."""
+        program, results = self.program, part(self.results)
+        env: Env = {**program.constants}
+        env |= dict(zip(program.inputs, jax.tree.leaves(cotangent), strict=True))
+        moving = [r for r in jax.tree.leaves(results) if not _is_void(program, r)]
+        for op in needed(program.ops, moving):
+            _run(op, env, program)
+        return jax.tree.map(lambda ref: _result(env, ref, program), results)
+
+
+def sweep(pull: Callable[[Any], Any], cotangent: Any) -> Callable[..., Any]:
+    """``pull``, the function that ``jax.vjp`` returns, as a :class:`Sweep`.
+
+    Args:
+      pull: A linear function of a tree like ``cotangent``.
+      cotangent: Arrays, or anything with their shapes and dtypes.
+    """
+    closed, shapes = jax.make_jaxpr(pull, return_shape=True)(cotangent)
+    # Recomputation that is inlined would be shared with the forward pass.
+    program = flatten(closed, keep=("checkpoint", "remat2"))
+    results = jax.tree.unflatten(jax.tree.structure(shapes), program.outputs)
+    return Sweep(program, results)
+
+
+def _run(op: Op, env: Env, program: Flat) -> None:
+    """Adds the results of one operation, constant axes with size 1 where possible."""
+    rule = _RULES.get(op.name, _elementwise if op.name in ELEMENTWISE else None)
+    if rule and op.params.get("sharding", op.params.get("out_sharding")) is None:
+        values = [
+            Thin(jnp.asarray(env[ref]), program.avals[ref].shape) for ref in op.ins
+        ]
+        with op.eqn.ctx.manager:
+            out = rule(op, values)
+        if out is not None:
+            env[op.outs[0]] = out
+            return
+    full = [_full(env, ref, program) for ref in op.ins]
+    env.update(zip(op.outs, apply(op, full), strict=True))
+
+
+def _is_void(program: Flat, ref: Ref) -> bool:
+    """Whether it is what stands for the derivative by an integer."""
+    return program.avals[ref].dtype == jax.dtypes.float0
+
+
+def _result(env: Env, ref: Ref, program: Flat) -> Any:
+    if _is_void(program, ref):
+        return np.zeros(program.avals[ref].shape, jax.dtypes.float0)
+    return _full(env, ref, program)
+
+
+def _full(env: Env, ref: Ref, program: Flat) -> Any:
+    value, shape = env[ref], program.avals[ref].shape
+    return value if jnp.shape(value) == shape else jnp.broadcast_to(value, shape)
+
+
+def _elementwise(op: Op, values: list[Thin]) -> Array | None:
+    """Constant where all operands are."""
+    if len(op.outs) > 1:
+        return None
+    arrays = [value.array for value in values]
+    shape = jnp.broadcast_shapes(*(x.shape for x in arrays if x.ndim))
+    return apply(op, [jnp.broadcast_to(x, shape) if x.ndim else x for x in arrays])[0]
+
+
+def _broadcast(op: Op, values: list[Thin]) -> Array | None:
+    """Nothing is repeated yet."""
+    if len(values) > 1:  # a size that is known at run time only
+        return None
+    array, axes = values[0].array, op.params["broadcast_dimensions"]
+    sizes = [1] * len(op.params["shape"])
+    for axis, size in zip(axes, array.shape, strict=True):
+        sizes[axis] = size
+    return array.reshape(sizes)
+
+
+def _transpose(op: Op, values: list[Thin]) -> Array:
+    return values[0].array.transpose(op.params["permutation"])
+
+
+def _squeeze(op: Op, values: list[Thin]) -> Array:
+    return values[0].array.squeeze(op.params["dimensions"])
+
+
+def _reduce_sum(op: Op, values: list[Thin]) -> Array:
+    """A sum of equal entries is a multiple."""
+    (value,), axes = values, op.params["axes"]
+    times = math.prod(value.shape[axis] for axis in value.constant if axis in axes)
+    return _times(apply(op, [value.array])[0], times)
+
+
+def _times(array: Array, number: int) -> Array:
+    return array if number == 1 else array * jnp.asarray(number, array.dtype)
+
+
+def _dot_general(op: Op, values: list[Thin]) -> Array:
+    """Constant operands leave the sum, and contracted neighbours are one axis."""
+    arrays = [value.array for value in values]
+    contract, batches = op.params["dimension_numbers"]
+    times = 1
+    for pair in zip(*contract, strict=True):
+        sides = zip(pair, values, strict=True)
+        constant = [axis in value.constant for axis, value in sides]
+        if all(constant):
+            times *= values[0].shape[pair[0]]
+        elif any(constant):
+            other = constant.index(False)
+            arrays[other] = arrays[other].sum(pair[other], keepdims=True)
+    for pair in zip(*batches, strict=True):
+        size = max(x.shape[axis] for x, axis in zip(arrays, pair, strict=True))
+        for side, axis in enumerate(pair):
+            sizes = list(arrays[side].shape)
+            sizes[axis] = size
+            arrays[side] = jnp.broadcast_to(arrays[side], sizes)
+    params = op.params
+    if len(contract[0]) > 1 and not batches[0]:
+        arrays, axes = _joined(arrays, contract)
+        params = {**params, "dimension_numbers": (axes, batches)}
+    return _times(apply(op, arrays, params)[0], times)
+
+
+def _joined(
+    arrays: list[Array], contract: tuple[Shape, Shape]
+) -> tuple[list[Array], tuple[Shape, Shape]]:
+    """Operands whose contracted axes are one, if they lie side by side in both."""
+    pairs = sorted(zip(*contract, strict=True))
+    sides = [list(axes) for axes in zip(*pairs, strict=True)]
+    if any(axes != list(range(axes[0], axes[0] + len(axes))) for axes in sides):
+        return arrays, contract
+    made = [
+        x.reshape(*x.shape[: axes[0]], -1, *x.shape[axes[-1] + 1 :])
+        for x, axes in zip(arrays, sides, strict=True)
+    ]
+    first, second = ((axes[0],) for axes in sides)
+    return made, (first, second)
+
+
+_RULES: dict[str, Callable[..., Array | None]] = {
+    "broadcast_in_dim": _broadcast,
+    "transpose": _transpose,
+    "squeeze": _squeeze,
+    "reduce_sum": _reduce_sum,
+    "dot_general": _dot_general,
+}

@@ -1,0 +1,229 @@
+"""The rewritten backward pass: the gradients of jax.vjp, with less work."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtljax.gradients._engine._cost import forward_work
+from mtljax.gradients._engine._sweep import sweep
+
+KEYS = jax.random.split(jax.random.key(0), 8)
+X = jax.random.normal(KEYS[0], (3, 7, 5))
+MIX = jax.random.normal(KEYS[1], (7, 7))
+PARAMS = {
+    "w": jax.random.normal(KEYS[2], (5, 4)),
+    "b": jax.random.normal(KEYS[3], (4,)),
+    "v": jax.random.normal(KEYS[4], (4, 6)),
+    "heads": jax.random.normal(KEYS[5], (5, 2, 3)),
+}
+
+
+def dense(p, x):
+    return x @ p["w"] + jnp.expand_dims(p["b"], range(x.ndim - 1))
+
+
+def _attend(p, x):
+    h = jnp.einsum("nli,ihk->nhlk", x, p["heads"])
+    scores = jax.nn.softmax(jnp.einsum("nhlk,nhmk->nhlm", h, h))
+    return jnp.einsum("nhlm,nhmk->nlhk", scores, h).reshape(*x.shape[:2], -1)
+
+
+@jax.custom_vjp
+def clipped(x):
+    return x
+
+
+clipped.defvjp(lambda x: (x, x), lambda x, ct: (jnp.where(x > 0, ct, ct / 2),))
+
+FUNCTIONS = {
+    "a mean over positions": lambda p, x: dense(p, x).mean(1),
+    "a sum over all": lambda p, x: dense(p, x).sum(),
+    "through two layers": lambda p, x: (dense(p, x) @ p["v"]).mean(1),
+    "a residual branch": lambda p, x: (
+        (jnp.tanh(dense(p, x)) @ p["v"])[..., :5] + x * p["w"][:, 0][None, None]
+    ).mean(1),
+    "positions mixed by a product": lambda p, x: jnp.einsum(
+        "lm,nmi->nli", MIX, dense(p, x)
+    ).mean(1),
+    "a batch of products": lambda p, x: jnp.einsum(
+        "nli,nio->nlo", x, jnp.broadcast_to(p["w"], (3, 5, 4))
+    ).sum(1),
+    "attention": _attend,
+    "attention, pooled": lambda p, x: _attend(p, x).mean(1),
+    "a general dense layer": lambda p, x: jnp.tanh(
+        jax.lax.dot_general(x, p["heads"], (((2,), (0,)), ((), ())))
+    ),
+    "a transpose and a squeeze": lambda p, x: (
+        dense(p, x).mean(1, keepdims=True).transpose(2, 1, 0)[:, 0]
+    ),
+    "positions in one axis": lambda p, x: dense(p, x.reshape(-1, 5)).mean(0),
+    "a clip and a choice": lambda p, x: jnp.where(
+        x[..., :4] > 0, jnp.clip(dense(p, x), -1, 1), 0
+    ).mean(1),
+    "integers": lambda p, x: p["w"][jnp.argsort(x[0, :, 0]) % 5].mean(0),
+    "a loop": lambda p, x: jax.lax.scan(
+        lambda h, y: (jnp.tanh(h + y @ p["w"]), jnp.mean(h, 0)),
+        jnp.zeros((3, 4)),
+        x.swapaxes(0, 1),
+    )[1].mean(0),
+    "checkpoint": lambda p, x: jax.checkpoint(lambda x: jnp.tanh(dense(p, x)))(x).sum(
+        1
+    ),
+    "a custom rule": lambda p, x: clipped(dense(p, x)).mean(1),
+    "a call": lambda p, x: jax.jit(dense)(p, x).mean((0, 1)),
+    "several results": lambda p, x: (dense(p, x).mean(1), {"b": p["b"].sum()}),
+    "half precision": lambda p, x: dense(
+        jax.tree.map(lambda y: y.astype(jnp.bfloat16), p), x.astype(jnp.bfloat16)
+    ).mean(1),
+}
+
+
+def cotangent_of(out):
+    leaves, treedef = jax.tree.flatten(out)
+    keys = jax.random.split(KEYS[6], len(leaves))
+    pairs = zip(keys, leaves, strict=True)
+    made = [jax.random.normal(key, x.shape, x.dtype) for key, x in pairs]
+    return jax.tree.unflatten(treedef, made)
+
+
+@pytest.mark.parametrize("jitted", [True, False])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_equals_vjp(name, jitted):
+    def both(p, x):
+        out, pull = jax.vjp(FUNCTIONS[name], p, x)
+        c = cotangent_of(out)
+        return sweep(pull, out)(c), pull(c)
+
+    found, expected = (jax.jit(both) if jitted else both)(PARAMS, X)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    tolerance = 0.05 if name == "half precision" else 2e-5
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(
+            a.astype(jnp.float32),
+            b.astype(jnp.float32),
+            tolerance,
+            tolerance * np.abs(b.astype(jnp.float32)).max(),
+        )
+
+
+CONSTANT = {
+    "both contracted": lambda c: jnp.einsum(
+        "nl,lo->no",
+        jnp.broadcast_to(c[:, None], (3, 7)),
+        jnp.broadcast_to(X[0, 0][None], (7, 5)),
+    ),
+    "a batch of both": lambda c: jnp.einsum(
+        "nl,nlo->no",
+        jnp.broadcast_to(c.sum()[None, None], (3, 7)),
+        jnp.broadcast_to(MIX[None, :, :5], (3, 7, 5)),
+    ),
+    "a batch of one": lambda c: jnp.einsum(
+        "nl,nlo->no", jnp.broadcast_to(c.sum()[None, None], (3, 7)), X
+    ),
+    "a sum over constants": lambda c: jnp.broadcast_to(c[:, None, None], (3, 7, 5)).sum(
+        (0, 2)
+    ),
+    "a size of one": lambda c: jnp.broadcast_to(c[:, None], (3, 1)) @ MIX[:1],
+}
+
+
+@pytest.mark.parametrize("name", CONSTANT)
+def test_constant_values(name):
+    c = jnp.arange(3.0) + 1
+    found, expected = sweep(CONSTANT[name], c)(c), CONSTANT[name](c)
+    np.testing.assert_allclose(found, expected, 1e-5, 1e-5)
+
+
+def products(function, *args):
+    """Multiplications of all matrix products, and the axes that they contract."""
+    eqns = jax.make_jaxpr(function)(*args).jaxpr.eqns
+    dots = [eqn for eqn in eqns if eqn.primitive.name == "dot_general"]
+    return (
+        sum(forward_work(eqn) for eqn in dots),
+        [len(eqn.params["dimension_numbers"][0][0]) for eqn in dots],
+    )
+
+
+def test_a_pooled_layer_costs_one_position():
+    def pull(rewritten):
+        def run(p, x, c):
+            out, back = jax.vjp(lambda p, x: dense(p, x).mean(1), p, x)
+            return (sweep(back, out) if rewritten else back)(c)
+
+        return run
+
+    c = jnp.ones((3, 4))
+    forward = 3 * 7 * 5 * 4
+    before, _ = products(pull(False), PARAMS, X, c)
+    after, _ = products(pull(True), PARAMS, X, c)
+    assert before == 3 * forward  # and twice as much for weight and input
+    assert after == forward + 2 * 3 * 5 * 4
+
+
+def test_a_weight_gradient_contracts_one_axis():
+    def run(p, x):
+        out, pull = jax.vjp(lambda p: jnp.tanh(dense(p, x)), p)
+        return sweep(pull, out)(out)
+
+    _, axes = products(run, PARAMS, X)
+    assert max(axes) == 1
+
+
+def test_only_what_a_part_needs_is_run():
+    def run(p, x):
+        out, pull = jax.vjp(dense, p, x)
+        return sweep(pull, out)(out, lambda results: results[1])
+
+    work, _ = products(run, PARAMS, X)
+    assert work == 2 * 3 * 7 * 5 * 4  # forward, and the cotangent of x
+
+
+def test_prints_in_a_derivative_are_kept(capfd):
+    @jax.custom_vjp
+    def noisy(x):
+        return x
+
+    def backward(_, ct):
+        jax.debug.print("cotangent {}", ct.sum())
+        return (ct,)
+
+    noisy.defvjp(lambda x: (x, None), backward)
+    out, pull = jax.vjp(noisy, jnp.arange(2.0))
+    sweep(pull, out)(out)
+    jax.effects_barrier()
+    assert capfd.readouterr().out.count("cotangent 1.0") == 1
+
+
+def test_checkpoint_stays_whole():
+    def run(p, x):
+        out, pull = jax.vjp(lambda p: jax.checkpoint(dense)(p, x), p)
+        return sweep(pull, out)(out)
+
+    names = [eqn.primitive.name for eqn in jax.make_jaxpr(run)(PARAMS, X).eqns]
+    assert any("checkpoint" in name or "remat" in name for name in names)
+
+
+def test_under_vmap_and_grad():
+    def size(p, x):
+        out, pull = jax.vjp(FUNCTIONS["through two layers"], p, x)
+        return sum(jnp.sum(g**2) for g in jax.tree.leaves(sweep(pull, out)(out)))
+
+    def expected(p, x):
+        out, pull = jax.vjp(FUNCTIONS["through two layers"], p, x)
+        return sum(jnp.sum(g**2) for g in jax.tree.leaves(pull(out)))
+
+    many = jnp.stack([X, 2 * X])
+    found, wanted = (
+        jax.vmap(jax.grad(f), (None, 0))(PARAMS, many) for f in (size, expected)
+    )
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, 1e-4, 1e-4 * np.abs(b).max())
+
+
+def test_integers_have_the_derivative_of_jax():
+    out, pull = jax.vjp(lambda w, n: w * n, jnp.ones(2), jnp.arange(2))
+    found, expected = sweep(pull, out)(out), pull(out)
+    assert found[1].dtype == expected[1].dtype == jax.dtypes.float0
+    np.testing.assert_array_equal(found[0], expected[0])
