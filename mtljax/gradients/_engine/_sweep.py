@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
 from mtljax.gradients._engine._program import Env, Flat, Op, Ref, apply, flatten, needed
@@ -53,10 +52,9 @@ class Sweep(NamedTuple):
         program, results = self.program, part(self.results)
         env: Env = {**program.constants}
         env |= dict(zip(program.inputs, jax.tree.leaves(cotangent), strict=True))
-        moving = [r for r in jax.tree.leaves(results) if not _is_void(program, r)]
-        for op in needed(program.ops, moving):
+        for op in needed(program.ops, jax.tree.leaves(results)):
             _run(op, env, program)
-        return jax.tree.map(lambda ref: _result(env, ref, program), results)
+        return jax.tree.map(lambda ref: _full(env, ref, program), results)
 
 
 def sweep(pull: Callable[[Any], Any], cotangent: Any) -> Callable[..., Any]:
@@ -76,7 +74,12 @@ def sweep(pull: Callable[[Any], Any], cotangent: Any) -> Callable[..., Any]:
 def _run(op: Op, env: Env, program: Flat) -> None:
     """Adds the results of one operation, constant axes with size 1 where possible."""
     rule = _RULES.get(op.name, _elementwise if op.name in ELEMENTWISE else None)
-    if rule and op.params.get("sharding", op.params.get("out_sharding")) is None:
+    void = any(program.avals[ref].dtype == jax.dtypes.float0 for ref in op.ins)
+    if (
+        rule
+        and not void
+        and op.params.get("sharding", op.params.get("out_sharding")) is None
+    ):
         values = [
             Thin(jnp.asarray(env[ref]), program.avals[ref].shape) for ref in op.ins
         ]
@@ -87,17 +90,6 @@ def _run(op: Op, env: Env, program: Flat) -> None:
             return
     full = [_full(env, ref, program) for ref in op.ins]
     env.update(zip(op.outs, apply(op, full), strict=True))
-
-
-def _is_void(program: Flat, ref: Ref) -> bool:
-    """Whether it is what stands for the derivative by an integer."""
-    return program.avals[ref].dtype == jax.dtypes.float0
-
-
-def _result(env: Env, ref: Ref, program: Flat) -> Any:
-    if _is_void(program, ref):
-        return np.zeros(program.avals[ref].shape, jax.dtypes.float0)
-    return _full(env, ref, program)
 
 
 def _full(env: Env, ref: Ref, program: Flat) -> Any:
