@@ -75,11 +75,8 @@ def _run(op: Op, env: Env, program: Flat) -> None:
     """Adds the results of one operation, constant axes with size 1 where possible."""
     rule = _RULES.get(op.name, _elementwise if op.name in ELEMENTWISE else None)
     void = any(program.avals[ref].dtype == jax.dtypes.float0 for ref in op.ins)
-    if (
-        rule
-        and not void
-        and op.params.get("sharding", op.params.get("out_sharding")) is None
-    ):
+    sharding = op.params.get("sharding", op.params.get("out_sharding"))
+    if rule and not void and sharding is None:
         values = [
             Thin(jnp.asarray(env[ref]), program.avals[ref].shape) for ref in op.ins
         ]
