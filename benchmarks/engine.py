@@ -32,7 +32,7 @@ import numpy as np
 
 import mtljax
 from mtljax.balancer import Balancer, from_weights
-from mtljax.gradients._engine._cost import Passes
+from mtljax.gradients._engine._passes import Passes
 from mtljax.gradients._gramian_engine import choose
 
 OUT = pathlib.Path(__file__).parent / "results" / "engine.json"

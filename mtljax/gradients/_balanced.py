@@ -8,7 +8,7 @@ import optax
 
 from mtljax import stack
 from mtljax.balancer import as_mask, check_choice, weigh_stacked
-from mtljax.gradients._engine._cost import Passes
+from mtljax.gradients._engine._passes import Passes
 from mtljax.gradients._gramian_engine import Linearized, choose, linearize_uses
 from mtljax.gradients._task_grads import (
     Pullback,
@@ -31,7 +31,7 @@ def _losses_engine(balancer, pull: Pullback, state, inputs, passes):
 
 def _stacked_engine(balancer, pull: Pullback, state, inputs, passes):
     """T backward passes, then the balancer's own update."""
-    grads = task_rows(pull.shared, pull.losses, *passes)
+    grads = task_rows(pull, passes)
     if getattr(balancer, "weigh", None) is None:
         if inputs["mask"] is not None:
             grads = stack.select(grads, inputs["mask"])

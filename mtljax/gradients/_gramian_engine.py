@@ -28,8 +28,9 @@ from mtljax import stack
 from mtljax.balancer import check_choice
 from mtljax.gradients._engine import _evaluate as evaluate
 from mtljax.gradients._engine._batch import batch
-from mtljax.gradients._engine._cost import Passes, cheap_heads, combining_pays, pays
+from mtljax.gradients._engine._cost import cheap_heads, combining_pays, pays
 from mtljax.gradients._engine._cost import passes as default_passes
+from mtljax.gradients._engine._passes import Passes
 from mtljax.gradients._engine._plan import Plan, common_plan, plan
 from mtljax.gradients._engine._program import is_float, trace
 from mtljax.gradients._labels import resolve_labels
@@ -215,7 +216,7 @@ def task_gramian(
         uses, passes = choose(engine, losses_of, params, asked, **options)
         if uses is None:
             pull = linearize(losses_of, params, **options)
-            rows = task_rows(pull.shared, pull.losses, *passes)
+            rows = task_rows(pull, passes)
             stack.check(rows, pull.losses.shape[0], "task_gramian")
             gramian = stack.gramian(rows)
         else:
@@ -320,7 +321,7 @@ def cross_task_gramian(
             losses = [pull.losses for pull in pulls]
             _check_equal_tasks(*losses)
             rows = [
-                task_rows(pull.shared, pull.losses, *choice.passes)
+                task_rows(pull, choice.passes)
                 for pull, choice in zip(pulls, choices, strict=True)
             ]
             return *losses, stack.cross_gramian(*rows)

@@ -8,15 +8,12 @@ import jax.numpy as jnp
 import optax
 
 from mtljax.balancer import check_choice
+from mtljax.gradients._engine._passes import Passes, batched, few
 from mtljax.gradients._engine._sweep import sweep
 from mtljax.gradients._labels import resolve_labels
 from mtljax.types import Grads, Losses, Mask, Params
 
 Strategy: TypeAlias = Literal["auto", "unrolled", "vmap", "map", "chunked"]
-
-# XLA:CPU runs batched matmuls and grouped convolutions slowly, so separate passes
-# win there until their number makes the program long.
-_UNROLL_LIMIT = {"cpu": 16}
 
 
 class Pullback(NamedTuple):
@@ -28,6 +25,7 @@ class Pullback(NamedTuple):
     shared: Callable[[Losses], Any]
     own: Callable[[Losses], Any] | None  # those of own ones; None without labels
     merge: Callable[[Any, Any], Any]  # (shared, own) -> a tree like the parameters
+    largest: int  # entries of the largest value of a backward pass
 
 
 def check_losses(losses: Any) -> Losses:
@@ -81,7 +79,9 @@ def linearize(
     if labels is None:
         losses, vjp, aux = jax.vjp(checked, params, has_aux=True)
         pull = sweep(vjp, losses)
-        return Pullback(losses, aux, lambda c: pull(c)[0], None, lambda g, _: g)
+        return Pullback(
+            losses, aux, lambda c: pull(c)[0], None, lambda g, _: g, pull.largest
+        )
 
     flat = resolve_labels(labels, params)
     leaves, treedef = jax.tree.flatten(params)
@@ -108,29 +108,25 @@ def linearize(
         lambda c: merge(pull(c, lambda results: results[0]), absent),
         lambda c: pull(c, lambda results: results[1]),
         merge,
+        pull.largest,
     )
 
 
-def pick_strategy(strategy: Strategy, num_tasks: int) -> Strategy:
-    """Resolves ``"auto"`` from the backend and T."""
+def pick(
+    strategy: Strategy, chunk_size: int, num_tasks: int, largest: int = 0
+) -> Passes:
+    """Resolves ``"auto"`` from the backend, T and the largest value of a pass."""
     check_choice("value_and_task_grads", "strategy", strategy, Strategy)
     if strategy != "auto":
-        return strategy
-    limit = _UNROLL_LIMIT.get(jax.default_backend(), 1)
-    return "unrolled" if num_tasks <= limit else "vmap"
+        return Passes(strategy, chunk_size)
+    return Passes("unrolled", 1) if few(num_tasks) else batched(num_tasks, largest)
 
 
-def task_rows(
-    pullback: Callable[[Losses], Any],
-    losses: Losses,
-    strategy: Strategy,
-    chunk_size: int,
-) -> Grads:
-    """Stacked gradients: ``pullback`` of every unit cotangent."""
-    basis = jnp.eye(losses.shape[0], dtype=losses.dtype)
-    return map_tasks(
-        pullback, basis, pick_strategy(strategy, losses.shape[0]), chunk_size
-    )
+def task_rows(pull: Pullback, passes: Passes) -> Grads:
+    """Stacked gradients of the shared parameters: a pass for every unit cotangent."""
+    num_tasks = pull.losses.shape[0]
+    basis = jnp.eye(num_tasks, dtype=pull.losses.dtype)
+    return map_tasks(pull.shared, basis, *pick(*passes, num_tasks, pull.largest))
 
 
 def map_tasks(
@@ -209,7 +205,8 @@ def value_and_task_grads(
       strategy: ``"unrolled"`` (T separate passes), ``"vmap"`` (one batched pass),
         ``"map"`` (a loop, least memory beside the result), ``"chunked"`` (a loop of
         batched passes of ``chunk_size`` tasks) or ``"auto"``: unrolled on CPU up to
-        16 tasks, vmap else. All give the same numbers up to rounding.
+        16 tasks, else vmap, or a loop where the values of all tasks would be large.
+        All give the same numbers up to rounding.
       chunk_size: Tasks in a chunk.
 
     Returns:
@@ -251,7 +248,7 @@ def value_and_task_grads(
             pull = linearize(
                 at, tuple(args[i] for i in argnums), has_aux=has_aux, labels=None
             )
-        rows = task_rows(pull.shared, pull.losses, strategy, chunk_size)
+        rows = task_rows(pull, Passes(strategy, chunk_size))
         own = pull.own and pull.own(own_cotangent(pull.losses, None))
         grads = pull.merge(rows, own)
         return ((pull.losses, pull.aux) if has_aux else pull.losses), grads

@@ -11,12 +11,7 @@ from jaxtyping import Array
 
 from mtljax.balancer import as_mask
 from mtljax.gradients import resolve_labels
-from mtljax.gradients._task_grads import (
-    Pullback,
-    Strategy,
-    linearize,
-    pick_strategy,
-)
+from mtljax.gradients._task_grads import Pullback, Strategy, linearize, pick
 from mtljax.sharpness._perturbation import Leaves
 from mtljax.types import Losses, Params
 
@@ -122,7 +117,7 @@ def over_tasks(
       Stacks ``[T, ...]`` and sums.
     """
     num_tasks = basis.shape[0]
-    strategy = pick_strategy(strategy, num_tasks)
+    strategy, chunk_size = pick(strategy, chunk_size, num_tasks)
     tasks = jnp.arange(num_tasks)
     if strategy == "vmap":
         return many(basis, tasks)

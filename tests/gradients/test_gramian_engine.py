@@ -18,7 +18,7 @@ from mtljax.gradients import _gramian_engine as engine
 from mtljax.gradients._engine import _contract as contract
 from mtljax.gradients._engine import _evaluate as evaluate
 from mtljax.gradients._engine import _plan as plan
-from mtljax.gradients._engine._cost import Passes
+from mtljax.gradients._engine._passes import Passes
 
 try:
     from jax import enable_x64

@@ -205,6 +205,22 @@ def test_checkpoint_stays_whole():
     assert any("checkpoint" in name or "remat" in name for name in names)
 
 
+def test_layers_keep_their_names():
+    def layer(p, x):
+        with jax.named_scope("first_layer"):
+            return jnp.tanh(dense(p, x))
+
+    def run(p, x):
+        out, pull = jax.vjp(lambda p: layer(p, x), p)
+        return sweep(pull, out)(out)
+
+    eqns = jax.make_jaxpr(run)(PARAMS, X).eqns
+    dots = [eqn for eqn in eqns if eqn.primitive.name == "dot_general"]
+    names = [str(eqn.source_info.name_stack) for eqn in dots]
+    assert len(names) == 2
+    assert all("first_layer" in name for name in names)
+
+
 def test_under_vmap_and_grad():
     def size(p, x):
         out, pull = jax.vjp(FUNCTIONS["through two layers"], p, x)

@@ -15,7 +15,7 @@ from gradients.problem import (
 )
 
 import mtljax
-from mtljax.gradients._task_grads import pick_strategy
+from mtljax.gradients._task_grads import pick
 
 FIVE = params(tasks=5), batch(tasks=5)
 WAYS = [
@@ -60,9 +60,30 @@ def jacobian_gramian(rows):
 
 
 def test_auto_unrolls_few_tasks_on_the_cpu():
-    assert jax.default_backend() != "cpu" or pick_strategy("auto", 16) == "unrolled"
-    assert pick_strategy("auto", 17) == "vmap"
-    assert pick_strategy("map", 3) == "map"
+    assert pick("auto", 4, 17) == ("vmap", 17)
+    assert pick("map", 4, 3).strategy == "map"
+    assert pick("chunked", 4, 30) == ("chunked", 4)
+    if jax.default_backend() == "cpu":
+        assert pick("auto", 4, 16, 1 << 30).strategy == "unrolled"
+
+
+def test_auto_loops_over_passes_that_are_large_together():
+    rows = jnp.zeros((8192, 256))  # 33 MB a pass, as the estimate goes
+
+    def losses(p):
+        h = jnp.tanh(rows @ p)
+        return jnp.stack([(h * t).mean() for t in range(20)])
+
+    def loops(num_rows):
+        def small(p):
+            return losses(p) if num_rows is None else losses(p)[:num_rows]
+
+        made = jax.make_jaxpr(mtljax.value_and_task_grads(small))(jnp.ones((256, 256)))
+        return "scan" in str(made)
+
+    if jax.default_backend() == "cpu":
+        assert loops(None)
+        assert not loops(16)
 
 
 def test_has_aux_and_keywords():

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from mtljax.gradients._engine._passes import Passes, batched, few
 from mtljax.gradients._engine._plan import Plan, forming, not_forming
 from mtljax.gradients._engine._program import Op
 
@@ -164,19 +165,7 @@ def cheap_heads(plan: Plan) -> bool:
     return heads.total < plan.num_tasks * entries * _PER_ENTRY
 
 
-class Passes(NamedTuple):
-    """How T backward passes run."""
-
-    strategy: Any
-    chunk_size: int
-
-
-# Bytes that the values of all passes may take at once, by backend.
-_LIVE = {"cpu": 1 << 28}
-# And those of a chunk, where not all fit: a loop on a CPU is fastest near its caches.
-_CHUNK = {"cpu": 1 << 25}
-# Passes, and operations of all passes, up to which they are unrolled.
-_UNROLL = 16
+# Operations of all passes up to which those of a trunk that convolves are unrolled.
 _UNROLLED_OPS = 5000
 
 
@@ -193,19 +182,17 @@ def passes(plan: Plan, *, stacked: bool) -> Passes:
     that convolves while their operations are. Values of all tasks that do not fit
     together are made for some at a time.
     """
-    tasks, backend = plan.num_tasks, jax.default_backend()
-    few, convolves = tasks <= _UNROLL, _convolves(plan)
-    short = not stacked and tasks * len(plan.stages.trunk) <= _UNROLLED_OPS
-    if backend == "cpu" and ((few and stacked) or (convolves and (few or short))):
-        return Passes("unrolled", 1)
+    tasks, convolves = plan.num_tasks, _convolves(plan)
     sizes = [
         math.prod(plan.program.avals[ref].shape)
         for op in plan.stages.trunk
         for ref in op.outs
     ]
-    # Four bytes an entry, and a few values of the size of the largest at a time.
-    largest = 16 * max(sizes, default=1)
-    if largest * tasks <= _LIVE.get(backend, 1 << 32):
-        return Passes("vmap", tasks)
-    some = _CHUNK.get(backend, 1 << 32) // largest
-    return Passes("chunked", some) if some > 1 else Passes("map", 1)
+    largest = max(sizes, default=1)
+    short = not stacked and tasks * len(plan.stages.trunk) <= _UNROLLED_OPS
+    if jax.default_backend() == "cpu" and (
+        (stacked and few(tasks, 0 if convolves else largest))
+        or (convolves and (few(tasks) or short))
+    ):
+        return Passes("unrolled", 1)
+    return batched(tasks, largest)

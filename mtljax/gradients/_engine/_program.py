@@ -1,5 +1,6 @@
 """A traced function as a flat list of operations, calls inlined."""
 
+import contextlib
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -208,14 +209,31 @@ def run(op: Op, env: Env) -> None:
     env.update(zip(op.outs, results, strict=True))
 
 
+def scope(op: Op) -> contextlib.ExitStack:
+    """Where an operation was traced: its mesh, and its layer's name for profiles."""
+    entered = contextlib.ExitStack()
+    entered.enter_context(op.eqn.ctx.manager)
+    name = str(op.eqn.source_info.name_stack)
+    if name:
+        entered.enter_context(jax.named_scope(name))
+    return entered
+
+
 def apply(
     op: Op, values: Sequence[Any], params: dict[str, Any] | None = None
 ) -> Sequence[Any]:
     """Results of one operation, with its own parameters or others."""
+    with scope(op):
+        return bind(op, values, params)
+
+
+def bind(
+    op: Op, values: Sequence[Any], params: dict[str, Any] | None = None
+) -> Sequence[Any]:
+    """The same in the scope of the caller."""
     primitive = op.eqn.primitive
     bound: Any = primitive.get_bind_params(op.params if params is None else params)
     # jax 0.7 hands the functions of a custom rule back beside the parameters.
     functions, bound = bound if isinstance(bound, tuple) else ((), bound)
-    with op.eqn.ctx.manager:
-        out = primitive.bind(*functions, *values, **bound)
+    out = primitive.bind(*functions, *values, **bound)
     return out if primitive.multiple_results else [out]

@@ -20,7 +20,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from mtljax.gradients._engine._program import Env, Flat, Op, Ref, apply, flatten, needed
+from mtljax.gradients._engine._program import (
+    Env,
+    Flat,
+    Op,
+    Ref,
+    apply,
+    bind,
+    flatten,
+    needed,
+    scope,
+)
 from mtljax.gradients._engine._stages import ELEMENTWISE
 
 Shape = tuple[int, ...]
@@ -45,6 +55,13 @@ class Sweep(NamedTuple):
     program: Flat
     results: Any  # a tree of the values of the program that are results
 
+    @property
+    def largest(self) -> int:
+        """Entries of the largest value on the way."""
+        avals = self.program.avals
+        refs = [ref for op in self.program.ops for ref in op.outs]
+        return max((math.prod(avals[ref].shape) for ref in refs), default=1)
+
     def __call__(
         self, cotangent: Any, part: Callable[[Any], Any] = lambda results: results
     ) -> Any:
@@ -57,7 +74,7 @@ class Sweep(NamedTuple):
         return jax.tree.map(lambda ref: _full(env, ref, program), results)
 
 
-def sweep(pull: Callable[[Any], Any], cotangent: Any) -> Callable[..., Any]:
+def sweep(pull: Callable[[Any], Any], cotangent: Any) -> Sweep:
     """``pull``, the function that ``jax.vjp`` returns, as a :class:`Sweep`.
 
     Args:
@@ -80,7 +97,7 @@ def _run(op: Op, env: Env, program: Flat) -> None:
         values = [
             Thin(jnp.asarray(env[ref]), program.avals[ref].shape) for ref in op.ins
         ]
-        with op.eqn.ctx.manager:
+        with scope(op):
             out = rule(op, values)
         if out is not None:
             env[op.outs[0]] = out
@@ -100,7 +117,7 @@ def _elementwise(op: Op, values: list[Thin]) -> Array | None:
         return None
     arrays = [value.array for value in values]
     shape = jnp.broadcast_shapes(*(x.shape for x in arrays if x.ndim))
-    return apply(op, [jnp.broadcast_to(x, shape) if x.ndim else x for x in arrays])[0]
+    return bind(op, [jnp.broadcast_to(x, shape) if x.ndim else x for x in arrays])[0]
 
 
 def _broadcast(op: Op, values: list[Thin]) -> Array | None:
@@ -126,7 +143,7 @@ def _reduce_sum(op: Op, values: list[Thin]) -> Array:
     """A sum of equal entries is a multiple."""
     (value,), axes = values, op.params["axes"]
     times = math.prod(value.shape[axis] for axis in value.constant if axis in axes)
-    return _times(apply(op, [value.array])[0], times)
+    return _times(bind(op, [value.array])[0], times)
 
 
 def _times(array: Array, number: int) -> Array:
@@ -156,7 +173,7 @@ def _dot_general(op: Op, values: list[Thin]) -> Array:
     if len(contract[0]) > 1 and not batches[0]:
         arrays, axes = _joined(arrays, contract)
         params = {**params, "dimension_numbers": (axes, batches)}
-    return _times(apply(op, arrays, params)[0], times)
+    return _times(bind(op, arrays, params)[0], times)
 
 
 def _joined(
