@@ -699,6 +699,17 @@ def test_auto_makes_values_that_do_not_fit_for_some_tasks_at_a_time():
         assert found[1].chunk_size == 2
 
 
+def test_auto_keeps_heads_out_of_a_loop():
+    # Both ways form the gradients of the trunk; one runs all heads in every pass.
+    heads = [(64,)] * 40
+    params = {"trunk": [(64, 64)] * 2, "heads": heads}
+    x = jnp.zeros((1 << 18, 64))
+    uses, passes = choice(dense, params, x)
+    assert uses is not None
+    if jax.default_backend() == "cpu":
+        assert passes.strategy == "map"
+
+
 def test_auto_stacks_what_the_engine_would_spoil():
     params = {"trunk": [(512, 512)] * 3, "heads": [(512,)] * 3}
     x = jnp.zeros((128, 512))

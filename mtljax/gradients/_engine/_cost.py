@@ -146,8 +146,11 @@ def _last(plan: Plan, trunk: Work) -> _Last:
 def pays(plan: Plan) -> bool:
     """Whether the Gramian engine is worth its compilation."""
     work = estimate(plan)
-    # Passes made one by one compile faster without T gradients to stack.
-    margin = 1 if _convolves(plan) and jax.default_backend() == "cpu" else _MARGIN
+    # Passes made one by one compile faster without T gradients to stack, and a loop of
+    # whole passes would go through the heads of all tasks in each of them.
+    unrolls = _convolves(plan) and jax.default_backend() == "cpu"
+    loops = passes(plan, stacked=True).strategy in ("map", "chunked")
+    margin = 1 if unrolls or loops else _MARGIN
     return work.stacked > _SMALL and work.gramian < margin * work.stacked
 
 
