@@ -1,6 +1,7 @@
 """Tables and the plot of ``benchmarks.peers``, from its rows."""
 
 import pathlib
+import statistics
 from typing import Any
 
 from benchmarks.peer_steps import BASELINE, METHODS
@@ -52,18 +53,32 @@ def cells(rows: list[Row], part: str) -> list[tuple[str, int, str]]:
     return sorted(found, key=rank)
 
 
-def ms_of(rows: list[Row], cell: tuple[str, int, str], method: str, side: str) -> Any:
-    """The median of a step; None where it is missing."""
+def step_of(rows: list[Row], cell: tuple[str, int, str], method: str, side: str) -> Row:
+    """The row of a step; empty where it is missing or failed."""
     model, tasks, size = cell
     wanted = {"model": model, "tasks": tasks, "size": size, "method": method}
     found = pick(rows, part="steps", side=side, **wanted)
-    return found[0].get("ms") if found else None
+    return found[0] if found and "ms" in found[0] else {}
+
+
+def ratio(one: Row, other: Row) -> float | None:
+    """How many times longer the first takes: the median over turns, where kept."""
+    if not one or not other:
+        return None
+    turns = one.get("turns_ms", []), other.get("turns_ms", [])
+    if turns[0] and len(turns[0]) == len(turns[1]):
+        return statistics.median(a / b for a, b in zip(*turns, strict=True))
+    return one["ms"] / other["ms"]
 
 
 def overhead(rows: list[Row], cell: Any, method: str, side: str) -> float | None:
     """A step relative to equal weights."""
-    one, base = (ms_of(rows, cell, m, side) for m in (method, BASELINE))
-    return one / base if one and base else None
+    return ratio(*(step_of(rows, cell, m, side) for m in (method, BASELINE)))
+
+
+def longer(rows: list[Row], cell: Any, method: str) -> float | None:
+    """TorchJD's step relative to ours."""
+    return ratio(*(step_of(rows, cell, method, s) for s in ("TorchJD", "mtljax")))
 
 
 def _number(value: float | None, digits: int = 3) -> str:
@@ -107,7 +122,7 @@ def steps_table(rows: list[Row]) -> list[str]:
             entries = [*map(str, cell), method, _spread(ours)]
             if "ms" in theirs:
                 entries += [_spread(theirs), theirs["way"]]
-                entries.append(f"{theirs['ms'] / ours['ms']:.2f}")
+                entries.append(f"{longer(rows, cell, method):.2f}")
             else:
                 entries += [theirs.get("error", ""), theirs.get("way", ""), ""]
             for side in ("mtljax", "TorchJD"):
@@ -176,11 +191,7 @@ def _ranges(rows: list[Row]) -> list[tuple[str, str, list[float], str]]:
         where = f"{model}, T = {tasks}, {size}"
         ours = [overhead(rows, cell, m, "mtljax") for m in BALANCED]
         theirs = [overhead(rows, cell, m, "TorchJD") for m in BALANCED]
-        ratios = []
-        for method in BALANCED:
-            one, other = (ms_of(rows, cell, method, s) for s in ("mtljax", "TorchJD"))
-            ratios.append(other / one if one and other else None)
-        known = [r for r in ratios if r]
+        known = [r for r in (longer(rows, cell, m) for m in BALANCED) if r]
         if model == "mlp" and size.startswith("width 512") and tasks in most:
             found.append(("TorchJD / ours", where, known, f">= {least[tasks]:g}"))
             kept = [over for over in ours if over]
@@ -236,7 +247,8 @@ def markdown(rows: list[Row], about: Row) -> str:
             "",
             "`python -m benchmarks.peers`: median and quartiles of a whole step, "
             "overhead relative to equal weights of the same side, and how far the "
-            "directions of the first updates are apart.",
+            "directions of the first updates are apart. Ratios are medians over turns "
+            "where the file has the turns (`turns_ms`), else ratios of medians.",
             "",
             *note,
             "Targets, and the range over the methods that balance gradients:",
@@ -277,11 +289,13 @@ def readme(rows: list[Row], about: Row) -> str:
         entries = []
         for method in METHODS:
             ours, theirs = (
-                ms_of(rows, cell, method, side) for side in ("mtljax", "TorchJD")
+                step_of(rows, cell, method, side).get("ms")
+                for side in ("mtljax", "TorchJD")
             )
             both = f"{_number(ours)} / {_number(theirs)}"
-            if ours and theirs:
-                both += f" ({theirs / ours:.1f}x)"
+            times = longer(rows, cell, method)
+            if times is not None:
+                both += f" ({times:.1f}x)"
             entries.append("" if ours is None else both)
         model, tasks, size = cell
         lines.append(f"| {model}, {size} | {tasks} | {' | '.join(entries)} |")

@@ -126,7 +126,11 @@ def runs_of(call: Callable[[], Any], least: float) -> Sample:
 def take_turns(
     calls: dict[Any, Callable[[], Any]], patience: float, least: float = 0.03
 ) -> dict[Any, Row]:
-    """Median and quartiles of each call, in at most about ``patience`` seconds."""
+    """Median and quartiles of each call, in at most about ``patience`` seconds.
+
+    Also what every turn took: ratios are taken turn by turn, as the speed of a machine
+    may change between them.
+    """
     samples: dict[Any, list[Sample]] = {key: [] for key in calls}
     end = time.perf_counter() + patience
     for turn in itertools.count(1):
@@ -136,7 +140,10 @@ def take_turns(
         calm = min(sum(s.others < 0.1 for s in each) for each in samples.values())
         if (late and turn >= 3) or calm >= 12:
             break
-    return {key: summary(quiet(each)) for key, each in samples.items()}
+    return {
+        key: summary(quiet(each)) | {"turns_ms": [1e3 * s.seconds for s in each]}
+        for key, each in samples.items()
+    }
 
 
 def summary(samples: list[Sample]) -> Row:
