@@ -796,7 +796,9 @@ def test_errors():
 
 
 @pytest.mark.parametrize("strategy", ["vmap", "unrolled"])
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize(
+    "kind", ["Explicit", pytest.param("Auto", marks=pytest.mark.deep)]
+)
 def test_sharded_batches(kind, strategy):
     """With shardings as part of types, as under ``jax.set_mesh``."""
 

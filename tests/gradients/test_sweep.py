@@ -87,7 +87,7 @@ def cotangent_of(out):
     return jax.tree.unflatten(treedef, made)
 
 
-@pytest.mark.parametrize("jitted", [True, False])
+@pytest.mark.parametrize("jitted", [True, pytest.param(False, marks=pytest.mark.deep)])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_equals_vjp(name, jitted):
     def both(p, x):
