@@ -162,6 +162,22 @@ def test_a_pooled_layer_costs_one_position():
     assert after == forward + 2 * 3 * 5 * 4
 
 
+@pytest.mark.parametrize("mean", [jnp.mean, lambda y, _: y.sum(0) / len(y)])
+def test_pooled_layers_in_half_precision(mean):
+    x = jnp.full((4096, 2), 30, jnp.float16)  # they add up to 122,880: out of range
+    w = jnp.ones((2, 3), jnp.float16)
+
+    def run(w, c):
+        _, pull = jax.vjp(lambda w: mean(x @ w, 0), w)
+        return sweep(pull, c)(c)[0]
+
+    c = jnp.ones(3, jnp.float16)
+    assert products(run, w, c)[0] == 4096 * 2 * 3 + 2 * 3
+    found = run(w, c)
+    assert found.dtype == jnp.float16
+    np.testing.assert_allclose(found, jnp.full((2, 3), 30), 2e-3)
+
+
 def test_a_weight_gradient_contracts_one_axis():
     def run(p, x):
         out, pull = jax.vjp(lambda p: jnp.tanh(dense(p, x)), p)

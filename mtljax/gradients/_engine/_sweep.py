@@ -1,4 +1,4 @@
-"""A backward pass, rewritten in two places that compilers leave as they are.
+"""A backward pass, rewritten in two places that XLA leaves as they are.
 
 ``jax.vjp`` transposes a program operation by operation. Two things follow:
 
@@ -92,8 +92,7 @@ def _run(op: Op, env: Env, program: Flat) -> None:
     """Adds the results of one operation, constant axes with size 1 where possible."""
     rule = _RULES.get(op.name, _elementwise if op.name in ELEMENTWISE else None)
     void = any(program.avals[ref].dtype == jax.dtypes.float0 for ref in op.ins)
-    sharding = op.params.get("sharding", op.params.get("out_sharding"))
-    if rule and not void and sharding is None:
+    if rule and not void and not _placed(op):
         values = [
             Thin(jnp.asarray(env[ref]), program.avals[ref].shape) for ref in op.ins
         ]
@@ -104,6 +103,13 @@ def _run(op: Op, env: Env, program: Flat) -> None:
             return
     full = [_full(env, ref, program) for ref in op.ins]
     env.update(zip(op.outs, apply(op, full), strict=True))
+
+
+def _placed(op: Op) -> bool:
+    """Whether it says on which devices its result lies."""
+    sharding = op.params.get("sharding", op.params.get("out_sharding"))
+    mesh = getattr(sharding, "mesh", None)
+    return sharding is not None and not getattr(mesh, "empty", False)
 
 
 def _full(env: Env, ref: Ref, program: Flat) -> Any:
@@ -152,9 +158,18 @@ def _times(array: Array, number: int) -> Array:
 
 def _dot_general(op: Op, values: list[Thin]) -> Array:
     """Constant operands leave the sum, and contracted neighbours are one axis."""
-    arrays = [value.array for value in values]
-    contract, batches = op.params["dimension_numbers"]
-    times = 1
+    arrays, params = [value.array for value in values], op.params
+    contract, batches = params["dimension_numbers"]
+    dtype, times = op.eqn.outvars[0].aval.dtype, 1
+    if any(
+        axis in value.constant
+        for axes, value in zip(contract, values, strict=True)
+        for axis in axes
+    ) and jnp.issubdtype(dtype, jnp.inexact):
+        # The sum over positions alone may be out of range in half precision.
+        wide = jnp.promote_types(dtype, jnp.float32)
+        arrays = [x.astype(wide) for x in arrays]
+        params = {**params, "preferred_element_type": wide}
     for pair in zip(*contract, strict=True):
         sides = zip(pair, values, strict=True)
         constant = [axis in value.constant for axis, value in sides]
@@ -169,11 +184,10 @@ def _dot_general(op: Op, values: list[Thin]) -> Array:
             sizes = list(arrays[side].shape)
             sizes[axis] = size
             arrays[side] = jnp.broadcast_to(arrays[side], sizes)
-    params = op.params
     if len(contract[0]) > 1 and not batches[0]:
         arrays, axes = _joined(arrays, contract)
         params = {**params, "dimension_numbers": (axes, batches)}
-    return _times(bind(op, arrays, params)[0], times)
+    return _times(bind(op, arrays, params)[0], times).astype(dtype)
 
 
 def _joined(
