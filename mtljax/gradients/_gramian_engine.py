@@ -143,7 +143,7 @@ class Linearized(NamedTuple):
             if passes.strategy == "vmap" and not _explicit_axes():
                 return batch(pull, cotangents, in_axes, out_axes)
             axes = {"in_axes": in_axes, "out_axes": out_axes}
-            return map_tasks(pull, cotangents, *passes, **axes)
+            return map_tasks(pull, cotangents, passes, **axes)
 
         return evaluate.gather(self.uses.plan, self.backward, run)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from mtljax.balancer import check_choice
-from mtljax.gradients._engine._passes import Passes, batched, few
+from mtljax.gradients._engine._passes import Body, Passes, batched, few
 from mtljax.gradients._engine._sweep import sweep
 from mtljax.gradients._labels import resolve_labels
 from mtljax.types import Grads, Losses, Mask, Params
@@ -25,7 +25,7 @@ class Pullback(NamedTuple):
     shared: Callable[[Losses], Any]
     own: Callable[[Losses], Any] | None  # those of own ones; None without labels
     merge: Callable[[Any, Any], Any]  # (shared, own) -> a tree like the parameters
-    largest: int  # entries of the largest value of a backward pass
+    body: Body  # what a backward pass consists of
 
 
 def check_losses(losses: Any) -> Losses:
@@ -80,7 +80,7 @@ def linearize(
         losses, vjp, aux = jax.vjp(checked, params, has_aux=True)
         pull = sweep(vjp, losses)
         return Pullback(
-            losses, aux, lambda c: pull(c)[0], None, lambda g, _: g, pull.largest
+            losses, aux, lambda c: pull(c)[0], None, lambda g, _: g, pull.body
         )
 
     flat = resolve_labels(labels, params)
@@ -108,32 +108,31 @@ def linearize(
         lambda c: merge(pull(c, lambda results: results[0]), absent),
         lambda c: pull(c, lambda results: results[1]),
         merge,
-        pull.largest,
+        pull.body,
     )
 
 
-def pick(
-    strategy: Strategy, chunk_size: int, num_tasks: int, largest: int = 0
-) -> Passes:
-    """Resolves ``"auto"`` from the backend, T and the largest value of a pass."""
-    check_choice("value_and_task_grads", "strategy", strategy, Strategy)
-    if strategy != "auto":
-        return Passes(strategy, chunk_size)
-    return Passes("unrolled", 1) if few(num_tasks) else batched(num_tasks, largest)
+def pick(asked: Passes, num_tasks: int, body: Body) -> Passes:
+    """Resolves ``"auto"`` from the backend, T and what a pass consists of."""
+    check_choice("value_and_task_grads", "strategy", asked.strategy, Strategy)
+    if asked.strategy != "auto":
+        return asked
+    if few(num_tasks, body):
+        return Passes("unrolled", 1)
+    return batched(num_tasks, body)
 
 
-def task_rows(pull: Pullback, passes: Passes) -> Grads:
+def task_rows(pull: Pullback, asked: Passes) -> Grads:
     """Stacked gradients of the shared parameters: a pass for every unit cotangent."""
     num_tasks = pull.losses.shape[0]
     basis = jnp.eye(num_tasks, dtype=pull.losses.dtype)
-    return map_tasks(pull.shared, basis, *pick(*passes, num_tasks, pull.largest))
+    return map_tasks(pull.shared, basis, pick(asked, num_tasks, pull.body))
 
 
 def map_tasks(
     function: Callable[[Any], Any],
     rows: Any,
-    strategy: Strategy,
-    chunk_size: int,
+    passes: Passes,
     *,
     in_axes: Any = 0,
     out_axes: Any = 0,
@@ -142,6 +141,7 @@ def map_tasks(
 
     Tasks lie along ``in_axes`` and ``out_axes``: 0, or a tree of axes.
     """
+    strategy, chunk_size, together = passes
     if strategy == "vmap":
         return jax.vmap(function, (in_axes,), out_axes)(rows)
     if isinstance(in_axes, int):
@@ -151,8 +151,13 @@ def map_tasks(
             raise ValueError(f"chunk_size must be at least 1, not {chunk_size}.")
         rows = jax.tree.map(lambda x, axis: jnp.moveaxis(x, axis, 0), rows, in_axes)
         num_tasks = jax.tree.leaves(rows)[0].shape[0]
-        size = None if strategy == "map" else min(chunk_size, num_tasks)
-        stacked = jax.lax.map(function, rows, batch_size=size)
+        if strategy == "map":
+            stacked = jax.lax.scan(
+                lambda _, row: (None, function(row)), None, rows, unroll=together
+            )[1]
+        else:
+            size = min(chunk_size, num_tasks)
+            stacked = jax.lax.map(function, rows, batch_size=size)
         if isinstance(out_axes, int):
             out_axes = jax.tree.map(lambda _: out_axes, stacked)
         return jax.tree.map(lambda x, axis: jnp.moveaxis(x, 0, axis), stacked, out_axes)
@@ -205,7 +210,8 @@ def value_and_task_grads(
       strategy: ``"unrolled"`` (T separate passes), ``"vmap"`` (one batched pass),
         ``"map"`` (a loop, least memory beside the result), ``"chunked"`` (a loop of
         batched passes of ``chunk_size`` tasks) or ``"auto"``: unrolled on CPU up to
-        16 tasks, else vmap, or a loop where the values of all tasks would be large.
+        16 tasks (fewer for long programs), else vmap, or a loop where the values of
+        all tasks would be large and for convolutions on CPU.
         All give the same numbers up to rounding.
       chunk_size: Tasks in a chunk.
 

@@ -190,9 +190,7 @@ def surrogate_sharpness(
 
             return jnp.stack([rise(ball) for ball in balls]), []
 
-        gaps, _ = over_tasks(
-            single, jax.vmap(single), passes.basis, strategy, chunk_size
-        )
+        gaps, _ = over_tasks(single, jax.vmap(single), passes, strategy, chunk_size)
         return losses, gaps.T
 
     return function

@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from mtljax.balancer import as_mask
 from mtljax.gradients import resolve_labels
+from mtljax.gradients._engine._passes import Passes as Runs
 from mtljax.gradients._task_grads import Pullback, Strategy, linearize, pick
 from mtljax.sharpness._perturbation import Leaves
 from mtljax.types import Losses, Params
@@ -100,7 +101,7 @@ def add(left: Leaves, right: Leaves) -> Leaves:
 def over_tasks(
     single: Callable[[Array, Array], tuple[Any, Leaves]],
     many: Callable[[Array, Array], tuple[Any, Leaves]],
-    basis: Array,
+    passes: Passes,
     strategy: Strategy,
     chunk_size: int,
 ) -> tuple[Any, Leaves]:
@@ -109,15 +110,16 @@ def over_tasks(
     Args:
       single: ``single(row of the basis, task) -> (rows, sums)``.
       many: The same for ``c`` tasks at once.
-      basis: ``[T, T]``.
+      passes: The first pass.
       strategy: As in :func:`mtljax.value_and_task_grads`.
       chunk_size: Tasks in a chunk.
 
     Returns:
       Stacks ``[T, ...]`` and sums.
     """
-    num_tasks = basis.shape[0]
-    strategy, chunk_size = pick(strategy, chunk_size, num_tasks)
+    basis, num_tasks = passes.basis, passes.basis.shape[0]
+    asked = Runs(strategy, chunk_size)
+    strategy, chunk_size, together = pick(asked, num_tasks, passes.pull.body)
     tasks = jnp.arange(num_tasks)
     if strategy == "vmap":
         return many(basis, tasks)
@@ -141,7 +143,7 @@ def over_tasks(
 
     _, sums = jax.eval_shape(single, basis[0, 0], tasks[0, 0])
     zeros = [jnp.zeros(x.shape, x.dtype) for x in sums]
-    sums, rows = jax.lax.scan(block, zeros, (basis, tasks))
+    sums, rows = jax.lax.scan(block, zeros, (basis, tasks), unroll=together)
     rows = jax.tree.map(
         lambda x: x.reshape(blocks * size, *x.shape[2:])[:num_tasks], rows
     )

@@ -48,7 +48,7 @@ def plain_rows(
         del tasks
         return jax.vmap(lambda row: pull.shared(row)[0])(rows), []
 
-    loss, _ = over_tasks(single, many, passes.basis, strategy, chunk_size)
+    loss, _ = over_tasks(single, many, passes, strategy, chunk_size)
     own = pull.shared(passes.basis.sum(0))[1]
     flat = [jnp.zeros_like(widen(g)) for g in loss] if split else None
     return Rows(loss, flat, own)
@@ -117,7 +117,7 @@ def local_rows(
         sam, sam_own = vjp(jnp.ones_like(found))
         return result(g, sam, moved), sam_own
 
-    rows, own = over_tasks(single, many, passes.basis, strategy, chunk_size)
+    rows, own = over_tasks(single, many, passes, strategy, chunk_size)
     loss, flat = rows if split else (rows, None)
     return Rows(loss, flat, own)
 

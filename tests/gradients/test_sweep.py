@@ -36,6 +36,12 @@ def clipped(x):
 
 clipped.defvjp(lambda x: (x, x), lambda x, ct: (jnp.where(x > 0, ct, ct / 2),))
 
+
+def convolve(x, kernel, axes=("NWC", "IWO", "NWC"), **options):
+    options = {"window_strides": (1,), "padding": "SAME", **options}
+    return jax.lax.conv_general_dilated(x, kernel, dimension_numbers=axes, **options)
+
+
 FUNCTIONS = {
     "a mean over positions": lambda p, x: dense(p, x).mean(1),
     "a sum over all": lambda p, x: dense(p, x).sum(),
@@ -73,6 +79,24 @@ FUNCTIONS = {
     "a custom rule": lambda p, x: clipped(dense(p, x)).mean(1),
     "a call": lambda p, x: jax.jit(dense)(p, x).mean((0, 1)),
     "several results": lambda p, x: (dense(p, x).mean(1), {"b": p["b"].sum()}),
+    "a convolution": lambda p, x: jnp.tanh(convolve(x, p["heads"])).sum(1),
+    "a pooled convolution": lambda p, x: convolve(x, p["heads"]).mean(1),
+    "a strided convolution": lambda p, x: convolve(
+        x, p["heads"], window_strides=(2,), padding=[(1, 2)], rhs_dilation=(2,)
+    ),
+    "a transposed convolution": lambda p, x: convolve(
+        x, p["heads"], lhs_dilation=(3,), padding=[(2, 1)]
+    ),
+    "channels first": lambda p, x: convolve(
+        jnp.einsum("nwc,cd->ndw", x, p["w"])[:, :, None],
+        p["w"].reshape(2, 2, 1, 5),
+        ("NCHW", "IOHW", "NCHW"),
+        window_strides=(1, 2),
+        feature_group_count=2,
+    ),
+    "a batch of convolutions": lambda p, x: jax.vmap(convolve, (0, None))(
+        jnp.stack([x, x**2]), p["heads"]
+    ).mean(0),
     "half precision": lambda p, x: dense(
         jax.tree.map(lambda y: y.astype(jnp.bfloat16), p), x.astype(jnp.bfloat16)
     ).mean(1),
@@ -185,6 +209,24 @@ def test_a_weight_gradient_contracts_one_axis():
 
     _, axes = products(run, PARAMS, X)
     assert max(axes) == 1
+
+
+def test_convolutions_in_loops_come_as_the_library_of_the_cpu_wants_them():
+    """Their axes in order, and the kernels turned round before the loop."""
+
+    def run(kernel, x):
+        out, pull = jax.vjp(convolve, x, kernel)
+        return jax.lax.map(sweep(pull, out), jnp.stack([out, 2 * out]))
+
+    outside = jax.make_jaxpr(run)(PARAMS["heads"], X).jaxpr.eqns
+    (loop,) = (eqn for eqn in outside if eqn.primitive.name == "scan")
+    inside = loop.params["jaxpr"].jaxpr.eqns
+    convs = [eqn for eqn in inside if eqn.primitive.name == "conv_general_dilated"]
+    assert len(convs) == 2
+    assert "rev" not in [eqn.primitive.name for eqn in inside]
+    if jax.default_backend() == "cpu":
+        found = {eqn.params["dimension_numbers"] for eqn in convs}
+        assert found == {jax.lax.ConvDimensionNumbers((0, 2, 1), (2, 1, 0), (0, 2, 1))}
 
 
 def test_only_what_a_part_needs_is_run():

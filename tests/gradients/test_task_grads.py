@@ -15,6 +15,7 @@ from gradients.problem import (
 )
 
 import mtljax
+from mtljax.gradients._engine._passes import Body, Passes
 from mtljax.gradients._task_grads import pick
 
 FIVE = params(tasks=5), batch(tasks=5)
@@ -60,11 +61,17 @@ def jacobian_gramian(rows):
 
 
 def test_auto_unrolls_few_tasks_on_the_cpu():
-    assert pick("auto", 4, 17) == ("vmap", 17)
-    assert pick("map", 4, 3).strategy == "map"
-    assert pick("chunked", 4, 30) == ("chunked", 4)
+    def auto(tasks, largest=0, ops=100, convolves=False):
+        return pick(Passes("auto", 4), tasks, Body(largest, convolves, ops))
+
+    assert auto(17) == ("vmap", 17, 1)
+    for asked in (Passes("map", 4), Passes("chunked", 4)):
+        assert pick(asked, 30, Body(0, False, 100)) == asked
     if jax.default_backend() == "cpu":
-        assert pick("auto", 4, 16, 1 << 30).strategy == "unrolled"
+        assert auto(16, largest=1 << 30).strategy == "unrolled"
+        assert auto(16, ops=1000).strategy == "vmap"  # a long program
+        assert auto(17, convolves=True) == ("map", 1, 1)
+        assert auto(40, convolves=True) == ("map", 1, 2)
 
 
 def test_auto_loops_over_passes_that_are_large_together():

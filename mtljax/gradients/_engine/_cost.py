@@ -10,7 +10,14 @@ from typing import Any, NamedTuple
 
 import jax
 
-from mtljax.gradients._engine._passes import Passes, batched, few
+from mtljax.gradients._engine._passes import (
+    CONVOLUTION,
+    Body,
+    Passes,
+    batched,
+    few,
+    loops_sooner,
+)
 from mtljax.gradients._engine._plan import Plan, forming, not_forming
 from mtljax.gradients._engine._program import Op
 
@@ -42,7 +49,7 @@ def forward_work(eqn: Any) -> int:
     if name == "dot_general":
         shape = eqn.invars[0].aval.shape
         return size * math.prod(shape[a] for a in params["dimension_numbers"][0][0])
-    if name == "conv_general_dilated":
+    if name == CONVOLUTION:
         kernel = eqn.invars[1].aval.shape
         features = kernel[params["dimension_numbers"].rhs_spec[0]]
         return size * math.prod(kernel) // max(features, 1)
@@ -66,7 +73,7 @@ def backward_work(plan: Plan, ops: list[Op]) -> Work:
     total = {"activations": 0, "shared": 0, "own": 0}
     for op in ops:
         once = forward_work(op.eqn)
-        if op.name not in ("dot_general", "conv_general_dilated"):
+        if op.name not in ("dot_general", CONVOLUTION):
             total["activations"] += once
             continue
         for ref in op.ins:
@@ -168,34 +175,24 @@ def cheap_heads(plan: Plan) -> bool:
     return heads.total < plan.num_tasks * entries * _PER_ENTRY
 
 
-# Operations of all passes up to which those of a trunk that convolves are unrolled.
-_UNROLLED_OPS = 5000
-
-
 def _convolves(plan: Plan) -> bool:
-    return any(op.name == "conv_general_dilated" for op in plan.stages.trunk)
+    return any(op.name == CONVOLUTION for op in plan.stages.trunk)
 
 
 def passes(plan: Plan, *, stacked: bool) -> Passes:
     """The default way to run the T passes.
 
     One batched pass is the fastest where its operations are large products. XLA:CPU is
-    slow at batches of gradients of kernels, and at convolutions in batches and loops:
-    there the passes of stacking are unrolled while they are few, and those of a trunk
-    that convolves while their operations are. Values of all tasks that do not fit
-    together are made for some at a time.
+    slow at batches of gradients of kernels, and at convolutions in batches: there the
+    passes of stacking, and those of a trunk that convolves, are unrolled while they are
+    few. Values of all tasks that do not fit together are made for some at a time.
     """
-    tasks, convolves = plan.num_tasks, _convolves(plan)
+    tasks, trunk = plan.num_tasks, plan.stages.trunk
     sizes = [
-        math.prod(plan.program.avals[ref].shape)
-        for op in plan.stages.trunk
-        for ref in op.outs
+        math.prod(plan.program.avals[ref].shape) for op in trunk for ref in op.outs
     ]
-    largest = max(sizes, default=1)
-    short = not stacked and tasks * len(plan.stages.trunk) <= _UNROLLED_OPS
-    if jax.default_backend() == "cpu" and (
-        (stacked and few(tasks, 0 if convolves else largest))
-        or (convolves and (few(tasks) or short))
-    ):
+    body = Body(max(sizes, default=1), _convolves(plan), 2 * len(trunk))
+    separate = body.convolves or (stacked and not loops_sooner(tasks, body))
+    if jax.default_backend() == "cpu" and separate and few(tasks, body):
         return Passes("unrolled", 1)
-    return batched(tasks, largest)
+    return batched(tasks, body)

@@ -4,17 +4,30 @@ from typing import Any, NamedTuple
 
 import jax
 
+CONVOLUTION = "conv_general_dilated"
+
 
 class Passes(NamedTuple):
     """How T backward passes run."""
 
     strategy: Any
     chunk_size: int
+    together: int = 1  # passes that "map" makes in one turn of its loop
+
+
+class Body(NamedTuple):
+    """What one backward pass consists of."""
+
+    largest: int  # entries of its largest value
+    convolves: bool
+    ops: int
 
 
 # Passes up to which they are unrolled. XLA:CPU runs batched products and grouped
 # convolutions slowly: separate passes win until their number makes the program long.
 _UNROLL = {"cpu": 16}
+# And the operations of all of them: some twenty seconds of compilation.
+_UNROLLED_OPS = 10_000
 # Bytes that the values of all passes may take at once.
 _LIVE = {"cpu": 1 << 28}
 # And those of a chunk, where not all fit: a loop on a CPU is fastest near its caches.
@@ -24,22 +37,28 @@ _CHUNK = {"cpu": 1 << 25}
 _UNROLL_LARGE = 8
 
 
-def few(tasks: int, largest: int = 0) -> bool:
-    """Whether that many passes are unrolled; ``largest`` as in :func:`batched`."""
-    backend = jax.default_backend()
-    large = 16 * largest >= _CHUNK.get(backend, 1 << 32)
-    if large and tasks > _UNROLL_LARGE:
-        return False
-    return tasks <= _UNROLL.get(backend, 1)
+def few(tasks: int, body: Body) -> bool:
+    """Whether that many passes are unrolled."""
+    limit = _UNROLL.get(jax.default_backend(), 1)
+    return tasks <= limit and tasks * body.ops <= _UNROLLED_OPS
 
 
-def batched(tasks: int, largest: int) -> Passes:
+def loops_sooner(tasks: int, body: Body) -> bool:
+    """Whether a loop is as good as unrolling: one pass is as large as a chunk."""
+    large = 16 * body.largest >= _CHUNK.get(jax.default_backend(), 1 << 32)
+    return large and not body.convolves and tasks > _UNROLL_LARGE
+
+
+def batched(tasks: int, body: Body) -> Passes:
     """All passes at once, or some at a time where their values do not fit together.
 
-    ``largest`` is the number of entries of the largest value of a pass.
+    Convolutions on a CPU run one by one: in a batch they take twice as long. Two in a
+    turn fill the second core where one has a tail.
     """
     backend, default = jax.default_backend(), 1 << 32
-    each = 16 * largest  # four bytes an entry, and a few such values at a time
+    if backend == "cpu" and body.convolves:
+        return Passes("map", 1, together=1 + (tasks % 2 == 0))
+    each = 16 * body.largest  # four bytes an entry, and a few such values at a time
     if each * tasks <= _LIVE.get(backend, default):
         return Passes("vmap", tasks)
     some = _CHUNK.get(backend, default) // each

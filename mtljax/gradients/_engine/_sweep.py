@@ -1,6 +1,6 @@
-"""A backward pass, rewritten in two places that XLA leaves as they are.
+"""A backward pass, rewritten in three places that XLA leaves as they are.
 
-``jax.vjp`` transposes a program operation by operation. Two things follow:
+``jax.vjp`` transposes a program operation by operation. Three things follow:
 
 - The cotangent of a mean over positions is the same at all of them, and is yet passed
   on in full, through every product before the mean. Here a value has size 1 along the
@@ -8,6 +8,9 @@
   once, and a gradient ``Σ_p x_p δᵀ`` is ``(Σ_p x_p) δᵀ``.
 - The gradient of a matrix contracts all axes of positions at once, for which XLA:CPU
   first transposes the cotangents. Joined to one axis, they are read as they lie.
+- The gradients of a convolution are convolutions with their axes in unusual orders.
+  XLA:CPU sorts them outside of loops only, and in loops falls back to its own code,
+  which takes 5 (inputs) to 50 times (kernels) as long. Here they come sorted.
 
 The result is that of ``jax.vjp`` up to rounding.
 """
@@ -20,8 +23,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from mtljax.gradients._engine._passes import CONVOLUTION, Body
 from mtljax.gradients._engine._program import (
-    Env,
     Flat,
     Op,
     Ref,
@@ -29,6 +32,7 @@ from mtljax.gradients._engine._program import (
     bind,
     flatten,
     needed,
+    run,
     scope,
 )
 from mtljax.gradients._engine._stages import ELEMENTWISE
@@ -54,20 +58,22 @@ class Sweep(NamedTuple):
 
     program: Flat
     results: Any  # a tree of the values of the program that are results
+    known: dict[Any, Any]  # values that are the same in every run
 
     @property
-    def largest(self) -> int:
-        """Entries of the largest value on the way."""
-        avals = self.program.avals
-        refs = [ref for op in self.program.ops for ref in op.outs]
-        return max((math.prod(avals[ref].shape) for ref in refs), default=1)
+    def body(self) -> Body:
+        """What a run consists of."""
+        ops, avals = self.program.ops, self.program.avals
+        sizes = [math.prod(avals[ref].shape) for op in ops for ref in op.outs]
+        convolves = any(op.name == CONVOLUTION for op in ops)
+        return Body(max(sizes, default=1), convolves, len(ops))
 
     def __call__(
         self, cotangent: Any, part: Callable[[Any], Any] = lambda results: results
     ) -> Any:
         """The gradients, or a part of their tree; what it does not need is not run."""
         program, results = self.program, part(self.results)
-        env: Env = {**program.constants}
+        env: dict[Any, Any] = {**self.known}
         env |= dict(zip(program.inputs, jax.tree.leaves(cotangent), strict=True))
         for op in needed(program.ops, jax.tree.leaves(results)):
             _run(op, env, program)
@@ -85,11 +91,72 @@ def sweep(pull: Callable[[Any], Any], cotangent: Any) -> Sweep:
     # Recomputation that is inlined would be shared with the forward pass.
     program = flatten(closed, keep=("checkpoint", "remat2"))
     results = jax.tree.unflatten(jax.tree.structure(shapes), program.outputs)
-    return Sweep(program, results)
+    known: dict[Any, Any] = {**program.constants}
+    ops = []
+    for op in needed(program.ops, program.outputs):
+        if _is_known(op, known, program):
+            run(op, known)
+        else:
+            ops.append(op)
+        if _sorts(op):
+            _sort_operands(op, known, [ref in known for ref in op.ins])
+    return Sweep(program._replace(ops=ops), results, known)
 
 
-def _run(op: Op, env: Env, program: Flat) -> None:
+def _is_known(op: Op, known: dict[Any, Any], program: Flat) -> bool:
+    """Whether one run for all is enough, and leaves no more than there was before.
+
+    XLA keeps most of these inside of a loop over the passes: kernels of convolutions
+    would be turned round in each of them.
+    """
+
+    def entries(refs):
+        return sum(math.prod(program.avals[ref].shape) for ref in refs)
+
+    once = not op.eqn.effects and all(ref in known for ref in op.ins)
+    return once and entries(op.outs) <= entries(op.ins)
+
+
+def _sorts(op: Op) -> bool:
+    """Whether the axes of a convolution are brought into order."""
+    grouped = op.params.get("batch_group_count", 1) != 1
+    wanted = op.name == CONVOLUTION and jax.default_backend() == "cpu"
+    return wanted and not grouped and not _placed(op)
+
+
+def _sort_operands(op: Op, env: dict[Any, Any], here: list[bool]) -> None:
+    """Adds those operands of a convolution that are here, their axes in order."""
+    of_x, of_kernel, _ = op.params["dimension_numbers"]
+    orders = (
+        (of_x[0], *of_x[2:], of_x[1]),  # images, pixels, channels
+        (*of_kernel[2:], of_kernel[1], of_kernel[0]),  # window, inputs, outputs
+    )
+    for place, (ref, order) in enumerate(zip(op.ins, orders, strict=True)):
+        if here[place] and (op.outs, place) not in env:
+            value = jnp.broadcast_to(env[ref], op.shape(place))
+            env[op.outs, place] = value.transpose(order)
+
+
+def _convolve(op: Op, env: dict[Any, Any]) -> None:
+    """Adds the result of a convolution whose axes are in order."""
+    _sort_operands(op, env, [True, True])
+    x, kernel = (env[op.outs, place] for place in (0, 1))
+    channels, pixels = x.ndim - 1, tuple(range(1, x.ndim - 1))
+    usual = (0, channels, *pixels)
+    numbers = jax.lax.ConvDimensionNumbers(
+        usual, (channels, channels - 1, *(axis - 1 for axis in pixels)), usual
+    )
+    (out,) = apply(op, [x, kernel], {**op.params, "dimension_numbers": numbers})
+    of_out = op.params["dimension_numbers"].out_spec
+    places = (of_out[0], *of_out[2:], of_out[1])
+    env[op.outs[0]] = out.transpose([places.index(axis) for axis in range(out.ndim)])
+
+
+def _run(op: Op, env: dict[Any, Any], program: Flat) -> None:
     """Adds the results of one operation, constant axes with size 1 where possible."""
+    if _sorts(op):
+        _convolve(op, env)
+        return
     rule = _RULES.get(op.name, _elementwise if op.name in ELEMENTWISE else None)
     void = any(program.avals[ref].dtype == jax.dtypes.float0 for ref in op.ins)
     if rule and not void and not _placed(op):
@@ -112,7 +179,7 @@ def _placed(op: Op) -> bool:
     return sharding is not None and not getattr(mesh, "empty", False)
 
 
-def _full(env: Env, ref: Ref, program: Flat) -> Any:
+def _full(env: dict[Any, Any], ref: Ref, program: Flat) -> Any:
     value, shape = env[ref], program.avals[ref].shape
     return value if jnp.shape(value) == shape else jnp.broadcast_to(value, shape)
 
