@@ -28,6 +28,9 @@ class Body(NamedTuple):
 _UNROLL = {"cpu": 16}
 # And the operations of all of them: some twenty seconds of compilation.
 _UNROLLED_OPS = 10_000
+# A pass of fewer operations that convolves is faster alone. In a longer one, what lies
+# between the convolutions leaves a core idle, which another pass fills.
+_LONG = 100
 # Bytes that the values of all passes may take at once.
 _LIVE = {"cpu": 1 << 28}
 # And those of a chunk, where not all fit: a loop on a CPU is fastest near its caches.
@@ -40,7 +43,8 @@ _UNROLL_LARGE = 8
 def few(tasks: int, body: Body) -> bool:
     """Whether that many passes are unrolled."""
     limit = _UNROLL.get(jax.default_backend(), 1)
-    return tasks <= limit and tasks * body.ops <= _UNROLLED_OPS
+    fills = tasks == 1 or not body.convolves or body.ops >= _LONG
+    return fills and tasks <= limit and tasks * body.ops <= _UNROLLED_OPS
 
 
 def loops_sooner(tasks: int, body: Body) -> bool:
@@ -52,8 +56,8 @@ def loops_sooner(tasks: int, body: Body) -> bool:
 def batched(tasks: int, body: Body) -> Passes:
     """All passes at once, or some at a time where their values do not fit together.
 
-    Convolutions on a CPU run one by one: in a batch they take twice as long. Two in a
-    turn fill the second core where one has a tail.
+    Convolutions on a CPU run one by one: in a batch they take twice as long. With two
+    in a turn each fills the gaps of the other.
     """
     backend, default = jax.default_backend(), 1 << 32
     if backend == "cpu" and body.convolves:
