@@ -366,8 +366,9 @@ def alternate(
         states in 16 bits, rounded at random so that slow averages go on moving. Half
         the memory; for less, use an optimiser with factored second moments
         (``optax.scale_by_factored_rms``).
-      unroll: Inner steps per iteration of the loop (XLA:CPU runs convolutions slowly
-        inside a loop; compile time grows with it).
+      unroll: Inner steps per iteration of the loop; compile time grows with it. With
+        a ``grad_fn`` around ``jax.grad`` it is worth it for convolutions on a CPU
+        (:func:`mtljax.training.loop.prefers_host_loop` says why).
 
     Returns:
       ``init`` and ``step``, see :class:`Alternating`. ``task_loss(params, task,

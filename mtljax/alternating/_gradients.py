@@ -98,15 +98,20 @@ class Group(NamedTuple):
         return (seen * self.weights(mean).astype(losses.dtype)).sum()
 
 
-def group_gradient(group: Group, params: Any, mean: bool, grad_fn: Callable[..., Any]):
+def group_gradient(
+    group: Group, params: Any, mean: bool, grad_fn: Callable[..., Any] | None
+):
     """``(losses, stats, gradient of the group's loss)``: one pass."""
 
     def objective(params):
         losses, stats = group.losses(params)
         return group.total(losses, mean), (losses, stats)
 
-    (_, (losses, stats)), grad = grad_fn(objective, has_aux=True)(params)
-    return losses, stats, grad
+    if grad_fn is not None:
+        (_, (losses, stats)), grad = grad_fn(objective, has_aux=True)(params)
+        return losses, stats, grad
+    total, pull, (losses, stats) = jax.vjp(objective, params, has_aux=True)
+    return losses, stats, sweep(pull, total)(jnp.ones_like(total))[0]
 
 
 def each_member(

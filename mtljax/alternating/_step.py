@@ -132,9 +132,7 @@ def _together(run: Run, group: Group, view: Any, carry: Carry, at: Any) -> Outco
     rule, parts = run.rule, run.parts
     balancer = carry.balancer
     if rule.balancer is None:
-        losses, stats, grad = group_gradient(
-            group, view, rule.mean, rule.grad_fn or jax.value_and_grad
-        )
+        losses, stats, grad = group_gradient(group, view, rule.mean, rule.grad_fn)
     else:
         held = states.read(run.before.balancer, slot)
         losses, stats, grad, new = _balanced(rule, group, view, held)

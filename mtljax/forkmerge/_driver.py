@@ -428,7 +428,7 @@ class ForkMerge:
           report: As for :meth:`merge`.
           data: As for :meth:`train`.
           chunk: The most steps of one call; they end at its multiples. Δt by default.
-            XLA's CPU backend runs convolutions slowly in compiled loops: 1 there.
+            Take 1 where :func:`mtljax.training.loop.prefers_host_loop` holds.
           on_chunk: Called as ``on_chunk(state, metrics)`` after every chunk, before a
             merge that is due; the place to save a checkpoint.
           on_merge: Called as ``on_merge(state, info)`` after every merge.

@@ -122,7 +122,8 @@ def fit(
       positive_losses: Whether a loss of zero or less stops the run as well; pass a
         balancer's ``positive_losses``.
       loop_on: Whether steps over arrays are looped over inside the compiled program or
-        on the host; by default on the host only for convolutions on a CPU.
+        on the host; by default on the host only for convolutions on a CPU that a
+        loop would slow down (:func:`~mtljax.training.loop.prefers_host_loop`).
 
     Returns:
       The last state, the best evaluation and the rows.

@@ -1,5 +1,6 @@
 """The Gramian engine against the Jacobian in float64, on one small model a rule."""
 
+import re
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -686,6 +687,41 @@ def test_auto_compares_the_work():
         assert uses is None or not uses.plan.factored
         if jax.default_backend() == "cpu":
             assert passes.strategy == "map"
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="about XLA:CPU")
+@pytest.mark.parametrize("strategy", ["unrolled", "map", "vmap"])
+@pytest.mark.parametrize("name", ["gramian", "stacked"])
+def test_all_convolutions_of_a_step_are_in_the_order_of_the_library(name, strategy):
+    """Elsewhere than at the top of a program XLA:CPU would not sort their axes."""
+
+    def convolve(x, kernel):
+        axes = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=axes
+        )
+
+    def task_losses(p, x):
+        h = jnp.tanh(convolve(jnp.tanh(convolve(x, p["first"])), p["second"]))
+        outs = [convolve(h, head) for head in p["heads"]]
+        return jnp.stack([(out**2).mean() for out in outs])
+
+    params = {
+        "first": jnp.ones((3, 3, 2, 4)),
+        "second": jnp.ones((3, 3, 4, 64)),
+        "heads": [jnp.ones((1, 1, 64, 2))] * 3,
+    }
+    labels = {"first": "shared", "second": "shared", "heads": "own"}
+    balancer = mtljax.upgrad(3)
+    grad_fn = mtljax.value_and_balanced_grad(
+        task_losses, balancer, labels=labels, engine=name, strategy=strategy
+    )
+    # A kernel whose gradient is formed, and one whose gradient is not.
+    x = jnp.ones((2, 4, 4, 2))
+    text = str(jax.make_jaxpr(grad_fn)(params, balancer.init(params), x))
+    found = set(re.findall(r"ConvDimensionNumbers\(.*", text))
+    assert len(found) == 1
+    assert "rhs_spec=(3, 2, 0, 1)" in found.pop()
 
 
 def test_auto_makes_values_that_do_not_fit_for_some_tasks_at_a_time():

@@ -10,6 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import toy
 
+import mtljax
 from mtljax import training
 from mtljax.training import loop
 
@@ -172,7 +173,21 @@ def test_the_loop_on_the_host_takes_seeds():
     )
 
 
-def test_convolutions_on_a_cpu_are_looped_on_the_host():
-    conv = lambda s, b: (s, {"y": jnp.convolve(b, s)})
-    shapes = jnp.ones(3), jnp.ones(8)
-    assert loop.prefers_host_loop(conv, *shapes) == (jax.default_backend() == "cpu")
+def test_convolutions_that_a_loop_slows_down_are_looped_on_the_host():
+    def losses(kernel, images):
+        axes = ("NHWC", "HWIO", "NHWC")
+        y = jax.lax.conv_general_dilated(
+            images, kernel, (1, 1), "SAME", dimension_numbers=axes
+        )
+        return jnp.stack([(y**2).mean()])
+
+    def ours(kernel, images):
+        return mtljax.value_and_task_grads(losses)(kernel, images)[1][0], {}
+
+    def plain(kernel, images):
+        return jax.grad(lambda p: losses(p, images)[0])(kernel), {}
+
+    shapes = jnp.ones((3, 3, 2, 4)), jnp.ones((5, 6, 6, 2))
+    on_cpu = jax.default_backend() == "cpu"
+    assert loop.prefers_host_loop(plain, *shapes) == on_cpu
+    assert not loop.prefers_host_loop(ours, *shapes)

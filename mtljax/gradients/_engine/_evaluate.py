@@ -65,6 +65,7 @@ def forward(plan: Plan, leaves: Sequence[Any]) -> Backward:
     ]
     heads = _heads(plan, env)
     losses, pull_heads, seen = jax.vjp(heads, copies, entries, values, has_aux=True)
+    pull_heads = sweep(pull_heads, losses)
     of_copies, of_entries, head_rows = pull_heads(jnp.ones_like(losses))
     cotangents = {
         ref: _stack(ref, handed[ref], of_copies, of_entries.get(ref)) for ref in ends
@@ -371,5 +372,6 @@ def _pull_products(plan: Plan, env: Env, leaf: Leaf, mixed: dict[Ref, Array]) ->
 
     aval = avals[plan.program.leaves[leaf]]
     pull = jax.linear_transpose(products, jax.ShapeDtypeStruct(*aval))
-    (gradient,) = pull([mixed[use.op.outs[0]] for use in uses])
+    ends = [mixed[use.op.outs[0]] for use in uses]
+    (gradient,) = sweep(pull, ends)(ends)
     return gradient
