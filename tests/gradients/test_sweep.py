@@ -42,6 +42,10 @@ def convolve(x, kernel, axes=("NWC", "IWO", "NWC"), **options):
     return jax.lax.conv_general_dilated(x, kernel, dimension_numbers=axes, **options)
 
 
+def pool(x, window, strides, padding=((0, 0),) * 3):
+    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, strides, padding)
+
+
 FUNCTIONS = {
     "a mean over positions": lambda p, x: dense(p, x).mean(1),
     "a sum over all": lambda p, x: dense(p, x).sum(),
@@ -97,6 +101,10 @@ FUNCTIONS = {
     "a batch of convolutions": lambda p, x: jax.vmap(convolve, (0, None))(
         jnp.stack([x, x**2]), p["heads"]
     ).mean(0),
+    "max pooling": lambda p, x: pool(dense(p, x), (1, 2, 1), (1, 2, 1)).sum(1),
+    "overlapping windows": lambda p, x: pool(
+        dense(p, x), (1, 3, 2), (1, 2, 1), ((0, 0), (1, 1), (0, 1))
+    ),
     "half precision": lambda p, x: dense(
         jax.tree.map(lambda y: y.astype(jnp.bfloat16), p), x.astype(jnp.bfloat16)
     ).mean(1),
@@ -111,13 +119,19 @@ def cotangent_of(out):
     return jax.tree.unflatten(treedef, made)
 
 
+CONVOLUTIONS = [name for name in FUNCTIONS if "convolution" in name or "chan" in name]
+
+
 @pytest.mark.parametrize("jitted", [True, pytest.param(False, marks=pytest.mark.deep)])
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_equals_vjp(name, jitted):
+@pytest.mark.parametrize(
+    ("name", "runs"),
+    [(name, 1) for name in FUNCTIONS] + [(name, 40) for name in CONVOLUTIONS],
+)
+def test_equals_vjp(name, runs, jitted):
     def both(p, x):
         out, pull = jax.vjp(FUNCTIONS[name], p, x)
         c = cotangent_of(out)
-        return sweep(pull, out)(c), pull(c)
+        return sweep(pull, out, runs)(c), pull(c)
 
     found, expected = (jax.jit(both) if jitted else both)(PARAMS, X)
     assert jax.tree.structure(found) == jax.tree.structure(expected)
@@ -227,6 +241,53 @@ def test_convolutions_in_loops_come_as_the_library_of_the_cpu_wants_them():
     if jax.default_backend() == "cpu":
         found = {eqn.params["dimension_numbers"] for eqn in convs}
         assert found == {jax.lax.ConvDimensionNumbers((0, 2, 1), (2, 1, 0), (0, 2, 1))}
+
+
+def names_in(jaxpr):
+    """Names of all operations, those of loops and calls included."""
+    for eqn in jaxpr.eqns:
+        yield eqn.primitive.name
+        for value in eqn.params.values():
+            if hasattr(value, "jaxpr"):
+                yield from names_in(value.jaxpr)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="about XLA:CPU")
+def test_patches_and_maxima_are_found_once_for_all_passes():
+    def run(kernel, x):
+        def pooled(kernel):
+            return pool(convolve(x, kernel), (1, 2, 1), (1, 2, 1))
+
+        out, pull = jax.vjp(pooled, kernel)
+        return jax.lax.map(sweep(pull, out, 40), jnp.stack([out, 2 * out]))
+
+    outside = jax.make_jaxpr(run)(PARAMS["heads"], X).jaxpr
+    (loop,) = (eqn for eqn in outside.eqns if eqn.primitive.name == "scan")
+    inside = set(names_in(loop.params["jaxpr"].jaxpr))
+    assert "dot_general" in inside
+    assert not inside & {"conv_general_dilated", "select_and_scatter_add", "ge"}
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_max_pooling_equals_that_of_jax(seed):
+    """Exactly, also where maxima are equal, infinite or not numbers."""
+    rng = np.random.default_rng(seed)
+    for _ in range(5):
+        axes = int(rng.integers(1, 4))
+        window = tuple(map(int, rng.integers(1, 4, axes)))
+        strides = (
+            window if rng.random() < 0.4 else tuple(map(int, rng.integers(1, 4, axes)))
+        )
+        padding = [(int(rng.integers(n)), int(rng.integers(n))) for n in window]
+        if rng.random() < 0.5:
+            padding = [(0, 0)] * axes
+        x = rng.integers(-2, 3, np.array(window) + rng.integers(0, 6, axes)) * 1.0
+        x[rng.random(x.shape) < rng.choice([0, 0.5])] = -np.inf
+        x[rng.random(x.shape) < rng.choice([0, 0.2])] = np.nan
+        x = jnp.asarray(x, jnp.float32)
+        out, pull = jax.vjp(lambda x: pool(x, window, strides, padding), x)
+        c = jnp.asarray(rng.integers(1, 9, out.shape), out.dtype)
+        np.testing.assert_array_equal(sweep(pull, out)(c)[0], pull(c)[0])
 
 
 def test_only_what_a_part_needs_is_run():

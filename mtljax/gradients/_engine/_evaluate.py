@@ -54,7 +54,7 @@ def forward(plan: Plan, leaves: Sequence[Any]) -> Backward:
     nudges = {ref: jnp.zeros(*program.avals[ref]) for ref in sorted(made)}
     trunk = _trunk(plan, fixed, ends)
     handed, pull_trunk, seen = jax.vjp(trunk, in_trunk, nudges, has_aux=True)
-    pull_trunk = sweep(pull_trunk, handed)
+    pull_trunk = sweep(pull_trunk, handed, runs=plan.num_tasks)
     env = {**fixed, **seen}
 
     copies = [{r: handed[r] for r in ends if r in reads} for reads in stages.reads]

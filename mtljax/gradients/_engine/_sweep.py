@@ -1,4 +1,4 @@
-"""A backward pass, rewritten in three places that XLA leaves as they are.
+"""A backward pass, rewritten where XLA leaves it as it is.
 
 ``jax.vjp`` transposes a program operation by operation. Three things follow:
 
@@ -8,9 +8,10 @@
   once, and a gradient ``Σ_p x_p δᵀ`` is ``(Σ_p x_p) δᵀ``.
 - The gradient of a matrix contracts all axes of positions at once, for which XLA:CPU
   first transposes the cotangents. Joined to one axis, they are read as they lie.
-- The gradients of a convolution are convolutions with their axes in unusual orders.
-  XLA:CPU sorts them outside of loops only, and in loops falls back to its own code,
-  which takes 5 (inputs) to 50 times (kernels) as long. Here they come sorted.
+- What does not depend on the cotangent, such as a kernel turned round, is computed in
+  every pass. Here it is computed once for all.
+
+On a CPU, convolutions and max pooling also take other forms (``_cpu``).
 
 The result is that of ``jax.vjp`` up to rounding.
 """
@@ -23,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from mtljax.gradients._engine._cpu import Rewrite, rewrite
 from mtljax.gradients._engine._passes import CONVOLUTION, Body
 from mtljax.gradients._engine._program import (
     Flat,
@@ -59,6 +61,7 @@ class Sweep(NamedTuple):
     program: Flat
     results: Any  # a tree of the values of the program that are results
     known: dict[Any, Any]  # values that are the same in every run
+    rewrites: dict[tuple[Ref, ...], Rewrite]  # other forms, by what they give
 
     @property
     def body(self) -> Body:
@@ -76,31 +79,66 @@ class Sweep(NamedTuple):
         env: dict[Any, Any] = {**self.known}
         env |= dict(zip(program.inputs, jax.tree.leaves(cotangent), strict=True))
         for op in needed(program.ops, jax.tree.leaves(results)):
-            _run(op, env, program)
+            self._run(op, env)
         return jax.tree.map(lambda ref: _full(env, ref, program), results)
 
+    def _run(self, op: Op, env: dict[Any, Any]) -> None:
+        """Adds the results of one operation, constant axes with size 1 if possible."""
+        program, other = self.program, self.rewrites.get(op.outs)
+        if other:
+            with scope(op):
+                values = [
+                    env[op.outs, place]
+                    if (op.outs, place) in env
+                    else other.prepare(op, place, _full(env, ref, program))
+                    for place, ref in enumerate(op.ins)
+                ]
+                env[op.outs[0]] = other.finish(op, values)
+            return
+        rule = _RULES.get(op.name, _elementwise if op.name in ELEMENTWISE else None)
+        void = any(program.avals[ref].dtype == jax.dtypes.float0 for ref in op.ins)
+        if rule and not void and not _placed(op):
+            values = [
+                Thin(jnp.asarray(env[ref]), program.avals[ref].shape) for ref in op.ins
+            ]
+            with scope(op):
+                out = rule(op, values)
+            if out is not None:
+                env[op.outs[0]] = out
+                return
+        full = [_full(env, ref, program) for ref in op.ins]
+        env.update(zip(op.outs, apply(op, full), strict=True))
 
-def sweep(pull: Callable[[Any], Any], cotangent: Any) -> Sweep:
+
+def sweep(pull: Callable[[Any], Any], cotangent: Any, runs: int = 1) -> Sweep:
     """``pull``, the function that ``jax.vjp`` returns, as a :class:`Sweep`.
 
     Args:
       pull: A linear function of a tree like ``cotangent``.
       cotangent: Arrays, or anything with their shapes and dtypes.
+      runs: How often it will run, as far as one knows.
     """
     closed, shapes = jax.make_jaxpr(pull, return_shape=True)(cotangent)
     # Recomputation that is inlined would be shared with the forward pass.
     program = flatten(closed, keep=("checkpoint", "remat2"))
     results = jax.tree.unflatten(jax.tree.structure(shapes), program.outputs)
     known: dict[Any, Any] = {**program.constants}
-    ops = []
+    ops, rewrites = [], {}
     for op in needed(program.ops, program.outputs):
         if _is_known(op, known, program):
             run(op, known)
-        else:
-            ops.append(op)
-        if _sorts(op):
-            _sort_operands(op, known, [ref in known for ref in op.ins])
-    return Sweep(program._replace(ops=ops), results, known)
+            continue
+        ops.append(op)
+        here = [ref in known for ref in op.ins]
+        other = None if _placed(op) else rewrite(op, here, runs)
+        if other is None:
+            continue
+        rewrites[op.outs] = other
+        for place, ref in enumerate(op.ins):
+            if here[place]:
+                with scope(op):
+                    known[op.outs, place] = other.prepare(op, place, known[ref])
+    return Sweep(program._replace(ops=ops), results, known, rewrites)
 
 
 def _is_known(op: Op, known: dict[Any, Any], program: Flat) -> bool:
@@ -115,61 +153,6 @@ def _is_known(op: Op, known: dict[Any, Any], program: Flat) -> bool:
 
     once = not op.eqn.effects and all(ref in known for ref in op.ins)
     return once and entries(op.outs) <= entries(op.ins)
-
-
-def _sorts(op: Op) -> bool:
-    """Whether the axes of a convolution are brought into order."""
-    grouped = op.params.get("batch_group_count", 1) != 1
-    wanted = op.name == CONVOLUTION and jax.default_backend() == "cpu"
-    return wanted and not grouped and not _placed(op)
-
-
-def _sort_operands(op: Op, env: dict[Any, Any], here: list[bool]) -> None:
-    """Adds those operands of a convolution that are here, their axes in order."""
-    of_x, of_kernel, _ = op.params["dimension_numbers"]
-    orders = (
-        (of_x[0], *of_x[2:], of_x[1]),  # images, pixels, channels
-        (*of_kernel[2:], of_kernel[1], of_kernel[0]),  # window, inputs, outputs
-    )
-    for place, (ref, order) in enumerate(zip(op.ins, orders, strict=True)):
-        if here[place] and (op.outs, place) not in env:
-            value = jnp.broadcast_to(env[ref], op.shape(place))
-            env[op.outs, place] = value.transpose(order)
-
-
-def _convolve(op: Op, env: dict[Any, Any]) -> None:
-    """Adds the result of a convolution whose axes are in order."""
-    _sort_operands(op, env, [True, True])
-    x, kernel = (env[op.outs, place] for place in (0, 1))
-    channels, pixels = x.ndim - 1, tuple(range(1, x.ndim - 1))
-    usual = (0, channels, *pixels)
-    numbers = jax.lax.ConvDimensionNumbers(
-        usual, (channels, channels - 1, *(axis - 1 for axis in pixels)), usual
-    )
-    (out,) = apply(op, [x, kernel], {**op.params, "dimension_numbers": numbers})
-    of_out = op.params["dimension_numbers"].out_spec
-    places = (of_out[0], *of_out[2:], of_out[1])
-    env[op.outs[0]] = out.transpose([places.index(axis) for axis in range(out.ndim)])
-
-
-def _run(op: Op, env: dict[Any, Any], program: Flat) -> None:
-    """Adds the results of one operation, constant axes with size 1 where possible."""
-    if _sorts(op):
-        _convolve(op, env)
-        return
-    rule = _RULES.get(op.name, _elementwise if op.name in ELEMENTWISE else None)
-    void = any(program.avals[ref].dtype == jax.dtypes.float0 for ref in op.ins)
-    if rule and not void and not _placed(op):
-        values = [
-            Thin(jnp.asarray(env[ref]), program.avals[ref].shape) for ref in op.ins
-        ]
-        with scope(op):
-            out = rule(op, values)
-        if out is not None:
-            env[op.outs[0]] = out
-            return
-    full = [_full(env, ref, program) for ref in op.ins]
-    env.update(zip(op.outs, apply(op, full), strict=True))
 
 
 def _placed(op: Op) -> bool:
