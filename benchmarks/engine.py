@@ -203,6 +203,7 @@ def cases() -> list[Case]:
         several_batches(5, 128),
         lenet(3, 64),
         lenet(11, 64),
+        lenet(40, 64),
         resnet(3, 32),
         transformer(3, 4),
         transformer(24, 4),

@@ -1,5 +1,7 @@
 """The rewritten backward pass: the gradients of jax.vjp, with less work."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -276,7 +278,7 @@ def test_max_pooling_equals_that_of_jax(seed):
         axes = int(rng.integers(1, 4))
         window = tuple(map(int, rng.integers(1, 4, axes)))
         strides = (
-            window if rng.random() < 0.4 else tuple(map(int, rng.integers(1, 4, axes)))
+            window if rng.random() < 0.7 else tuple(map(int, rng.integers(1, 4, axes)))
         )
         padding = [(int(rng.integers(n)), int(rng.integers(n))) for n in window]
         if rng.random() < 0.5:
@@ -285,7 +287,8 @@ def test_max_pooling_equals_that_of_jax(seed):
         x[rng.random(x.shape) < rng.choice([0, 0.5])] = -np.inf
         x[rng.random(x.shape) < rng.choice([0, 0.2])] = np.nan
         x = jnp.asarray(x, jnp.float32)
-        out, pull = jax.vjp(lambda x: pool(x, window, strides, padding), x)
+        one = functools.partial(pool, window=window, strides=strides, padding=padding)
+        out, pull = jax.vjp(one, x)
         c = jnp.asarray(rng.integers(1, 9, out.shape), out.dtype)
         np.testing.assert_array_equal(sweep(pull, out)(c)[0], pull(c)[0])
 

@@ -71,7 +71,7 @@ def test_auto_unrolls_few_tasks_on_the_cpu():
         assert auto(16, largest=1 << 30).strategy == "unrolled"
         assert auto(16, ops=1000).strategy == "vmap"  # a long program
         assert auto(3, convolves=True).strategy == "unrolled"
-        assert auto(3, ops=99, convolves=True) == ("map", 1, 1)
+        assert auto(4, ops=99, convolves=True) == ("map", 1, 1)
         assert auto(17, convolves=True) == ("map", 1, 1)
         assert auto(40, convolves=True) == ("map", 1, 2)
 

@@ -184,8 +184,9 @@ def passes(plan: Plan, *, stacked: bool) -> Passes:
 
     One batched pass is the fastest where its operations are large products. XLA:CPU is
     slow at batches of gradients of kernels, and at convolutions in batches: there the
-    passes of stacking, and those of a trunk that convolves, are unrolled while they are
-    few. Values of all tasks that do not fit together are made for some at a time.
+    passes of stacking, and those of a long trunk that convolves, are unrolled while
+    they are few. Values of all tasks that do not fit together are made for some at a
+    time.
     """
     tasks, trunk = plan.num_tasks, plan.stages.trunk
     sizes = [

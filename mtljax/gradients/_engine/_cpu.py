@@ -2,12 +2,12 @@
 
 - Convolutions whose axes are in the order images, pixels, channels. XLA:CPU sorts the
   axes of others at the top level of a program only; in loops it falls back to code that
-  takes 5 (for cotangents of inputs) to 50 times (of kernels) as long.
+  takes many times as long, above all for gradients of kernels.
 - The gradient of a kernel, where many passes need it for the same images: the patches
-  of these are laid out once, and a pass is a product of matrices, twice as fast.
-- Max pooling. XLA:CPU searches every window again and then scatters entry by entry.
+  of these are laid out once, and a pass is a product of matrices.
+- Max pooling of windows that lie side by side. XLA:CPU scatters entry by entry.
   Here the search leaves the number of the maximum in its window, once for all passes,
-  and a pass compares these numbers: 10 to 20 times faster.
+  and a pass compares these numbers. ``benchmarks.forms`` has the times.
 """
 
 import itertools
@@ -134,52 +134,31 @@ def _multiply(op: Op, values: Sequence[Array]) -> Array:
     return _placed_back(op, out.reshape(len(out), *_pixels(op), -1))
 
 
-class _Windows(NamedTuple):
-    """Where the windows of a pooling lie, axis by axis."""
-
-    sizes: tuple[int, ...]
-    strides: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]
-    number: tuple[int, ...]
-
-    @property
-    def offsets(self) -> list[tuple[int, ...]]:
-        """Of the entries of a window, in the order of the search."""
-        return list(itertools.product(*map(range, self.sizes)))
-
-    def entries(self, x: Array, offset: tuple[int, ...]) -> Array:
-        """One entry of every window of a padded array."""
-        along = list(zip(offset, self.number, self.strides, strict=True))
-        stop = [start + (n - 1) * step + 1 for start, n, step in along]
-        return jax.lax.slice(x, offset, stop, self.strides)
-
-
-def _windows(op: Op) -> _Windows:
-    p = op.params
-    sizes, strides = p["window_dimensions"], p["window_strides"]
-    padding = tuple(tuple(pair) for pair in p["padding"])
-    return _Windows(tuple(sizes), tuple(strides), padding, op.shape(0))
-
-
 def _is_max_pooling(op: Op) -> bool:
-    small = math.prod(op.params["window_dimensions"]) <= _WINDOW
-    inside = all(low >= 0 and high >= 0 for low, high in op.params["padding"])
-    return small and inside and op.params["select_prim"].name == "ge"
+    """Whether it is that of max pooling, with no entry in two windows or outside."""
+    p = op.params
+    apart = p["window_dimensions"] == p["window_strides"]
+    inside = not any(map(any, p["padding"]))
+    small = math.prod(p["window_dimensions"]) <= _WINDOW
+    return apart and inside and small and p["select_prim"].name == "ge"
 
 
 def _find_maxima(op: Op, operand: int, value: Array) -> Array:
     """The number of each window's first maximum; the cotangent stays as it is."""
     if operand == 0:
         return value
-    windows = _windows(op)
-    first, *others = windows.offsets
-    lowest = jnp.array(-jnp.inf, value.dtype)
-    edges = [(low, high, 0) for low, high in windows.padding]
-    value = jax.lax.pad(value, lowest, edges)
-    best = windows.entries(value, first)
+    window = op.params["window_dimensions"]
+
+    def entries(offset):
+        along = zip(offset, op.shape(0), window, strict=True)
+        stop = [start + (n - 1) * step + 1 for start, n, step in along]
+        return jax.lax.slice(value, offset, stop, window)
+
+    first, *others = itertools.product(*map(range, window))
+    best = entries(first)
     found = jnp.zeros(best.shape, jnp.int8)
     for number, offset in enumerate(others, 1):
-        entry = windows.entries(value, offset)
+        entry = entries(offset)
         keep = best >= entry
         best = jnp.where(keep, best, entry)
         found = jnp.where(keep, found, jnp.int8(number))
@@ -187,37 +166,16 @@ def _find_maxima(op: Op, operand: int, value: Array) -> Array:
 
 
 def _spread(op: Op, values: Sequence[Array]) -> Array:
-    """Every window's cotangent, added to where its maximum is."""
-    windows, (cotangent, found) = _windows(op), values
-    shape = op.shape(1)
-    if windows.sizes == windows.strides and not any(map(any, windows.padding)):
-        return _spread_apart(windows, cotangent, found, shape)
-    total = jnp.zeros(shape, cotangent.dtype)
-    zero = jnp.zeros((), cotangent.dtype)
-    for number, offset in enumerate(windows.offsets):
-        along = zip(
-            offset, windows.padding, shape, windows.number, windows.strides, strict=True
-        )
-        edges = [
-            (start - low, size - (start - low) - (n - 1) * step - 1, step - 1)
-            for start, (low, _), size, n, step in along
-        ]
-        own = jnp.where(found == number, cotangent, zero)
-        total = total + jax.lax.pad(own, zero, edges)
-    return total
-
-
-def _spread_apart(
-    windows: _Windows, cotangent: Array, found: Array, shape: tuple[int, ...]
-) -> Array:
-    """The same where no entry is in two windows: an axis for each axis of a window."""
+    """Every window's cotangent, where its maximum is."""
+    cotangent, found = values
+    window, shape = op.params["window_dimensions"], op.shape(1)
     beside = [2 * axis + 1 for axis in range(len(shape))]
-    numbers = jnp.arange(math.prod(windows.sizes), dtype=found.dtype)
-    numbers = numbers.reshape([n for size in windows.sizes for n in (1, size)])
+    numbers = jnp.arange(math.prod(window), dtype=found.dtype)
+    numbers = numbers.reshape([n for size in window for n in (1, size)])
     spread = jnp.where(
         jnp.expand_dims(found, beside) == numbers, jnp.expand_dims(cotangent, beside), 0
     )
-    pairs = zip(windows.number, windows.sizes, strict=True)
+    pairs = zip(op.shape(0), window, strict=True)
     spread = spread.reshape([n * size for n, size in pairs])
     rest = zip(shape, spread.shape, strict=True)
     return jnp.pad(spread, [(0, size - here) for size, here in rest])

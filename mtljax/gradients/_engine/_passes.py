@@ -35,6 +35,8 @@ _LONG = 100
 _LIVE = {"cpu": 1 << 28}
 # And those of a chunk, where not all fit: a loop on a CPU is fastest near its caches.
 _CHUNK = {"cpu": 1 << 25}
+# Passes that convolve up to which a loop makes one in a turn.
+_ALONE = 8
 # Where a pass alone is as large as a chunk, a loop is as fast from here on, leaner,
 # and compiles sooner.
 _UNROLL_LARGE = 8
@@ -56,12 +58,13 @@ def loops_sooner(tasks: int, body: Body) -> bool:
 def batched(tasks: int, body: Body) -> Passes:
     """All passes at once, or some at a time where their values do not fit together.
 
-    Convolutions on a CPU run one by one: in a batch they take twice as long. With two
-    in a turn each fills the gaps of the other.
+    Convolutions on a CPU run one by one: a batch takes longer, and more memory. Where
+    there are many, two in a turn fill the gaps of each other.
     """
     backend, default = jax.default_backend(), 1 << 32
     if backend == "cpu" and body.convolves:
-        return Passes("map", 1, together=1 + (tasks % 2 == 0))
+        pairs = tasks > _ALONE and tasks % 2 == 0
+        return Passes("map", 1, together=2 if pairs else 1)
     each = 16 * body.largest  # four bytes an entry, and a few such values at a time
     if each * tasks <= _LIVE.get(backend, default):
         return Passes("vmap", tasks)
