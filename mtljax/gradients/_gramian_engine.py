@@ -32,7 +32,7 @@ from mtljax.gradients._engine._cost import cheap_heads, combining_pays, pays
 from mtljax.gradients._engine._cost import passes as default_passes
 from mtljax.gradients._engine._passes import Passes
 from mtljax.gradients._engine._plan import Plan, common_plan, plan
-from mtljax.gradients._engine._program import is_float, trace
+from mtljax.gradients._engine._program import explicit_axes, is_float, trace
 from mtljax.gradients._labels import resolve_labels
 from mtljax.gradients._task_grads import (
     Strategy,
@@ -140,7 +140,8 @@ class Linearized(NamedTuple):
         """The T gradients, formed as far as they need to be."""
 
         def run(pull, cotangents, in_axes, out_axes):
-            if passes.strategy == "vmap" and not _explicit_axes():
+            # Where shardings are part of types, only vmap knows its axes.
+            if passes.strategy == "vmap" and not explicit_axes():
                 return batch(pull, cotangents, in_axes, out_axes)
             axes = {"in_axes": in_axes, "out_axes": out_axes}
             return map_tasks(pull, cotangents, passes, **axes)
@@ -161,12 +162,6 @@ class Linearized(NamedTuple):
             found[i] if i in found else jnp.zeros_like(self.uses.leaves[i])
             for i in numbers
         ]
-
-
-def _explicit_axes() -> bool:
-    """Whether shardings are part of types: then only ``vmap`` knows its axes."""
-    types = jax.sharding.get_abstract_mesh().axis_types
-    return jax.sharding.AxisType.Explicit in (types or ())
 
 
 def linearize_uses(uses: Uses) -> Linearized:

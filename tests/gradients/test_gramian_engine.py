@@ -831,17 +831,35 @@ def test_errors():
         cross(jnp.ones(1), (jnp.ones(3),), (jnp.ones(6),))
 
 
-@pytest.mark.parametrize("strategy", ["vmap", "unrolled"])
+def rows_of_positions(p, x):
+    h = (jnp.tanh(x @ p["w"]) @ p["v"]).mean(1)
+    return jnp.stack([jnp.mean((h - i) ** 2) for i in range(2)])
+
+
+def images(p, x):
+    axes, window = ("NHWC", "HWIO", "NHWC"), (1, 2, 2, 1)
+    h = jax.lax.conv_general_dilated(
+        x[..., None], p["w"][None, :, None], (1, 1), "SAME", dimension_numbers=axes
+    )
+    h = jax.lax.reduce_window(h, -jnp.inf, jax.lax.max, window, window, "VALID")
+    h = jnp.tanh(h).mean((1, 2)) @ p["v"]
+    return jnp.stack([jnp.mean((h - i) ** 2) for i in range(5)])
+
+
+@pytest.mark.parametrize(
+    ("task_losses", "strategy"),
+    [
+        (rows_of_positions, "vmap"),
+        (rows_of_positions, "unrolled"),
+        (images, "unrolled"),
+        (images, "map"),
+    ],
+)
 @pytest.mark.parametrize(
     "kind", ["Explicit", pytest.param("Auto", marks=pytest.mark.deep)]
 )
-def test_sharded_batches(kind, strategy):
+def test_sharded_batches(kind, task_losses, strategy):
     """With shardings as part of types, as under ``jax.set_mesh``."""
-
-    def task_losses(p, x):
-        h = (jnp.tanh(x @ p["w"]) @ p["v"]).mean(1)
-        return jnp.stack([jnp.mean(h**2), jnp.mean((h - 1) ** 2)])
-
     params = {"w": jnp.ones((8, 4)), "v": jnp.ones((4, 4))}
     x = jax.random.normal(jax.random.key(0), (4, 6, 8))
     losses, expected = mtljax.task_gramian(task_losses, engine="stacked")(params, x)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from mtljax.gradients._engine._passes import CONVOLUTION
-from mtljax.gradients._engine._program import Op, bind
+from mtljax.gradients._engine._program import Op, bind, explicit_axes
 
 # Entries of a pooling window up to which it is taken apart.
 _WINDOW = 25
@@ -47,7 +47,7 @@ def rewrite(op: Op, known: Sequence[bool], runs: int) -> Rewrite | None:
       known: Whether an operand is the same in all runs.
       runs: How often it runs, as far as one knows.
     """
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu" or explicit_axes():
         return None
     if op.name == CONVOLUTION and op.params["batch_group_count"] == 1:
         if known[0] and not known[1] and runs >= _REUSED and _is_small(op, runs):

@@ -91,6 +91,12 @@ def has_cotangent(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.inexact)
 
 
+def explicit_axes() -> bool:
+    """Whether shardings are part of types."""
+    types = jax.sharding.get_abstract_mesh().axis_types
+    return jax.sharding.AxisType.Explicit in (types or ())
+
+
 def trace(
     function: Callable[[list[Any]], tuple[Losses, Any]], leaves: Sequence[Any]
 ) -> Program:
