@@ -245,6 +245,14 @@ def test_convolutions_in_loops_come_as_the_library_of_the_cpu_wants_them():
         assert found == {jax.lax.ConvDimensionNumbers((0, 2, 1), (2, 1, 0), (0, 2, 1))}
 
 
+@pytest.mark.parametrize("runs", [1, 40])
+def test_constants_may_be_numpy_arrays(runs):
+    images = np.asarray(X)
+    out, pull = jax.vjp(lambda p: convolve(images, p["heads"]), PARAMS)
+    found, expected = sweep(pull, out, runs)(out)[0], pull(out)[0]
+    np.testing.assert_allclose(found["heads"], expected["heads"], 1e-5, 1e-5)
+
+
 def names_in(jaxpr):
     """Names of all operations, those of loops and calls included."""
     for eqn in jaxpr.eqns:

@@ -90,7 +90,7 @@ class Sweep(NamedTuple):
                 values = [
                     env[op.outs, place]
                     if (op.outs, place) in env
-                    else other.prepare(op, place, _full(env, ref, program))
+                    else other.prepare(op, place, jnp.asarray(_full(env, ref, program)))
                     for place, ref in enumerate(op.ins)
                 ]
                 env[op.outs[0]] = other.finish(op, values)
@@ -137,7 +137,8 @@ def sweep(pull: Callable[[Any], Any], cotangent: Any, runs: int = 1) -> Sweep:
         for place, ref in enumerate(op.ins):
             if here[place]:
                 with scope(op):
-                    known[op.outs, place] = other.prepare(op, place, known[ref])
+                    value = jnp.asarray(known[ref])
+                    known[op.outs, place] = other.prepare(op, place, value)
     return Sweep(program._replace(ops=ops), results, known, rewrites)
 
 
