@@ -3,8 +3,8 @@
 ``python -m benchmarks.forms`` (two minutes on two idle CPU cores) times T = 24 passes
 from one forward pass, made by ``jax.lax.map`` over their cotangents and one after the
 other, with the function that ``jax.vjp`` returns and with the rewritten one, as the
-Gramian engine uses it (``mtljax.gradients._engine._sweep``; other backward passes do not
-lay out the patches that the gradients of kernels are made of). In a loop
+Gramian engine uses it (``mtljax.gradients._engine._sweep``; other backward passes do
+not lay out the patches that the gradients of kernels are made of). In a loop
 XLA:CPU runs the convolutions of ``jax.vjp`` with code of its own; the rewritten ones
 have their axes in the order for which it calls a library. What is searched or laid out
 once for all passes counts in full. All ways take turns. Writes
