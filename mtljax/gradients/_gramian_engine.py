@@ -7,7 +7,8 @@ gradients from backward passes of the activations alone. The engine reads the ja
 
 1. it sorts the operations into a trunk and the heads of the tasks (``_stages``),
 2. finds the operations that are products with a parameter (``_uses``) and decides for
-   every leaf whether its T gradients need to be formed (``_plan``),
+   every leaf whether its T gradients need to be formed (``_plan``); a bias that is
+   added to such products is one more row of the parameter,
 3. runs the program with zeros added to the results of these products, whose cotangents
    are the δ_t: one backward pass through all heads, T through the trunk
    (``_evaluate``),

@@ -35,6 +35,7 @@ class Model(NamedTuple):
     task_losses: Any
     params: Any
     factored: tuple[str, ...] = ()
+    biases: tuple[str, ...] = ()  # those that are a row of one of these
     labels: Any = None
     has_aux: bool = False
 
@@ -65,7 +66,76 @@ def mlp():
 
     trunk = [{"w": normal(i, 12, 12), "b": normal(i, 12)} for i in range(2)]
     params = {"trunk": trunk, "heads": three(12)}
-    return Model(losses, params, ("trunk/0/w", "trunk/1/w"), HEADS)
+    weights, biases = (tuple(f"trunk/{i}/{name}" for i in range(2)) for name in "wb")
+    return Model(losses, params, weights, biases, HEADS)
+
+
+def biases():
+    """Added to every kind of product, along several axes, repeated early or late."""
+    x = normal(0, 2, 2, 2, 8)
+
+    def conv(x, w, layout):
+        layout = layout.split()
+        return jax.lax.conv_general_dilated(
+            x, w, (1, 1), "SAME", (1, 1), (1, 1), layout
+        )
+
+    def losses(p):
+        h = conv(x, p["last"]["w"], "NHWC HWIO NHWC") + p["last"]["b"][None, None, None]
+        h = jnp.tanh(h).transpose(0, 3, 1, 2)
+        h = conv(h, p["first"]["w"], "NCHW OIHW NCHW") + p["first"]["b"][None]
+        h = jnp.tanh(h).mean(2).reshape(2, 2, 5, 2)
+        repeated = jnp.broadcast_to(p["groups"]["b"], (2, 2, 8, 2))
+        h = jnp.tanh(repeated + jnp.einsum("ngct,gco->ngot", h, p["groups"]["w"]))
+        h = (
+            jnp.einsum("ngot,gohk->nthk", h, p["axes"]["w"])
+            + p["axes"]["b"][None, None]
+        )
+        h = h.mean(1).reshape(2, 9)
+        for _ in range(2):
+            h = jnp.tanh(h @ p["twice"]["w"] + p["twice"]["b"].reshape(1, 9))
+        return regressions(h, p["heads"])
+
+    shapes = {"last": (3, 3, 8, 9), "first": (10, 9, 1, 2), "groups": (2, 5, 8)}
+    shapes |= {"axes": (2, 8, 3, 3), "twice": (9, 9)}
+    biases = {"last": (9,), "first": (10, 1, 1), "groups": (2, 8, 1), "axes": (3, 3)}
+    biases |= {"twice": (9,)}
+    params: dict[str, Any] = {
+        name: {"w": normal(i, *shapes[name]), "b": normal(i + 9, *biases[name])}
+        for i, name in enumerate(shapes)
+    }
+    factored, added = (tuple(f"{name}/{kind}" for name in shapes) for kind in "wb")
+    return Model(losses, params | {"heads": three(9)}, factored, added)
+
+
+def no_biases():
+    """What is added to a product, but not as a row of its matrix."""
+    x = normal(0, 3, 9)
+
+    def losses(p):
+        h = jnp.tanh(x @ p["w0"] + p["along positions"][:, None])
+        h = jnp.tanh(h @ p["w1"] + p["everywhere"])
+        h = jnp.tanh(h @ p["w2"] + p["read again"][None]) * p["read again"][None]
+        product = h @ p["w3"]
+        h = jnp.tanh(product + p["product read again"][None]) - product
+        h = jnp.tanh(h @ p["w4"] + p["two products"][None])
+        h = jnp.tanh(h @ p["w5"] + p["two products"][None])
+        h = jnp.tanh(h @ p["w6"] + p["once of two"][None]) @ p["w6"]
+        h = jnp.tanh(h @ p["w7"] + p["scalar"])
+        product = h @ p["w8"]
+        h = jnp.tanh(product + p["handed over"][None])
+        h = jnp.tanh(h @ p["w9"] + p["in a head"][None])
+        return regressions(h, p["heads"]) + jnp.stack(
+            [(product**2).mean(), product[0, 0], (p["in a head"] ** 2).mean()]
+        )
+
+    names = ("read again", "product read again", "two products", "once of two")
+    params = {name: normal(i, 9) for i, name in enumerate((*names, "handed over"))}
+    params |= {"along positions": normal(6, 3), "everywhere": normal(7, 3, 9)}
+    params |= {"scalar": normal(8, 1)[0], "in a head": normal(9, 9)}
+    weights = tuple(f"w{i}" for i in range(10))
+    params |= {name: normal(20 + i, 9, 9) for i, name in enumerate(weights)}
+    return Model(losses, params | {"heads": three(9)}, weights)
 
 
 def attention():
@@ -256,7 +326,7 @@ def one_vector():
 
     params = {"trunk": {"w": normal(2, 8, 8)}}
     params["heads"] = {"w": normal(3, 8, 4), "gate": normal(4, 8)}
-    return Model(losses, params, ("trunk/w",), HEADS, has_aux=True)
+    return Model(losses, params, ("trunk/w",), labels=HEADS, has_aux=True)
 
 
 def one_task():
@@ -301,7 +371,7 @@ def in_linen():
 
     params = {"model": variables["params"], "heads": three(7)}
     factored = ("model/Conv_0/kernel", "model/dense/kernel")
-    return Model(losses, params, factored, has_aux=True)
+    return Model(losses, params, factored, ("model/dense/bias",), has_aux=True)
 
 
 def in_nnx():
@@ -312,8 +382,8 @@ def in_nnx():
     def losses(p):
         return regressions(nnx.merge(graph, p["model"])(x), p["heads"])
 
-    factored = ("model/layers/0/kernel",)
-    return Model(losses, {"model": state, "heads": three(9)}, factored)
+    names = ("model/layers/0/kernel",), ("model/layers/0/bias",)
+    return Model(losses, {"model": state, "heads": three(9)}, *names)
 
 
 def in_equinox():
@@ -324,12 +394,15 @@ def in_equinox():
     def losses(p):
         return regressions(jax.vmap(eqx.combine(p["model"], static))(x), p["heads"])
 
-    factored = ("model/layers/0/weight", "model/layers/1/weight")
-    return Model(losses, {"model": params, "heads": three(9)}, factored)
+    layers = [f"model/layers/{i}" for i in range(2)]
+    names = (tuple(f"{x}/{kind}" for x in layers) for kind in ("weight", "bias"))
+    return Model(losses, {"model": params, "heads": three(9)}, *names)
 
 
 MODELS = {
     "mlp": mlp,
+    "biases": biases,
+    "no biases": no_biases,
     "attention": attention,
     "orientations": orientations,
     "convolutions": convolutions,
@@ -349,9 +422,9 @@ MODELS = {
 }
 
 
-def factored(uses, params):
+def names(leaves, params):
     paths = jax.tree_util.tree_leaves_with_path(params)
-    names = {stack.path_name(paths[leaf][0]) for leaf in uses.plan.factored}
+    names = {stack.path_name(paths[leaf][0]) for leaf in leaves}
     return {name.removesuffix("/value") for name in names}  # of nnx variables
 
 
@@ -392,7 +465,8 @@ def compare(model, dtype, tolerance, strategy="vmap"):
         uses = engine.find_uses(
             model.task_losses, p, has_aux=model.has_aux, labels=model.labels
         )
-        assert factored(uses, p) == set(model.factored)
+        assert names(uses.plan.factored, p) == set(model.factored)
+        assert names(uses.plan.biases, p) == set(model.biases)
         pull = engine.linearize_uses(uses)
         weights = jnp.linspace(0.5, 2, pull.losses.shape[0], dtype=dtype)
         own = pull.own(weights) if model.labels is not None else []
@@ -479,7 +553,7 @@ def test_every_way_leaves_out_an_absent_task():
 
 
 PARAMS = cast(mlp().params, jnp.float32)
-SHARED = mtljax.shared_params(PARAMS, HEADS)
+SHARED = mtljax.shared_params(PARAMS, labels=HEADS)
 ALL, SOME = jnp.ones(3, bool), jnp.array([True, False, True])
 GRAMIAN = [case for case in CASES if case.build(3).needs == "gramian"]
 
@@ -615,9 +689,10 @@ def test_compiles_once():
 def test_products_of_two_batches():
     def task_losses(p, ids, x):
         h = jnp.tanh(p["table"][ids] + x @ p["w"] + p["b"][None])
-        return regressions(h @ p["v"], p["heads"])
+        return regressions(h @ p["v"] + p["c"][None], p["heads"])
 
     params = {"table": normal(1, 40, 6), "w": normal(2, 9, 6), "b": normal(3, 6)}
+    params["c"] = normal(7, 8)
     params |= {"v": normal(4, 6, 8), "heads": three(8)}
     first = np.array([1, 5, 5]), normal(5, 3, 9)
     second = np.array([5, 7, 1, 0]), normal(6, 4, 9)

@@ -114,8 +114,9 @@ def estimate(plan: Plan) -> Estimate:
     formed += write_read * sum(
         sizes[leaf] for leaf in plan.direct if leaf in plan.in_trunk
     )
-    for uses, _ in plan.factored.values():
-        if not uses[0].lookup:
+    for factored in plan.factored.values():
+        if not factored.uses[0].lookup:
+            uses = factored.uses
             ways = forming(uses, tasks), not_forming(uses, tasks)
             formed += min(ways) - ways[0]
     again = any(

@@ -10,11 +10,10 @@ from jaxtyping import Array
 
 from mtljax import stack
 from mtljax.gradients._engine import _contract as contract
-from mtljax.gradients._engine._plan import Plan
+from mtljax.gradients._engine._plan import Factored, Plan
 from mtljax.gradients._engine._program import Env, Ref, apply, has_cotangent, run
 from mtljax.gradients._engine._stages import joins_scalars
 from mtljax.gradients._engine._sweep import sweep
-from mtljax.gradients._engine._uses import Use
 from mtljax.types import Gramian, Losses, Mask, Weights
 
 Leaf = int
@@ -227,22 +226,29 @@ def gather(plan: Plan, backward: Backward, map_tasks: MapTasks) -> Rows:
         for task, row in rows.items() if leaf in whole else ():
             whole[leaf] = whole[leaf].at[task].add(row)
     sides = {
-        leaf: _side(factored.uses, backward.env, deltas)
+        leaf: _side(factored, backward.env, deltas)
         for leaf, factored in plan.factored.items()
     }
     return Rows(sides, whole, partial, deltas)
 
 
-def _side(uses: list[Use], env: Env, deltas: dict[Ref, Array]) -> contract.Side:
+def _side(factored: Factored, env: Env, deltas: dict[Ref, Array]) -> contract.Side:
     """``Σ_u X_uᵀ δ_u`` is one product if the positions of all uses u are joined."""
+    uses = factored.uses
     sources = [jnp.asarray(env[use.source]) for use in uses]
     each = [use.inputs(x) for use, x in zip(uses, sources, strict=True)]
-    blocks = zip(*each, strict=True)
     deltas_of = [deltas[use.op.outs[0]] for use in uses]
-    if len(uses) == 1:
-        return contract.Side([block for (block,) in blocks], deltas_of[0])
-    joined = [jnp.concatenate(block, axis=1) for block in blocks]
-    return contract.Side(joined, jnp.concatenate(deltas_of, axis=1))
+    blocks, delta = (
+        [_joined(parts) for parts in zip(*each, strict=True)],
+        _joined(deltas_of),
+    )
+    if factored.bias is not None:
+        blocks.append(jnp.ones_like(blocks[0][..., :1]))
+    return contract.Side(blocks, delta)
+
+
+def _joined(parts: Sequence[Array]) -> Array:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
 def products(plan: Plan, left: Rows, right: Rows) -> Gramian:
@@ -351,7 +357,7 @@ def combine(
     mixed = {ref: _combine(delta, weights) for ref, delta in rows.deltas.items()}
     found: dict[Leaf, Array] = {}
     for leaf in leaves:
-        if leaf in plan.factored:
+        if leaf in plan.factored or leaf in plan.biases:
             found[leaf] = _pull_products(plan, backward.env, leaf, mixed)
         elif leaf in rows.whole:
             found[leaf] = stack.combine(rows.whole[leaf], weights)
@@ -363,11 +369,19 @@ def combine(
 
 def _pull_products(plan: Plan, env: Env, leaf: Leaf, mixed: dict[Ref, Array]) -> Array:
     """``Σ_u X_uᵀ δ_u`` in the layout of the leaf, of cotangents ``[b, P, O]``."""
-    uses, avals = plan.factored[leaf].uses, plan.program.avals
+    avals = plan.program.avals
+    uses, _, bias = plan.factored[plan.biases.get(leaf, leaf)]
 
     def products(value):
         seen = {**env, **_views(plan, {leaf: value})}
-        made = [apply(use.op, [seen[ref] for ref in use.op.ins])[0] for use in uses]
+        if bias is None or bias.leaf != leaf:
+            made = [apply(use.op, [seen[ref] for ref in use.op.ins])[0] for use in uses]
+        else:
+            for op in bias.spreads:
+                run(op, seen)
+            shapes = [avals[use.op.outs[0]].shape for use in uses]
+            rows = zip(bias.terms, bias.orders, shapes, strict=True)
+            made = [_row(seen[ref], order, shape) for ref, order, shape in rows]
         return [use.cotangent(y) for use, y in zip(uses, made, strict=True)]
 
     aval = avals[plan.program.leaves[leaf]]
@@ -375,3 +389,10 @@ def _pull_products(plan: Plan, env: Env, leaf: Leaf, mixed: dict[Ref, Array]) ->
     ends = [mixed[use.op.outs[0]] for use in uses]
     (gradient,) = sweep(pull, ends)(ends)
     return gradient
+
+
+def _row(term: Array, order: tuple[int, ...], shape: tuple[int, ...]) -> Array:
+    """What is added to a product, with the axes of the product."""
+    if term.ndim:
+        term = term.transpose(order)
+    return jnp.broadcast_to(term, shape)

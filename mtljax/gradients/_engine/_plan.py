@@ -6,7 +6,7 @@ from typing import NamedTuple
 from jaxtyping import Array
 
 from mtljax.gradients._engine import _contract as contract
-from mtljax.gradients._engine._program import Op, Program
+from mtljax.gradients._engine._program import Op, Program, Ref
 from mtljax.gradients._engine._stages import Stages, split
 from mtljax.gradients._engine._uses import Use, find_use
 
@@ -16,11 +16,25 @@ Contract = Callable[[contract.Side, contract.Side], Array]
 _LARGE = 1 << 25
 
 
+class Bias(NamedTuple):
+    """A leaf that is added to the products with another one.
+
+    It is one more row of that matrix, ``X W + 1 bᵀ = [X 1] [W; bᵀ]``, and costs what a
+    column of X does. Alone it would be the sum of T cotangents over the positions.
+    """
+
+    leaf: int
+    terms: list[Ref]  # per product, what is added to it
+    orders: list[tuple[int, ...]]  # the axes of the product among those of the sum
+    spreads: list[Op]  # operations that repeat the leaf for these
+
+
 class Factored(NamedTuple):
     """A leaf whose T gradients stay products ``Xᵀδ``."""
 
     uses: list[Use]
     contract: Contract
+    bias: Bias | None = None
 
 
 class Plan(NamedTuple):
@@ -30,14 +44,20 @@ class Plan(NamedTuple):
     stages: Stages
     num_tasks: int
     factored: dict[int, Factored]
-    direct: list[int]  # the other shared leaves, differentiated as usual
+    direct: list[int]  # other shared leaves but biases, differentiated as usual
     in_trunk: set[int]  # leaves that the trunk reads
     in_heads: dict[int, list[int]]  # leaves that heads read, and the tasks of these
 
     @property
+    def biases(self) -> dict[int, int]:
+        """Leaves that are a row of a factored one, and that one."""
+        pairs = self.factored.items()
+        return {f.bias.leaf: leaf for leaf, f in pairs if f.bias is not None}
+
+    @property
     def shared(self) -> list[int]:
         """All leaves over which inner products are taken."""
-        return [*self.factored, *self.direct]
+        return [*self.factored, *self.biases, *self.direct]
 
 
 def plan(program: Program, num_tasks: int, shared: Sequence[int]) -> Plan:
@@ -55,16 +75,26 @@ def plan(program: Program, num_tasks: int, shared: Sequence[int]) -> Plan:
         for leaf in sorted({view_of[ref].leaf for ref in reads if ref in view_of}):
             in_heads.setdefault(leaf, []).append(task)
 
+    # What a head reads is differentiated by the one pass over all heads.
+    inside = {
+        leaf: readers[leaf]
+        for leaf in shared
+        if leaf in readers and leaf not in ends and leaf not in in_heads
+    }
     factored = {}
-    for leaf in shared:
-        # What a head reads is differentiated by the one pass over all heads.
-        if leaf in readers and leaf not in ends and leaf not in in_heads:
-            found = _factor(readers[leaf], program, stages, num_tasks)
-            if found is not None:
-                factored[leaf] = found
-    direct = [leaf for leaf in shared if leaf not in factored]
+    for leaf, reads in inside.items():
+        found = _factor(reads, program, stages, num_tasks)
+        if found is not None:
+            factored[leaf] = found
+    links = _links(stages)
+    for leaf, found in factored.items():
+        if not found.uses[0].lookup:
+            bias = _find_bias(found.uses, inside, links, program, stages)
+            factored[leaf] = found._replace(bias=bias)
     in_trunk = ends.union(readers)
-    return Plan(program, stages, num_tasks, factored, direct, in_trunk, in_heads)
+    made = Plan(program, stages, num_tasks, factored, [], in_trunk, in_heads)
+    known = set(made.shared)
+    return made._replace(direct=[leaf for leaf in shared if leaf not in known])
 
 
 def common_plan(left: Plan, right: Plan) -> tuple[Plan, Plan]:
@@ -75,12 +105,17 @@ def common_plan(left: Plan, right: Plan) -> tuple[Plan, Plan]:
         return two is not None and one.contract is two.contract
 
     kept = [leaf for leaf in left.factored if same(leaf)]
+    biases = left.biases.items() & right.biases.items()
 
     def restrict(made):
-        return made._replace(
-            factored={leaf: made.factored[leaf] for leaf in kept},
-            direct=[leaf for leaf in sorted(made.shared) if leaf not in kept],
-        )
+        factored = {leaf: made.factored[leaf] for leaf in kept}
+        for leaf, found in factored.items():
+            if found.bias and (found.bias.leaf, leaf) not in biases:
+                factored[leaf] = found._replace(bias=None)
+        less = made._replace(factored=factored, direct=[])
+        known = set(less.shared)
+        rest = [leaf for leaf in sorted(made.shared) if leaf not in known]
+        return less._replace(direct=rest)
 
     return restrict(left), restrict(right)
 
@@ -100,6 +135,72 @@ def _factor(
         return None
     way = choose(uses, num_tasks)
     return None if way is None else Factored(uses, way)
+
+
+class _Links(NamedTuple):
+    """Who makes and who reads the values of the trunk."""
+
+    made_by: dict[Ref, Op]
+    read_by: dict[Ref, list[Op]]
+    outside: set[Ref]  # values that heads and losses read
+
+    def only_reader(self, ref: Ref) -> Op | None:
+        """The operation whose operand this is, if nothing else depends on it."""
+        found = self.read_by.get(ref, [])
+        return found[0] if len(found) == 1 and ref not in self.outside else None
+
+
+def _links(stages: Stages) -> _Links:
+    made_by: dict[Ref, Op] = {}
+    read_by: dict[Ref, list[Op]] = {}
+    for op in stages.trunk:
+        made_by |= dict.fromkeys(op.outs, op)
+        for ref in op.ins:
+            read_by.setdefault(ref, []).append(op)
+    return _Links(made_by, read_by, stages.handed.union(stages.entries))
+
+
+def _find_bias(
+    uses: list[Use],
+    readers: dict[int, list[tuple[Op, int]]],
+    links: _Links,
+    program: Program,
+    stages: Stages,
+) -> Bias | None:
+    """The leaf that is added to all these products, and to nothing else."""
+    leaves, terms, orders, spreads, reads = set(), [], [], [], []
+    for use in uses:
+        product = use.op.outs[0]
+        add = links.only_reader(product)
+        order = tuple(range(len(program.avals[product].shape)))
+        while add is not None and add.name == "transpose":
+            order = tuple(map(add.params["permutation"].index, order))
+            product = add.outs[0]
+            add = links.only_reader(product)
+        if add is None or add.name != "add":
+            return None
+        place = 1 - add.ins.index(product)
+        term, full = add.ins[place], add.shape(1 - place)
+        read, operand, axes = add, place, range(len(add.shape(place)))
+        spread = links.made_by.get(term)
+        if spread is not None:
+            if spread.name != "broadcast_in_dim" or not links.only_reader(term):
+                return None
+            read, operand, axes = spread, 0, spread.params["broadcast_dimensions"]
+            spreads.append(spread)
+        view = stages.view_of.get(read.ins[operand])
+        sizes = zip(axes, read.shape(operand), strict=True)
+        along = {axis for axis, size in sizes if size > 1}
+        columns = {order[axis] for axis in use.columns}
+        if view is None or along != {axis for axis in columns if full[axis] > 1}:
+            return None
+        leaves.add(view.leaf)
+        terms.append(term)
+        orders.append(order)
+        reads.append(read.outs)
+    (leaf, *others) = leaves
+    everywhere = [op.outs for op, _ in readers.get(leaf, [])]
+    return None if others or everywhere != reads else Bias(leaf, terms, orders, spreads)
 
 
 def choose(uses: list[Use], num_tasks: int) -> Contract | None:

@@ -34,6 +34,7 @@ class Use(NamedTuple):
     # negative where nothing was read.
     inputs: Callable[[Array], list[Array]]
     cotangent: Callable[[Array], Array]  # δ [*y] -> [b, P, O], every entry once
+    columns: tuple[int, ...]  # axes of y that are b and O: the others are positions
     lookup: bool = False
 
 
@@ -88,9 +89,18 @@ def _dense(op: Op, operand: int, view: View, program: Program) -> Use | None:
     def cotangent(delta):
         return delta.transpose(order).reshape(b, n, o)
 
-    layout = ("dense", view.chain, shape, w_b, w_in)
     return Use(
-        op, view.leaf, op.ins[1 - operand], layout, b, n, i, o, inputs, cotangent
+        op=op,
+        leaf=view.leaf,
+        source=op.ins[1 - operand],
+        layout=("dense", view.chain, shape, w_b, w_in),
+        batch=b,
+        positions=n,
+        fan_in=i,
+        fan_out=o,
+        inputs=inputs,
+        cotangent=cotangent,
+        columns=(*listed, *outputs),
     )
 
 
@@ -142,10 +152,18 @@ def _conv(op: Op, operand: int, view: View, program: Program) -> Use | None:
         order = (y_spec[0], *y_spec[2:], y_spec[1])
         return delta.transpose(order).reshape(1, n, features)
 
-    layout = ("conv", view.chain, w_shape, tuple(w_spec))
-    fan_in = math.prod(window) * channels
     return Use(
-        op, view.leaf, op.ins[0], layout, 1, n, fan_in, features, inputs, cotangent
+        op=op,
+        leaf=view.leaf,
+        source=op.ins[0],
+        layout=("conv", view.chain, w_shape, tuple(w_spec)),
+        batch=1,
+        positions=n,
+        fan_in=math.prod(window) * channels,
+        fan_out=features,
+        inputs=inputs,
+        cotangent=cotangent,
+        columns=(y_spec[1],),
     )
 
 
@@ -179,18 +197,18 @@ def _lookup(op: Op, operand: int, view: View, program: Program) -> Use | None:
     def cotangent(delta):
         return delta.transpose(order).reshape(1, n, width)
 
-    layout = ("lookup", view.chain, table)
     return Use(
-        op,
-        view.leaf,
-        op.ins[1],
-        layout,
-        1,
-        n,
-        table[0],
-        width,
-        inputs,
-        cotangent,
+        op=op,
+        leaf=view.leaf,
+        source=op.ins[1],
+        layout=("lookup", view.chain, table),
+        batch=1,
+        positions=n,
+        fan_in=table[0],
+        fan_out=width,
+        inputs=inputs,
+        cotangent=cotangent,
+        columns=tuple(offset),
         lookup=True,
     )
 
