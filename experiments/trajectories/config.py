@@ -32,7 +32,7 @@ class Scale:
     """Images of every task in an update."""
     eval_every: int = 120
     """Steps between checkpoints of the trajectory."""
-    lrs: tuple[float, ...] = (0.003, 0.01, 0.03)
+    lrs: tuple[float, ...] = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
     """Learning rates of SGD with momentum; constant in a run, tuned for every row."""
     rho: float = 1e-3
     """Half-width of the sharpness box, relative to the weights."""
