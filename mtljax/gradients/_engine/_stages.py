@@ -44,7 +44,13 @@ _REORDERS |= {"copy_p", "name", "optimization_barrier", "sharding_constraint"}
 ELEMENTWISE = {"add", "add_any", "sub", "mul", "div", "neg", "abs", "sign", "square"}
 ELEMENTWISE |= {"integer_pow", "pow", "sqrt", "rsqrt", "exp", "exp2", "expm1", "log"}
 ELEMENTWISE |= {"log1p", "tanh", "logistic", "max", "min", "clamp", "select_n", "copy"}
-ELEMENTWISE |= {"convert_element_type", "copy_p", "stop_gradient", "is_finite"}
+ELEMENTWISE |= {
+    "convert_element_type",
+    "copy_p",
+    "stop_gradient",
+    "is_finite",
+    "settle",
+}
 ELEMENTWISE |= {"eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not"}
 
 

@@ -32,14 +32,19 @@ from mtljax.gradients._engine._program import (
     Ref,
     apply,
     bind,
+    explicit_axes,
     flatten,
+    is_float,
     needed,
     run,
     scope,
 )
+from mtljax.gradients._engine._settle import settle
 from mtljax.gradients._engine._stages import ELEMENTWISE
 
 Shape = tuple[int, ...]
+
+_RESHAPES = {"reshape", "transpose", "squeeze", "expand_dims"}
 
 
 class Thin(NamedTuple):
@@ -62,6 +67,7 @@ class Sweep(NamedTuple):
     results: Any  # a tree of the values of the program that are results
     known: dict[Any, Any]  # values that are the same in every run
     rewrites: dict[tuple[Ref, ...], Rewrite]  # other forms, by what they give
+    settled: set[Ref]  # values that are to be in memory, once
 
     @property
     def body(self) -> Body:
@@ -80,6 +86,8 @@ class Sweep(NamedTuple):
         env |= dict(zip(program.inputs, jax.tree.leaves(cotangent), strict=True))
         for op in needed(program.ops, jax.tree.leaves(results)):
             self._run(op, env)
+            for ref in self.settled.intersection(op.outs):
+                env[ref] = settle(env[ref])
         return jax.tree.map(lambda ref: _full(env, ref, program), results)
 
     def _run(self, op: Op, env: dict[Any, Any]) -> None:
@@ -139,7 +147,25 @@ def sweep(pull: Callable[[Any], Any], cotangent: Any, runs: int = 1) -> Sweep:
                 with scope(op):
                     value = jnp.asarray(known[ref])
                     known[op.outs, place] = other.prepare(op, place, value)
-    return Sweep(program._replace(ops=ops), results, known, rewrites)
+    program = program._replace(ops=ops)
+    settled = set() if explicit_axes() else _to_settle(program)
+    return Sweep(program, results, known, rewrites, settled)
+
+
+def _to_settle(program: Flat) -> set[Ref]:
+    """Results made entry by entry that a product reads too, maybe in another shape."""
+    multiplied: set[Ref] = set()
+    results = set(program.outputs)
+    found = set()
+    for op in reversed(program.ops):
+        if op.name == "dot_general":
+            multiplied.update(op.ins)
+        elif op.name in _RESHAPES:
+            multiplied.update(op.ins if multiplied.intersection(op.outs) else ())
+            results.update(op.ins if results.intersection(op.outs) else ())
+        elif op.name in ELEMENTWISE:
+            found |= {ref for ref in op.outs if ref in multiplied and ref in results}
+    return {ref for ref in found if is_float(program.avals[ref].dtype)}
 
 
 def _is_known(op: Op, known: dict[Any, Any], program: Flat) -> bool:
