@@ -951,3 +951,28 @@ def test_sharded_batches(kind, task_losses, strategy):
             here, found = jax.jit(gramian)(everywhere, sharded)
             np.testing.assert_allclose(here, losses, 1e-5)
             np.testing.assert_allclose(found, expected, 1e-5)
+
+
+def test_activations_at_the_end_of_the_trunk_belong_to_the_heads():
+    """So that no pass through the trunk has to undo them for all tasks."""
+    x = normal(0, 3, 8)
+
+    def handed(trunk, **params):
+        params = cast({"w": normal(1, 8, 8), "heads": three(8)} | params, jnp.float32)
+
+        def losses(p):
+            return regressions(trunk(x @ p["w"], p), p["heads"])
+
+        uses = engine.find_uses(losses, params, has_aux=False, labels=None)
+        found = uses.plan.stages
+        return {op.name for op in found.trunk for ref in op.outs if ref in found.handed}
+
+    scale = jnp.ones((1, 8))
+    assert handed(lambda h, p: h) == {"dot_general"}
+    assert handed(lambda h, p: jax.nn.relu(h)) == {"dot_general"}
+    assert handed(lambda h, p: jax.nn.relu(jnp.tanh(h) * 0.5)) == {"dot_general"}
+    # What a parameter scales, what is read inside too, or a change of precision.
+    assert handed(lambda h, p: jnp.tanh(h) * p["s"], s=scale) == {"mul"}
+    assert handed(lambda h, p: h * jnp.tanh(h)) == {"mul"}
+    half = handed(lambda h, p: h.astype(jnp.bfloat16).astype(jnp.float32))
+    assert half == {"convert_element_type"}

@@ -96,7 +96,7 @@ def estimate(plan: Plan) -> Estimate:
     """Both engines: T passes with gradients, or T without and one with."""
     tasks = plan.num_tasks
     trunk = backward_work(plan, plan.stages.trunk)
-    heads = backward_work(plan, [op for ops in plan.stages.heads for op in ops])
+    heads = backward_work(plan, plan.stages.once)
     sizes = {
         leaf: math.prod(plan.program.avals[plan.program.leaves[leaf]].shape)
         for leaf in plan.shared
@@ -172,7 +172,7 @@ def cheap_heads(plan: Plan) -> bool:
     """Whether a second pass through the heads is less than to mix what they gave."""
     ends = {*plan.stages.handed, *plan.stages.entries}
     entries = sum(math.prod(plan.program.avals[ref].shape) for ref in ends)
-    heads = backward_work(plan, [op for ops in plan.stages.heads for op in ops])
+    heads = backward_work(plan, plan.stages.once)
     return heads.total < plan.num_tasks * entries * _PER_ENTRY
 
 

@@ -12,6 +12,7 @@ from mtljax import stack
 from mtljax.gradients._engine import _contract as contract
 from mtljax.gradients._engine._plan import Factored, Plan
 from mtljax.gradients._engine._program import Env, Ref, apply, has_cotangent, run
+from mtljax.gradients._engine._settle import settle
 from mtljax.gradients._engine._stages import joins_scalars
 from mtljax.gradients._engine._sweep import sweep
 from mtljax.types import Gramian, Losses, Mask, Weights
@@ -174,7 +175,7 @@ def _stack(
     rows = [copy.get(ref, zeros) for copy in of_copies]
     if of_entry is not None:
         rows = [r + e for r, e in zip(rows, jnp.diag(of_entry), strict=True)]
-    return jnp.stack(rows, _task_axis(value.ndim + 1))
+    return settle(jnp.stack(rows, _task_axis(value.ndim + 1)))
 
 
 def _task_axis(ndim: int) -> int:

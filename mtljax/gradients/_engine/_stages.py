@@ -35,6 +35,11 @@ class Stages(NamedTuple):
     handed: set[Ref]  # values of the trunk that heads read
     entries: list[Ref]  # vectors of the trunk of which task t reads entry t
 
+    @property
+    def once(self) -> list[Op]:
+        """The operations of all heads; what several run is one loop with others."""
+        return list({op.outs: op for ops in self.heads for op in ops}.values())
+
 
 # Every entry of the operand appears once in the result, so inner products of
 # gradients stay the same.
@@ -137,6 +142,44 @@ def _reach(
     return _Reach(ops, tail, entries)
 
 
+def _ends_to_heads(stages: Stages) -> Stages:
+    """Moves activations at the end of the trunk into every head that reads them.
+
+    A head undoes them in the loop that makes its cotangent; the trunk would need a pass
+    over the cotangents of all tasks, and room for its result.
+    """
+    heads, reads = [list(ops) for ops in stages.heads], [set(r) for r in stages.reads]
+    remain: list[Op] = []
+    inside = set(stages.entries)  # what is read elsewhere than in heads
+    for op in reversed(stages.trunk):
+        moving = [ref for ref in op.ins if ref in stages.dependent]
+        # Of one operand, so that heads take over as much as before; a conversion would
+        # round the cotangents before they are mixed.
+        activation = op.name != "convert_element_type" and _is_elementwise(op.eqn)
+        single = len(op.outs) == len(moving) == 1 and moving[0] not in stages.view_of
+        if not activation or not single or inside.intersection(op.outs):
+            remain.append(op)
+            inside.update(op.ins)
+            continue
+        for ops, refs in zip(heads, reads, strict=True):
+            if op.outs[0] in refs:
+                ops.insert(0, op)
+                refs.update(op.ins)
+    made = {ref for op in remain for ref in op.outs}
+    handed = made & set().union(*reads)
+    trunk = remain[::-1]
+    return stages._replace(trunk=trunk, heads=heads, reads=reads, handed=handed)
+
+
+def _is_elementwise(eqn: Any) -> bool:
+    """Whether every entry of the result depends on one entry of each operand."""
+    keys = {"custom_jvp_call": "call_jaxpr", "jit": "jaxpr", "pjit": "jaxpr"}
+    key = keys.get(eqn.primitive.name)
+    if key is None:
+        return eqn.primitive.name in ELEMENTWISE
+    return all(map(_is_elementwise, eqn.params[key].jaxpr.eqns))
+
+
 def split(program: Program, num_tasks: int) -> Stages:
     """Sorts the operations by the tasks they reach."""
     view_of, views = find_views(program)
@@ -171,7 +214,7 @@ def split(program: Program, num_tasks: int) -> Stages:
         reads[0].add(program.losses)
     made = {ref for op in trunk for ref in op.outs}
     entries = reach.entries - {ref for op in tail for ref in op.outs}
-    return Stages(
+    stages = Stages(
         fixed=fixed,
         views=views,
         trunk=trunk,
@@ -184,3 +227,4 @@ def split(program: Program, num_tasks: int) -> Stages:
         handed=made & set().union(*reads),
         entries=sorted(entries),
     )
+    return _ends_to_heads(stages)

@@ -1,0 +1,117 @@
+"""What returning memory to the system costs a training step on a CPU.
+
+``python -m benchmarks.allocator`` (three minutes on two idle CPU cores) times the steps
+of ``benchmarks.peers`` in processes of their own, with glibc's allocator as it is and
+told to keep what it has, in turns. XLA:CPU asks for the memory of a step's intermediate
+results anew in each step. Pieces of more than 32 MiB glibc takes from the system and
+gives back every time, and a page that comes from the system is zeroed when it is first
+written. Writes ``benchmarks/results/allocator.json`` and ``allocator.md``. Linux only.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import jax
+
+from benchmarks.alternating import cpu_model
+from benchmarks.peer_models import MODELS
+from benchmarks.peer_steps import Ours
+
+OUT = pathlib.Path(__file__).parent / "results" / "allocator.json"
+KEEP = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592"
+CELLS = [
+    ("mlp", 11, "UPGrad"),
+    ("mlp", 40, "UPGrad"),
+    ("transformer", 3, "equal weights"),
+    ("transformer", 3, "UPGrad"),
+]
+
+
+def median_of_step(model: str, tasks: int, method: str, seconds: float) -> list[float]:
+    """Milliseconds of a step, and megabytes of its intermediate results."""
+    step = Ours(MODELS[model](tasks), method)
+    runs: list[float] = []
+    step()
+    while len(runs) < 5 or sum(runs) < seconds:
+        start = time.perf_counter()
+        step()
+        runs.append(time.perf_counter() - start)
+    return [1e3 * statistics.median(runs), step.memory / 2**20]
+
+
+def in_process(cell: tuple[str, int, str], tunables: str, seconds: float) -> list[Any]:
+    """The same in a process with a setting of the allocator."""
+    model, tasks, method = cell
+    command = [sys.executable, "-m", "benchmarks.allocator"]
+    command += ["--of", model, str(tasks), method, "--seconds", str(seconds)]
+    env = {**os.environ, "GLIBC_TUNABLES": tunables}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = [
+        "# Memory that is kept between steps",
+        "",
+        "`python -m benchmarks.allocator`: medians over processes of the median of a "
+        f"step in ms, as it is and with `GLIBC_TUNABLES={KEEP}`.",
+        "",
+        "| model | T | method | MB a step | as it is | kept | ratio |",
+        "|:--|--:|:--|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        before, after = (statistics.median(row[way]) for way in ("as_is", "kept"))
+        lines.append(
+            f"| {row['model']} | {row['tasks']} | {row['method']} | {row['mb']:.0f} | "
+            f"{before:.3g} | {after:.3g} | {after / before:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5, help="processes per setting")
+    parser.add_argument("--seconds", type=float, default=2.0, help="timed in each")
+    parser.add_argument("--of", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=pathlib.Path, default=OUT)
+    arguments = parser.parse_args()
+    if arguments.of:
+        model, tasks, method = arguments.of
+        print(json.dumps(median_of_step(model, int(tasks), method, arguments.seconds)))
+        return
+    rows = []
+    for cell in CELLS:
+        print(*cell, flush=True)
+        times: dict[str, list[float]] = {"as_is": [], "kept": []}
+        memory = 0.0
+        for _ in range(arguments.rounds):
+            for way, tunables in (("as_is", ""), ("kept", KEEP)):
+                found, memory = in_process(cell, tunables, arguments.seconds)
+                times[way].append(found)
+        names = ("model", "tasks", "method")
+        rows.append(dict(zip(names, cell, strict=True)) | times | {"mb": memory})
+    about = {"device": cpu_model(), "cores": os.cpu_count(), "jax": jax.__version__}
+    about |= {
+        "python": platform.python_version(),
+        "libc": " ".join(platform.libc_ver()),
+    }
+    arguments.out.write_text(
+        json.dumps({"about": about, "rows": rows}, indent=1) + "\n"
+    )
+    text = table(rows) + "\n\n" + ", ".join(f"{k} {v}" for k, v in about.items()) + "\n"
+    arguments.out.with_suffix(".md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
