@@ -298,6 +298,20 @@ def several_batches():
     return Model(losses, {"w": normal(5, 6, 6), "b": normal(6, 6), "heads": three(6)})
 
 
+def activations():
+    """The trunk ends with several of them, read by heads, losses and the user."""
+    x = normal(0, 3, 8)
+
+    def losses(p):
+        h = jax.nn.relu(jnp.tanh(x @ p["w"]) * 0.5 + 0.1)
+        first, *others = p["heads"]
+        extra = jnp.stack([h.mean(), h[0, 0], jnp.float32(0)])
+        return regressions(h, [first, *others]) + extra, {"h": h, "next": h.sum()}
+
+    params = {"w": normal(1, 8, 8), "heads": three(8)}
+    return Model(losses, params, ("w",), has_aux=True)
+
+
 def entangled():
     """Losses that depend on one another, on parameters alone, or on nothing."""
     x = normal(0, 3, 8)
@@ -412,6 +426,7 @@ MODELS = {
     "calls": calls,
     "tied": tied,
     "several batches": several_batches,
+    "activations": activations,
     "entangled": entangled,
     "one vector": one_vector,
     "one task": one_task,

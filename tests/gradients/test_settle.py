@@ -54,6 +54,16 @@ def test_is_a_loop_for_large_values_of_one_device():
     assert "while" not in lowered(LARGE, sharding=several)
 
 
+def test_shardings_that_are_part_of_types():
+    kinds = (jax.sharding.AxisType.Explicit,)
+    mesh = jax.make_mesh((1,), ("batch",), axis_types=kinds)
+    set_mesh = getattr(jax, "set_mesh", None) or jax.sharding.use_mesh  # jax 0.7
+    spec = jax.sharding.PartitionSpec("batch")
+    with set_mesh(mesh):
+        x = jax.device_put(entries(1.0), jax.sharding.NamedSharding(mesh, spec))
+        np.testing.assert_array_equal(jax.jit(settle)(x), x)
+
+
 @pytest.mark.deep  # programs are compiled without optimisation by default
 def test_less_memory(monkeypatch):
     """Cotangents behind activations are read in two shapes, and made once."""

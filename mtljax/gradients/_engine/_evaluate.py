@@ -12,7 +12,6 @@ from mtljax import stack
 from mtljax.gradients._engine import _contract as contract
 from mtljax.gradients._engine._plan import Factored, Plan
 from mtljax.gradients._engine._program import Env, Ref, apply, has_cotangent, run
-from mtljax.gradients._engine._settle import settle
 from mtljax.gradients._engine._stages import joins_scalars
 from mtljax.gradients._engine._sweep import sweep
 from mtljax.types import Gramian, Losses, Mask, Weights
@@ -175,7 +174,7 @@ def _stack(
     rows = [copy.get(ref, zeros) for copy in of_copies]
     if of_entry is not None:
         rows = [r + e for r, e in zip(rows, jnp.diag(of_entry), strict=True)]
-    return settle(jnp.stack(rows, _task_axis(value.ndim + 1)))
+    return jnp.stack(rows, _task_axis(value.ndim + 1))
 
 
 def _task_axis(ndim: int) -> int:
@@ -239,16 +238,14 @@ def _side(factored: Factored, env: Env, deltas: dict[Ref, Array]) -> contract.Si
     sources = [jnp.asarray(env[use.source]) for use in uses]
     each = [use.inputs(x) for use, x in zip(uses, sources, strict=True)]
     deltas_of = [deltas[use.op.outs[0]] for use in uses]
-    blocks, delta = (
-        [_joined(parts) for parts in zip(*each, strict=True)],
-        _joined(deltas_of),
-    )
+    blocks = [_joined(parts) for parts in zip(*each, strict=True)]
     if factored.bias is not None:
         blocks.append(jnp.ones_like(blocks[0][..., :1]))
-    return contract.Side(blocks, delta)
+    return contract.Side(blocks, _joined(deltas_of))
 
 
 def _joined(parts: Sequence[Array]) -> Array:
+    """One array of all positions."""
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
@@ -369,7 +366,10 @@ def combine(
 
 
 def _pull_products(plan: Plan, env: Env, leaf: Leaf, mixed: dict[Ref, Array]) -> Array:
-    """``Σ_u X_uᵀ δ_u`` in the layout of the leaf, of cotangents ``[b, P, O]``."""
+    """``Σ_u X_uᵀ δ_u`` in the layout of the leaf, of cotangents ``[b, P, O]``.
+
+    Of a bias, for which X is a column of ones, their sums over the positions.
+    """
     avals = plan.program.avals
     uses, _, bias = plan.factored[plan.biases.get(leaf, leaf)]
 

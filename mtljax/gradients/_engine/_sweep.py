@@ -17,7 +17,7 @@ The result is that of ``jax.vjp`` up to rounding.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +32,6 @@ from mtljax.gradients._engine._program import (
     Ref,
     apply,
     bind,
-    explicit_axes,
     flatten,
     is_float,
     needed,
@@ -84,11 +83,14 @@ class Sweep(NamedTuple):
         program, results = self.program, part(self.results)
         env: dict[Any, Any] = {**self.known}
         env |= dict(zip(program.inputs, jax.tree.leaves(cotangent), strict=True))
+        self._settle(program.inputs, env)
         for op in needed(program.ops, jax.tree.leaves(results)):
             self._run(op, env)
-            for ref in self.settled.intersection(op.outs):
-                env[ref] = settle(env[ref])
+            self._settle(op.outs, env)
         return jax.tree.map(lambda ref: _full(env, ref, program), results)
+
+    def _settle(self, refs: Iterable[Ref], env: dict[Any, Any]) -> None:
+        env |= {ref: settle(env[ref]) for ref in self.settled.intersection(refs)}
 
     def _run(self, op: Op, env: dict[Any, Any]) -> None:
         """Adds the results of one operation, constant axes with size 1 if possible."""
@@ -148,15 +150,17 @@ def sweep(pull: Callable[[Any], Any], cotangent: Any, runs: int = 1) -> Sweep:
                     value = jnp.asarray(known[ref])
                     known[op.outs, place] = other.prepare(op, place, value)
     program = program._replace(ops=ops)
-    settled = set() if explicit_axes() else _to_settle(program)
-    return Sweep(program, results, known, rewrites, settled)
+    return Sweep(program, results, known, rewrites, _to_settle(program))
 
 
 def _to_settle(program: Flat) -> set[Ref]:
-    """Results made entry by entry that a product reads too, maybe in another shape."""
+    """Results that a product reads too, maybe in another shape.
+
+    Those made entry by entry, or given; a product writes its own only once.
+    """
     multiplied: set[Ref] = set()
     results = set(program.outputs)
-    found = set()
+    made = set(program.inputs)
     for op in reversed(program.ops):
         if op.name == "dot_general":
             multiplied.update(op.ins)
@@ -164,7 +168,8 @@ def _to_settle(program: Flat) -> set[Ref]:
             multiplied.update(op.ins if multiplied.intersection(op.outs) else ())
             results.update(op.ins if results.intersection(op.outs) else ())
         elif op.name in ELEMENTWISE:
-            found |= {ref for ref in op.outs if ref in multiplied and ref in results}
+            made.update(op.outs)
+    found = made & multiplied & results
     return {ref for ref in found if is_float(program.avals[ref].dtype)}
 
 
