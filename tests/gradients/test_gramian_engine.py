@@ -568,7 +568,7 @@ def test_every_way_leaves_out_an_absent_task():
 
 
 PARAMS = cast(mlp().params, jnp.float32)
-SHARED = mtljax.shared_params(PARAMS, labels=HEADS)
+SHARED = mtljax.shared_params(PARAMS, HEADS)
 ALL, SOME = jnp.ones(3, bool), jnp.array([True, False, True])
 GRAMIAN = [case for case in CASES if case.build(3).needs == "gramian"]
 

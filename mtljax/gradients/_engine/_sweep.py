@@ -11,7 +11,8 @@
 - What does not depend on the cotangent, such as a kernel turned round, is computed in
   every pass. Here it is computed once for all.
 
-On a CPU, convolutions and max pooling also take other forms (``_cpu``).
+On a CPU, convolutions and max pooling also take other forms (``_cpu``), and a cotangent
+that is a result and goes on through a product is made once (``_settle``).
 
 The result is that of ``jax.vjp`` up to rounding.
 """
