@@ -7,11 +7,13 @@ know, so that :func:`mtljax.value_and_balanced_grad` can compute the same update
 without stacking anything when T numbers are enough.
 """
 
+import operator
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 
@@ -102,6 +104,70 @@ def check_choice(name: str, argument: str, value: Any, choices: Any) -> None:
     if value not in choices:
         listed = ", ".join(map(repr, choices))
         raise ValueError(f"{name}: {argument}={value!r} is not one of {listed}.")
+
+
+def check_number(
+    name: str,
+    argument: str,
+    value: Any,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> None:
+    """Raises unless a concrete hyper-parameter is a finite number in its range.
+
+    A traced value cannot be judged and passes: this is what makes ``vmap`` over a
+    hyper-parameter, a schedule and ``optax.inject_hyperparams`` possible.
+    """
+    if isinstance(value, Tracer):
+        return
+    bounds = (
+        ("at least", at_least, operator.ge),
+        ("above", above, operator.gt),
+        ("at most", at_most, operator.le),
+        ("below", below, operator.lt),
+    )
+    wanted = [(word, bound) for word, bound, _ in bounds if bound is not None]
+    number = np.asarray(value)
+    valid = number.shape == () and np.issubdtype(number.dtype, np.number)
+    valid = valid and np.isrealobj(number) and bool(np.isfinite(number))
+    if not valid or not all(
+        holds(float(number), bound) for _, bound, holds in bounds if bound is not None
+    ):
+        required = " and ".join(f"{word} {bound:g}" for word, bound in wanted)
+        raise ValueError(
+            f"{name}: {argument} must be a finite number{' ' if required else ''}"
+            f"{required}, not {value!r}."
+        )
+
+
+def commit(healthy: Any, update: Any, new: Any, old: Any) -> tuple[Any, Any]:
+    """Applies the state policy to the result of one step.
+
+    The update and the new state are returned if ``healthy`` holds and every entry of
+    both is finite. Otherwise every entry of the update is NaN and the state is the old
+    one, bit for bit. All methods, engines and wrappers end with this function.
+
+    Args:
+      healthy: Boolean scalar; False if an input of a present task was not usable.
+      update: Tree of the update; ``MaskedNode`` is allowed.
+      new: State that the method proposes.
+      old: State before the step.
+
+    Returns:
+      The pair ``(update, state)``.
+    """
+    healthy = jnp.asarray(healthy)
+    for leaf in jax.tree.leaves((update, new)):
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            healthy &= jnp.isfinite(leaf).all()
+    update = jax.tree.map(
+        lambda u: jnp.where(healthy, u, jnp.asarray(jnp.nan, jnp.result_type(u))),
+        update,
+    )
+    return update, jax.tree.map(lambda n, o: _keep(healthy, n, o), new, old)
 
 
 def as_mask(name: str, num_tasks: int, mask: Any) -> Mask:
