@@ -10,7 +10,7 @@ from mtljax.gradients.linearized import AxisName as AxisName
 from mtljax.gradients.linearized import Mapped as Mapped
 from mtljax.gradients.linearized import Strategy as Strategy
 from mtljax.gradients.linearized import check_losses as check_losses
-from mtljax.gradients.pullback import pullback as pullback
-from mtljax.gradients.task_gramian import cross_task_gramian as cross_task_gramian
-from mtljax.gradients.task_gramian import task_gramian as task_gramian
+from mtljax.gradients._pullback import pullback as pullback
+from mtljax.gradients.gramian import cross_task_gramian as cross_task_gramian
+from mtljax.gradients.gramian import task_gramian as task_gramian
 from mtljax.gradients.task_grads import value_and_task_grads as value_and_task_grads

@@ -17,7 +17,7 @@ from mtljax.gradients.linearized import (
     own_weights,
 )
 from mtljax.gradients.scatter import scattered_step
-from mtljax.gradients.task_gramian import LinearizedUses, choose, linearize_uses
+from mtljax.gradients.gramian import LinearizedUses, choose, linearize_uses
 from mtljax.gradients.task_grads import task_rows
 from mtljax.placement import Backward
 from mtljax.types import Heads

@@ -14,7 +14,7 @@ from mtljax.gradients._gramian.plan import Factored, Plan
 from mtljax.gradients._gramian.stages import joins_scalars
 from mtljax.gradients._gramian.uses import task_axis
 from mtljax.gradients._program import Env, Ref, apply, has_cotangent, run
-from mtljax.gradients.pullback import pullback
+from mtljax.gradients._pullback import pullback
 from mtljax.placement import Axes
 from mtljax.types import Gramian, Losses, Mask, Weights
 
