@@ -121,6 +121,11 @@ def total(tree: Any, axes: Axes) -> Any:
     return jax.lax.psum(cast(tree, axes), axes) if axes else tree
 
 
+def everywhere(flag: Any, axes: Axes) -> Any:
+    """Whether a flag is set on all devices of some mapped axes."""
+    return total((~flag).astype(jnp.int32), axes) == 0 if axes else flag
+
+
 def gathered(x: Any, axes: Axes, axis: int) -> Any:
     """The parts of all devices along an axis of the array."""
     if not axes:

@@ -308,22 +308,39 @@ def _joined(parts: Sequence[Array]) -> Array:
 
 
 def products(
-    plan: Plan, leaves: Sequence[Any], left: Rows, right: Rows, axes: Axes
+    plan: Plan,
+    leaves: Sequence[Any],
+    left: Rows,
+    right: Rows,
+    *,
+    sums: dict[Leaf, Axes],
+    axes: Axes,
 ) -> Gramian:
-    """``<g_s, g'_t>`` over all shared leaves."""
+    """``<g_s, g'_t>`` over all shared leaves.
+
+    Args:
+      plan: The plan.
+      leaves: The parameters.
+      left: Gradients of one batch.
+      right: Those of the other, or of the same.
+      sums: Mapped axes over which the gradient of a leaf is summed. Over other axes of
+        the region the leaf is split, and a device has a part of its gradient.
+      axes: All mapped axes of the region.
+    """
+    splits = {i: tuple(a for a in axes if a not in over) for i, over in sums.items()}
     refs = [plan.program.leaves[leaf] for leaf in plan.shared]
     dtypes = [plan.program.avals[ref].dtype for ref in refs]
     dtype = functools.reduce(jnp.promote_types, dtypes, jnp.float32)
     total = jnp.zeros((plan.num_tasks, plan.num_tasks), dtype)
     for leaf, factored in plan.factored.items():
-        total = total + _contracted(factored, leaves[leaf], left, right, axes)
+        total = total + _contracted(factored, leaves[leaf], left, right, sums[leaf])
     for leaf, whole in left.whole.items():
         part = stack.cross_gramian(whole, right.whole[leaf])
-        total = total + placement.total(part, _splits(leaves[leaf], axes))
+        total = total + placement.total(part, splits[leaf])
     # Leaves that the heads of the same tasks read make one block of the matrix.
     groups: dict[tuple[Any, ...], list[Leaf]] = {}
     for leaf, rows in left.partial.items():
-        groups.setdefault((*rows, _splits(leaves[leaf], axes)), []).append(leaf)
+        groups.setdefault((*rows, splits[leaf]), []).append(leaf)
     for (*tasks, split), members in groups.items():
         if tasks:
             sides = (
@@ -333,11 +350,6 @@ def products(
             part = placement.total(stack.cross_gramian(*sides), split)
             total = total.at[at[:, None], at[None]].add(part)
     return total
-
-
-def _splits(leaf: Any, axes: Axes) -> Axes:
-    """The mapped axes over which a parameter is split, so that a device has a part."""
-    return tuple(axis for axis in axes if axis in placement.varying(leaf))
 
 
 def _stacked(rows: dict[int, Array]) -> Array:
