@@ -573,7 +573,7 @@ def from_weights(
 def weighted(
     name: str, num_tasks: int, *, init: Any, weigh: WeighFn, **attributes: Any
 ) -> Balancer:
-    """A balancer whose update is the sum of the gradients with the weights of ``weigh``.
+    """A balancer whose update weights the gradients by what ``weigh`` returns.
 
     Args:
       name: As for :class:`Balancer`, like the other attributes.
@@ -680,9 +680,7 @@ def from_grads(
             combined,
             updates,
         )
-        return commit(
-            healthy, combined, choose_state(present.any(), new, state), state
-        )
+        return commit(healthy, combined, choose_state(present.any(), new, state), state)
 
     balancer = Balancer(
         init,
