@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from precision import enable_x64
-from programs import DIM, LOSSES, flat, tree
-from rules.faults import batches, good, run_matrix, same
+from programs import DIM, LOSSES, flat
+from rules.faults import good, run_matrix, same
 from rules.subjects import Subject, built, params, raw
 from zoo import J3
 
@@ -63,7 +63,7 @@ def policy(subject: Subject) -> Iterator[Outcome]:
 
 
 def seams(subject: Subject) -> Iterator[Outcome]:
-    """What the engines call, ``weigh``, and ``observe`` keep the policy by themselves."""
+    """``weigh``, which the engines call, and ``observe`` keep the policy too."""
     balancer = built(subject.id)
     grads, state, keywords = inputs(subject)
     good_losses, present = keywords["losses"], keywords["mask"]
@@ -502,5 +502,3 @@ RULES = [
     Rule("8", errors, False),
     Rule("9", honesty, False),
 ]
-
-__all__ = ["RULES", "Rule", "batches", "tree"]

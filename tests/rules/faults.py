@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from programs import DIM, flat
+from programs import DIM
 from rules.subjects import Subject, built, params, raw, vmapped
 
 # What a kind of batch must lead to: a finite update; NaN; the same as the batch with
@@ -39,80 +39,110 @@ def good(tasks: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return matrix, rng.uniform(0.5, 2, size=tasks)
 
 
-def batches(tasks: int) -> list[Batch]:
-    """All kinds of batch of so many tasks."""
-    found: list[Batch] = []
-    middle = tasks // 2
-    everyone = np.ones(tasks, bool)
-    without = np.arange(tasks) != middle  # all but one
-    alone = ~without
-    one, row, every = (middle, 1), (middle,), (slice(None),)
+class Maker:
+    """Collects batches that differ from a good one in a few entries."""
 
-    def add(name, expected, *, grad=(), loss=(), scale=(), mask=everyone):
-        matrix, losses = good(tasks, 7)
+    def __init__(self, tasks: int):
+        self.tasks = tasks
+        self.found: list[Batch] = []
+        self.everyone = np.ones(tasks, bool)
+        self.row = (tasks // 2,)  # the task that is bad or absent
+        self.one = (tasks // 2, 1)
+        self.without = np.arange(tasks) != tasks // 2
+
+    def __call__(self, name, expected, *, grad=(), loss=(), scale=(), mask=None):
+        mask = self.everyone if mask is None else mask
+        matrix, losses = good(self.tasks, 7)
         for index, value in scale:
             matrix[index] *= value
         for index, value in grad:
             matrix[index] = value
         for index, value in loss:
             losses[index] = value
-        sane, sane_losses = good(tasks, 7)
-        sane = np.where(mask[:, None], matrix, sane)
-        sane_losses = np.where(mask, losses, sane_losses)
-        found.append(Batch(name, expected, matrix, losses, mask, (sane, sane_losses)))
+        sane, sane_losses = good(self.tasks, 7)
+        sane = (
+            np.where(mask[:, None], matrix, sane),
+            np.where(mask, losses, sane_losses),
+        )
+        self.found.append(Batch(name, expected, matrix, losses, mask, sane))
 
-    add("good", "finite")
+
+EVERY = (slice(None),)
+
+
+def not_finite(add: Maker):
+    row, without = add.row, add.without
     for label, bad in (("nan", np.nan), ("inf", np.inf), ("-inf", -np.inf)):
-        add(f"{label}: entry of a gradient", "nan", grad=[(one, bad)])
-        add(f"{label}: gradient of a task", "nan", grad=[(row, bad)])
-        add(f"{label}: all gradients", "nan", grad=[(every, bad)])
-        add(f"{label}: loss of a task", "nan", loss=[(row, bad)])
-        add(f"{label}: all losses", "nan", loss=[(every, bad)])
         both = {"grad": [(row, bad)], "loss": [(row, bad)]}
+        add(f"{label}: entry of a gradient", "nan", grad=[(add.one, bad)])
+        add(f"{label}: gradient of a task", "nan", grad=[(row, bad)])
+        add(f"{label}: all gradients", "nan", grad=[(EVERY, bad)])
+        add(f"{label}: loss of a task", "nan", loss=[(row, bad)])
+        add(f"{label}: all losses", "nan", loss=[(EVERY, bad)])
         add(f"{label}: loss and gradient", "nan", **both)
-        if tasks > 1:
-            add(f"{label}: absent task", "same", mask=without, **both)
-            add(f"{label}: all but one, absent", "same", mask=alone,
-                grad=[(without, bad)], loss=[(without, bad)])  # fmt: skip
-            add(f"{label}: present and absent", "nan", mask=without,
-                grad=[((0, 0), bad), (row, bad)])  # fmt: skip
+        if add.tasks == 1:
+            continue
+        add(f"{label}: absent task", "same", mask=without, **both)
+        others = {"grad": [(without, bad)], "loss": [(without, bad)]}
+        add(f"{label}: all but one, absent", "same", mask=~without, **others)
+        some = [((0, 0), bad), (row, bad)]
+        add(f"{label}: present and absent", "nan", mask=without, grad=some)
+
+
+def bad_losses(add: Maker):
+    row = add.row
     for label, value in (("0", 0.0), ("-0", -0.0), ("-1", -1.0), ("-1e20", -1e20)):
         add(f"loss {label}: a task", "domain", loss=[(row, value)])
-        add(f"loss {label}: all", "domain", loss=[(every, value)])
-        if tasks > 1:
-            add(f"loss {label}: absent", "same", loss=[(row, value)], mask=without)
-    for value in (1e-30, 1e-38, 1e-42):
+        add(f"loss {label}: all", "domain", loss=[(EVERY, value)])
+        if add.tasks > 1:
+            add(f"loss {label}: absent", "same", loss=[(row, value)], mask=add.without)
+    for value in (1e-30, 1e-38, 1e-42, 1e8, 1e20, 1e30, 1e38):
         add(f"loss {value}: a task", "policy", loss=[(row, value)])
     add("loss 1e4: a task", "finite", loss=[(row, 1e4)])
-    for value in (1e8, 1e20, 1e30, 1e38):
-        add(f"loss {value}: a task", "policy", loss=[(row, value)])
-    add("loss 1e30: all", "policy", loss=[(every, 1e30)])
+    add("loss 1e30: all", "policy", loss=[(EVERY, 1e30)])
+
+
+def bad_scales(add: Maker):
+    row = add.row
     add("gradient x 1e4: a task", "finite", scale=[(row, 1e4)])
     for value in (1e8, 1e12, 1e16, 1e19, 1e20, 1e25, 1e30, 1e38):
         add(f"gradient x {value}: a task", "policy", scale=[(row, value)])
     for value in (1e8, 1e20, 1e37):
-        add(f"gradient x {value}: all", "policy", scale=[(every, value)])
-    add("gradient 0: a task", "finite", grad=[(row, 0)])
-    add("gradient 0: all", "finite", grad=[(every, 0)])
+        add(f"gradient x {value}: all", "policy", scale=[(EVERY, value)])
     for value in (1e-8, 1e-20, 1e-30, 1e-42):
         add(f"gradient x {value}: a task", "policy", scale=[(row, value)])
-        add(f"gradient x {value}: all", "policy", scale=[(every, value)])
+        add(f"gradient x {value}: all", "policy", scale=[(EVERY, value)])
+    add("gradient 0: a task", "finite", grad=[(row, 0)])
+    add("gradient 0: all", "finite", grad=[(EVERY, 0)])
+    add("equal gradients x 1e15", "policy", grad=[(EVERY, 1e15)])
+    if add.tasks > 1:
+        add("opposed x 1e37", "policy", grad=[((0,), 3e37), ((1,), -3e37)])
+        add("absent x 1e38", "same", scale=[(row, 1e38)], mask=add.without)
+        add("absent loss 1e38", "same", loss=[(row, 1e38)], mask=add.without)
+
+
+def combined(add: Maker):
+    row, alone = add.row, ~add.without
     add("solved task", "domain", grad=[(row, 0)], loss=[(row, 0)])
     add("nearly solved task", "policy", scale=[(row, 1e-30)], loss=[(row, 1e-30)])
     add("loss and gradient x 1e20", "policy", scale=[(row, 1e20)], loss=[(row, 1e20)])
-    add("equal gradients x 1e15", "policy", grad=[(every, 1e15)])
     add("negative loss, nan gradient", "nan", loss=[(row, -1)], grad=[(row, np.nan)])
-    add("all absent", "zero", mask=~everyone)
-    add("all absent, nan", "zero", mask=~everyone, grad=[(every, np.nan)],
-        loss=[(every, np.nan)])  # fmt: skip
+    none = ~add.everyone
+    lost = {"grad": [(EVERY, np.nan)], "loss": [(EVERY, np.nan)]}
+    add("all absent", "zero", mask=none)
+    add("all absent, nan", "zero", mask=none, **lost)
     add("one present", "finite", mask=alone)
     add("one present x 1e20", "policy", mask=alone, scale=[(row, 1e20)])
     add("one present, nan", "nan", mask=alone, grad=[(row, np.nan)])
-    if tasks > 1:
-        add("opposed x 1e38", "policy", grad=[((0,), 3e37), ((1,), -3e37)])
-        add("absent x 1e38", "same", scale=[(row, 1e38)], mask=without)
-        add("absent loss 1e38", "same", loss=[(row, 1e38)], mask=without)
-    return found
+
+
+def batches(tasks: int) -> list[Batch]:
+    """All kinds of batch of so many tasks."""
+    add = Maker(tasks)
+    add("good", "finite")
+    for group in (not_finite, bad_losses, bad_scales, combined):
+        group(add)
+    return add.found
 
 
 # Half precision, one task and many: fewer kinds, as each is one more program.
@@ -180,7 +210,7 @@ def run_matrix(
             expected = "policy"
         violations += [
             f"{subject.id}, T={tasks}, {dtype}, {batch.name}: {problem}"
-            for problem in judge(expected, start, *rows)
+            for problem in judge(expected, start, rows)
         ]
     return Report(len(kinds), violations)
 
@@ -201,8 +231,9 @@ def _bits(leaf) -> bytes:
     return np.ascontiguousarray(leaf).tobytes()
 
 
-def judge(expected, start, bad, sane, later, usual):
+def judge(expected, start, steps):
     """Yields a sentence for each way in which a case breaks the policy."""
+    bad, sane, later, usual = steps
     update, state = bad
     nan = all(np.isnan(leaf.astype(np.float64)).all() for leaf in update)
     if not nan and not finite(update):
@@ -226,6 +257,3 @@ def judge(expected, start, bad, sane, later, usual):
         yield "the next good step is another one"
     if not nan and not (finite(later[0]) and finite(later[1])):
         yield "the next good step is not finite"
-
-
-__all__ = ["Report", "batches", "flat", "run_matrix"]
