@@ -269,10 +269,10 @@ def check_number(
     argument: str,
     value: Any,
     *,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
+    at_least: float | int | None = None,
+    above: float | int | None = None,
+    at_most: float | int | None = None,
+    below: float | int | None = None,
 ) -> None:
     """Raises unless a concrete hyper-parameter is a finite number in its range.
 
