@@ -63,6 +63,7 @@ from mtljax.methods import uncertainty as uncertainty
 from mtljax.methods import upgrad as upgrad
 from mtljax.sharpness import flat_split as flat_split
 from mtljax.wrappers import compose as compose
+from mtljax.wrappers import inject_hyperparams as inject_hyperparams
 from mtljax.wrappers import per_layer as per_layer
 from mtljax.wrappers import smooth_weights as smooth_weights
 
@@ -123,6 +124,7 @@ __all__ = [
     "smooth_weights",
     "per_layer",
     "flat_split",
+    "inject_hyperparams",
     # the list of methods
     "METHODS",
     "get_method",
