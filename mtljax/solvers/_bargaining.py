@@ -51,7 +51,7 @@ class _Scaled(NamedTuple):
         return jnp.where(relative > 0, jnp.log1p(jnp.maximum(relative, 0)), down)
 
     def gain(self, u: Weights, logs: Weights) -> Weights:
-        """Increase of ``Σ b u^(1-p)/(1-p)``, terms ``[T]``, from u to ``u exp(logs)``."""
+        """Terms of the rise of ``Σ b u^(1-p)/(1-p)`` from u to ``u exp(logs)``."""
         rest = jnp.asarray(1 - self.power, u.dtype)
         straight = jnp.abs(rest) < jnp.finfo(u.dtype).eps
         rest = jnp.where(straight, 1, rest)
