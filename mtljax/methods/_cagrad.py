@@ -74,7 +74,7 @@ def cagrad(
       Liu et al., `Conflict-Averse Gradient Descent for Multi-task Learning
       <https://arxiv.org/abs/2110.14048>`_, 2021.
     """
-    check_number("cagrad", "c", c, at_least=0)
+    check_number("cagrad", "c", c, at_least=0.0)
     check_choice("cagrad", "rescale", rescale, Rescale)
     divisor = {"none": 1.0, "1+c": 1.0 + c, "1+c^2": 1.0 + c**2}[rescale]
 

@@ -86,7 +86,7 @@ def cosmos(
       Ruchte and Grabocka, `Scalable Pareto Front Approximation for Deep Multi-Objective
       Learning <https://arxiv.org/abs/2103.13392>`_, 2021.
     """
-    check_number("cosmos", "lam", lam, at_least=0)
+    check_number("cosmos", "lam", lam, at_least=0.0)
     constant = constant_preference("cosmos", num_tasks, preference)
 
     def init():

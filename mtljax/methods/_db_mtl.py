@@ -112,8 +112,8 @@ def db_mtl(
       <https://arxiv.org/abs/2308.12029>`_, 2023.
     """
     check_choice("db_mtl", "scale", scale, Scale)
-    check_number("db_mtl", "beta", beta, at_least=0, below=1)
-    check_number("db_mtl", "beta_sigma", beta_sigma, at_least=0)
+    check_number("db_mtl", "beta", beta, at_least=0.0, below=1.0)
+    check_number("db_mtl", "beta_sigma", beta_sigma, at_least=0.0)
     ones = jnp.ones(num_tasks, jnp.float32)
 
     def weigh(state, *, losses, gramian, mask):

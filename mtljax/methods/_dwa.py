@@ -77,7 +77,7 @@ def dwa(
     """
     if window < 1:
         raise ValueError(f"dwa: window must be at least one step, not {window}.")
-    check_number("dwa", "temperature", temperature, above=0)
+    check_number("dwa", "temperature", temperature, above=0.0)
 
     def init():
         zeros = jnp.zeros(num_tasks, jnp.float32)

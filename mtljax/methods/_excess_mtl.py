@@ -125,7 +125,7 @@ def excess_mtl(
     """
     check_choice("excess_mtl", "compat", compat, Compat)
     check_choice("excess_mtl", "scale", scale, Scale)
-    check_number("excess_mtl", "step_size", step_size, above=0)
+    check_number("excess_mtl", "step_size", step_size, above=0.0)
 
     def init(params):
         zeros = jnp.zeros(num_tasks, jnp.float32)

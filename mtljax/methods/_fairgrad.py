@@ -103,7 +103,7 @@ def fairgrad(
       Ban and Ji, `Fair Resource Allocation in Multi-Task Learning
       <https://arxiv.org/abs/2402.15638>`_, 2024.
     """
-    check_number("fairgrad", "alpha", alpha, above=0)
+    check_number("fairgrad", "alpha", alpha, above=0.0)
 
     def init():
         return FairGradState(unsolved(), jnp.ones(num_tasks, jnp.float32))

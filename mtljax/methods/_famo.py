@@ -104,8 +104,8 @@ def famo(
       Liu et al., `FAMO: Fast Adaptive Multitask Optimization
       <https://arxiv.org/abs/2306.03792>`_, 2023.
     """
-    check_number("famo", "learning_rate", learning_rate, above=0)
-    check_number("famo", "weight_decay", weight_decay, at_least=0)
+    check_number("famo", "learning_rate", learning_rate, above=0.0)
+    check_number("famo", "weight_decay", weight_decay, at_least=0.0)
     inner = optax.chain(
         optax.add_decayed_weights(weight_decay), optax.adam(learning_rate)
     )

@@ -88,7 +88,7 @@ def graddrop(
     each = task_vector("graddrop", "leak", num_tasks, leak)
     if isinstance(each, np.ndarray):
         for value in each.tolist():
-            check_number("graddrop", "leak", value, at_least=0, at_most=1)
+            check_number("graddrop", "leak", value, at_least=0.0, at_most=1.0)
 
     def init(params):
         del params

@@ -59,7 +59,7 @@ def gradient_norm_weighting(
       Wang et al., `An Expert's Guide to Training Physics-informed Neural Networks
       <https://arxiv.org/abs/2308.08468>`_, 2023.
     """
-    check_number("gradient_norm_weighting", "decay", decay, at_least=0, below=1)
+    check_number("gradient_norm_weighting", "decay", decay, at_least=0.0, below=1.0)
     if update_every < 1:
         raise ValueError(
             "gradient_norm_weighting: update_every must be positive, "

@@ -119,8 +119,8 @@ def gradnorm(
       Multitask Networks <https://arxiv.org/abs/1711.02257>`_, 2018.
     """
     check_choice("gradnorm", "compat", compat, Compat)
-    check_number("gradnorm", "alpha", alpha, at_least=0)
-    check_number("gradnorm", "learning_rate", learning_rate, above=0)
+    check_number("gradnorm", "alpha", alpha, at_least=0.0)
+    check_number("gradnorm", "learning_rate", learning_rate, above=0.0)
     if reference_steps < 1:
         raise ValueError(
             f"gradnorm: reference_steps must be at least 1, not {reference_steps}."

@@ -123,7 +123,7 @@ def gradvac(
       Optimization in Massively Multilingual Models
       <https://arxiv.org/abs/2010.05874>`_, 2020.
     """
-    check_number("gradvac", "beta", beta, at_least=0, at_most=1)
+    check_number("gradvac", "beta", beta, at_least=0.0, at_most=1.0)
     check_choice("gradvac", "order", order, Order)
 
     def init():

@@ -111,4 +111,4 @@ def effective_weights(log_weights: Weights, losses: Losses) -> Weights:
 
 def check_decay(name: str, ema: Number) -> None:
     """Raises unless the decay of a moving average lies in [0, 1)."""
-    check_number(name, "ema", ema, at_least=0, below=1)
+    check_number(name, "ema", ema, at_least=0.0, below=1.0)

@@ -95,7 +95,7 @@ def igb_v1(
       <https://arxiv.org/abs/2307.15429>`_, 2023.
     """
     reference = _igb.make_window("igb_v1", num_tasks, window, base, num_steps)
-    check_number("igb_v1", "temperature", temperature, above=0)
+    check_number("igb_v1", "temperature", temperature, above=0.0)
     _igb.check_decay("igb_v1", ema)
     floor = jnp.zeros(num_tasks) if floors is None else jnp.asarray(floors, jnp.float32)
     if floor.shape != (num_tasks,):

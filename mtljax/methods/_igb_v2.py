@@ -154,8 +154,8 @@ def igb_v2(
     Returns:
       A balancer; needs ``losses``, all positive. One backward pass (and one forward
       with ``reward_batch="same"``); every ``period`` steps the training of the agent.
-      State: ``capacity (5 T + 1)`` numbers and the networks; jit your step with its state
-      donated, or in a scan, or every step copies the ring. ``vmap`` over runs trains
+      State: ``capacity (5 T + 1)`` numbers and the networks; jit your step with its
+      state donated, or in a scan, or every step copies the ring. ``vmap`` over runs trains
       the agents of all in the same step. With absent tasks (inferred; the paper has
       none) the actor sees their last losses, λ and the densities are those of the
       present tasks, and a reward is that of the tasks that are present, each against
@@ -206,7 +206,7 @@ def igb_v2(
         tau=tau,
         **{f"hidden[{i}]": width for i, width in enumerate(hidden)},
     )
-    check_number(name, "discount", discount, at_least=0, at_most=1)
+    check_number(name, "discount", discount, at_least=0.0, at_most=1.0)
     if not isinstance(agent_optimizer, optax.GradientTransformation):
         _check_positive(name, agent_optimizer=agent_optimizer)
         agent_optimizer = optax.adam(agent_optimizer)
@@ -389,7 +389,7 @@ class _Rule(NamedTuple):
 
 def _check_positive(name: str, **numbers: Any) -> None:
     for argument, value in numbers.items():
-        check_number(name, argument, value, above=0)
+        check_number(name, argument, value, above=0.0)
 
 
 def _check_phases(

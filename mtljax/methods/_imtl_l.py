@@ -78,7 +78,7 @@ def imtl_l(
       Liu et al., `Towards Impartial Multi-Task Learning
       <https://openreview.net/forum?id=IMPnRXEWpvr>`_, ICLR 2021.
     """
-    check_number("imtl_l", "learning_rate", learning_rate, above=0)
+    check_number("imtl_l", "learning_rate", learning_rate, above=0.0)
     check_number("imtl_l", "initial_log_scale", initial_log_scale)
     inner = optax.adam(learning_rate) if optimizer is None else optimizer
 

@@ -116,14 +116,14 @@ def moco(
     """
     check_choice("moco", "compat", compat, Compat)
     check_choice("moco", "scale", scale, Scale)
-    check_number("moco", "beta", beta, above=0, at_most=1)
-    check_number("moco", "gamma", gamma, above=0)
+    check_number("moco", "beta", beta, above=0.0, at_most=1.0)
+    check_number("moco", "gamma", gamma, above=0.0)
     for argument, value in (
         ("beta_sigma", beta_sigma),
         ("gamma_sigma", gamma_sigma),
         ("rho", rho),
     ):
-        check_number("moco", argument, value, at_least=0)
+        check_number("moco", argument, value, at_least=0.0)
 
     def init(params):
         return MoCoState(

@@ -77,8 +77,8 @@ def modo(
       Chen et al., `Three-Way Trade-Off in Multi-Objective Learning: Optimization,
       Generalization and Conflict-Avoidance <https://arxiv.org/abs/2305.20057>`_, 2023.
     """
-    check_number("modo", "gamma", gamma, above=0)
-    check_number("modo", "rho", rho, at_least=0)
+    check_number("modo", "gamma", gamma, above=0.0)
+    check_number("modo", "rho", rho, at_least=0.0)
 
     def init():
         return MoDoState(

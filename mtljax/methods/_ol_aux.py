@@ -68,7 +68,7 @@ def ol_aux(
       NeurIPS 2019.
     """
     check_main("ol_aux", num_tasks, main)
-    check_number("ol_aux", "learning_rate", learning_rate, above=0)
+    check_number("ol_aux", "learning_rate", learning_rate, above=0.0)
     if update_every < 1:
         raise ValueError(f"ol_aux: update_every must be positive, not {update_every}.")
 

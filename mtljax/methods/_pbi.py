@@ -94,7 +94,7 @@ def pbi(
       Zhang and Li, `MOEA/D: A Multiobjective Evolutionary Algorithm Based on
       Decomposition <https://doi.org/10.1109/TEVC.2007.892759>`_, 2007.
     """
-    check_number("pbi", "theta", theta, at_least=0)
+    check_number("pbi", "theta", theta, at_least=0.0)
     origin = task_vector("pbi", "ideal", num_tasks, ideal)
     constant = constant_preference("pbi", num_tasks, preference)
 

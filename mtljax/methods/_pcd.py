@@ -124,12 +124,12 @@ def pcd(
       <https://arxiv.org/abs/2606.29521>`_, 2026.
     """
     check_main("pcd", num_tasks, main)
-    check_number("pcd", "decay", decay, at_least=0, below=1)
-    check_number("pcd", "eps", eps, above=0)
+    check_number("pcd", "decay", decay, at_least=0.0, below=1.0)
+    check_number("pcd", "eps", eps, above=0.0)
     shares = task_vector("pcd", "tau", num_tasks, tau)
     if isinstance(shares, np.ndarray):
         for value in shares.tolist():
-            check_number("pcd", "tau", value, at_least=0)
+            check_number("pcd", "tau", value, at_least=0.0)
 
     def init():
         return PCDState(

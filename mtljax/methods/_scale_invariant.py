@@ -53,7 +53,7 @@ def scale_invariant(
       The baseline "SI" of Navon et al., `Multi-Task Learning as a Bargaining Game
       <https://arxiv.org/abs/2202.01017>`_, 2022.
     """
-    check_number("scale_invariant", "offset", offset, at_least=0)
+    check_number("scale_invariant", "offset", offset, at_least=0.0)
 
     def init():
         return ScaleInvariantState(jnp.ones(num_tasks, jnp.float32))

@@ -148,10 +148,10 @@ def sdmgrad(
       Xiao et al., `Direction-oriented Multi-objective Learning: Simple and Provable
       Stochastic Algorithms <https://arxiv.org/abs/2305.18409>`_, 2023.
     """
-    check_number("sdmgrad", "lamda", lamda, at_least=0)
+    check_number("sdmgrad", "lamda", lamda, at_least=0.0)
     check_choice("sdmgrad", "inner", inner, Inner)
-    check_number("sdmgrad", "learning_rate", learning_rate, above=0)
-    check_number("sdmgrad", "momentum", momentum, at_least=0, below=1)
+    check_number("sdmgrad", "learning_rate", learning_rate, above=0.0)
+    check_number("sdmgrad", "momentum", momentum, at_least=0.0, below=1.0)
     if steps < 1:
         raise ValueError(f"sdmgrad: steps must be positive, not {steps}.")
 

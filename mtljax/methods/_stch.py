@@ -118,7 +118,7 @@ def stch(
       <https://arxiv.org/abs/2402.19078>`_, 2024.
     """
     check_choice("stch", "form", form, Form)
-    check_number("stch", "mu", mu, above=0)
+    check_number("stch", "mu", mu, above=0.0)
     origin = task_vector("stch", "ideal", num_tasks, ideal)
     constant = constant_preference("stch", num_tasks, preference)
     start, end = _phases(form, warmup_steps, nadir_steps)

@@ -88,7 +88,7 @@ def uncertainty(
     factors = jnp.array(
         [0.5 if k == "regression" else 1.0 for k in listed], jnp.float32
     )
-    check_number("uncertainty", "learning_rate", learning_rate, above=0)
+    check_number("uncertainty", "learning_rate", learning_rate, above=0.0)
     check_number("uncertainty", "initial_log_variance", initial_log_variance)
     inner = optax.adam(learning_rate) if optimizer is None else optimizer
 

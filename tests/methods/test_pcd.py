@@ -126,7 +126,7 @@ def test_nothing_to_follow():
 def test_errors():
     with pytest.raises(ValueError, match="pcd: main=3 is not the index"):
         mtljax.pcd(3, main=3)
-    with pytest.raises(ValueError, match="pcd: tau must be .* at least 0"):
+    with pytest.raises(ValueError, match=r"pcd: tau must be .* at least 0"):
         mtljax.pcd(3, tau=[0.1, -0.1, 0.1])
     with pytest.raises(ValueError, match=r"pcd: tau has shape \(2,\)"):
         mtljax.pcd(3, tau=[0.1, 0.1])

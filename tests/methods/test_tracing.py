@@ -82,7 +82,7 @@ def updates(name, argument, value):
     balancer = method.build(3, key=key, **options, **{argument: value})
     state = balancer.init({"w": jnp.zeros(5)})
     found = []
-    for grads, losses in zip(GRADS, LOSSES, strict=True):
+    for grads, losses in zip(*map(jnp.asarray, (GRADS, LOSSES)), strict=True):
         update, state = balancer.update({"w": grads}, state, losses=losses)
         found.append(update["w"])
     return jnp.stack(found)
