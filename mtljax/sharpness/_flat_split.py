@@ -14,6 +14,7 @@ from mtljax.balancer import (
     Balancer,
     as_mask,
     check_choice,
+    check_state,
     choose_state,
     commit,
     factory,
@@ -21,7 +22,6 @@ from mtljax.balancer import (
 )
 from mtljax.sharpness._perturbation import widen
 from mtljax.sharpness._sam_grads import SamGrads
-from mtljax.types import Mask
 from mtljax.wrappers import check_type, fold_keys
 
 Mode: TypeAlias = Literal["split", "direct", "second", "each"]
@@ -129,7 +129,8 @@ def _halves(update: Callable[..., Any], grads: SamGrads, state: FlatSplitState, 
     return loss, flat, new
 
 
-def _prepare(updates: Any, mode: Mode, mask: Mask | None) -> SamGrads:
+def _parts(updates: Any, mode: Mode) -> SamGrads:
+    """The two parts, checked for what the mode needs."""
     if not isinstance(updates, SamGrads):
         raise ValueError(
             "flat_split takes SamGrads(loss, flat), as mtljax.sharpness.sam_task_grads "
@@ -147,9 +148,7 @@ def _prepare(updates: Any, mode: Mode, mask: Mask | None) -> SamGrads:
                 "flat_split: the loss and the flat part are trees of different "
                 f"structure: {structures[0]} and {structures[1]}."
             )
-    if mask is None:
-        return updates
-    return SamGrads(*(None if x is None else stack.select(x, mask) for x in updates))
+    return updates
 
 
 @factory
@@ -254,14 +253,21 @@ def flat_split(
     run = {"split": split, "direct": direct, "second": second, "each": each}[mode]
 
     def update(updates, state, params=None, *, losses=None, mask=None, **extra_args):
-        check_type(label, state, FlatSplitState)
         if mask is not None:
             tasks = num_tasks or jnp.shape(mask)[0]
             mask = as_mask(name, tasks, mask)
-        grads = _prepare(updates, mode, mask)
+        grads = _parts(updates, mode)
         for part in grads:
             if part is not None and num_tasks:
                 stack.check(part, num_tasks, label, params)
+        like = jax.tree.map(
+            lambda g: jax.ShapeDtypeStruct(jnp.shape(g)[1:], g.dtype), grads.loss
+        )
+        check_state(label, state, jax.eval_shape(init, like))
+        if mask is not None:
+            grads = SamGrads(
+                *(None if x is None else stack.select(x, mask) for x in grads)
+            )
         side = {"params": params, "losses": losses, "mask": mask, **extra_args}
         combined, new = run(grads, state, side)
         healthy = jnp.ones((), bool)
