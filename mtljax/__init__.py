@@ -52,6 +52,7 @@ from mtljax.methods import modo as modo
 from mtljax.methods import nash_mtl as nash_mtl
 from mtljax.methods import ol_aux as ol_aux
 from mtljax.methods import pbi as pbi
+from mtljax.methods import pcd as pcd
 from mtljax.methods import pcgrad as pcgrad
 from mtljax.methods import random_gradient_weighting as random_gradient_weighting
 from mtljax.methods import random_loss_weighting as random_loss_weighting
@@ -117,6 +118,7 @@ __all__ = [
     "graddrop",
     "gcs",
     "ol_aux",
+    "pcd",
     "krum",
     "trimmed_mean",
     # balancers made of balancers

@@ -286,6 +286,12 @@ CASES = [
         zero_row="dropped",
         maskable=False,
     ),
+    Case(
+        "pcd",
+        permutation=False,  # the first task is the main one
+        zero_row="dropped",
+        maskable=False,
+    ),
     Case("krum", permutation=False, simplex=True, min_tasks=3),
     Case("krum", {"num_selected": 2}, simplex=True, min_tasks=3),
     Case("trimmed_mean", rotation=False, simplex=True, scalable=False, min_tasks=3),
