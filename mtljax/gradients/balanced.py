@@ -221,11 +221,7 @@ def value_and_balanced_grad(
             weights = own_weights(losses, mask)
         grad = found.leaves.gradient(shared, found.own(weights))
         seen = losses if mask is None else jnp.where(mask, losses, 0)
-        healthy = jnp.isfinite(seen).all()
-        # Sums over the devices need the losses of all of them.
-        others = placement.varying(healthy) - placement.varying(grad)
-        healthy = placement.everywhere(healthy, tuple(sorted(others)))
-        grad, state = commit(healthy, grad, new, state)
+        grad, state = commit(jnp.isfinite(seen).all(), grad, new, state)
         grad = placement.constrain(grad, grad_shardings)
         return ((losses, found.aux) if has_aux else losses), grad, state
 
