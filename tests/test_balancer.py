@@ -308,9 +308,9 @@ def test_a_mask_is_boolean_or_integer():
     for mask in ([True, False, True], np.array([1, 0, 1]), jnp.array([1, 0, 1])):
         assert as_mask("mine", 3, mask).tolist() == [True, False, True]
     for mask in (jnp.ones(3), np.array([0.5, 1, 1]), jnp.ones(3, jnp.bfloat16)):
-        with pytest.raises(ValueError, match="mine: mask has dtype .*float"):
+        with pytest.raises(ValueError, match=r"mine: mask has dtype .*float"):
             as_mask("mine", 3, mask)
-        with pytest.raises(ValueError, match="mine: mask has dtype .*float"):
+        with pytest.raises(ValueError, match=r"mine: mask has dtype .*float"):
             jax.eval_shape(lambda m: as_mask("mine", 3, m), mask)
 
 

@@ -478,9 +478,8 @@ def test_a_schedule_gives_the_steps_of_balancers_with_its_values():
     assert (balancer.needs, balancer.num_tasks) == ("gramian", 3)
     chained = optax.chain(balancer, optax.scale(-1.0))
     update, state = jax.jit(chained.update), chained.init({})
-    count = 0
-    for i, matrix in enumerate(MATRICES):
-        given = {"losses": LOSSES[i]}
+    for count, matrix in enumerate(MATRICES):
+        given = {"losses": LOSSES[count]}
         bad, kept = update({"w": matrix.at[0, 0].set(jnp.nan)}, state, **given)
         assert np.isnan(bad["w"]).all()
         chex.assert_trees_all_equal(kept, state)
@@ -488,8 +487,7 @@ def test_a_schedule_gives_the_steps_of_balancers_with_its_values():
         alone = mtljax.cagrad(3, c=schedule(count))
         expected, _ = alone.update({"w": matrix}, alone.init({}))
         np.testing.assert_allclose(-out["w"], expected["w"], rtol=1e-4, atol=1e-5)
-        count += 1
-        assert int(state[0].count) == count
+        assert int(state[0].count) == count + 1
 
 
 def test_a_value_in_the_state_may_be_replaced():
@@ -519,7 +517,7 @@ def test_injected_balancers_take_the_engine_of_the_method():
 @pytest.mark.usefixtures("as_users")
 def test_injection_errors():
     inject = mtljax.inject_hyperparams
-    with pytest.raises(ValueError, match="cagrad: c must be .* at least 0"):
+    with pytest.raises(ValueError, match=r"cagrad: c must be .* at least 0"):
         inject(mtljax.cagrad)(3, c=-1.0)
     with pytest.raises(ValueError, match="cagrad has no argument 'd'"):
         inject(mtljax.cagrad, static_args=("d",))
