@@ -125,7 +125,7 @@ def stch(
     constant = constant_preference("stch", num_tasks, preference)
     start, end = _phases(form, warmup_steps, nadir_steps)
     # A traced point cannot be judged, like any other hyper-parameter.
-    zero = isinstance(ideal, Tracer) or (np.ndim(ideal) == 0 and ideal == 0)
+    zero = isinstance(ideal, Tracer) or (np.ndim(ideal) == 0 and np.asarray(ideal) == 0)
     if form == "mtl" and not (preference is None and zero):
         raise ValueError('stch: form="mtl" has no preference and no ideal point.')
 
