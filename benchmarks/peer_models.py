@@ -29,10 +29,16 @@ class Problem(NamedTuple):
 
     def task_losses(self, params: Any, batch: Any) -> jax.Array:
         """One loss per task, ``[T]``."""
-        x, y = batch
-        h = self.trunk(params["trunk"], x)
-        outs = [h @ head["weight"] + head["bias"] for head in params["heads"]]
-        pairs = zip(outs, y, strict=True)
+        return self.head_losses(params, self.encode(params, batch), batch)
+
+    def encode(self, params: Any, batch: Any) -> jax.Array:
+        """The features ``[n, width]`` that all heads read."""
+        return self.trunk(params["trunk"], batch[0])
+
+    def head_losses(self, params: Any, features: jax.Array, batch: Any) -> jax.Array:
+        """The losses ``[T]`` of given features."""
+        outs = [features @ head["weight"] + head["bias"] for head in params["heads"]]
+        pairs = zip(outs, batch[1], strict=True)
         return jnp.stack([_loss(out, target) for out, target in pairs])
 
 
