@@ -188,8 +188,8 @@ class Results:
 
     def write(self, summary: Row | None = None) -> None:
         """Replaces the file atomically."""
-        both = {"about": self.about, "summary": summary or {}}
-        both["rows"] = list(self.rows.values())
+        rows = list(self.rows.values())
+        both = {"about": self.about, "summary": summary or {}, "rows": rows}
         text = json.dumps(both, indent=1, allow_nan=False, default=str) + "\n"
         partial = self.path.with_suffix(".partial")
         partial.write_text(text)
@@ -242,6 +242,9 @@ def environment(rehearse: bool, cache: str) -> dict[str, str]:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
+    platforms = os.environ.get("JAX_PLATFORMS")
+    if platforms and "cpu" not in platforms.split(","):
+        settings["JAX_PLATFORMS"] = f"{platforms},cpu"  # for the reference values
     if rehearse:
         settings["JAX_PLATFORMS"] = "cpu"
         settings["CUDA_VISIBLE_DEVICES"] = ""

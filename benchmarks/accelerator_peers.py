@@ -9,7 +9,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # the models import jax; the device is torc
 
 import numpy as np
 
-from benchmarks.accelerator_ours import Row, Rows, reason, run_jobs, timed
+from benchmarks.accelerator_ours import Cell, Row, Rows, reason, run_jobs, timed
 from benchmarks.peer_models import Problem
 from benchmarks.peer_steps import BASELINE, WAYS, Theirs
 
