@@ -96,15 +96,21 @@ def plan(rehearse: bool) -> list[Part]:
 def check_parts(rehearse: bool) -> list[Part]:
     """The smoke test, and all comparisons with float64."""
     models = ("mlp", "conv", "transformer", "embedding", "scan")
-    tasks = (3,) if rehearse else (3, 11)
-    jobs = [Job("engines", 60, {"model": m, "tasks": t}) for t in tasks for m in models]
-    jobs += [
-        Job("methods", 60, {"share": [i, 4], "tasks": t})
-        for t in tasks
-        for i in range(4)
-    ]
-    jobs += [Job("solvers", 60, {"tasks": t}) for t in tasks]
-    jobs += [Job("seeds", 40, {"tasks": 3})]
+    few, several = 3, 3 if rehearse else 11
+
+    def engines(tasks):
+        return [Job("engines", 60, {"model": m, "tasks": tasks}) for m in models]
+
+    def methods(tasks):
+        shares = [{"share": [i, 4], "tasks": tasks} for i in range(4)]
+        return [*(Job("methods", 60, share) for share in shares), solvers(tasks)]
+
+    def solvers(tasks):
+        return Job("solvers", 60, {"tasks": tasks})
+
+    jobs = [*engines(few), Job("seeds", 40, {"tasks": few}), *methods(several)]
+    if not rehearse:
+        jobs += [*engines(several), *methods(few), solvers(40)]
     return [
         Part("smoke", "mtljax", 40, [Job("smoke", 60, {"tasks": 3})]),
         Part("correctness", "mtljax", 150, jobs),

@@ -33,6 +33,11 @@ THREADS = 8
 GRADIENT, WEIGHTS = 1e-5, 1e-4  # tolerances, relative
 WARM_UP, BLOCK_S, LEAST, MOST = 5, 0.1, 3, 9
 RATE, LONG = 1e-4, 1e6
+# The reference values run once, so that their programs need no optimisation.
+FAST_COMPILATION = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}
 
 
 def say(**message: Any) -> None:
@@ -87,7 +92,8 @@ def on_cpu(function: Callable[..., Any], *args: Any, wide: bool = True) -> Any:
 
     with enable_x64(wide), jax.default_device(cpu()):
         args = jax.device_put(jax.tree.map(cast, args), cpu())
-        return jax.tree.map(np.asarray, jax.jit(function)(*args))
+        program = jax.jit(function, compiler_options=FAST_COMPILATION)
+        return jax.tree.map(np.asarray, program(*args))
 
 
 def exact(function: Callable[..., Any], *args: Any) -> Any:
@@ -311,16 +317,21 @@ def methods(share: list[int], tasks: int, until: float) -> Rows:
                 yield row | judged(*result[check], WEIGHTS)
 
 
+# Strictly convex in the update, so that it is unique if the Gramian is singular.
+CONVEX = ("mgda", "cagrad", "upgrad", "dualproj")
+
+
+def gramians_of(tasks: int, count: int, singular: bool) -> np.ndarray:
+    """Gramians ``[count, T, T]`` of random gradients in float64, of several scales."""
+    rng = np.random.default_rng([5, tasks, singular])
+    dim = max(tasks - 1, 1) if singular else 2 * tasks
+    rows = rng.normal(size=(count, tasks, dim)) + 0.5 * rng.normal(size=(count, 1, dim))
+    rows *= 10.0 ** rng.uniform(-1.5, 1.5, (count, 1, 1))
+    return rows @ rows.transpose(0, 2, 1)
+
+
 def solvers(tasks: int, until: float) -> Rows:
-    """Weights of 64 Gramians, half of them of deficient rank, and their status."""
-    rng = np.random.default_rng(5)
-    gramians = []
-    for k in range(64):
-        dim = 2 * tasks if k % 2 else max(tasks - 1, 1)
-        rows = rng.normal(size=(tasks, dim)) + 0.5 * rng.normal(size=(1, dim))
-        gramians.append(rows @ rows.T * 10.0 ** rng.uniform(-3, 3))
-    stack = np.asarray(gramians, np.float32)
-    losses = np.ones(tasks, np.float32)
+    """Weights of 64 regular and, for convex problems, 64 singular Gramians."""
 
     def balancer_of(name):
         method = mtljax.METHODS[name]
@@ -331,9 +342,7 @@ def solvers(tasks: int, until: float) -> Rows:
         solved = getattr(state, "solver", None) is not None
         return balancer if solved and balancer.needs == "gramian" else None
 
-    found = {name: balancer_of(name) for name in mtljax.METHODS}
-
-    def run(balancer):
+    def run(balancer, gramians):
         def one(gramian, losses):
             state = balancer.init({"w": jnp.zeros(2, gramian.dtype)})
             weights, state = balancer.weigh(
@@ -341,22 +350,30 @@ def solvers(tasks: int, until: float) -> Rows:
             )
             return weights, state.solver.converged
 
-        function = jax.vmap(one, (0, None))
-        return exact(function, stack, losses), on_cpu(function, stack, losses)
+        function, losses = jax.vmap(one, (0, None)), np.ones(tasks, np.float32)
+        # A singular Gramian that was rounded to float32 is indefinite in float64.
+        found = exact(function, gramians.astype(np.float32), losses)
+        return found, on_cpu(function, gramians, losses)
 
-    work = {n: functools.partial(run, b) for n, b in found.items() if b is not None}
-    for name, result in together(work, until):
-        row = {"check": "solver", "tasks": tasks, "method": name}
+    work = {}
+    for name in mtljax.METHODS:
+        balancer = balancer_of(name)
+        for singular in (False, True) if name in CONVEX else (False,):
+            if balancer is not None:
+                gramians = gramians_of(tasks, 64, singular)
+                run_one = functools.partial(run, balancer, gramians)
+                work[name, singular] = run_one
+    for (name, singular), result in together(work, until):
+        check = "solver, singular" if singular else "solver"
+        row = {"check": check, "tasks": tasks, "method": name}
         row |= {"precision": "highest", "tolerance": WEIGHTS}
         if isinstance(result, BaseException):
             yield row | {"error": reason(result)}
             continue
         (weights, converged), (expected, _) = result
-        errors = [
-            distance(g, w, e) for g, w, e in zip(stack, weights, expected, strict=True)
-        ]
-        row |= {"rel_error": max(errors), "converged": bool(converged.all())}
-        yield row
+        cases = zip(gramians_of(tasks, 64, singular), weights, expected, strict=True)
+        row |= {"rel_error": max(distance(*case) for case in cases)}
+        yield row | {"converged": bool(converged.all())}
 
 
 def distance(gramian: np.ndarray, weights: np.ndarray, expected: np.ndarray) -> float:
@@ -365,13 +382,11 @@ def distance(gramian: np.ndarray, weights: np.ndarray, expected: np.ndarray) -> 
     It is relative to the longest task gradient times the largest weight. Weights
     themselves are not unique if the Gramian is singular.
     """
-    wide = gramian.astype(np.float64)
-    both = np.isfinite(weights).all() and np.isfinite(expected).all()
-    if not both:
+    if not (np.isfinite(weights).all() and np.isfinite(expected).all()):
         return math.inf
     off = weights.astype(np.float64) - expected
-    longest = math.sqrt(wide.diagonal().max()) * max(np.abs(expected).max(), 1e-30)
-    return math.sqrt(max(off @ wide @ off, 0)) / longest
+    longest = math.sqrt(gramian.diagonal().max()) * max(np.abs(expected).max(), 1e-30)
+    return math.sqrt(max(float(off @ gramian @ off), 0.0)) / longest
 
 
 def seeds(tasks: int, until: float) -> Rows:
@@ -719,7 +734,8 @@ def run_jobs(kinds: dict[str, Callable[..., Rows]], ask: str) -> None:
             for row in kinds[job["kind"]](**job["options"], until=until):
                 say(row=row)
         except Exception as error:
-            known = {k: v for k, v in job["options"].items() if k in ("model", "tasks")}
+            names = ("model", "tasks", "precision", "engine")
+            known = {k: v for k, v in job["options"].items() if k in names}
             say(row={"check": job["kind"], **known, "error": reason(error)})
         say(end=index)
 
