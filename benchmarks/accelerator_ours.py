@@ -386,7 +386,7 @@ def distance(gramian: np.ndarray, weights: np.ndarray, expected: np.ndarray) -> 
         return math.inf
     off = weights.astype(np.float64) - expected
     longest = math.sqrt(gramian.diagonal().max()) * max(np.abs(expected).max(), 1e-30)
-    return math.sqrt(max(float(off @ gramian @ off), 0.0)) / longest
+    return float(math.sqrt(max(off @ gramian @ off, 0.0)) / longest)
 
 
 def seeds(tasks: int, until: float) -> Rows:
@@ -593,7 +593,7 @@ class Cell(NamedTuple):
     options: Row
     tasks: int
     precision: str
-    seconds: float  # for the time of all contenders
+    seconds: float = 0.0  # for the time of all contenders
 
     @property
     def problem(self) -> Problem:
@@ -659,7 +659,7 @@ def steps(*, until: float, **options: Any) -> Rows:
     ready: dict[Contender, Step] = {}
     facts: dict[Contender, Row] = {}
     # What compiles slowly must not take the time in which the others are measured.
-    compile_until = until - cell.seconds - 2
+    compile_until = until - 3 * cell.seconds - 5
     for contender, step, row in compiled(problem, cell, compile_until):
         if step is not None:
             ready[contender], facts[contender] = step, row

@@ -1,5 +1,6 @@
 """The accelerator benchmark: its rehearsal, and what it does with failures."""
 
+import inspect
 import json
 import os
 import pathlib
@@ -148,6 +149,23 @@ def test_the_plan_fits_into_its_budget():
         assert ends == sorted(ends)
         assert ends[-1] < accelerator.BUDGET
     assert accelerator.BUDGET <= 480
+
+
+def test_the_jobs_of_the_plan_are_accepted():
+    from benchmarks import accelerator_ours, accelerator_peers
+
+    kinds = {
+        "mtljax": accelerator_ours.KINDS,
+        "TorchJD": {"steps": accelerator_peers.steps},
+    }
+    for rehearse in (False, True):
+        for part in accelerator.plan(rehearse):
+            for job in part.jobs:
+                function = kinds[part.side][job.kind]
+                inspect.signature(function).bind(**job.options, until=0.0)
+                if job.kind in ("steps", "peak"):
+                    fields = {k: v for k, v in job.options.items() if k != "engine"}
+                    accelerator_ours.Cell(**fields)
 
 
 def test_the_smoke_part_of_the_rehearsal(tmp_path):
