@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from precision import enable_x64
@@ -111,7 +112,7 @@ def test_a_weight_below_the_range_of_float32_is_zero():
     assert weights[0, 1] == 0
     assert status.converged.all()
     with enable_x64():
-        weights, _ = solvers.solve_bargaining(SPREAD, 10.0)
+        weights, _ = solvers.solve_bargaining(jnp.asarray(SPREAD), 10.0)
         np.testing.assert_allclose(weights, [1127.47, 1.589e-40, 6022.97], rtol=1e-3)
 
 
@@ -146,5 +147,5 @@ def test_a_traced_power_is_a_constant_one():
     alphas = np.array([0.5, 1.0, 2.0, 10.0], np.float32)
     together, _ = jax.jit(jax.vmap(solvers.solve_bargaining))(gramians, alphas)
     for gramian, alpha, found in zip(gramians, alphas, together, strict=True):
-        alone, _ = solvers.solve_bargaining(gramian, float(alpha))
+        alone, _ = solvers.solve_bargaining(jnp.asarray(gramian), float(alpha))
         np.testing.assert_allclose(found, alone, rtol=1e-4)
