@@ -19,9 +19,11 @@ from devices.compare import (
 from devices.harness import DEVICES, Case, Skip
 from devices.layouts import Place
 from devices.models import TASKS
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import mtljax
+from mtljax.gradients import cross_task_gramian
 
 STRATEGIES = ("auto", "vmap", "map", "chunked", "unrolled")
 SIZES = ("small", "large")
@@ -51,6 +53,21 @@ def batch_axes(name: str) -> Any:
     return jax.tree.map(lambda _: P("data"), names, is_leaf=lambda x: x[0] == "batch")
 
 
+def mapped(function: Any, mesh: Any, in_specs: Any, out_specs: Any, **options: Any):
+    """``jit(shard_map(function))`` on arguments that are placed first."""
+    call = jax.jit(
+        jax.shard_map(
+            function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, **options
+        )
+    )
+    places = jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec),
+        in_specs,
+        is_leaf=lambda x: isinstance(x, P),
+    )
+    return lambda *args: call(*jax.device_put(args, places))
+
+
 def run(region: str, function: Any, name: str, size: str, *shared: Any) -> Any:
     """``function(*shared, *local batch)`` in a region; results equal on all devices.
 
@@ -59,32 +76,25 @@ def run(region: str, function: Any, name: str, size: str, *shared: Any) -> Any:
     """
     batch = model_of(name).batches[size]
     axes = batch_axes(name)
+    specs = (*[P()] * len(shared), *axes)
     if region == "vma":
-        specs = (*[P()] * len(shared), *axes)
-        mapped = jax.shard_map(function, mesh=mesh(), in_specs=specs, out_specs=P())
-        return jax.jit(mapped)(*shared, *batch)
+        return mapped(function, mesh(), specs, P())(*shared, *batch)
     if region == "unchecked":
-        specs = (*[P()] * len(shared), *axes)
-        mapped = jax.shard_map(
+        results = mapped(
             lambda *args: jax.tree.map(lambda x: x[None], function(*args)),
-            mesh=mesh(),
-            in_specs=specs,
-            out_specs=P("data"),
+            mesh(),
+            specs,
+            P("data"),
             check_vma=False,
-        )
-        results = jax.jit(mapped)(*shared, *batch)
+        )(*shared, *batch)
     else:
         if not hasattr(jax, "pmap"):
             raise Skip("this version of JAX has no pmap")
         split = jax.tree.map(
             lambda x: x.reshape(DEVICES, x.shape[0] // DEVICES, *x.shape[1:]), batch
         )
-        mapped = jax.pmap(
-            function,
-            axis_name="data",
-            in_axes=(*[None] * len(shared), *[0] * len(split)),
-        )
-        results = mapped(*shared, *split)
+        axes = (*[None] * len(shared), *[0] * len(split))
+        results = jax.pmap(function, axis_name="data", in_axes=axes)(*shared, *split)
     results = jax.tree.map(np.asarray, jax.device_get(unkeyed(results)))
     first = jax.tree.map(lambda x: x[0], results)
     for device in range(1, DEVICES):
@@ -249,7 +259,7 @@ def averaged_cross(region: str, engine: str) -> None:
     flipped = [-t for t in y]
     rows = jax.jit(jax.jacrev(local))(model.params, x, y)["trunk"]
     others = jax.jit(jax.jacrev(local))(model.params, x, flipped)["trunk"]
-    function = mtljax.cross_task_gramian(
+    function = cross_task_gramian(
         local, labels=model.labels, engine=engine, axis_name="data"
     )
 
@@ -275,15 +285,15 @@ def two_axes(engine: str, tracked: bool) -> None:
         axis_name=("data", "model"),
     )
     both = P(("data", "model"))
-    mapped = jax.shard_map(
+    step = mapped(
         grad_fn,
-        mesh=jax.make_mesh((4, 2), ("data", "model")),
-        in_specs=(P(), P(), both, both),
-        out_specs=P(),
+        jax.make_mesh((4, 2), ("data", "model")),
+        (P(), P(), both, both),
+        P(),
         check_vma=tracked,
     )
     start = balancer.init(model.params)
-    found = jax.jit(mapped)(model.params, start, *model.batches["small"])
+    found = step(model.params, start, *model.batches["small"])
     check_step(found, one_device("mlp", "small", method))
 
 
@@ -295,14 +305,14 @@ def idle_axis(engine: str) -> None:
     grad_fn = mtljax.value_and_balanced_grad(
         losses_of("mlp"), balancer, labels=model.labels, engine=how, axis_name="data"
     )
-    mapped = jax.shard_map(
+    step = mapped(
         grad_fn,
-        mesh=jax.make_mesh((4, 2), ("data", "model")),
-        in_specs=(P(), P(), P("data"), P("data")),
-        out_specs=P(),
+        jax.make_mesh((4, 2), ("data", "model")),
+        (P(), P(), P("data"), P("data")),
+        P(),
     )
     start = balancer.init(model.params)
-    found = jax.jit(mapped)(model.params, start, *model.batches["small"])
+    found = step(model.params, start, *model.batches["small"])
     check_step(found, one_device("mlp", "small", method))
 
 
@@ -447,14 +457,11 @@ def shards(engine: str, exchange: str) -> None:
         axis_name="data",
         exchange=exchange,
     )
-    mapped = jax.shard_map(
-        grad_fn,
-        mesh=mesh(),
-        in_specs=(specs, P(), P("data"), P("data")),
-        out_specs=(P(), specs, P()),
+    step = mapped(
+        grad_fn, mesh(), (specs, P(), P("data"), P("data")), (P(), specs, P())
     )
     start = balancer.init(model.params)
-    found = jax.jit(mapped)(model.params, start, *model.batches["small"])
+    found = step(model.params, start, *model.batches["small"])
     check_step(found, one_device("mlp", "small", method))
 
 
@@ -519,14 +526,11 @@ def uneven(region: str, exchange: str) -> None:
         )
         grad = jax.tree.map(lambda g: g[3], values[1])
     else:
-        mapped = jax.shard_map(
-            grad_fn,
-            mesh=mesh(),
-            in_specs=(P(), P(), P("data")),
-            out_specs=P(),
-            check_vma=region == "vma",
+        tracked = region == "vma"
+        step = mapped(
+            grad_fn, mesh(), (P(), P(), P("data")), P(), check_vma=tracked
         )
-        grad = jax.jit(mapped)(params, start, x)[1]
+        grad = step(params, start, x)[1]
     check("the gradient", grad, expected[0])
 
 
