@@ -50,6 +50,8 @@ LAYOUTS = (
     ),
 )
 
+BY_NAME = {layout.name: layout for layout in LAYOUTS}
+
 
 def make_mesh(layout: Layout, kind: str) -> jax.sharding.Mesh:
     """A mesh with all axes of one kind, ``"auto"`` or ``"explicit"``."""

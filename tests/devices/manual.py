@@ -437,16 +437,15 @@ def shards(engine: str, exchange: str) -> None:
     method, how = ENGINES[engine]
     balancer = build(method)
     specs = {
-        "trunk": {"w1": P("data"), "b1": P(), "w2": P(None, "data"), "b2": P()},
+        "trunk": [{"w": P("data"), "b": P()}, {"w": P(None, "data"), "b": P()}],
         "heads": [P()] * TASKS,
     }
 
     def gathered(p, x, y):
-        trunk = {
-            **p["trunk"],
-            "w1": jax.lax.all_gather(p["trunk"]["w1"], "data", axis=0, tiled=True),
-            "w2": jax.lax.all_gather(p["trunk"]["w2"], "data", axis=1, tiled=True),
-        }
+        trunk = [
+            {**layer, "w": jax.lax.all_gather(layer["w"], "data", axis=i, tiled=True)}
+            for i, layer in enumerate(p["trunk"])
+        ]
         return local({**p, "trunk": trunk}, x, y)
 
     grad_fn = mtljax.value_and_balanced_grad(

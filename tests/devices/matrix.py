@@ -7,7 +7,7 @@ import jax
 from devices import hlo
 from devices.compare import check, check_placed, model_of, numbers, one_device
 from devices.harness import Case, Skip
-from devices.layouts import LAYOUTS, Place, has_set_mesh, make_mesh
+from devices.layouts import BY_NAME, Place, has_set_mesh, make_mesh
 from devices.models import MODELS, TASKS
 
 import mtljax
@@ -21,7 +21,6 @@ ENGINES = {
     "mgda": ("mgda", "auto"),
     "upgrad": ("upgrad", "auto"),
 }
-BY_NAME = {layout.name: layout for layout in LAYOUTS}
 
 
 @functools.cache

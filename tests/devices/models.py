@@ -49,38 +49,36 @@ def values(shapes: Any, seed: int = 0) -> Any:
     return jax.tree.unflatten(treedef, [jnp.asarray(x, jnp.float32) for x in arrays])
 
 
-def mlp() -> Model:
-    """Two hidden layers with biases, and a head for every task."""
-    inputs, hidden, outputs = 24, 48, 32
+def dense(widths: tuple[int, ...], tasks: int, sizes: dict[str, int]) -> Model:
+    """Layers with biases, and a head for every task.
+
+    The axes of the layers alternate, so that with tensor parallelism the first
+    product splits its columns, and the second its rows.
+    """
+    ends = [("embed", "mlp")[i % 2] for i in range(len(widths))]
+    layers = list(zip(widths, widths[1:], ends, ends[1:], strict=False))
+    last = ends[-1]
     shapes = {
-        "trunk": {
-            "w1": (inputs, hidden),
-            "b1": (hidden,),
-            "w2": (hidden, outputs),
-            "b2": (outputs,),
-        },
-        "heads": [(outputs,)] * TASKS,
+        "trunk": [{"w": (a, b), "b": (b,)} for a, b, _, _ in layers],
+        "heads": [(widths[-1],)] * tasks,
     }
     names = {
-        "trunk": {
-            "w1": ("embed", "mlp"),
-            "b1": ("mlp",),
-            "w2": ("mlp", "embed"),
-            "b2": ("embed",),
-        },
-        "heads": [("embed",)] * TASKS,
+        "trunk": [{"w": (start, end), "b": (end,)} for *_, start, end in layers],
+        "heads": [(last,)] * tasks,
     }
+
+    def used(name):
+        return None if name == "embed" else name
 
     def losses(place):
         def task_losses(params, x, y):
-            p = params["trunk"]
-            w1, w2 = place.use(p["w1"], None, "mlp"), place.use(p["w2"], "mlp", None)
-            b1, b2 = place.use(p["b1"], "mlp"), place.use(p["b2"], None)
-            h = place.einsum("ni,ih->nh", x, w1, names=("batch", "mlp"))
-            h = jnp.tanh(h + b1[None])
-            h = place.einsum("nh,ho->no", h, w2, names=("batch", None))
-            h = jnp.tanh(h + b2[None])
-            heads = [place.use(v, None) for v in params["heads"]]
+            h = x
+            for p, (*_, start, end) in zip(params["trunk"], layers, strict=True):
+                w = place.use(p["w"], used(start), used(end))
+                b = place.use(p["b"], used(end))
+                h = place.einsum("ni,io->no", h, w, names=("batch", used(end)))
+                h = jnp.tanh(h + b[None])
+            heads = [place.use(v, used(last)) for v in params["heads"]]
             found = [place.einsum("no,o->n", h, v, names=("batch",)) for v in heads]
             pairs = zip(found, y, strict=True)
             return jnp.stack([jnp.mean((f - t) ** 2) + 0.1 for f, t in pairs])
@@ -89,18 +87,33 @@ def mlp() -> Model:
 
     def batch(size):
         rng = np.random.default_rng(size)
-        x = jnp.asarray(rng.normal(size=(size, inputs)), jnp.float32)
-        y = [jnp.asarray(rng.normal(size=size), jnp.float32) for _ in range(TASKS)]
+        x = jnp.asarray(rng.normal(size=(size, widths[0])), jnp.float32)
+        y = [jnp.asarray(rng.normal(size=size), jnp.float32) for _ in range(tasks)]
         return x, y
 
     return Model(
         names,
         values(shapes),
-        {"small": batch(16), "large": batch(128)},
-        (("batch", None), [("batch",)] * TASKS),
+        {name: batch(size) for name, size in sizes.items()},
+        (("batch", None), [("batch",)] * tasks),
         {"trunk": "shared", "heads": "own"},
         losses,
     )
+
+
+def mlp() -> Model:
+    """Two hidden layers of different widths."""
+    return dense((24, 48, 32), TASKS, {"small": 16, "large": 128})
+
+
+def wide() -> Model:
+    """Fewer examples than the width: the Gramian engine forms no gradient."""
+    return dense((256, 256, 256, 256), 4, {"small": 64})
+
+
+def tall() -> Model:
+    """More examples than the width: it forms them all."""
+    return dense((64, 64, 64, 64), 4, {"large": 1024})
 
 
 def transformer() -> Model:
@@ -252,3 +265,4 @@ def convolution() -> Model:
 
 
 MODELS = {"mlp": mlp, "transformer": transformer, "convolution": convolution}
+SIZED = {"wide": wide, "tall": tall}  # for what is counted in bytes
