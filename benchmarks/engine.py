@@ -256,8 +256,7 @@ def compiled(case: Case, balancer: Balancer, engine: Any, strategy: Any):
         balancer,
         labels=LABELS,
         engine=engine,
-        strategy=strategy,
-        chunk_size=8,
+        strategy=8 if strategy == "chunked" else strategy,
     )
     arguments = case.params, balancer.init({}), case.batch
     start = time.perf_counter()

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Scalar
 
+from mtljax import placement
 from mtljax.types import Grads, Gramian, Mask, Update, Weights
 
 
@@ -46,30 +47,31 @@ def check(grads: Any, num_tasks: int, name: str = "balancer") -> None:
 
 
 def gramian(grads: Grads) -> Gramian:
-    """Inner products of the task gradients over all leaves.
+    """Computes the inner products of the task gradients over all leaves.
 
     Accumulated in float32 (float64 where a leaf is) at the highest matmul
     precision, whatever the dtype of the leaves.
     """
-
-    def leaf_gramian(g):
-        flat = g.reshape(g.shape[0], -1)
-        flat = flat.astype(jnp.promote_types(g.dtype, jnp.float32))
-        return jnp.matmul(flat, flat.T, precision="highest")
-
-    return functools.reduce(operator.add, map(leaf_gramian, jax.tree.leaves(grads)))
+    return cross_gramian(grads, grads)
 
 
 def cross_gramian(left: Grads, right: Grads) -> Gramian:
-    """``J₁ J₂ᵀ`` of the task gradients of two batches, not symmetric in general.
+    """Computes ``J₁ J₂ᵀ`` of the task gradients of two batches, not symmetric.
 
     Without the noise that :func:`gramian` has on its diagonal. Precision as there.
     """
 
     def leaf(a, b):
+        # Over the axes of the leaf itself: a reshape would gather sharded ones.
         wide = jnp.promote_types(a.dtype, jnp.float32)
-        a, b = (x.reshape(x.shape[0], -1).astype(wide) for x in (a, b))
-        return jnp.matmul(a, b.T, precision="highest")
+        axes = tuple(range(1, a.ndim))
+        return jax.lax.dot_general(
+            a.astype(wide),
+            b.astype(wide),
+            ((axes, axes), ((), ())),
+            precision=jax.lax.Precision.HIGHEST,
+            out_sharding=placement.replicated((a, b), 2),
+        )
 
     return functools.reduce(
         operator.add, map(leaf, jax.tree.leaves(left), jax.tree.leaves(right))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mtljax.alternating._parts import Parts
-from mtljax.gradients._engine._sweep import sweep
+from mtljax.gradients import pullback
 
 
 def indexed(task_losses: Callable[..., Any]) -> Callable[..., Any]:
@@ -110,8 +110,8 @@ def group_gradient(
     if grad_fn is not None:
         (_, (losses, stats)), grad = grad_fn(objective, has_aux=True)(params)
         return losses, stats, grad
-    total, pull, (losses, stats) = jax.vjp(objective, params, has_aux=True)
-    return losses, stats, sweep(pull, total)(jnp.ones_like(total))[0]
+    total, pull, (losses, stats) = pullback(objective, params, has_aux=True)
+    return losses, stats, pull(jnp.ones(total.shape, total.dtype))[0]
 
 
 def each_member(
@@ -143,8 +143,7 @@ def each_member(
     numbers = jnp.arange(group.tasks.shape[0])
     weights = group.weights(mean)
     if grad_fn is None:
-        losses, pull, stats = jax.vjp(group.losses, params, has_aux=True)
-        pull = sweep(pull, losses)
+        losses, pull, stats = pullback(group.losses, params, has_aux=True)
 
         def body(carry, number):
             seed = jnp.where(numbers == number, weights, 0).astype(losses.dtype)

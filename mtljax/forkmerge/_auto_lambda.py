@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtljax.gradients._task_grads import check_losses
+from mtljax.gradients import check_losses
 from mtljax.types import Losses, Weights
 
 

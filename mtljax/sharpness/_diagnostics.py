@@ -180,7 +180,7 @@ def surrogate_sharpness(
 
         def single(row, task):
             del task
-            directions = passes.pull.shared(row)
+            directions = passes.pull.gradients(row)
 
             def rise(ball):
                 eps, delta, moved = ascend(parts.shared, parts.own, directions, ball)

@@ -157,8 +157,8 @@ class FlatGrad:
     def _weigh_at_common_point(self, passes: Passes, state: Any, inputs: Any):
         pull, _ = common_point(passes, self.engine.radius)
         weights, loss = self.inner.weigh(state.balancer.loss, **inputs)
-        shared, _ = pull.shared(weights.astype(passes.pull.losses.dtype))
-        _, own = pull.shared(passes.basis.sum(0))
+        shared, _ = pull.gradients(weights.astype(passes.pull.losses.dtype))
+        _, own = pull.gradients(passes.basis.sum(0))
         tree_of = passes.parts.tree_of
         grad = merge_own(tree_of("shared", shared), tree_of("own", own))
         return grad, state._replace(balancer=state.balancer._replace(loss=loss))

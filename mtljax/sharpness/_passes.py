@@ -10,9 +10,11 @@ import optax
 from jaxtyping import Array
 
 from mtljax.balancer import as_mask
-from mtljax.gradients import resolve_labels
-from mtljax.gradients._engine._passes import Passes as Runs
-from mtljax.gradients._task_grads import Pullback, Strategy, linearize, pick
+from mtljax.gradients import Strategy, pullback, resolve_labels
+from mtljax.gradients.linearized import checked_losses
+from mtljax.gradients.passes import Body
+from mtljax.gradients.passes import Passes as Runs
+from mtljax.gradients.task_grads import pick
 from mtljax.sharpness._perturbation import Leaves
 from mtljax.types import Losses, Params
 
@@ -28,12 +30,29 @@ class Parts(NamedTuple):
     tree_of: Callable[[Part, Leaves], Any]  # the rest is MaskedNode
 
 
+class Point(NamedTuple):
+    """The losses at one point, and their gradients."""
+
+    losses: Losses
+    aux: Any
+    pull: Callable[..., Any]
+
+    @property
+    def body(self) -> Body:
+        """The size of one backward pass."""
+        return self.pull.body  # pyright: ignore[reportFunctionMemberAccess]
+
+    def gradients(self, cotangent: Array) -> tuple[Leaves, Leaves]:
+        """Those of the shared and of the own leaves."""
+        return self.pull(cotangent)[0]
+
+
 class Passes(NamedTuple):
     """What both parts of a step are computed from."""
 
-    pull: Pullback  # of the parts; its aux is that of the first pass
+    pull: Point  # its aux is that of the first pass
     losses_at: Callable[[tuple[Leaves, Leaves]], Losses]
-    again: Callable[[tuple[Leaves, Leaves]], Pullback]
+    again: Callable[[tuple[Leaves, Leaves]], Point]
     parts: Parts
     basis: Array  # [T, T], rows of absent tasks zero
 
@@ -75,7 +94,10 @@ def first_pass(
         return function(parts.merge(*both))
 
     def again(both):
-        return linearize(of_parts, both, has_aux=has_aux, labels=None)
+        losses, pull, aux = pullback(
+            lambda p: checked_losses(of_parts(p), has_aux), both, has_aux=True
+        )
+        return Point(losses, aux, pull)
 
     def losses_at(both):
         out = of_parts(both)

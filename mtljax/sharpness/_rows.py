@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from mtljax.balancer import check_choice
-from mtljax.gradients._task_grads import Pullback, Strategy
-from mtljax.sharpness._passes import Passes, add, only, over_tasks
+from mtljax.gradients import Strategy
+from mtljax.sharpness._passes import Passes, Point, add, only, over_tasks
 from mtljax.sharpness._perturbation import (
     Compat,
     Leaves,
@@ -42,14 +42,14 @@ def plain_rows(
 
     def single(row, task):
         del task
-        return pull.shared(row)[0], []
+        return pull.gradients(row)[0], []
 
     def many(rows, tasks):
         del tasks
-        return jax.vmap(lambda row: pull.shared(row)[0])(rows), []
+        return jax.vmap(lambda row: pull.gradients(row)[0])(rows), []
 
     loss, _ = over_tasks(single, many, passes, strategy, chunk_size)
-    own = pull.shared(passes.basis.sum(0))[1]
+    own = pull.gradients(passes.basis.sum(0))[1]
     flat = [jnp.zeros_like(widen(g)) for g in loss] if split else None
     return Rows(loss, flat, own)
 
@@ -77,7 +77,7 @@ def local_rows(
     pull, parts = passes.pull, passes.parts
 
     def climb(row, task):
-        g, q = pull.shared(row)
+        g, q = pull.gradients(row)
         towards = g if direction is None else direction(row, task)
         eps, delta, moved = ascend(parts.shared, parts.own, (towards, q), radius)
         return g, q, eps, delta, moved & (row != 0).any()
@@ -97,7 +97,7 @@ def local_rows(
     def single(row, task):
         g, q, eps, delta, moved = climb(row, task)
         point = shifted(parts.shared, eps), shifted(parts.own, delta)
-        sam, sam_own = passes.again(point).shared(row)
+        sam, sam_own = passes.again(point).gradients(row)
         own = [jnp.where(moved, b, a) for a, b in zip(q, sam_own, strict=True)]
         return result(g, sam, moved), own
 
@@ -122,7 +122,7 @@ def local_rows(
     return Rows(loss, flat, own)
 
 
-def common_point(passes: Passes, radius: Radius) -> tuple[Pullback, Any]:
+def common_point(passes: Passes, radius: Radius) -> tuple[Point, Any]:
     """The second pass where one ε serves all tasks, and whether it is elsewhere.
 
     ε follows the gradient of the mean loss of the present tasks. With separate norms a
@@ -131,7 +131,7 @@ def common_point(passes: Passes, radius: Radius) -> tuple[Pullback, Any]:
     """
     pull, parts = passes.pull, passes.parts
     present = passes.basis.sum(0)
-    mean, mean_own = pull.shared(present / jnp.maximum(present.sum(), 1))
+    mean, mean_own = pull.gradients(present / jnp.maximum(present.sum(), 1))
     if radius.norm == "joint" or not parts.own:
         eps, delta, moved = ascend(parts.shared, parts.own, (mean, mean_own), radius)
     else:
@@ -139,7 +139,7 @@ def common_point(passes: Passes, radius: Radius) -> tuple[Pullback, Any]:
         eps, _, moved = ascend(parts.shared, [], (mean, []), radius)
 
         def heads(row):
-            q = pull.shared(row)[1]
+            q = pull.gradients(row)[1]
             _, delta, far = ascend(parts.shared, parts.own, (nothing, q), radius)
             return delta, far
 
@@ -180,7 +180,7 @@ def samo_direction(
     """SAMO's ``direction(row, task)`` for :func:`local_rows`."""
     pull, parts = passes.pull, passes.parts
     present = passes.basis.sum(0)
-    mean, _ = pull.shared(present / jnp.maximum(present.sum(), 1))
+    mean, _ = pull.gradients(present / jnp.maximum(present.sum(), 1))
 
     def losses(shared):
         return passes.losses_at((shared, parts.own))

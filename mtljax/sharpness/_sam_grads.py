@@ -8,7 +8,7 @@ import optax
 from jax.typing import ArrayLike
 
 from mtljax import stack
-from mtljax.gradients._task_grads import Strategy
+from mtljax.gradients import Strategy
 from mtljax.sharpness._passes import Passes, first_pass
 from mtljax.sharpness._perturbation import Compat, Norm, Perturb
 from mtljax.sharpness._rows import Rows, check_key, make_engine

@@ -69,7 +69,7 @@ class Schedule(NamedTuple):
         active = self.active(step)
         assert active is not None
         present = passes.basis.sum(0) != 0
-        plain = passes.parts.tree_of("own", passes.pull.shared(passes.basis.sum(0))[1])
+        plain = passes.parts.tree_of("own", passes.pull.gradients(passes.basis.sum(0))[1])
 
         def remember(new, old):
             seen = present.reshape((-1,) + (1,) * (new.ndim - 1))

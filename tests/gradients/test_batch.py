@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import mtljax
-from mtljax.gradients._engine._batch import batch
+from mtljax.gradients._rewrite.batch import batch
 
 KEYS = jax.random.split(jax.random.key(0), 8)
 W = jax.random.normal(KEYS[0], (5, 4))

@@ -15,11 +15,10 @@ from registry import CASES
 import mtljax
 from mtljax import stack
 from mtljax.balancer import from_weights
-from mtljax.gradients import _gramian_engine as engine
-from mtljax.gradients._engine import _contract as contract
-from mtljax.gradients._engine import _evaluate as evaluate
-from mtljax.gradients._engine import _plan as plan
-from mtljax.gradients._engine._passes import Passes
+from mtljax.gradients import gramian as engine
+from mtljax.gradients._gramian import contract, evaluate, plan
+from mtljax.gradients.linearized import Options
+from mtljax.gradients.passes import Passes
 
 try:
     from jax import enable_x64
@@ -457,15 +456,16 @@ def split(tree, labels):
 
 def every_way(pull, weights, rows):
     """The weighted gradient of the shared leaves, whichever way is the cheapest."""
-    uses = pull.uses
-    numbers = uses.numbers("shared")
-    given = uses.plan, pull.backward
+    numbers = pull.leaves.numbers("shared")
+    given = pull.uses.plan, pull.backward
     found = [
-        evaluate.combine(*given, rows, weights, numbers),
-        evaluate.gradient(*given, weights, numbers, heads_again=False),
-        evaluate.gradient(*given, weights, numbers, heads_again=True),
+        evaluate.combine(*given, rows, weights, numbers, dict.fromkeys(numbers, ())),
+        *(
+            evaluate.gradient(*given, weights, numbers, seeds=None, heads_again=again)
+            for again in (False, True)
+        ),
     ]
-    zeros = {leaf: jnp.zeros_like(uses.leaves[leaf]) for leaf in numbers}
+    zeros = {leaf: jnp.zeros_like(pull.leaves.values[leaf]) for leaf in numbers}
     return [[(zeros | way)[leaf] for leaf in numbers] for way in found]
 
 
@@ -477,12 +477,11 @@ def compare(model, dtype, tolerance, strategy="vmap"):
         return model.task_losses(p) if model.has_aux else (model.task_losses(p), None)
 
     def both(p):
-        uses = engine.find_uses(
-            model.task_losses, p, has_aux=model.has_aux, labels=model.labels
-        )
+        options = Options(has_aux=model.has_aux, labels=model.labels)
+        uses = engine.find_uses(model.task_losses, p, options)
         assert names(uses.plan.factored, p) == set(model.factored)
         assert names(uses.plan.biases, p) == set(model.biases)
-        pull = engine.linearize_uses(uses)
+        pull = engine.linearize_uses(uses, options, name="test")
         weights = jnp.linspace(0.5, 2, pull.losses.shape[0], dtype=dtype)
         own = pull.own(weights) if model.labels is not None else []
         rows = pull.rows(Passes(strategy, 2))
@@ -545,18 +544,17 @@ def test_in_parts(name, monkeypatch):
     model = MODELS[name]()
     with enable_x64(True):
         compare(model, jnp.float64, 1e-10)
-        monkeypatch.setattr(plan, "choose", lambda uses, tasks: contract.formed)
+        monkeypatch.setattr(plan, "choose", lambda *_: contract.formed)
         compare(model, jnp.float64, 1e-10)
 
 
 def test_every_way_leaves_out_an_absent_task():
     model = mlp()
     params = cast(model.params, jnp.float32)
-    uses = engine.find_uses(
-        model.task_losses, params, has_aux=False, labels=model.labels
-    )
+    options = Options(labels=model.labels)
+    uses = engine.find_uses(model.task_losses, params, options)
     mask = jnp.array([True, False, True])
-    pull = engine.linearize_uses(uses).select(mask)
+    pull = engine.linearize_uses(uses, options, mask=mask, name="test")
     rows = pull.rows(Passes("vmap", 2))
     # A weight that the mask alone keeps from the update.
     weights = jnp.array([0.5, 7.0, 2.0])
@@ -738,8 +736,7 @@ def choice(task_losses, params, *args):
     def function(p):
         return task_losses(p, *args)
 
-    options = {"has_aux": False, "labels": None}
-    return engine.choose("auto", function, params, Passes("auto", 4), **options)
+    return engine.choose("auto", function, params, Options())
 
 
 def chosen(*args):
@@ -978,9 +975,9 @@ def test_activations_at_the_end_of_the_trunk_belong_to_the_heads():
         def losses(p):
             return regressions(trunk(x @ p["w"], p), p["heads"])
 
-        uses = engine.find_uses(losses, params, has_aux=False, labels=None)
-        found = uses.plan.stages
-        return {op.name for op in found.trunk for ref in op.outs if ref in found.handed}
+        found = engine.find_uses(losses, params, Options()).plan.stages
+        ends = (op for op in found.trunk if found.outputs.intersection(op.outs))
+        return {op.primitive.name for op in ends}
 
     scale = jnp.ones((1, 8))
     assert handed(lambda h, p: h) == {"dot_general"}

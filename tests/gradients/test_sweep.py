@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtljax.gradients._engine._cost import forward_work
-from mtljax.gradients._engine._sweep import sweep
+from mtljax.gradients._gramian.cost import forward_work
+from mtljax.gradients._rewrite.sweep import rewritten as sweep
 
 KEYS = jax.random.split(jax.random.key(0), 8)
 X = jax.random.normal(KEYS[0], (3, 7, 5))

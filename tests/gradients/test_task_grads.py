@@ -15,38 +15,25 @@ from gradients.problem import (
 )
 
 import mtljax
-from mtljax.gradients._engine._passes import Body, Passes
-from mtljax.gradients._task_grads import pick
+from mtljax.gradients.passes import Body, Passes
+from mtljax.gradients.task_grads import pick
 
 FIVE = params(tasks=5), batch(tasks=5)
-WAYS = [
-    ("auto", 4),
-    ("unrolled", 4),
-    ("vmap", 4),
-    ("map", 4),
-    ("chunked", 2),  # neither divides five
-    ("chunked", 3),
-    ("chunked", 5),
-    ("chunked", 99),
-]
-each_way = pytest.mark.parametrize(("strategy", "chunk_size"), WAYS)
+WAYS = ["auto", "unrolled", "vmap", "map", "chunked", 2, 3, 5, 99]  # 2, 3 divide not 5
+each_way = pytest.mark.parametrize("strategy", WAYS)
 
 
 @each_way
-def test_equals_jacrev(strategy, chunk_size):
-    function = mtljax.value_and_task_grads(
-        task_losses, strategy=strategy, chunk_size=chunk_size
-    )
+def test_equals_jacrev(strategy):
+    function = mtljax.value_and_task_grads(task_losses, strategy=strategy)
     losses, grads = jax.jit(function)(*FIVE)
     np.testing.assert_allclose(losses, task_losses(*FIVE), rtol=1e-6)
     close(grads, jacobian(*FIVE))
 
 
 @each_way
-def test_gramian_is_the_jacobian_times_its_transpose(strategy, chunk_size):
-    function = mtljax.task_gramian(
-        task_losses, strategy=strategy, chunk_size=chunk_size
-    )
+def test_gramian_is_the_jacobian_times_its_transpose(strategy):
+    function = mtljax.task_gramian(task_losses, strategy=strategy)
     losses, gramian = jax.jit(function)(*FIVE)
     np.testing.assert_allclose(losses, task_losses(*FIVE), rtol=1e-6)
     close(gramian, jacobian_gramian(jacobian(*FIVE)))
@@ -263,7 +250,7 @@ def test_other_errors():
         mtljax.value_and_task_grads(lambda p: p, has_aux=True)(p)
     with pytest.raises(ValueError, match="strategy='loop' is not one of 'auto'"):
         mtljax.value_and_task_grads(lambda p: p, strategy="loop")(p)
-    with pytest.raises(ValueError, match="chunk_size must be at least 1, not 0"):
-        mtljax.value_and_task_grads(lambda p: p, strategy="chunked", chunk_size=0)(p)
+    with pytest.raises(ValueError, match="strategy=0 is the number of tasks in a chunk"):
+        mtljax.value_and_task_grads(lambda p: p, strategy=0)(p)
     with pytest.raises(ValueError, match="labels go with a single differentiated"):
         mtljax.value_and_task_grads(lambda p: p, argnums=(0,), labels=LABELS)

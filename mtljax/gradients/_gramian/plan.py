@@ -5,12 +5,15 @@ from typing import NamedTuple
 
 from jaxtyping import Array
 
-from mtljax.gradients._engine import _contract as contract
-from mtljax.gradients._engine._program import Op, Program, Ref
-from mtljax.gradients._engine._stages import Stages, split
-from mtljax.gradients._engine._uses import Use, find_use
+from mtljax import placement
+from mtljax.gradients._gramian import contract
+from mtljax.gradients._gramian.stages import Stages, split
+from mtljax.gradients._gramian.uses import Use, find_use
+from mtljax.gradients._primitives import ADD, BROADCAST, TRANSPOSE
+from mtljax.gradients._program import Op, Program, Ref
+from mtljax.placement import Axes
 
-Contract = Callable[[contract.Side, contract.Side], Array]
+Contract = Callable[..., Array]  # of two sides and mapped axes
 
 # Entries of the T gradients of one leaf from which on they are made piece by piece.
 _LARGE = 1 << 25
@@ -60,8 +63,13 @@ class Plan(NamedTuple):
         return [*self.factored, *self.biases, *self.direct]
 
 
-def plan(program: Program, num_tasks: int, shared: Sequence[int]) -> Plan:
-    """Plans the Gramian over the shared leaves (numbers into ``program.leaves``)."""
+def plan(
+    program: Program, num_tasks: int, shared: Sequence[int], axes: Axes = ()
+) -> Plan:
+    """Plans the Gramian over the shared leaves (numbers into ``program.leaves``).
+
+    ``axes`` are the mapped axes over which losses are averaged.
+    """
     stages = split(program, num_tasks)
     view_of = stages.view_of
     readers: dict[int, list[tuple[Op, int]]] = {}
@@ -83,7 +91,7 @@ def plan(program: Program, num_tasks: int, shared: Sequence[int]) -> Plan:
     }
     factored = {}
     for leaf, reads in inside.items():
-        found = _factor(reads, program, stages, num_tasks)
+        found = _factor(reads, program, stages, num_tasks, axes)
         if found is not None:
             factored[leaf] = found
     links = _links(stages)
@@ -121,7 +129,11 @@ def common_plan(left: Plan, right: Plan) -> tuple[Plan, Plan]:
 
 
 def _factor(
-    readers: list[tuple[Op, int]], program: Program, stages: Stages, num_tasks: int
+    readers: list[tuple[Op, int]],
+    program: Program,
+    stages: Stages,
+    num_tasks: int,
+    axes: Axes,
 ) -> Factored | None:
     """All uses of one leaf, if every one is known and they fit together."""
     uses = []
@@ -133,7 +145,10 @@ def _factor(
     fit = all(use.layout == uses[0].layout for use in uses)
     if not fit or (uses[0].lookup and len(uses) > 1):
         return None
-    way = choose(uses, num_tasks)
+    leaf = program.avals[program.leaves[uses[0].leaf]]
+    made = [program.avals[use.op.outs[0]] for use in uses]
+    mapped = axes or tuple(placement.varying(made) - placement.varying(leaf))
+    way = choose(uses, num_tasks, placement.size(mapped))
     return None if way is None else Factored(uses, way)
 
 
@@ -157,7 +172,7 @@ def _links(stages: Stages) -> _Links:
         made_by |= dict.fromkeys(op.outs, op)
         for ref in op.ins:
             read_by.setdefault(ref, []).append(op)
-    return _Links(made_by, read_by, stages.handed.union(stages.entries))
+    return _Links(made_by, read_by, stages.outputs.union(stages.entries))
 
 
 def _find_bias(
@@ -173,25 +188,25 @@ def _find_bias(
         product = use.op.outs[0]
         add = links.only_reader(product)
         order = tuple(range(len(program.avals[product].shape)))
-        while add is not None and add.name == "transpose":
+        while add is not None and add.primitive in TRANSPOSE:
             order = tuple(map(add.params["permutation"].index, order))
             product = add.outs[0]
             add = links.only_reader(product)
-        if add is None or add.name != "add":
+        if add is None or add.primitive not in ADD:
             return None
         place = 1 - add.ins.index(product)
         term, full = add.ins[place], add.shape(1 - place)
         read, operand, axes = add, place, range(len(add.shape(place)))
         spread = links.made_by.get(term)
         if spread is not None:
-            if spread.name != "broadcast_in_dim" or not links.only_reader(term):
+            if spread.primitive not in BROADCAST or not links.only_reader(term):
                 return None
             read, operand, axes = spread, 0, spread.params["broadcast_dimensions"]
             spreads.append(spread)
         view = stages.view_of.get(read.ins[operand])
         sizes = zip(axes, read.shape(operand), strict=True)
         along = {axis for axis, size in sizes if size > 1}
-        columns = {order[axis] for axis in use.columns}
+        columns = {order[axis] for axis in use.axes[0] + use.axes[2]}
         if view is None or along != {axis for axis in columns if full[axis] > 1}:
             return None
         leaves.add(view.leaf)
@@ -203,26 +218,52 @@ def _find_bias(
     return None if others or everywhere != reads else Bias(leaf, terms, orders, spreads)
 
 
-def choose(uses: list[Use], num_tasks: int) -> Contract | None:
-    """The cheaper way in multiplications; None is to form the gradients as usual."""
+def choose(uses: list[Use], num_tasks: int, devices: int = 1) -> Contract | None:
+    """The cheaper way in multiplications; None is to form the gradients as usual.
+
+    In a mapped region, in which every one of ``devices`` has its own positions, the
+    positions of all are gathered only if they are fewer bytes than the gradients that
+    would be summed.
+    """
     first = uses[0]
     if first.lookup:
-        return contract.looked_up if first.positions < first.fan_in else None
-    if not_forming(uses, num_tasks) < forming(uses, num_tasks):
+        few = first.positions * devices < first.fan_in
+        return contract.looked_up if few else None
+    sends = devices == 1 or gathering(uses, num_tasks, devices) < summing(
+        uses, num_tasks
+    )
+    if sends and not_forming(uses, num_tasks, devices) < forming(uses, num_tasks):
         return contract.inner
     entries = num_tasks * first.batch * first.fan_in * first.fan_out
     return contract.formed if entries > _LARGE else None
 
 
+def _positions(uses: list[Use]) -> int:
+    return sum(use.positions for use in uses)
+
+
+def gathering(uses: list[Use], num_tasks: int, devices: int) -> int:
+    """Entries that a device receives for :func:`contract.inner`."""
+    first = uses[0]
+    entries = first.fan_in + num_tasks * first.fan_out
+    return devices * _positions(uses) * first.batch * entries
+
+
+def summing(uses: list[Use], num_tasks: int) -> int:
+    """Entries that a device sends and receives to sum T gradients."""
+    first = uses[0]
+    return 2 * num_tasks * first.batch * first.fan_in * first.fan_out
+
+
 def forming(uses: list[Use], num_tasks: int) -> int:
     """Multiplications that make T gradients of a leaf."""
     first = uses[0]
-    positions = sum(use.positions for use in uses)
-    return num_tasks * positions * first.batch * first.fan_in * first.fan_out
+    work = first.batch * first.fan_in * first.fan_out
+    return num_tasks * _positions(uses) * work
 
 
-def not_forming(uses: list[Use], num_tasks: int) -> int:
-    """Multiplications of :func:`inner`."""
+def not_forming(uses: list[Use], num_tasks: int, devices: int = 1) -> int:
+    """Multiplications of :func:`contract.inner`."""
     first = uses[0]
-    positions = sum(use.positions for use in uses)
-    return positions**2 * first.batch * (first.fan_in + num_tasks * first.fan_out)
+    work = first.batch * (first.fan_in + num_tasks * first.fan_out)
+    return devices * _positions(uses) ** 2 * work

@@ -9,14 +9,18 @@ reads static shapes; what it needs of the values it says by two functions.
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from mtljax.gradients._engine._program import Op, Program, Ref, is_float
-from mtljax.gradients._engine._stages import View
+from mtljax.gradients._gramian.stages import View
+from mtljax.gradients._primitives import CONVOLUTION, DOT, GATHER, understood
+from mtljax.gradients._program import Op, Program, Ref, is_float
+
+
+Axes: TypeAlias = tuple[int, ...]
 
 
 class Use(NamedTuple):
@@ -33,17 +37,38 @@ class Use(NamedTuple):
     # x -> blocks [b, P, I_j] with sum_j I_j = I; for a lookup the row numbers [P],
     # negative where nothing was read.
     inputs: Callable[[Array], list[Array]]
-    cotangent: Callable[[Array], Array]  # δ [*y] -> [b, P, O], every entry once
-    columns: tuple[int, ...]  # axes of y that are b and O: the others are positions
+    axes: tuple[Axes, Axes, Axes]  # axes of y that are b, P and O
     lookup: bool = False
+
+    def cotangents(self, delta: Array) -> Array:
+        """δ of all tasks, ``[*y]`` with the tasks at :func:`task_axis`, as [b, P, T, O].
+
+        Every entry once.
+        """
+        tasks = task_axis(delta.ndim)
+        batch, positions, outputs = (
+            tuple(axis + (axis >= tasks) for axis in axes) for axes in self.axes
+        )
+        order = (*batch, *positions, tasks, *outputs)
+        shape = (self.batch, self.positions, delta.shape[tasks], -1)
+        return delta.transpose(order).reshape(shape)
+
+
+def task_axis(ndim: int) -> int:
+    """Where the tasks lie among the axes of stacked cotangents.
+
+    Next to the last one, so that ``δ [*positions, T, O]`` of a dense layer is a matrix
+    whose rows are positions.
+    """
+    return max(ndim - 2, 0)
 
 
 def find_use(op: Op, operand: int, view: View, program: Program) -> Use | None:
     """The rule for an operand that is a parameter, if there is one."""
-    rule = _RULES.get(op.name)
-    if rule is None:
-        return None
-    return rule(op, operand, view, program)
+    for primitives, rule, keys in _RULES:
+        if op.primitive in primitives and understood(op.params, keys):
+            return rule(op, operand, view, program)
+    return None
 
 
 def _only_one_parameter(op: Op, operand: int, program: Program) -> bool:
@@ -81,13 +106,9 @@ def _dense(op: Op, operand: int, view: View, program: Program) -> Use | None:
     left = list(range(first, first + len(free[0])))
     right = list(range(first + len(free[0]), first + len(free[0]) + len(free[1])))
     positions, outputs = (left, right) if operand == 1 else (right, left)
-    order = listed + positions + outputs
 
     def inputs(x):
         return [x.transpose(x_b + x_n + x_in).reshape(b, n, i)]
-
-    def cotangent(delta):
-        return delta.transpose(order).reshape(b, n, o)
 
     return Use(
         op=op,
@@ -99,8 +120,7 @@ def _dense(op: Op, operand: int, view: View, program: Program) -> Use | None:
         fan_in=i,
         fan_out=o,
         inputs=inputs,
-        cotangent=cotangent,
-        columns=(*listed, *outputs),
+        axes=(tuple(listed), tuple(positions), tuple(outputs)),
     )
 
 
@@ -148,10 +168,6 @@ def _conv(op: Op, operand: int, view: View, program: Program) -> Use | None:
 
         return [shifted(o) for o in itertools.product(*map(range, window))]
 
-    def cotangent(delta):
-        order = (y_spec[0], *y_spec[2:], y_spec[1])
-        return delta.transpose(order).reshape(1, n, features)
-
     return Use(
         op=op,
         leaf=view.leaf,
@@ -162,8 +178,7 @@ def _conv(op: Op, operand: int, view: View, program: Program) -> Use | None:
         fan_in=math.prod(window) * channels,
         fan_out=features,
         inputs=inputs,
-        cotangent=cotangent,
-        columns=(y_spec[1],),
+        axes=((), (y_spec[0], *y_spec[2:]), (y_spec[1],)),
     )
 
 
@@ -185,17 +200,14 @@ def _lookup(op: Op, operand: int, view: View, program: Program) -> Use | None:
     y_shape = op.eqn.outvars[0].aval.shape
     n = math.prod(op.shape(1)[:-1])
     offset = numbers.offset_dims
-    order = [a for a in range(len(y_shape)) if a not in offset] + list(offset)
-    clips = "CLIP" in str(p["mode"]).upper()
+    positions = tuple(a for a in range(len(y_shape)) if a not in offset)
+    clips = jax.lax.GatherScatterMode.from_any(p["mode"]) is _CLIP
 
     def inputs(ids):
         ids = ids.reshape(-1)
         if clips:
             return [jnp.clip(ids, 0, table[0] - 1)]
         return [jnp.where((ids < 0) | (ids >= table[0]), -1, ids)]
-
-    def cotangent(delta):
-        return delta.transpose(order).reshape(1, n, width)
 
     return Use(
         op=op,
@@ -207,10 +219,26 @@ def _lookup(op: Op, operand: int, view: View, program: Program) -> Use | None:
         fan_in=table[0],
         fan_out=width,
         inputs=inputs,
-        cotangent=cotangent,
-        columns=tuple(offset),
+        axes=((), positions, tuple(offset)),
         lookup=True,
     )
 
 
-_RULES = {"dot_general": _dense, "conv_general_dilated": _conv, "gather": _lookup}
+_CLIP = jax.lax.GatherScatterMode.CLIP
+_KEPT = ("precision", "preferred_element_type", "dimension_numbers")
+# A rule, and the parameters of the operation that it has understood.
+_RULES = (
+    (DOT, _dense, (*_KEPT, "out_sharding")),
+    (
+        CONVOLUTION,
+        _conv,
+        (*_KEPT, "window_strides", "padding", "lhs_dilation", "rhs_dilation")
+        + ("feature_group_count", "batch_group_count"),
+    ),
+    (
+        GATHER,
+        _lookup,
+        ("dimension_numbers", "slice_sizes", "mode", "fill_value")
+        + ("indices_are_sorted", "unique_indices"),
+    ),
+)

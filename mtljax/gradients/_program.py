@@ -5,28 +5,14 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
+from mtljax.gradients._primitives import REMAT, body_of_call
 from mtljax.types import Losses
 
 Ref = int  # a value of the program
 Env = dict[Ref, Any]
-
-# Calls that mean nothing but their body. custom_jvp_call and custom_vjp_call are not
-# among them: their derivative is not that of the body. Loops and branches stay whole.
-_CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "call": "call_jaxpr",
-    "remat2": "jaxpr",
-    "checkpoint": "jaxpr",
-}
-_REMAT = {"remat2", "checkpoint"}
-
 
 class Op(NamedTuple):
     """One equation, with values named by numbers."""
@@ -36,9 +22,9 @@ class Op(NamedTuple):
     outs: tuple[Ref, ...]
 
     @property
-    def name(self) -> str:
-        """Name of the primitive."""
-        return self.eqn.primitive.name
+    def primitive(self) -> Any:
+        """The primitive."""
+        return self.eqn.primitive
 
     @property
     def params(self) -> dict[str, Any]:
@@ -50,13 +36,6 @@ class Op(NamedTuple):
         return self.eqn.invars[operand].aval.shape
 
 
-class Aval(NamedTuple):
-    """Shape and dtype of a value; the dtype may be that of a key."""
-
-    shape: tuple[int, ...]
-    dtype: Any
-
-
 class Program(NamedTuple):
     """``function(leaves) -> (losses, aux)`` as operations in order."""
 
@@ -65,7 +44,7 @@ class Program(NamedTuple):
     losses: Ref
     aux: list[Ref]
     constants: Env  # closed-over arrays and literals
-    avals: dict[Ref, Aval]
+    avals: dict[Ref, Any]  # types of the values
     restore_aux: Callable[[list[Any]], Any]
     rematerialises: bool  # it held a jax.checkpoint, which is inlined like any call
 
@@ -77,7 +56,7 @@ class Flat(NamedTuple):
     inputs: list[Ref]
     outputs: list[Ref]
     constants: Env
-    avals: dict[Ref, Aval]
+    avals: dict[Ref, Any]  # types of the values
     rematerialises: bool
 
 
@@ -89,12 +68,6 @@ def is_float(dtype: Any) -> bool:
 def has_cotangent(dtype: Any) -> bool:
     """Whether values of the dtype can be differentiated."""
     return jnp.issubdtype(dtype, jnp.inexact)
-
-
-def explicit_axes() -> bool:
-    """Whether shardings are part of types."""
-    types = jax.sharding.get_abstract_mesh().axis_types
-    return jax.sharding.AxisType.Explicit in (types or ())
 
 
 def trace(
@@ -135,7 +108,7 @@ def trace(
     )
 
 
-def flatten(closed: Any, keep: Collection[str] = ()) -> Flat:
+def flatten(closed: Any, keep: Collection[Any] = ()) -> Flat:
     """The operations of a closed jaxpr, calls inlined but those to keep."""
     builder = _Builder(keep)
     inputs = [builder.new(var.aval) for var in closed.jaxpr.invars]
@@ -153,17 +126,16 @@ def flatten(closed: Any, keep: Collection[str] = ()) -> Flat:
 class _Builder:
     """Numbers the values while calls are replaced by their bodies."""
 
-    def __init__(self, keep: Collection[str]):
-        self.calls = {name: key for name, key in _CALLS.items() if name not in keep}
+    def __init__(self, keep: Collection[Any]):
+        self.keep = keep
         self.ops: list[Op] = []
         self.constants: Env = {}
-        self.avals: dict[Ref, Aval] = {}
+        self.avals: dict[Ref, Any] = {}
         self.rematerialises = False
 
     def new(self, aval: Any) -> Ref:
         ref = len(self.avals)
-        shape = getattr(aval, "shape", ())
-        self.avals[ref] = Aval(shape, getattr(aval, "dtype", None))
+        self.avals[ref] = aval
         return ref
 
     def constant(self, aval: Any, value: Any) -> Ref:
@@ -186,13 +158,12 @@ class _Builder:
 
         for eqn in jaxpr.eqns:
             ins = [read(atom) for atom in eqn.invars]
-            key = self.calls.get(eqn.primitive.name)
-            if key is None:
+            body = None if eqn.primitive in self.keep else body_of_call(eqn)
+            if body is None:
                 outs = [self.new(var.aval) for var in eqn.outvars]
                 self.ops.append(Op(eqn, tuple(ins), tuple(outs)))
             else:
-                self.rematerialises |= eqn.primitive.name in _REMAT
-                body = eqn.params[key]
+                self.rematerialises |= eqn.primitive in REMAT
                 body, held = getattr(body, "jaxpr", body), getattr(body, "consts", ())
                 outs = self.inline(body, held, ins)
             names.update(zip(eqn.outvars, outs, strict=True))
@@ -215,13 +186,14 @@ def run(op: Op, env: Env) -> None:
     env.update(zip(op.outs, results, strict=True))
 
 
-def scope(op: Op) -> contextlib.ExitStack:
+def scope(op: Op) -> Any:
     """Where an operation was traced: its mesh, and its layer's name for profiles."""
+    name = str(op.eqn.source_info.name_stack)
+    if not name:
+        return op.eqn.ctx.manager
     entered = contextlib.ExitStack()
     entered.enter_context(op.eqn.ctx.manager)
-    name = str(op.eqn.source_info.name_stack)
-    if name:
-        entered.enter_context(jax.named_scope(name))
+    entered.enter_context(jax.named_scope(name))
     return entered
 
 

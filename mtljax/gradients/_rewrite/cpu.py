@@ -19,8 +19,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from mtljax.gradients._engine._passes import CONVOLUTION
-from mtljax.gradients._engine._program import Op, bind, explicit_axes
+from mtljax.gradients._primitives import (
+    CONVOLUTION,
+    GREATER_OR_EQUAL,
+    MAX_POOL_GRADIENT,
+)
+from mtljax.gradients._program import Op, bind
 
 # Entries of a pooling window up to which it is taken apart.
 _WINDOW = 25
@@ -47,13 +51,11 @@ def rewrite(op: Op, known: Sequence[bool], runs: int) -> Rewrite | None:
       known: Whether an operand is the same in all runs.
       runs: How often it runs, as far as one knows.
     """
-    if jax.default_backend() != "cpu" or explicit_axes():
-        return None
-    if op.name == CONVOLUTION and op.params["batch_group_count"] == 1:
+    if op.primitive in CONVOLUTION and op.params["batch_group_count"] == 1:
         if known[0] and not known[1] and runs >= _REUSED and _is_small(op, runs):
             return Rewrite(_lay_out, _multiply)
         return Rewrite(_sort_axes, _convolve)
-    if op.name == "select_and_scatter_add" and _is_max_pooling(op):
+    if op.primitive in MAX_POOL_GRADIENT and _is_max_pooling(op):
         return Rewrite(_find_maxima, _spread)
     return None
 
@@ -140,7 +142,7 @@ def _is_max_pooling(op: Op) -> bool:
     apart = p["window_dimensions"] == p["window_strides"]
     inside = not any(map(any, p["padding"]))
     small = math.prod(p["window_dimensions"]) <= _WINDOW
-    return apart and inside and small and p["select_prim"].name == "ge"
+    return apart and inside and small and p["select_prim"] in GREATER_OR_EQUAL
 
 
 def _find_maxima(op: Op, operand: int, value: Array) -> Array:

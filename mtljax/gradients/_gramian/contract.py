@@ -2,9 +2,13 @@
 
 All functions take two sides (of one batch, or of two) and return ``[S, S']``. A side is
 the inputs ``X [b, P, I]``, in blocks along I, and cotangents ``δ [b, P, S, O]`` of S
-tasks; the gradients are ``g_s = Xᵀ δ_s`` for every b. With the tasks beside the outputs
-δ is a matrix ``[P, S O]`` as it lies in memory: the cotangents of all tasks move in one
-large product of two matrices, which is what every backend runs best.
+tasks; the gradients are ``g_s = Xᵀ δ_s`` for every b. With the tasks next to the
+outputs δ is a matrix ``[P, S O]`` in memory: the cotangents of all tasks move in one
+large product of two matrices, which every backend runs fast.
+
+Inside a mapped region a device holds its own positions, and the gradients are sums over
+the devices. ``axes`` names the mapped axes. The Gramian of a sum is not the sum of
+Gramians, so either one side is gathered or the gradients are summed first.
 """
 
 import functools
@@ -15,6 +19,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
+
+from mtljax import placement
+from mtljax.placement import Axes
 
 _EXACT = "highest"
 # Entries that an intermediate result may have; of a larger one a part at a time.
@@ -33,10 +40,11 @@ def wide(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def inner(left: Side, right: Side) -> Array:
+def inner(left: Side, right: Side, axes: Axes = ()) -> Array:
     """``<g_s, g'_t> = Σ_b <δ_s, (X X'ᵀ) δ'_t>``: no gradient is formed.
 
     Costs ``P P' (I + S' O)`` multiplications, instead of the ``S P I O`` of forming.
+    In a mapped region the right side is gathered.
     """
 
     def one(x, delta, y, delta2):
@@ -49,16 +57,24 @@ def inner(left: Side, right: Side) -> Array:
         return _in_parts(some, size, delta, delta2, axis=2)
 
     x, y = (wide(jnp.concatenate(side.blocks, axis=-1)) for side in (left, right))
-    return _over_batch(one, x, wide(left.delta), y, wide(right.delta))
+    others = (placement.gathered(a, axes, 1) for a in (y, right.delta))
+    y, delta2 = map(wide, others)
+    x, delta = placement.cast((x, wide(left.delta)), axes)
+    return placement.total(_over_batch(one, x, delta, y, delta2), axes)
 
 
-def formed(left: Side, right: Side) -> Array:
-    """``Σ_j <X_jᵀ δ_s, X'_jᵀ δ'_t>``: the gradients, some of their rows j at a time."""
+def formed(left: Side, right: Side, axes: Axes = ()) -> Array:
+    """``Σ_j <X_jᵀ δ_s, X'_jᵀ δ'_t>``: the gradients, some of their rows j at a time.
+
+    In a mapped region the rows are summed over the devices before they are multiplied.
+    """
 
     def one(x, delta, y, delta2):
         def some(x, y):
-            g = _times(x, delta)
-            return _products(g, g if left is right else _times(y, delta2))
+            g = placement.total(_times(x, delta), axes)
+            if left is right:
+                return _products(g, g)
+            return _products(g, placement.total(_times(y, delta2), axes))
 
         size = max(_LIVE // delta[0].size, 1)
         return _in_parts(some, size, x.T, y.T)
@@ -69,14 +85,23 @@ def formed(left: Side, right: Side) -> Array:
     )
 
 
-def looked_up(left: Side, right: Side) -> Array:
+def looked_up(left: Side, right: Side, axes: Axes = ()) -> Array:
     """``Σ_v <Σ_{n: id_n = v} δ_s[n], Σ_{m: id'_m = v} δ'_t[m]>``, for a table.
 
-    Of the rows of a table only those that were read have a gradient. They are numbered
-    anew, so that T tables of as many rows as were read take the place of T whole ones.
+    Only the rows of a table that were read have a gradient. They are renumbered, so
+    that T tables of as many rows as were read replace T whole ones. In a mapped region
+    both sides are gathered.
     """
+    same = left is right
+    left, right = (
+        Side(
+            [placement.gathered(side.blocks[0], axes, 0)],
+            placement.gathered(side.delta, axes, 1),
+        )
+        for side in (left, right)
+    )
     (x,), (y,) = left.blocks, right.blocks
-    ids = x if x is y else jnp.concatenate([x, y])
+    ids = x if same else jnp.concatenate([x, y])
     slots = jnp.unique(ids, return_inverse=True, size=ids.size)[1].reshape(-1)
 
     def rows(ids, slots, delta):
@@ -86,12 +111,14 @@ def looked_up(left: Side, right: Side) -> Array:
 
     num_slots = slots.size
     a = rows(x, slots[: x.size], left.delta)
-    return _products(a, a if x is y else rows(y, slots[x.size :], right.delta))
+    b = a if same else rows(y, slots[x.size :], right.delta)
+    # Equal on all devices, which only a reduction can tell the type system.
+    return placement.total(_products(a, b), axes) / placement.size(axes)
 
 
 def _over_batch(function, x: Array, delta: Array, y: Array, delta2: Array) -> Array:
     """Sum over b of a function of ``X_b, δ_b`` and those of the other side."""
-    if len(x) == 1:  # no batch axis for the compiler to stumble over
+    if len(x) == 1:  # XLA:CPU is slower with a batch axis of size 1
         return function(x[0], delta[0], y[0], delta2[0])
     return jax.vmap(function)(x, delta, y, delta2).sum(0)
 

@@ -3,14 +3,26 @@
 A value *reaches* a task if that task's loss depends on it. Operations that reach one
 task are its *head*, whatever the user calls them; those that reach several are the
 *trunk*. The heads of all tasks can be differentiated in a single backward pass, if each
-reads its own copy of what the trunk hands over: only the trunk needs T passes. Where
+reads its own copy of the outputs of the trunk: only the trunk needs T passes. Where
 every task has a forward pass of its own there is no trunk, and one pass is enough.
 """
 
 import math
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
-from mtljax.gradients._engine._program import Op, Program, Ref, is_float
+from mtljax.gradients._primitives import (
+    BROADCAST,
+    CALLS,
+    CONCATENATE,
+    CONVERT,
+    CUSTOM_JVP,
+    ELEMENTWISE,
+    REORDERS,
+    STACK,
+    bodies,
+)
+from mtljax.gradients._program import Op, Program, Ref, is_float
 
 
 class View(NamedTuple):
@@ -32,7 +44,7 @@ class Stages(NamedTuple):
     view_of: dict[Ref, View]
     dependent: set[Ref]  # values that depend on a parameter
     reads: list[set[Ref]]  # what each task's head takes from anywhere
-    handed: set[Ref]  # values of the trunk that heads read
+    outputs: set[Ref]  # values of the trunk that heads read
     entries: list[Ref]  # vectors of the trunk of which task t reads entry t
 
     @property
@@ -41,33 +53,27 @@ class Stages(NamedTuple):
         return list({op.outs: op for ops in self.heads for op in ops}.values())
 
 
-# Every entry of the operand appears once in the result, so inner products of
-# gradients stay the same.
-_REORDERS = {"reshape", "transpose", "squeeze", "expand_dims", "rev", "neg", "copy"}
-_REORDERS |= {"copy_p", "name", "optimization_barrier", "sharding_constraint"}
-
-ELEMENTWISE = {"add", "add_any", "sub", "mul", "div", "neg", "abs", "sign", "square"}
-ELEMENTWISE |= {"integer_pow", "pow", "sqrt", "rsqrt", "exp", "exp2", "expm1", "log"}
-ELEMENTWISE |= {"log1p", "tanh", "logistic", "max", "min", "clamp", "select_n", "copy"}
-ELEMENTWISE |= {
-    "convert_element_type",
-    "copy_p",
-    "stop_gradient",
-    "is_finite",
-    "settle",
-}
-ELEMENTWISE |= {"eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not"}
-
-
 def _is_reorder(op: Op, program: Program) -> bool:
-    if op.name in _REORDERS:
+    if op.primitive in REORDERS:
         return len(op.outs) == 1
     before, after = program.avals[op.ins[0]], program.avals[op.outs[0]]
-    if op.name == "convert_element_type":
+    if op.primitive in CONVERT:
         return is_float(before.dtype) and is_float(after.dtype)
-    if op.name == "broadcast_in_dim":
+    if op.primitive in BROADCAST:
         return math.prod(before.shape) == math.prod(after.shape)
     return False
+
+
+def _frozen(params: dict[str, Any]) -> frozenset[tuple[str, Any]]:
+    """Parameters that can be compared; views of different layouts must differ."""
+
+    def fixed(value):
+        if isinstance(value, list | tuple):
+            return tuple(map(fixed, value))
+        # What cannot be compared is equal to itself only.
+        return value if isinstance(value, Hashable) else id(value)
+
+    return frozenset((key, fixed(value)) for key, value in params.items())
 
 
 def find_views(program: Program) -> tuple[dict[Ref, View], list[Op]]:
@@ -77,8 +83,8 @@ def find_views(program: Program) -> tuple[dict[Ref, View], list[Op]]:
     for op in program.ops:
         if op.ins and op.ins[0] in views and _is_reorder(op, program):
             leaf, chain = views[op.ins[0]]
-            if op.name != "convert_element_type":
-                chain = (*chain, (op.name, str(op.params)))
+            if op.primitive not in CONVERT:
+                chain = (*chain, (op.primitive, _frozen(op.params)))
             views[op.outs[0]] = View(leaf, chain)
             ops.append(op)
     return views, ops
@@ -86,10 +92,10 @@ def find_views(program: Program) -> tuple[dict[Ref, View], list[Op]]:
 
 def joins_scalars(op: Op, program: Program, num_tasks: int) -> bool:
     """Whether the operation stacks one number per task."""
-    shape = {"stack": (), "concatenate": (1,)}.get(op.name)
-    return len(op.ins) == num_tasks and all(
-        program.avals[ref].shape == shape for ref in op.ins
-    )
+    if op.primitive not in STACK | CONCATENATE or len(op.ins) != num_tasks:
+        return False
+    shape = () if op.primitive in STACK else (1,)
+    return all(program.avals[ref].shape == shape for ref in op.ins)
 
 
 class _Reach(NamedTuple):
@@ -111,7 +117,7 @@ def _reach(
         """What an elementwise operation of losses reads; None if it is another."""
         shapes = {ref: program.avals[ref].shape for ref in op.ins}
         moving = [ref for ref in op.ins if ref in dependent]
-        fits = op.name in ELEMENTWISE and all(
+        fits = op.primitive in ELEMENTWISE and all(
             shape in ((), (num_tasks,)) for shape in shapes.values()
         )
         # A number or a parameter that moves all the losses belongs to the trunk.
@@ -155,7 +161,7 @@ def _ends_to_heads(stages: Stages) -> Stages:
         moving = [ref for ref in op.ins if ref in stages.dependent]
         # Of one operand, so that heads take over as much as before; a conversion would
         # round the cotangents before they are mixed.
-        activation = op.name != "convert_element_type" and _is_elementwise(op.eqn)
+        activation = op.primitive not in CONVERT and _is_elementwise(op.eqn)
         single = len(op.outs) == len(moving) == 1 and moving[0] not in stages.view_of
         if not activation or not single or inside.intersection(op.outs):
             remain.append(op)
@@ -166,18 +172,17 @@ def _ends_to_heads(stages: Stages) -> Stages:
                 ops.insert(0, op)
                 refs.update(op.ins)
     made = {ref for op in remain for ref in op.outs}
-    handed = made & set().union(*reads)
+    outputs = made & set().union(*reads)
     trunk = remain[::-1]
-    return stages._replace(trunk=trunk, heads=heads, reads=reads, handed=handed)
+    return stages._replace(trunk=trunk, heads=heads, reads=reads, outputs=outputs)
 
 
 def _is_elementwise(eqn: Any) -> bool:
     """Whether every entry of the result depends on one entry of each operand."""
-    keys = {"custom_jvp_call": "call_jaxpr", "jit": "jaxpr", "pjit": "jaxpr"}
-    key = keys.get(eqn.primitive.name)
-    if key is None:
-        return eqn.primitive.name in ELEMENTWISE
-    return all(map(_is_elementwise, eqn.params[key].jaxpr.eqns))
+    if eqn.primitive not in CUSTOM_JVP | CALLS:
+        return eqn.primitive in ELEMENTWISE
+    inner = [one for body in bodies(eqn.params) for one in body.eqns]
+    return all(map(_is_elementwise, inner))
 
 
 def split(program: Program, num_tasks: int) -> Stages:
@@ -224,7 +229,7 @@ def split(program: Program, num_tasks: int) -> Stages:
         view_of=view_of,
         dependent=dependent,
         reads=reads,
-        handed=made & set().union(*reads),
+        outputs=made & set().union(*reads),
         entries=sorted(entries),
     )
     return _ends_to_heads(stages)

@@ -4,9 +4,6 @@ from typing import Any, NamedTuple
 
 import jax
 
-CONVOLUTION = "conv_general_dilated"
-
-
 class Passes(NamedTuple):
     """How T backward passes run."""
 

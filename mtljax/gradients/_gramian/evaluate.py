@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from mtljax import stack
-from mtljax.gradients._engine import _contract as contract
-from mtljax.gradients._engine._plan import Factored, Plan
-from mtljax.gradients._engine._program import Env, Ref, apply, has_cotangent, run
-from mtljax.gradients._engine._stages import joins_scalars
-from mtljax.gradients._engine._sweep import sweep
+from mtljax import placement, stack
+from mtljax.gradients._gramian import contract
+from mtljax.gradients._gramian.plan import Factored, Plan
+from mtljax.gradients._gramian.stages import joins_scalars
+from mtljax.gradients._gramian.uses import task_axis
+from mtljax.gradients._program import Env, Ref, apply, has_cotangent, run
+from mtljax.gradients._pullback import pullback
+from mtljax.placement import Axes
 from mtljax.types import Gramian, Losses, Mask, Weights
 
 Leaf = int
@@ -21,23 +23,45 @@ Leaf = int
 MapTasks = Callable[..., Any]
 
 
-class Backward(NamedTuple):
-    """Forward pass and one backward pass of the heads, ready for the trunk."""
+class Forward(NamedTuple):
+    """A forward pass, ready for backward passes through the heads."""
 
+    plan: Plan
     losses: Losses
     aux: list[Any]
+    leaves: list[Any]
     env: Env  # values that outlive the forward pass
-    cotangents: dict[Ref, Array]  # at the end of the trunk, of all tasks
+    outputs: dict[Ref, Array]  # values at the end of the trunk
     pull_trunk: Callable[[dict[Ref, Array]], tuple[dict[Leaf, Array], Any]]
-    # Of seeds of the losses: cotangents of what each head took over, of the entries,
-    # and of the leaves that each head reads.
+    # Of cotangents of the losses: cotangents of the copies that each head reads, of the
+    # entries, and of the leaves that each head reads.
     pull_heads: Callable[[Losses], tuple[Any, dict[Ref, Array], Any]]
-    head_rows: list[dict[Leaf, Array]]  # each task's gradient as far as its head goes
+    mode: placement.Backward
+
+
+class Backward(NamedTuple):
+    """The same after one pass through all heads, ready for the trunk."""
+
+    forward: Forward
+    cotangents: dict[Ref, Array]  # at the end of the trunk, of all tasks
+    head_rows: list[dict[Leaf, Array]]  # each task's gradient of what its head reads
     mask: Mask | None = None
 
+    @property
+    def aux(self) -> list[Any]:
+        """Auxiliary outputs."""
+        return self.forward.aux
 
-def forward(plan: Plan, leaves: Sequence[Any]) -> Backward:
-    """Runs the program once, and backwards through all heads at once."""
+    @property
+    def leaves(self) -> list[Any]:
+        """The parameters."""
+        return self.forward.leaves
+
+
+def forward(
+    plan: Plan, leaves: Sequence[Any], mode: placement.Backward
+) -> tuple[Losses, Forward]:
+    """Runs the program once; ``mode`` is the argument ``backward`` of the user."""
     program, stages = plan.program, plan.stages
     fixed = dict(program.constants)
     for op in stages.fixed:
@@ -45,58 +69,67 @@ def forward(plan: Plan, leaves: Sequence[Any]) -> Backward:
 
     ends = [
         ref
-        for ref in sorted({*stages.handed, *stages.entries})
+        for ref in sorted({*stages.outputs, *stages.entries})
         if has_cotangent(program.avals[ref].dtype)
     ]
     in_trunk = {leaf: leaves[leaf] for leaf in sorted(plan.in_trunk)}
     made = {use.op.outs[0] for f in plan.factored.values() for use in f.uses}
-    nudges = {ref: jnp.zeros(*program.avals[ref]) for ref in sorted(made)}
+    # Added to the products, so that their cotangents are the δ. Their types have to be
+    # those of the products: of a value that is equal on all devices, JAX returns the
+    # sum of the devices' cotangents.
+    probes = {ref: placement.zeros(program.avals[ref]) for ref in sorted(made)}
     trunk = _trunk(plan, fixed, ends)
-    handed, pull_trunk, seen = jax.vjp(trunk, in_trunk, nudges, has_aux=True)
-    pull_trunk = sweep(pull_trunk, handed, runs=plan.num_tasks)
+    outputs, pull_trunk, seen = pullback(
+        trunk, in_trunk, probes, has_aux=True, backward=mode, runs=plan.num_tasks
+    )
     env = {**fixed, **seen}
 
-    copies = [{r: handed[r] for r in ends if r in reads} for reads in stages.reads]
-    entries = {ref: handed[ref] for ref in ends if ref in stages.entries}
+    copies = [{r: outputs[r] for r in ends if r in reads} for reads in stages.reads]
+    entries = {ref: outputs[ref] for ref in ends if ref in stages.entries}
     values = [
         {leaf: leaves[leaf] for leaf, tasks in plan.in_heads.items() if task in tasks}
         for task in range(plan.num_tasks)
     ]
     heads = _heads(plan, env)
-    losses, pull_heads, seen = jax.vjp(heads, copies, entries, values, has_aux=True)
-    pull_heads = sweep(pull_heads, losses)
-    of_copies, of_entries, head_rows = pull_heads(jnp.ones_like(losses))
-    cotangents = {
-        ref: _stack(ref, handed[ref], of_copies, of_entries.get(ref)) for ref in ends
-    }
-
+    losses, pull_heads, seen = pullback(
+        heads, copies, entries, values, has_aux=True, backward=mode
+    )
     env = {**env, **seen}
     if stages.extra or program.aux:
         env.update(_views(plan, dict(enumerate(leaves))))
     for op in stages.extra:
         run(op, env)
-    return Backward(
-        losses,
-        [env[ref] for ref in program.aux],
-        env,
-        cotangents,
-        pull_trunk,
-        lambda seeds: pull_heads(seeds.astype(losses.dtype)),
-        head_rows,
+    aux = [env[ref] for ref in program.aux]
+    made = Forward(
+        plan, losses, aux, list(leaves), env, outputs, pull_trunk, pull_heads, mode
     )
+    return losses, made
+
+
+def through_heads(forward: Forward, seeds: Losses | None) -> Backward:
+    """One backward pass through all heads; ``seeds`` is ones if None."""
+    losses, outputs = forward.losses, forward.outputs
+    seeds = jnp.ones(losses.shape) if seeds is None else seeds
+    found = forward.pull_heads(seeds.astype(losses.dtype))
+    of_copies, of_entries, head_rows = found
+    cotangents = {
+        ref: _stack(ref, value, of_copies, of_entries.get(ref))
+        for ref, value in outputs.items()
+    }
+    return Backward(forward, cotangents, head_rows)
 
 
 def _trunk(plan: Plan, fixed: Env, ends: list[Ref]) -> Callable[..., Any]:
-    """The trunk as a function of its parameters and of zeros added to results."""
+    """The trunk as a function of its parameters and of the probes."""
     kept = _kept(plan).union(ends)
 
-    def trunk(values, nudges):
+    def trunk(values, probes):
         env = {**fixed, **_views(plan, values)}
         for op in plan.stages.trunk:
             run(op, env)
             for ref in op.outs:
-                if ref in nudges:
-                    env[ref] = env[ref] + nudges[ref]
+                if ref in probes:
+                    env[ref] = env[ref] + probes[ref]
         return {ref: env[ref] for ref in ends}, {r: env[r] for r in kept if r in env}
 
     return trunk
@@ -151,7 +184,7 @@ def _present(trees: list[Any], mask: Mask | None) -> list[Any]:
 def _kept(plan: Plan) -> set[Ref]:
     """Values that are read outside of the stage that computes them."""
     kept = {use.source for f in plan.factored.values() for use in f.uses}
-    kept.update(plan.stages.handed, plan.stages.entries, plan.program.aux)
+    kept.update(plan.stages.outputs, plan.stages.entries, plan.program.aux)
     for op in plan.stages.extra:
         kept.update(op.ins)
     return kept
@@ -173,49 +206,57 @@ def _stack(
     zeros = jnp.zeros_like(value)
     rows = [copy.get(ref, zeros) for copy in of_copies]
     if of_entry is not None:
-        rows = [r + e for r, e in zip(rows, jnp.diag(of_entry), strict=True)]
-    return jnp.stack(rows, _task_axis(value.ndim + 1))
-
-
-def _task_axis(ndim: int) -> int:
-    """Where the tasks lie among the axes of stacked cotangents.
-
-    Beside the last one, so that ``δ [*positions, T, O]`` of a dense layer is a matrix
-    whose rows are positions.
-    """
-    return max(ndim - 2, 0)
+        diagonal = jnp.eye(len(rows), dtype=of_entry.dtype) * of_entry
+        rows = [r + e for r, e in zip(rows, diagonal, strict=True)]
+    return jnp.stack(rows, task_axis(value.ndim + 1))
 
 
 def _around(stacked: Array) -> list[int]:
     """All axes but that of the tasks."""
-    return [a for a in range(stacked.ndim) if a != _task_axis(stacked.ndim)]
+    return [a for a in range(stacked.ndim) if a != task_axis(stacked.ndim)]
 
 
 class Rows(NamedTuple):
     """The T gradients of the shared leaves, formed only as far as the plan says."""
 
-    sides: dict[Leaf, contract.Side]  # of factored leaves
+    sources: dict[Ref, Array]  # inputs of the products with factored leaves
+    deltas: dict[Ref, Array]  # cotangents of these products, of all tasks
     whole: dict[Leaf, Array]  # [T, *leaf], of other leaves that the trunk reads
     partial: dict[Leaf, dict[int, Array]]  # by task, of those that only heads read
-    deltas: dict[Ref, Array]  # [b, P, T, O], cotangents of products of factored leaves
 
 
-def gather(plan: Plan, backward: Backward, map_tasks: MapTasks) -> Rows:
-    """T backward passes through the trunk."""
+def gather(
+    plan: Plan, backward: Backward, map_tasks: MapTasks, sums: dict[Leaf, Axes]
+) -> Rows:
+    """T backward passes through the trunk.
+
+    Args:
+      plan: The plan.
+      backward: The forward pass.
+      map_tasks: Runs a function of one task's cotangents on those of all tasks.
+      sums: Mapped axes over which the gradient of a leaf is summed.
+    """
     wanted = [leaf for leaf in plan.direct if leaf in plan.in_trunk]
-    uses = {use.op.outs[0]: use for f in plan.factored.values() for use in f.uses}
+    uses = [use for factored in plan.factored.values() for use in factored.uses]
+    products = {use.op.outs[0] for use in uses}
 
     def pull(rows):
-        leaves, nudges = backward.pull_trunk(rows[0])
-        deltas = {ref: use.cotangent(nudges[ref]) for ref, use in uses.items()}
-        return {leaf: leaves[leaf] for leaf in wanted}, deltas
+        leaves, probes = backward.forward.pull_trunk(rows[0])
+        return (
+            {leaf: leaves[leaf] for leaf in wanted},
+            {ref: probes[ref] for ref in products},
+        )
 
     whole, deltas = {}, {}
     if wanted or uses:
         # The second entry is not read; it says how many tasks if there is no other.
         rows = backward.cotangents, jnp.zeros(plan.num_tasks)
-        in_axes = {ref: _task_axis(c.ndim) for ref, c in rows[0].items()}, 0
-        out_axes = dict.fromkeys(wanted, 0), dict.fromkeys(uses, 2)
+        in_axes = {ref: task_axis(c.ndim) for ref, c in rows[0].items()}, 0
+        avals = plan.program.avals
+        out_axes = (
+            dict.fromkeys(wanted, 0),
+            {ref: task_axis(len(avals[ref].shape) + 1) for ref in products},
+        )
         whole, deltas = map_tasks(pull, rows, in_axes, out_axes)
     partial = {}
     for leaf in plan.direct:
@@ -225,23 +266,41 @@ def gather(plan: Plan, backward: Backward, map_tasks: MapTasks) -> Rows:
             partial[leaf] = rows
         for task, row in rows.items() if leaf in whole else ():
             whole[leaf] = whole[leaf].at[task].add(row)
-    sides = {
-        leaf: _side(factored, backward.env, deltas)
-        for leaf, factored in plan.factored.items()
-    }
-    return Rows(sides, whole, partial, deltas)
+    env = backward.forward.env
+    sources = {use.source: jnp.asarray(env[use.source]) for use in uses}
+    whole = {leaf: placement.total(x, sums[leaf]) for leaf, x in whole.items()}
+    partial = {leaf: placement.total(x, sums[leaf]) for leaf, x in partial.items()}
+    return Rows(sources, deltas, whole, partial)
 
 
-def _side(factored: Factored, env: Env, deltas: dict[Ref, Array]) -> contract.Side:
+def _side(factored: Factored, rows: tuple[list[Array], list[Array]]) -> contract.Side:
     """``Σ_u X_uᵀ δ_u`` is one product if the positions of all uses u are joined."""
-    uses = factored.uses
-    sources = [jnp.asarray(env[use.source]) for use in uses]
+    uses, (sources, deltas) = factored.uses, rows
     each = [use.inputs(x) for use, x in zip(uses, sources, strict=True)]
-    deltas_of = [deltas[use.op.outs[0]] for use in uses]
+    deltas = [use.cotangents(d) for use, d in zip(uses, deltas, strict=True)]
     blocks = [_joined(parts) for parts in zip(*each, strict=True)]
     if factored.bias is not None:
         blocks.append(jnp.ones_like(blocks[0][..., :1]))
-    return contract.Side(blocks, _joined(deltas_of))
+    return contract.Side(blocks, _joined(deltas))
+
+
+def _contracted(
+    factored: Factored, leaf: Array, left: Rows, right: Rows, axes: Axes
+) -> Gramian:
+    """The part of one factored leaf."""
+    uses = factored.uses
+    parts = [
+        ([r.sources[u.source] for u in uses], [r.deltas[u.op.outs[0]] for u in uses])
+        for r in ((left,) if left is right else (left, right))
+    ]
+    # A leaf that is equal on all devices has the sum of the devices' gradients.
+    mapped = axes or tuple(sorted(placement.varying(parts) - placement.varying(leaf)))
+
+    def run(*parts):
+        sides = [_side(factored, part) for part in parts]
+        return factored.contract(sides[0], sides[-1], mapped)
+
+    return placement.free(run, *parts)
 
 
 def _joined(parts: Sequence[Array]) -> Array:
@@ -249,28 +308,37 @@ def _joined(parts: Sequence[Array]) -> Array:
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
-def products(plan: Plan, left: Rows, right: Rows) -> Gramian:
+def products(
+    plan: Plan, leaves: Sequence[Any], left: Rows, right: Rows, axes: Axes
+) -> Gramian:
     """``<g_s, g'_t>`` over all shared leaves."""
-    leaves = [plan.program.leaves[leaf] for leaf in plan.shared]
-    dtypes = [plan.program.avals[ref].dtype for ref in leaves]
+    refs = [plan.program.leaves[leaf] for leaf in plan.shared]
+    dtypes = [plan.program.avals[ref].dtype for ref in refs]
     dtype = functools.reduce(jnp.promote_types, dtypes, jnp.float32)
     total = jnp.zeros((plan.num_tasks, plan.num_tasks), dtype)
     for leaf, factored in plan.factored.items():
-        total = total + factored.contract(left.sides[leaf], right.sides[leaf])
-    if left.whole:
-        total = total + stack.cross_gramian(left.whole, right.whole)
+        total = total + _contracted(factored, leaves[leaf], left, right, axes)
+    for leaf, whole in left.whole.items():
+        part = stack.cross_gramian(whole, right.whole[leaf])
+        total = total + placement.total(part, _splits(leaves[leaf], axes))
     # Leaves that the heads of the same tasks read make one block of the matrix.
-    groups: dict[tuple[int, ...], list[Leaf]] = {}
+    groups: dict[tuple[Any, ...], list[Leaf]] = {}
     for leaf, rows in left.partial.items():
-        groups.setdefault(tuple(rows), []).append(leaf)
-    for tasks, members in groups.items():
+        groups.setdefault((*rows, _splits(leaves[leaf], axes)), []).append(leaf)
+    for (*tasks, split), members in groups.items():
         if tasks:
             sides = (
                 [_stacked(s.partial[leaf]) for leaf in members] for s in (left, right)
             )
             at = jnp.array(tasks)
-            total = total.at[at[:, None], at[None]].add(stack.cross_gramian(*sides))
+            part = placement.total(stack.cross_gramian(*sides), split)
+            total = total.at[at[:, None], at[None]].add(part)
     return total
+
+
+def _splits(leaf: Any, axes: Axes) -> Axes:
+    """The mapped axes over which a parameter is split, so that a device has a part."""
+    return tuple(axis for axis in axes if axis in placement.varying(leaf))
 
 
 def _stacked(rows: dict[int, Array]) -> Array:
@@ -283,6 +351,11 @@ def _combine(stacked: Array, weights: Weights) -> Array:
     weights = weights.astype(wide.dtype)
     if wide.ndim == 1:
         return jnp.dot(weights, wide, precision="highest").astype(stacked.dtype)
+    if placement.explicit_mesh(stacked) is not None:
+        tasks = task_axis(wide.ndim)
+        contracted = (((tasks,), (0,)), ((), ()))
+        mixed = jax.lax.dot_general(wide, weights, contracted, precision="highest")
+        return mixed.astype(stacked.dtype)
     # A row vector for every position: tensordot would first bring the tasks forward.
     rows = wide.reshape(-1, *wide.shape[-2:])
     weights = jnp.broadcast_to(weights, (len(rows), 1, len(weights)))
@@ -296,18 +369,20 @@ def gradient(
     weights: Weights,
     leaves: Sequence[Leaf],
     *,
+    seeds: Losses | None,
     heads_again: bool,
 ) -> dict[Leaf, Array]:
     """``Σ_t weights[t] g_t`` of some leaves: one backward pass through the trunk.
 
-    It starts from a second pass through the heads, or from the mixture of what they
-    handed over in the first.
+    It starts from a second pass through the heads, or from the weighted sum of the
+    cotangents that the first one left.
     """
     shares = any(len(plan.in_heads.get(leaf, [])) > 1 for leaf in leaves)
     through_trunk = bool(plan.in_trunk.intersection(leaves))
     again: Any = ()
     if shares or (heads_again and through_trunk):
-        copies, of_entries, rows = backward.pull_heads(weights)
+        again_seeds = weights if seeds is None else weights * seeds
+        copies, of_entries, rows = backward.forward.pull_heads(again_seeds)
         here = backward.mask
         if here is not None:
             of_entries = {ref: jnp.where(here, e, 0) for ref, e in of_entries.items()}
@@ -321,7 +396,7 @@ def gradient(
                 ref: _sum(ref, c, again[0], again[1].get(ref))
                 for ref, c in backward.cotangents.items()
             }
-        mixed, _ = backward.pull_trunk(ends)
+        mixed, _ = backward.forward.pull_trunk(ends)
         found = {leaf: mixed[leaf] for leaf in leaves if leaf in plan.in_trunk}
     for leaf in leaves:
         tasks = plan.in_heads.get(leaf, [])
@@ -344,19 +419,25 @@ def _sum(
     """Cotangents of one value, weighted by the seeds, summed over the tasks."""
     parts = [copy[ref] for copy in of_copies if ref in copy]
     parts += [] if of_entry is None else [of_entry]
-    shape = [n for a, n in enumerate(stacked.shape) if a != _task_axis(stacked.ndim)]
+    shape = [n for a, n in enumerate(stacked.shape) if a != task_axis(stacked.ndim)]
     return functools.reduce(jnp.add, parts, jnp.zeros(shape, stacked.dtype))
 
 
 def combine(
-    plan: Plan, backward: Backward, rows: Rows, weights: Weights, leaves: Sequence[Leaf]
+    plan: Plan,
+    backward: Backward,
+    rows: Rows,
+    weights: Weights,
+    leaves: Sequence[Leaf],
+    sums: dict[Leaf, Axes],
 ) -> dict[Leaf, Array]:
-    """What :func:`gradient` returns, from what T passes left: without one more."""
+    """The result of :func:`gradient` from what T passes left, without one more."""
     mixed = {ref: _combine(delta, weights) for ref, delta in rows.deltas.items()}
     found: dict[Leaf, Array] = {}
     for leaf in leaves:
         if leaf in plan.factored or leaf in plan.biases:
-            found[leaf] = _pull_products(plan, backward.env, leaf, mixed)
+            local = _pull_products(plan, backward, leaf, mixed)
+            found[leaf] = placement.total(local, sums[leaf])
         elif leaf in rows.whole:
             found[leaf] = stack.combine(rows.whole[leaf], weights)
         elif rows.partial[leaf]:
@@ -365,8 +446,10 @@ def combine(
     return found
 
 
-def _pull_products(plan: Plan, env: Env, leaf: Leaf, mixed: dict[Ref, Array]) -> Array:
-    """``Σ_u X_uᵀ δ_u`` in the layout of the leaf, of cotangents ``[b, P, O]``.
+def _pull_products(
+    plan: Plan, backward: Backward, leaf: Leaf, mixed: dict[Ref, Array]
+) -> Array:
+    """``Σ_u X_uᵀ δ_u`` in the layout of the leaf, of cotangents of the products.
 
     Of a bias, for which X is a column of ones, their sums over the positions.
     """
@@ -374,21 +457,19 @@ def _pull_products(plan: Plan, env: Env, leaf: Leaf, mixed: dict[Ref, Array]) ->
     uses, _, bias = plan.factored[plan.biases.get(leaf, leaf)]
 
     def products(value):
-        seen = {**env, **_views(plan, {leaf: value})}
+        seen = {**backward.forward.env, **_views(plan, {leaf: value})}
         if bias is None or bias.leaf != leaf:
-            made = [apply(use.op, [seen[ref] for ref in use.op.ins])[0] for use in uses]
-        else:
-            for op in bias.spreads:
-                run(op, seen)
-            shapes = [avals[use.op.outs[0]].shape for use in uses]
-            rows = zip(bias.terms, bias.orders, shapes, strict=True)
-            made = [_row(seen[ref], order, shape) for ref, order, shape in rows]
-        return [use.cotangent(y) for use, y in zip(uses, made, strict=True)]
+            return [apply(use.op, [seen[ref] for ref in use.op.ins])[0] for use in uses]
+        for op in bias.spreads:
+            run(op, seen)
+        shapes = [avals[use.op.outs[0]].shape for use in uses]
+        rows = zip(bias.terms, bias.orders, shapes, strict=True)
+        return [_row(seen[ref], order, shape) for ref, order, shape in rows]
 
-    aval = avals[plan.program.leaves[leaf]]
-    pull = jax.linear_transpose(products, jax.ShapeDtypeStruct(*aval))
-    ends = [mixed[use.op.outs[0]] for use in uses]
-    (gradient,) = sweep(pull, ends)(ends)
+    # At the leaf itself, so that the result has its varying axes and its sharding. The
+    # products are linear in it, and their values are dead code.
+    _, pull, _ = pullback(products, backward.leaves[leaf], backward=backward.forward.mode)
+    (gradient,) = pull([mixed[use.op.outs[0]] for use in uses])
     return gradient
 
 

@@ -24,8 +24,13 @@ def _listing(paths: Sequence[str]) -> str:
     return ", ".join(paths[:_SHOWN]) + more
 
 
-def label_params(params: Params, *, own: str | Sequence[str]) -> Any:
-    """Labels every parameter ``"shared"`` or ``"own"`` by its path.
+def label_params(
+    params: Params,
+    *,
+    own: str | Sequence[str] | None = None,
+    frozen: str | Sequence[str] | None = None,
+) -> Any:
+    """Labels every parameter ``"shared"``, ``"own"`` or ``"frozen"`` by its path.
 
     Args:
       params: The parameters, any pytree.
@@ -33,20 +38,21 @@ def label_params(params: Params, *, own: str | Sequence[str]) -> Any:
         (``"heads"``, ``"params/head_a"``) or a glob (``"*/decoder_*/*"``), or
         several of them. Paths are written with slashes, as
         ``trunk/dense/kernel``. All other parameters are shared.
+      frozen: Paths of the parameters that are not trained, in the same form. A
+        parameter that both match is frozen.
 
     Returns:
       A tree of strings of the structure of ``params``, for the ``labels`` of
       :func:`value_and_balanced_grad` and for ``optax.partition``.
 
     Raises:
-      ValueError: If a pattern matches no parameter, or nothing is left to share.
+      ValueError: If a pattern matches no parameter, or no parameter remains shared.
 
     Examples:
       >>> params = {"trunk": {"w": 1.0}, "heads": {"a": 2.0, "b": 3.0}}
       >>> label_params(params, own="heads")
       {'heads': {'a': 'own', 'b': 'own'}, 'trunk': {'w': 'shared'}}
     """
-    patterns = [own] if isinstance(own, str) else list(own)
     paths = _paths(params)
 
     def matches(path, pattern):
@@ -57,22 +63,27 @@ def label_params(params: Params, *, own: str | Sequence[str]) -> Any:
             or fnmatch.fnmatchcase(path, pattern)
         )
 
-    for pattern in patterns:
-        if not any(matches(path, pattern) for path in paths):
-            raise ValueError(
-                f"label_params: own={pattern!r} matches no parameter; the paths are "
-                f"{_listing(paths)}."
-            )
+    patterns: dict[str, list[str]] = {}
+    for label, given in (("frozen", frozen), ("own", own)):
+        patterns[label] = [given] if isinstance(given, str) else list(given or ())
+        for pattern in patterns[label]:
+            if not any(matches(path, pattern) for path in paths):
+                raise ValueError(
+                    f"label_params: {label}={pattern!r} matches no parameter; the "
+                    f"paths are {_listing(paths)}."
+                )
 
     def label(path, _):
         name = stack.path_name(path)
-        return "own" if any(matches(name, p) for p in patterns) else "shared"
+        found = (k for k, ps in patterns.items() if any(matches(name, p) for p in ps))
+        return next(found, "shared")
 
     labels = jax.tree_util.tree_map_with_path(label, params)
     if "shared" not in jax.tree.leaves(labels):
         raise ValueError(
-            f"label_params: own={own!r} matches every parameter; nothing is shared, "
-            "so there is nothing to balance."
+            f"label_params: own={own!r}"
+            + (f" and frozen={frozen!r} match" if frozen else " matches")
+            + " every parameter; nothing is shared, so there is nothing to balance."
         )
     return labels
 
@@ -81,12 +92,11 @@ def resolve_labels(labels: Any, params: Params) -> list[Any]:
     """One label per leaf of ``params``, from a tree, a prefix tree or a predicate.
 
     Raises:
-      ValueError: Naming the path with a label that is neither "shared" nor "own",
-        or saying which of the two labels marks nothing.
+      ValueError: If a label is unknown, no parameter is shared, or every parameter is.
     """
     if isinstance(labels, str):
         raise ValueError(
-            f"labels={labels!r} is a string; pass a tree of 'shared'/'own', a function "
+            f"labels={labels!r} is a string; pass a tree of labels, a function "
             "of the path, or mtljax.label_params(params, own=...)."
         )
     if callable(labels):
@@ -106,22 +116,25 @@ def resolve_labels(labels: Any, params: Params) -> list[Any]:
         if label not in get_args(Label):
             raise ValueError(
                 f"labels: parameter {path!r} is labelled {label!r}; "
-                "it must be 'shared' or 'own'."
+                "it must be 'shared', 'own' or 'frozen'."
             )
-    for label in get_args(Label):
-        if label not in flat:
-            raise ValueError(
-                f"labels mark no parameter as {label!r}; the paths are "
-                f"{_listing(_paths(params))}."
-                + (" Leave labels out if all are shared." if label == "own" else "")
-            )
+    if "shared" not in flat:
+        raise ValueError(
+            "labels mark no parameter as 'shared'; the paths are "
+            f"{_listing(_paths(params))}."
+        )
+    if not {"own", "frozen"} & set(flat):
+        raise ValueError(
+            "labels mark no parameter as 'own' or 'frozen'; the paths are "
+            f"{_listing(_paths(params))}. Leave labels out if all are shared."
+        )
     return flat
 
 
 def shared_params(params: Params, labels: Any) -> Params:
-    """The parameters with every own leaf replaced by ``optax.MaskedNode()``.
+    """Returns the parameters with ``optax.MaskedNode()`` for all but shared leaves.
 
-    What a balancer sees when ``labels`` are given: initialise one whose state is
+    A balancer sees this tree when ``labels`` are given: initialise one whose state is
     shaped like the gradients with ``balancer.init(shared_params(params, labels))``.
 
     Examples:
@@ -155,7 +168,7 @@ def check_labels(
     flat = resolve_labels(labels, params)
     leaves = jax.tree_util.tree_leaves_with_path(rows)
     for (path, row), label in zip(leaves, flat, strict=True):
-        touched = jnp.abs(row).reshape(row.shape[0], -1).max(1) > 0
+        touched = jnp.abs(row).max(axis=tuple(range(1, row.ndim))) > 0
         tasks = jnp.flatnonzero(touched).tolist()
         if label == "own" and len(tasks) > 1:
             raise ValueError(

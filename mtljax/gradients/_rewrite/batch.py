@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from mtljax.gradients._engine._program import Op, apply, flatten, needed
-from mtljax.gradients._engine._stages import ELEMENTWISE
+from mtljax.gradients._primitives import DOT, ELEMENTWISE, RESHAPE, TRANSPOSE
+from mtljax.gradients._program import Op, apply, flatten, needed
 
 
 class Value(NamedTuple):
@@ -63,15 +63,15 @@ def _run(op: Op, values: list[Value]) -> list[Value]:
         return [Value(x, None) for x in apply(op, [value.array for value in values])]
     axis = axes[batched[0]]
     assert axis is not None
-    if op.name in ELEMENTWISE and len(op.outs) == 1 and _same_shapes(op, values):
+    if op.primitive in ELEMENTWISE and len(op.outs) == 1 and _same_shapes(op, values):
         shape = values[batched[0]].array.shape
         arrays = [_beside(value, axis, shape) for value in values]
         return [Value(apply(op, arrays)[0], axis)]
-    if op.name == "dot_general" and len(batched) == 1:
+    if op.primitive in DOT and len(batched) == 1:
         return [_dot(op, values, batched[0])]
-    if op.name == "transpose":
+    if op.primitive in TRANSPOSE:
         return [_transpose(op, values[0])]
-    if op.name == "reshape" and op.params.get("dimensions") is None:
+    if op.primitive in RESHAPE and op.params.get("dimensions") is None:
         place = _kept_apart(op, axis)
         if place is not None:
             return [_reshape(op, values[0], place)]

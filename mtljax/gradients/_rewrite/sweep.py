@@ -1,20 +1,18 @@
-"""A backward pass, rewritten where XLA leaves it as it is.
+"""A backward pass, rewritten for XLA:CPU.
 
-``jax.vjp`` transposes a program operation by operation. Three things follow:
+``jax.vjp`` transposes a program operation by operation. Three consequences are removed:
 
-- The cotangent of a mean over positions is the same at all of them, and is yet passed
-  on in full, through every product before the mean. Here a value has size 1 along the
-  axes on which it is constant, until an operation needs all of it: the product is made
-  once, and a gradient ``Σ_p x_p δᵀ`` is ``(Σ_p x_p) δᵀ``.
+- The cotangent of a mean over positions is equal at all of them, and is yet passed on
+  in full, through every product before the mean. Here a value has size 1 along the
+  axes on which it is constant, until an operation needs all of it: the product is
+  computed once, and a gradient ``Σ_p x_p δᵀ`` is ``(Σ_p x_p) δᵀ``.
 - The gradient of a matrix contracts all axes of positions at once, for which XLA:CPU
-  first transposes the cotangents. Joined to one axis, they are read as they lie.
-- What does not depend on the cotangent, such as a kernel turned round, is computed in
-  every pass. Here it is computed once for all.
+  first transposes the cotangents. Joined to one axis, they are read in their order.
+- A value that does not depend on the cotangent, such as a flipped kernel, is computed
+  in every pass. Here it is computed once for all passes.
 
-On a CPU, convolutions and max pooling also take other forms (``_cpu``), and a cotangent
-that is a result and goes on through a product is made once (``_settle``).
-
-The result is that of ``jax.vjp`` up to rounding.
+Convolutions and max pooling also take other forms (``cpu``). The result is that of
+``jax.vjp`` up to rounding.
 """
 
 import math
@@ -25,29 +23,35 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from mtljax.gradients._engine._cpu import Rewrite, rewrite
-from mtljax.gradients._engine._passes import CONVOLUTION, Body
-from mtljax.gradients._engine._program import (
+from mtljax.gradients._primitives import (
+    BROADCAST,
+    CONVOLUTION,
+    DOT,
+    ELEMENTWISE,
+    REDUCE_SUM,
+    REMAT,
+    SQUEEZE,
+    TRANSPOSE,
+    understood,
+)
+from mtljax.gradients._program import (
     Flat,
     Op,
     Ref,
     apply,
     bind,
     flatten,
-    is_float,
     needed,
     run,
     scope,
 )
-from mtljax.gradients._engine._settle import settle
-from mtljax.gradients._engine._stages import ELEMENTWISE
+from mtljax.gradients._rewrite.cpu import Rewrite, rewrite
+from mtljax.gradients.passes import Body
 
 Shape = tuple[int, ...]
 
-_RESHAPES = {"reshape", "transpose", "squeeze", "expand_dims"}
 
-
-class Thin(NamedTuple):
+class Constant(NamedTuple):
     """A value with size 1 along axes on which it is known to be constant."""
 
     array: Array
@@ -60,21 +64,20 @@ class Thin(NamedTuple):
         return [axis for axis, (here, full) in pairs if here != full]
 
 
-class Sweep(NamedTuple):
+class Rewritten(NamedTuple):
     """What maps cotangents to gradients, traced once and run any number of times."""
 
     program: Flat
     results: Any  # a tree of the values of the program that are results
     known: dict[Any, Any]  # values that are the same in every run
     rewrites: dict[tuple[Ref, ...], Rewrite]  # other forms, by what they give
-    settled: set[Ref]  # values that are to be in memory, once
 
     @property
     def body(self) -> Body:
         """What a run consists of."""
         ops, avals = self.program.ops, self.program.avals
         sizes = [math.prod(avals[ref].shape) for op in ops for ref in op.outs]
-        convolves = any(op.name == CONVOLUTION for op in ops)
+        convolves = any(op.primitive in CONVOLUTION for op in ops)
         return Body(max(sizes, default=1), convolves, len(ops))
 
     def __call__(
@@ -84,14 +87,9 @@ class Sweep(NamedTuple):
         program, results = self.program, part(self.results)
         env: dict[Any, Any] = {**self.known}
         env |= dict(zip(program.inputs, jax.tree.leaves(cotangent), strict=True))
-        self._settle(program.inputs, env)
         for op in needed(program.ops, jax.tree.leaves(results)):
             self._run(op, env)
-            self._settle(op.outs, env)
         return jax.tree.map(lambda ref: _full(env, ref, program), results)
-
-    def _settle(self, refs: Iterable[Ref], env: dict[Any, Any]) -> None:
-        env |= {ref: settle(env[ref]) for ref in self.settled.intersection(refs)}
 
     def _run(self, op: Op, env: dict[Any, Any]) -> None:
         """Adds the results of one operation, constant axes with size 1 if possible."""
@@ -106,11 +104,11 @@ class Sweep(NamedTuple):
                 ]
                 env[op.outs[0]] = other.finish(op, values)
             return
-        rule = _RULES.get(op.name, _elementwise if op.name in ELEMENTWISE else None)
+        rule = _rule(op)
         void = any(program.avals[ref].dtype == jax.dtypes.float0 for ref in op.ins)
         if rule and not void and not _placed(op):
             values = [
-                Thin(jnp.asarray(env[ref]), program.avals[ref].shape) for ref in op.ins
+                Constant(jnp.asarray(env[ref]), program.avals[ref].shape) for ref in op.ins
             ]
             with scope(op):
                 out = rule(op, values)
@@ -121,17 +119,17 @@ class Sweep(NamedTuple):
         env.update(zip(op.outs, apply(op, full), strict=True))
 
 
-def sweep(pull: Callable[[Any], Any], cotangent: Any, runs: int = 1) -> Sweep:
-    """``pull``, the function that ``jax.vjp`` returns, as a :class:`Sweep`.
+def rewritten(pull: Callable[[Any], Any], cotangent: Any, runs: int = 1) -> Rewritten:
+    """Rewrites ``pull``, the function that ``jax.vjp`` returns.
 
     Args:
       pull: A linear function of a tree like ``cotangent``.
       cotangent: Arrays, or anything with their shapes and dtypes.
-      runs: How often it will run, as far as one knows.
+      runs: An estimate of the number of passes.
     """
     closed, shapes = jax.make_jaxpr(pull, return_shape=True)(cotangent)
     # Recomputation that is inlined would be shared with the forward pass.
-    program = flatten(closed, keep=("checkpoint", "remat2"))
+    program = flatten(closed, keep=REMAT)
     results = jax.tree.unflatten(jax.tree.structure(shapes), program.outputs)
     known: dict[Any, Any] = {**program.constants}
     ops, rewrites = [], {}
@@ -151,34 +149,14 @@ def sweep(pull: Callable[[Any], Any], cotangent: Any, runs: int = 1) -> Sweep:
                     value = jnp.asarray(known[ref])
                     known[op.outs, place] = other.prepare(op, place, value)
     program = program._replace(ops=ops)
-    return Sweep(program, results, known, rewrites, _to_settle(program))
-
-
-def _to_settle(program: Flat) -> set[Ref]:
-    """Results that a product reads too, maybe in another shape.
-
-    Those made entry by entry, or given; a product writes its own only once.
-    """
-    multiplied: set[Ref] = set()
-    results = set(program.outputs)
-    made = set(program.inputs)
-    for op in reversed(program.ops):
-        if op.name == "dot_general":
-            multiplied.update(op.ins)
-        elif op.name in _RESHAPES:
-            multiplied.update(op.ins if multiplied.intersection(op.outs) else ())
-            results.update(op.ins if results.intersection(op.outs) else ())
-        elif op.name in ELEMENTWISE:
-            made.update(op.outs)
-    found = made & multiplied & results
-    return {ref for ref in found if is_float(program.avals[ref].dtype)}
+    return Rewritten(program, results, known, rewrites)
 
 
 def _is_known(op: Op, known: dict[Any, Any], program: Flat) -> bool:
     """Whether one run for all is enough, and leaves no more than there was before.
 
     XLA keeps most of these inside of a loop over the passes: kernels of convolutions
-    would be turned round in each of them.
+    would be flipped in each of them.
     """
 
     def entries(refs):
@@ -200,7 +178,7 @@ def _full(env: dict[Any, Any], ref: Ref, program: Flat) -> Any:
     return value if jnp.shape(value) == shape else jnp.broadcast_to(value, shape)
 
 
-def _elementwise(op: Op, values: list[Thin]) -> Array | None:
+def _elementwise(op: Op, values: list[Constant]) -> Array | None:
     """Constant where all operands are."""
     if len(op.outs) > 1:
         return None
@@ -209,7 +187,7 @@ def _elementwise(op: Op, values: list[Thin]) -> Array | None:
     return bind(op, [jnp.broadcast_to(x, shape) if x.ndim else x for x in arrays])[0]
 
 
-def _broadcast(op: Op, values: list[Thin]) -> Array | None:
+def _broadcast(op: Op, values: list[Constant]) -> Array | None:
     """Nothing is repeated yet."""
     if len(values) > 1:  # a size that is known at run time only
         return None
@@ -220,15 +198,15 @@ def _broadcast(op: Op, values: list[Thin]) -> Array | None:
     return array.reshape(sizes)
 
 
-def _transpose(op: Op, values: list[Thin]) -> Array:
+def _transpose(op: Op, values: list[Constant]) -> Array:
     return values[0].array.transpose(op.params["permutation"])
 
 
-def _squeeze(op: Op, values: list[Thin]) -> Array:
+def _squeeze(op: Op, values: list[Constant]) -> Array:
     return values[0].array.squeeze(op.params["dimensions"])
 
 
-def _reduce_sum(op: Op, values: list[Thin]) -> Array:
+def _reduce_sum(op: Op, values: list[Constant]) -> Array:
     """A sum of equal entries is a multiple."""
     (value,), axes = values, op.params["axes"]
     times = math.prod(value.shape[axis] for axis in value.constant if axis in axes)
@@ -239,7 +217,7 @@ def _times(array: Array, number: int) -> Array:
     return array if number == 1 else array * jnp.asarray(number, array.dtype)
 
 
-def _dot_general(op: Op, values: list[Thin]) -> Array:
+def _dot_general(op: Op, values: list[Constant]) -> Array:
     """Constant operands leave the sum, and contracted neighbours are one axis."""
     arrays, params = [value.array for value in values], op.params
     contract, batches = params["dimension_numbers"]
@@ -289,10 +267,21 @@ def _joined(
     return made, (first, second)
 
 
-_RULES: dict[str, Callable[..., Array | None]] = {
-    "broadcast_in_dim": _broadcast,
-    "transpose": _transpose,
-    "squeeze": _squeeze,
-    "reduce_sum": _reduce_sum,
-    "dot_general": _dot_general,
-}
+# A rule, and the parameters of the operation that it has understood.
+_RULES: tuple[tuple[frozenset[Any], Callable[..., Array | None], tuple[str, ...]], ...]
+_RULES = (
+    (BROADCAST, _broadcast, ("shape", "broadcast_dimensions")),
+    (TRANSPOSE, _transpose, ("permutation",)),
+    (SQUEEZE, _squeeze, ("dimensions",)),
+    (REDUCE_SUM, _reduce_sum, ("axes",)),
+    (DOT, _dot_general, ("dimension_numbers", "precision", "preferred_element_type")),
+)
+
+
+def _rule(op: Op) -> Callable[..., Array | None] | None:
+    if op.primitive in ELEMENTWISE:
+        return _elementwise
+    for primitives, rule, keys in _RULES:
+        if op.primitive in primitives:
+            return rule if understood(op.params, keys) else None
+    return None

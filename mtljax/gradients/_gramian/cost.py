@@ -10,16 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from mtljax.gradients._engine._passes import (
-    CONVOLUTION,
-    Body,
-    Passes,
-    batched,
-    few,
-    loops_sooner,
-)
-from mtljax.gradients._engine._plan import Plan, forming, not_forming
-from mtljax.gradients._engine._program import Op
+from mtljax.gradients._gramian.plan import Plan, forming, not_forming
+from mtljax.gradients._primitives import CONVOLUTION, DOT, bodies
+from mtljax.gradients._program import Op
+from mtljax.gradients.passes import Body, Passes, batched, few, loops_sooner
 
 # Multiplications made in the time in which one entry of an array is read and written.
 _PER_ENTRY = 16
@@ -44,27 +38,20 @@ class Work(NamedTuple):
 
 def forward_work(eqn: Any) -> int:
     """Multiplications of an equation, those of its bodies included."""
-    name, params = eqn.primitive.name, eqn.params
+    primitive, params = eqn.primitive, eqn.params
     size = sum(math.prod(getattr(v.aval, "shape", ())) for v in eqn.outvars)
-    if name == "dot_general":
+    if primitive in DOT:
         shape = eqn.invars[0].aval.shape
         return size * math.prod(shape[a] for a in params["dimension_numbers"][0][0])
-    if name == CONVOLUTION:
+    if primitive in CONVOLUTION:
         kernel = eqn.invars[1].aval.shape
         features = kernel[params["dimension_numbers"].rhs_spec[0]]
         return size * math.prod(kernel) // max(features, 1)
-    bodies = [body for value in params.values() for body in _bodies(value)]
-    if bodies:
-        once = sum(forward_work(inner) for body in bodies for inner in body.eqns)
+    inside = bodies(params)
+    if inside:
+        once = sum(forward_work(inner) for body in inside for inner in body.eqns)
         return once * params.get("length", 1)
     return size * _PER_ENTRY
-
-
-def _bodies(value: Any) -> list[Any]:
-    if isinstance(value, tuple | list):
-        return [body for part in value for body in _bodies(part)]
-    value = getattr(value, "jaxpr", value)
-    return [value] if hasattr(value, "eqns") else []
 
 
 def backward_work(plan: Plan, ops: list[Op]) -> Work:
@@ -73,7 +60,7 @@ def backward_work(plan: Plan, ops: list[Op]) -> Work:
     total = {"activations": 0, "shared": 0, "own": 0}
     for op in ops:
         once = forward_work(op.eqn)
-        if op.name not in ("dot_general", CONVOLUTION):
+        if op.primitive not in DOT | CONVOLUTION:
             total["activations"] += once
             continue
         for ref in op.ins:
@@ -170,14 +157,14 @@ def combining_pays(plan: Plan) -> bool:
 
 def cheap_heads(plan: Plan) -> bool:
     """Whether a second pass through the heads is less than to mix what they gave."""
-    ends = {*plan.stages.handed, *plan.stages.entries}
+    ends = {*plan.stages.outputs, *plan.stages.entries}
     entries = sum(math.prod(plan.program.avals[ref].shape) for ref in ends)
     heads = backward_work(plan, plan.stages.once)
     return heads.total < plan.num_tasks * entries * _PER_ENTRY
 
 
 def _convolves(plan: Plan) -> bool:
-    return any(op.name == CONVOLUTION for op in plan.stages.trunk)
+    return any(op.primitive in CONVOLUTION for op in plan.stages.trunk)
 
 
 def passes(plan: Plan, *, stacked: bool) -> Passes:

@@ -1,0 +1,429 @@
+"""The Gramian of the task gradients, with or without the gradients."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from mtljax import placement, stack
+from mtljax.balancer import check_choice
+from mtljax.gradients._gramian import evaluate
+from mtljax.gradients._gramian.cost import cheap_heads, combining_pays, pays
+from mtljax.gradients._gramian.cost import passes as default_passes
+from mtljax.gradients._gramian.plan import Plan, common_plan, plan
+from mtljax.gradients._primitives import CUSTOM_VJP, bodies
+from mtljax.gradients._program import Program, is_float, trace
+from mtljax.gradients.linearized import (
+    AxisName,
+    Leaves,
+    Linearized,
+    Options,
+    Region,
+    Strategy,
+    checked_losses,
+    linearize,
+    make_options,
+    make_region,
+    split_leaves,
+)
+from mtljax.gradients.passes import Passes
+from mtljax.gradients.task_grads import map_tasks, task_rows
+from mtljax.placement import Backward
+from mtljax.types import Gramian, Losses, Params, Weights
+
+GramianEngine: TypeAlias = Literal["auto", "stacked", "gramian"]
+
+
+class Uses(NamedTuple):
+    """A planned ``task_losses``: what can be decided before anything is computed."""
+
+    plan: Plan
+    leaves: Leaves
+
+
+def find_uses(
+    function: Callable[[Params], Any], params: Params, options: Options
+) -> Uses:
+    """Traces ``function`` and plans its Gramian.
+
+    Raises:
+      ValueError: If a parameter is not a real floating-point array.
+    """
+    leaves = split_leaves(params, options.labels)
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    for (path, leaf), mark in zip(paths, leaves.marks, strict=True):
+        if mark != "frozen" and not is_float(jnp.result_type(leaf)):
+            raise ValueError(
+                f"parameter {stack.path_name(path)!r} has dtype "
+                f"{jnp.result_type(leaf)}; only real floating-point leaves can be "
+                "balanced."
+            )
+    # Frozen leaves are constants of the program.
+    trained = [i for i, mark in enumerate(leaves.marks) if mark != "frozen"]
+    values = placement.cast([leaves.values[i] for i in trained], options.axes)
+
+    def of_trained(trained_values):
+        full = list(leaves.values)
+        for i, value in zip(trained, trained_values, strict=True):
+            full[i] = value
+        out = function(jax.tree.unflatten(leaves.treedef, full))
+        return checked_losses(out, options.has_aux)
+
+    program = trace(of_trained, values)
+    (num_tasks,) = program.avals[program.losses].shape
+    shared = [k for k, i in enumerate(trained) if leaves.marks[i] == "shared"]
+    made = plan(program, num_tasks, shared, options.axes)
+    return Uses(made, leaves)
+
+
+class LinearizedUses(NamedTuple):
+    """The forward pass, with the members of ``Linearized`` and the Gramian."""
+
+    uses: Uses
+    region: Region
+    backward: evaluate.Backward
+    options: Options
+
+    @property
+    def leaves(self) -> Leaves:
+        """The parameters."""
+        return self.uses.leaves
+
+    @property
+    def losses(self) -> Losses:
+        """The T losses."""
+        return self.region.losses
+
+    @property
+    def aux(self) -> Any:
+        """The auxiliary output of ``task_losses``."""
+        return self.uses.plan.program.restore_aux(self.backward.aux)
+
+    def rows(self, passes: Passes) -> evaluate.Rows:
+        """The T gradients, formed as far as they need to be."""
+        rewrites = placement.rewrites(self.options.backward, self._types())
+
+        def run(pull, cotangents, in_axes, out_axes):
+            if passes.strategy == "vmap" and rewrites:
+                from mtljax.gradients._rewrite.batch import batch
+
+                return batch(pull, cotangents, in_axes, out_axes)
+            axes = {"in_axes": in_axes, "out_axes": out_axes}
+            return map_tasks(pull, cotangents, passes, **axes)
+
+        return evaluate.gather(self.uses.plan, self.backward, run, self._sums("shared"))
+
+    def gramian(self, rows: evaluate.Rows) -> Gramian:
+        """Inner products of the gradients of the shared leaves."""
+        products = evaluate.products(
+            self.uses.plan, self.backward.leaves, rows, rows, self.options.axes
+        )
+        # Rounding differs across the diagonal, and solvers rely on symmetry.
+        return (products + products.T) / 2
+
+    def shared(self, weights: Weights, rows: evaluate.Rows) -> list[Any]:
+        """``Σ_t weights[t] g_t`` of the shared leaves."""
+        made = self.uses.plan
+        if not combining_pays(made):
+            return self._gradient("shared", weights)
+        numbers = self._numbers("shared")
+        found = evaluate.combine(
+            made, self.backward, rows, weights, numbers, self._sums("shared")
+        )
+        return self._filled(found, numbers)
+
+    def own(self, weights: Weights) -> list[Any]:
+        """The same of own leaves."""
+        return self._gradient("own", weights) if self.leaves.numbers("own") else []
+
+    def _types(self) -> Any:
+        return list(self.uses.plan.program.avals.values())
+
+    def _numbers(self, label: str) -> list[int]:
+        """Leaves of the program with a label; frozen ones are no leaves of it."""
+        marks = [mark for mark in self.leaves.marks if mark != "frozen"]
+        return [i for i, mark in enumerate(marks) if mark == label]
+
+    def _sums(self, label: str) -> dict[int, Any]:
+        """The axes over which the gradient of each leaf is summed."""
+        values = zip(self._numbers(label), self.leaves.of(label), strict=True)
+        return {number: self.region.sums(value) for number, value in values}
+
+    def _gradient(self, label: str, weights: Weights) -> list[Any]:
+        numbers, made = self._numbers(label), self.uses.plan
+        seeds, sums = self.region.seeds, self._sums(label)
+        found = evaluate.gradient(
+            made,
+            self.backward,
+            weights,
+            numbers,
+            seeds=seeds,
+            heads_again=cheap_heads(made),
+        )
+        found = {i: placement.total(g, sums[i]) for i, g in found.items()}
+        return self._filled(found, numbers)
+
+    def _filled(self, found: dict[int, Any], numbers: list[int]) -> list[Any]:
+        """Zeros for leaves that no loss reads."""
+        leaves = self.backward.leaves
+        return [found[i] if i in found else jnp.zeros_like(leaves[i]) for i in numbers]
+
+
+def linearize_uses(
+    uses: Uses, options: Options, *, mask: Any = None, name: str
+) -> LinearizedUses:
+    """One forward pass, and one backward pass through the heads."""
+    values = [
+        jnp.asarray(value)
+        for value, mark in zip(uses.leaves.values, uses.leaves.marks, strict=True)
+        if mark != "frozen"
+    ]
+    values = placement.cast(values, options.axes)
+    local, after = evaluate.forward(uses.plan, values, options.backward)
+    region = make_region(local, mask, options, name)
+    backward = evaluate.through_heads(after, region.seeds)
+    if region.local_mask is not None:
+        backward = evaluate.select(backward, region.local_mask)
+    return LinearizedUses(uses, region, backward, options)
+
+
+def task_gramian(
+    task_losses: Callable[..., Any],
+    *,
+    has_aux: bool = False,
+    labels: Any = None,
+    engine: GramianEngine = "auto",
+    strategy: Strategy | int = "auto",
+    axis_name: AxisName = None,
+    backward: Backward = "auto",
+) -> Callable[..., Any]:
+    """Computes the losses and the Gramian of their gradients.
+
+    Args:
+      task_losses: As for :func:`value_and_task_grads`.
+      has_aux: ``task_losses`` returns ``(losses, aux)``.
+      labels: Restricts the Gramian to the shared parameters.
+      engine: ``"stacked"`` forms the T gradients, ``"gramian"`` only those that are
+        less expensive to form, ``"auto"`` chooses; see
+        :func:`value_and_balanced_grad`.
+      strategy: How the T backward passes run.
+      axis_name: As for :func:`value_and_task_grads`.
+      backward: As for :func:`value_and_task_grads`.
+
+    Returns:
+      A function of ``(params, *args)`` that returns ``(losses[T], gramian[T, T])``, or
+      ``((losses, aux), gramian)``. Cost: one forward and T backward passes.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> losses, gramian = task_gramian(lambda p: jnp.array([2.0, -1.0]) * p)(3.0)
+      >>> gramian.tolist()
+      [[4.0, -2.0], [-2.0, 1.0]]
+    """
+    name = "task_gramian"
+    check_choice(name, "engine", engine, GramianEngine)
+    options = make_options(
+        name,
+        has_aux=has_aux,
+        labels=labels,
+        strategy=strategy,
+        backward=backward,
+        axis_name=axis_name,
+    )
+
+    def function(params, *args, mask=None, **kwargs):
+        def losses_of(p):
+            return task_losses(p, *args, **kwargs)
+
+        uses, passes = choose(engine, losses_of, params, options)
+        if uses is None:
+            found = linearize(losses_of, params, options, mask=mask, name=name)
+            rows = task_rows(found, passes)
+            stack.check(rows, found.losses.shape[0], name)
+            gramian = found.gramian(rows)
+        else:
+            found = linearize_uses(uses, options, mask=mask, name=name)
+            gramian = found.gramian(found.rows(passes))
+        return ((found.losses, found.aux) if has_aux else found.losses), gramian
+
+    return function
+
+
+class Choice(NamedTuple):
+    """An engine and how its passes run."""
+
+    uses: Uses | None  # None: stack the gradients
+    passes: Passes
+
+
+def choose(
+    engine: str, function: Callable[[Params], Any], params: Params, options: Options
+) -> Choice:
+    """Resolves ``engine="auto"`` and ``strategy="auto"`` from the shapes."""
+    asked = options.passes
+
+    def passes(uses, stacked):
+        if asked.strategy != "auto":
+            return asked
+        return default_passes(uses.plan, stacked=stacked)
+
+    if engine == "stacked":
+        return Choice(None, asked)
+    if engine == "gramian":
+        uses = find_uses(function, params, options)
+        rule = _nonlinear_rule(uses.plan.program, function, params, options)
+        if rule is not None:
+            raise ValueError(
+                f"engine='gramian' needs backward passes that are linear in the "
+                f"cotangent, but the custom_vjp rule of {rule} is not; use "
+                "engine='stacked'."
+            )
+        return Choice(uses, passes(uses, stacked=False))
+    leaves = split_leaves(params, options.labels)
+    trained = leaves.of("shared") + leaves.of("own")
+    if not all(is_float(jnp.result_type(leaf)) for leaf in trained):
+        return Choice(None, asked)
+    try:
+        uses = find_uses(function, params, options)
+    except jax.errors.JAXTypeError:
+        # Outside of jit a function may look at the values of its parameters.
+        return Choice(None, asked)
+    # jax.checkpoint asks for less memory, which inlining does not give.
+    if uses.plan.program.rematerialises or not pays(uses.plan):
+        return Choice(None, passes(uses, stacked=True))
+    if _nonlinear_rule(uses.plan.program, function, params, options) is not None:
+        return Choice(None, passes(uses, stacked=True))
+    return Choice(uses, passes(uses, stacked=False))
+
+
+def _nonlinear_rule(
+    program: Program,
+    function: Callable[[Params], Any],
+    params: Params,
+    options: Options,
+) -> str | None:
+    """The function with a ``custom_vjp`` whose rule is not linear in the cotangent.
+
+    Clipping or rounding a cotangent makes the sum of two backward passes differ from
+    the pass of the sum. Rules are only checked if there is one.
+    """
+    rules = [eqn for op in program.ops for eqn in _custom_rules(op.eqn)]
+    if not rules:
+        return None
+    found = jax.eval_shape(
+        lambda p: linearize(function, p, options._replace(backward="jax")).losses,
+        params,
+    )
+
+    def transposed(p, cotangent):
+        lin = linearize(function, p, options._replace(backward="jax"))
+        seed = placement.like(cotangent, lin.region.local)
+        (back,) = jax.linear_transpose(lin.pull, seed)(lin.pull(seed))
+        return back
+
+    try:
+        jax.eval_shape(transposed, params, found)
+    except NotImplementedError:
+        return str(rules[0].params.get("name", "a function"))
+    return None
+
+
+def _custom_rules(eqn: Any) -> list[Any]:
+    if eqn.primitive in CUSTOM_VJP:
+        return [eqn]
+    return [
+        rule
+        for body in bodies(eqn.params)
+        for inner in body.eqns
+        for rule in _custom_rules(inner)
+    ]
+
+
+def cross_task_gramian(
+    task_losses: Callable[..., Any],
+    *,
+    labels: Any = None,
+    engine: GramianEngine = "auto",
+    strategy: Strategy | int = "auto",
+    axis_name: AxisName = None,
+    backward: Backward = "auto",
+) -> Callable[..., Any]:
+    """Computes ``J₁ J₂ᵀ``, inner products of the task gradients of two batches.
+
+    The side input ``cross_gramian`` of ``moco``, ``modo`` and ``sdmgrad``, whose
+    expectation is free of the noise that a Gramian of one batch has on its diagonal.
+    For a product the entries are ``<δ_s, (x x'ᵀ) δ'_t>``, as in :func:`task_gramian`.
+
+    Args:
+      task_losses: As for :func:`value_and_task_grads`, without auxiliary output.
+      labels: Restricts the products to the shared parameters.
+      engine: As for :func:`task_gramian`.
+      strategy: How the 2 T backward passes run.
+      axis_name: As for :func:`value_and_task_grads`.
+      backward: As for :func:`value_and_task_grads`.
+
+    Returns:
+      A function of ``(params, first, second)``, with a tuple of the further arguments
+      of ``task_losses`` for each batch, that returns ``(losses[T], losses[T],
+      cross[T, T])``; rows belong to the first batch. Cost: two forward and 2 T
+      backward passes.
+
+    Raises:
+      ValueError: If the two batches give different numbers of losses.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> def task_losses(p, x):
+      ...     return jnp.stack([p @ x, 2 * p @ x])
+      >>> cross = cross_task_gramian(task_losses)
+      >>> p, x, y = jnp.zeros(2), jnp.array([1.0, 0.0]), jnp.array([3.0, 5.0])
+      >>> cross(p, (x,), (y,))[2].tolist()
+      [[3.0, 6.0], [6.0, 12.0]]
+    """
+    name = "cross_task_gramian"
+    check_choice(name, "engine", engine, GramianEngine)
+    options = make_options(
+        name,
+        labels=labels,
+        strategy=strategy,
+        backward=backward,
+        axis_name=axis_name,
+    )
+
+    def function(params, first, second):
+        calls = [lambda p, args=args: task_losses(p, *args) for args in (first, second)]
+        choices = [choose(engine, call, params, options) for call in calls]
+        left, right = (choice.uses for choice in choices)
+        if left is None or right is None:
+            found = [linearize(call, params, options, name=name) for call in calls]
+            losses = [one.losses for one in found]
+            _check_equal_tasks(*losses)
+            rows = [
+                task_rows(one, choice.passes)
+                for one, choice in zip(found, choices, strict=True)
+            ]
+            return *losses, stack.cross_gramian(*rows)
+        # Both sides of a product have to be of the same form.
+        common = common_plan(left.plan, right.plan)
+        found = [
+            linearize_uses(uses._replace(plan=made), options, name=name)
+            for uses, made in zip((left, right), common, strict=True)
+        ]
+        losses = [one.losses for one in found]
+        _check_equal_tasks(*losses)
+        rows = [
+            one.rows(choice.passes) for one, choice in zip(found, choices, strict=True)
+        ]
+        leaves = found[0].backward.leaves
+        return *losses, evaluate.products(common[0], leaves, *rows, options.axes)
+
+    return function
+
+
+def _check_equal_tasks(first: Losses, second: Losses) -> None:
+    if first.shape != second.shape:
+        raise ValueError(
+            f"cross_task_gramian: task_losses returns {first.shape[0]} losses on the "
+            f"first batch and {second.shape[0]} on the second."
+        )

@@ -1,0 +1,332 @@
+"""The forward pass, and the gradients of any weighted sum of its losses.
+
+Three facts are handled here for all public functions: which leaves are shared, own and
+frozen; the names of the tasks; and the mapped region in which a device computes the
+losses of its part of the batch.
+"""
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from mtljax import placement, stack
+from mtljax.balancer import as_mask, check_choice
+from mtljax.gradients.labels import resolve_labels
+from mtljax.gradients.passes import Body, Passes
+from mtljax.gradients._pullback import pullback
+from mtljax.placement import Axes, Backward
+from mtljax.types import Gramian, Losses, Mask, Params
+
+Strategy: TypeAlias = Literal["auto", "unrolled", "vmap", "map", "chunked"]
+Exchange: TypeAlias = Literal["all", "scatter"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mapped:
+    """The mapped axis of ``jax.pmap`` or ``jax.shard_map``, for ``axis_name=``.
+
+    Attributes:
+      axis_name: Name of the axis, or several names.
+      exchange: How stacked gradients are averaged over the devices. ``"all"`` gives
+        every device all T rows. ``"scatter"`` gives every device its part of the
+        parameters of all rows; only the T x T Gramian and the update are exchanged
+        afterwards, which sends (T + 1) / 2T of the bytes. It supports methods that read
+        the losses or the Gramian.
+    """
+
+    axis_name: str | tuple[str, ...]
+    exchange: Exchange = "all"
+
+    def __post_init__(self):
+        check_choice("Mapped", "exchange", self.exchange, Exchange)
+
+    @property
+    def axes(self) -> Axes:
+        """The names."""
+        names = self.axis_name
+        return (names,) if isinstance(names, str) else tuple(names)
+
+
+AxisName: TypeAlias = str | tuple[str, ...] | Mapped | None
+
+
+class Options(NamedTuple):
+    """How gradients are computed: what all public functions have in common."""
+
+    has_aux: bool = False
+    labels: Any = None
+    passes: Passes = Passes("auto", 4)
+    backward: Backward = "auto"
+    axes: Axes = ()
+    exchange: Exchange = "all"
+    shardings: Any = None
+
+
+def make_options(
+    name: str,
+    *,
+    has_aux: bool = False,
+    labels: Any = None,
+    strategy: Strategy | int = "auto",
+    backward: Backward = "auto",
+    axis_name: AxisName = None,
+    grad_shardings: Any = None,
+) -> Options:
+    """Checks the options on behalf of a public function."""
+    if isinstance(strategy, int):
+        if strategy < 1:
+            raise ValueError(
+                f"{name}: strategy={strategy} is the number of tasks in a chunk; it "
+                "must be at least 1."
+            )
+        passes = Passes("chunked", strategy)
+    else:
+        check_choice(name, "strategy", strategy, Strategy)
+        passes = Passes(strategy, 4)
+    check_choice(name, "backward", backward, Backward)
+    if axis_name is not None and not isinstance(axis_name, Mapped):
+        axis_name = Mapped(axis_name)
+    axes, exchange = (axis_name.axes, axis_name.exchange) if axis_name else ((), "all")
+    return Options(
+        has_aux, labels, passes, backward, axes, exchange, grad_shardings
+    )
+
+
+def check_losses(losses: Any) -> Losses:
+    """Raises unless ``task_losses`` returned a float vector."""
+    if not hasattr(losses, "ndim") or losses.ndim != 1:
+        found = (
+            f"an array of shape {losses.shape}"
+            if hasattr(losses, "shape")
+            else f"a {type(losses).__name__}"
+        )
+        raise ValueError(
+            f"task_losses must return a vector of T scalar losses, not {found}; "
+            "reduce every loss to a scalar and return jnp.stack([loss_1, ..., loss_T])."
+        )
+    if losses.shape[0] == 0:
+        raise ValueError("task_losses returned no loss at all (a vector of length 0).")
+    if not jnp.issubdtype(losses.dtype, jnp.floating):
+        raise ValueError(
+            f"task_losses must return floating-point losses, not {losses.dtype}."
+        )
+    return losses
+
+
+def checked_losses(out: Any, has_aux: bool) -> tuple[Losses, Any]:
+    """The losses and the auxiliary output (None without) of ``task_losses``."""
+    aux = None
+    if has_aux:
+        if not (isinstance(out, tuple) and len(out) == 2):
+            raise ValueError(
+                "has_aux=True: task_losses must return a pair (losses, aux)."
+            )
+        out, aux = out
+    elif isinstance(out, tuple):
+        raise ValueError(
+            "task_losses returned a tuple; pass has_aux=True if it is "
+            "(losses, aux), or stack the losses into one vector."
+        )
+    return check_losses(out), aux
+
+
+class Leaves(NamedTuple):
+    """The parameters as a list, with the label of every leaf."""
+
+    values: list[Any]
+    treedef: Any
+    marks: list[str]
+    labelled: bool
+
+    def numbers(self, label: str) -> list[int]:
+        """The leaves with a label."""
+        return [i for i, mark in enumerate(self.marks) if mark == label]
+
+    def of(self, label: str) -> list[Any]:
+        """Their values."""
+        return [self.values[i] for i in self.numbers(label)]
+
+    def tree(self, shared: Sequence[Any], own: Sequence[Any], frozen: Sequence[Any]):
+        """A tree like the parameters."""
+        sources = {"shared": iter(shared), "own": iter(own), "frozen": iter(frozen)}
+        leaves = [next(sources[mark]) for mark in self.marks]
+        return jax.tree.unflatten(self.treedef, leaves)
+
+    def shared_tree(self, shared: Sequence[Any]) -> Any:
+        """The same with MaskedNode for leaves that a balancer does not see."""
+        count = len(self.marks) - len(self.numbers("shared"))
+        rest = [optax.MaskedNode()] * count
+        return self.tree(shared, rest, rest)
+
+    def shared_list(self, tree: Any) -> list[Any]:
+        """Its inverse."""
+        return jax.tree.leaves(tree)
+
+    def gradient(self, shared: Sequence[Any], own: Sequence[Any]) -> Any:
+        """The same for a gradient; that of a frozen leaf is zero."""
+        return self.tree(shared, own, [jnp.zeros_like(x) for x in self.of("frozen")])
+
+
+def split_leaves(params: Params, labels: Any) -> Leaves:
+    """Sorts the leaves by their labels; without labels all are shared."""
+    values, treedef = jax.tree.flatten(params)
+    if labels is None:
+        return Leaves(values, treedef, ["shared"] * len(values), False)
+    return Leaves(values, treedef, resolve_labels(labels, params), True)
+
+
+class Region(NamedTuple):
+    """The mapped region in which a device computes its own losses.
+
+    The loss of a task is the mean over the devices on which the task is present. Its
+    gradient is the sum over the devices of the gradients of ``seeds * local losses``.
+    """
+
+    axes: Axes  # empty outside of a mapped region, or without axis_name
+    local: Losses  # this device's losses
+    seeds: Losses | None  # [T], cotangents of the local losses; None for ones
+    losses: Losses  # the means
+    mask: Mask | None  # tasks that are present on some device
+    local_mask: Mask | None  # on this one
+
+    def seeded(self, cotangent: Array) -> Array:
+        """Cotangents of the local losses, one or a stack of them."""
+        return cotangent if self.seeds is None else cotangent * self.seeds
+
+    def sums(self, leaf: Any) -> Axes:
+        """The axes over which the gradient of a parameter has yet to be summed.
+
+        Not those over which the parameter itself is split: there the transpose of the
+        gathering has summed it.
+        """
+        split = placement.varying(leaf)
+        return tuple(axis for axis in self.axes if axis not in split)
+
+
+def make_region(local: Losses, mask: Any, options: Options, name: str) -> Region:
+    """Averages the losses over the mapped axes.
+
+    Raises:
+      ValueError: If the losses are known to be equal on all devices of an axis.
+    """
+    mask = None if mask is None else as_mask(name, local.shape[0], mask)
+    axes = options.axes
+    if not axes:
+        return Region((), local, None, local, mask, mask)
+    for axis in axes:
+        if placement.tracks(axis) and axis not in placement.varying(local):
+            raise ValueError(
+                f"{name}: the losses are already the same on every device of {axis!r}; "
+                "leave out axis_name, or return the local losses."
+            )
+    if mask is None:
+        count = placement.size(axes)
+        seeds = jnp.full(local.shape, 1 / count, local.dtype)
+        losses = placement.total(local * seeds, axes)
+        return Region(axes, local, seeds, losses, None, None)
+    count = placement.total(mask.astype(local.dtype), axes)
+    present = count > 0
+    seeds = jnp.where(mask, 1 / jnp.maximum(count, 1), 0).astype(local.dtype)
+    losses = placement.total(jnp.where(mask, local, 0) * seeds, axes)
+    return Region(axes, local, seeds, losses, present, mask)
+
+
+class Linearized(NamedTuple):
+    """The forward pass, ready for any number of backward passes."""
+
+    leaves: Leaves
+    region: Region
+    aux: Any
+    pull: Callable[..., Any]  # cotangents of the local losses -> (shared, own)
+    options: Options
+
+    @property
+    def losses(self) -> Losses:
+        """The T losses."""
+        return self.region.losses
+
+    @property
+    def body(self) -> Body:
+        """What a backward pass consists of."""
+        return self.pull.body  # pyright: ignore[reportFunctionMemberAccess]
+
+    def row(self, cotangent: Losses) -> list[Any]:
+        """This device's part of the gradient of the shared leaves."""
+        return self.pull(self.region.seeded(cotangent), lambda results: results[0])
+
+    def shared(self, weights: Losses) -> list[Any]:
+        """``Σ_t weights[t] g_t`` of the shared leaves."""
+        return self._weighted(weights, 0)
+
+    def own(self, weights: Losses) -> list[Any]:
+        """The same of own leaves."""
+        return self._weighted(weights, 1) if self.leaves.numbers("own") else []
+
+    def summed(self, gradients: Sequence[Any], label: str = "shared") -> list[Any]:
+        """Sums this device's parts over the mapped axes."""
+        values = self.leaves.of(label)
+        return [
+            placement.total(g, self.region.sums(leaf))
+            for g, leaf in zip(gradients, values, strict=True)
+        ]
+
+    def gramian(self, rows: Sequence[Any]) -> Gramian:
+        """Inner products of stacked gradients, also of parameters that are split."""
+        found = []
+        for row, leaf in zip(rows, self.leaves.of("shared"), strict=True):
+            sums = self.region.sums(leaf)
+            split = tuple(axis for axis in self.region.axes if axis not in sums)
+            found.append(placement.total(stack.gramian(row), split))
+        return functools.reduce(operator.add, found)
+
+    def _weighted(self, weights: Losses, part: int) -> list[Any]:
+        seeds = self.region.seeded(weights)
+        dtype, scale = self.losses.dtype, None
+        if jnp.finfo(dtype).bits < 32:
+            # Weights that float16 cannot hold: their size is multiplied afterwards.
+            scale = jnp.maximum(jnp.abs(seeds).max(), jnp.finfo(jnp.float32).tiny)
+            seeds = seeds / scale
+        found = self.pull(seeds.astype(dtype), lambda results: results[part])
+        if scale is not None:
+            found = [(g * scale).astype(g.dtype) for g in found]
+        return self.summed(found, "own" if part else "shared")
+
+
+def linearize(
+    function: Callable[[Params], Any],
+    params: Params,
+    options: Options,
+    *,
+    mask: Any = None,
+    name: str = "value_and_task_grads",
+) -> Linearized:
+    """Runs ``function``, which returns the losses (and an auxiliary output)."""
+    leaves = split_leaves(params, options.labels)
+    frozen = leaves.of("frozen")
+
+    def of_parts(shared, own):
+        out = function(leaves.tree(shared, own, frozen))
+        return checked_losses(out, options.has_aux)
+
+    # Marked as varying, so that JAX does not sum gradients before they are scaled.
+    parts = placement.cast((leaves.of("shared"), leaves.of("own")), options.axes)
+    local, pull, aux = pullback(
+        of_parts, *parts, has_aux=True, backward=options.backward
+    )
+    region = make_region(local, mask, options, name)
+    return Linearized(leaves, region, aux, pull, options)
+
+
+def own_weights(losses: Losses, mask: Mask | None) -> Losses:
+    """Ones for present tasks: every own parameter follows its own loss."""
+    # Not ones_like, which would have the varying axes of the losses.
+    ones = jnp.ones(losses.shape, losses.dtype)
+    return ones if mask is None else jnp.where(mask, ones, 0)
+
