@@ -12,4 +12,6 @@ def pytest_terminal_summary(terminalreporter):
     terminalreporter.write_line(f"devices: {len(skipped)} combinations left out")
     for report in skipped:
         reason = report.longrepr[-1] if isinstance(report.longrepr, tuple) else ""
-        terminalreporter.write_line(f"  {report.nodeid.split('::')[-1]}: {reason[:160]}")
+        terminalreporter.write_line(
+            f"  {report.nodeid.split('::')[-1]}: {reason[:160]}"
+        )

@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import mtljax
+from mtljax.gradients import Mapped
 
 TASKS = 4
 ENTRY = 4  # bytes
@@ -59,7 +60,9 @@ def compile_step(place: Place, name: str, method: str, engine: str, **options: A
         return jax.jit(grad_fn).lower(params, state, *batch).compile()
 
 
-def compile_region(name: str, method: str, engine: str, tracked: bool, **options: Any):
+def compile_region(
+    name: str, method: str, engine: str, tracked: bool, exchange: str = "all"
+):
     """The step with ``axis_name`` in a manual region, data parallel."""
     model = model_of(name)
     (batch,) = model.batches.values()
@@ -69,8 +72,7 @@ def compile_region(name: str, method: str, engine: str, tracked: bool, **options
         balancer,
         labels=model.labels,
         engine=engine,
-        axis_name="data",
-        **options,
+        axis_name=Mapped("data", exchange),
     )
     mesh = make_mesh(BY_NAME["dp8"], "auto")
     specs = (P(), P(), P("data"), P("data"))
@@ -78,11 +80,11 @@ def compile_region(name: str, method: str, engine: str, tracked: bool, **options
         grad_fn, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=tracked
     )
     places = jax.tree.map(
-        lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P)
+        lambda spec: NamedSharding(mesh, spec),
+        specs,
+        is_leaf=lambda x: isinstance(x, P),
     )
-    args = jax.device_put(
-        (model.params, balancer.init(model.params), *batch), places
-    )
+    args = jax.device_put((model.params, balancer.init(model.params), *batch), places)
     return jax.jit(step).lower(*args).compile()
 
 
@@ -147,9 +149,10 @@ def gramian_in_region(tracked: bool) -> None:
 def scattered(tracked: bool) -> None:
     """Rows are reduced and split in one collective, the update is gathered."""
     model = model_of("wide")
-    options = {"tracked": tracked}
-    step = compile_region("wide", "cagrad", "stacked", exchange="scatter", **options)
-    whole = compile_region("wide", "cagrad", "stacked", exchange="all", **options)
+    step, whole = (
+        compile_region("wide", "cagrad", "stacked", tracked, exchange)
+        for exchange in ("scatter", "all")
+    )
     found = hlo.collectives(step.as_text())
     sums = hlo.total(step.as_text())
     shared, own = entries(model.params["trunk"]), entries(model.params["heads"])
@@ -196,7 +199,11 @@ def parallel_gramian(kind: str) -> None:
 def cases():
     part = functools.partial
     for kind in ("auto", "explicit"):
-        columns = ((None, None, "model"), (None, "model", None), (None, "data", "model"))
+        columns = (
+            (None, None, "model"),
+            (None, "model", None),
+            (None, "data", "model"),
+        )
         for spec in columns:
             name = "-".join(axis or "none" for axis in spec)
             yield Case(f"gramian-{kind}-{name}", part(gramian_of_columns, kind, spec))

@@ -103,7 +103,9 @@ def _process(module: str, names: Iterable[str], optimise: bool) -> dict[str, Any
         )
         out, err, end = done.stdout, done.stderr, f"exit code {done.returncode}"
     except subprocess.TimeoutExpired as late:
-        out, err = ((x or b"").decode(errors="replace") for x in (late.stdout, late.stderr))
+        out, err = (
+            (x or b"").decode(errors="replace") for x in (late.stdout, late.stderr)
+        )
         end = f"no end after {SECONDS} s"
     reports = {}
     for line in out.splitlines():
@@ -141,7 +143,9 @@ def make_tests(module: Any, *, optimise: bool = False) -> Callable[..., None]:
     assert len(set(names)) == len(names), "two cases have one name"
     found: dict[str, Any] = {}
     parameters = [
-        pytest.param(case.name, marks=[pytest.mark.deep] if case.deep else [], id=case.name)
+        pytest.param(
+            case.name, marks=[pytest.mark.deep] if case.deep else [], id=case.name
+        )
         for case in module.CASES
     ]
 

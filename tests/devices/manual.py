@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import mtljax
-from mtljax.gradients import cross_task_gramian
+from mtljax.gradients import Mapped, cross_task_gramian
 
 STRATEGIES = ("auto", "vmap", "map", "chunked", "unrolled")
 SIZES = ("small", "large")
@@ -106,9 +106,11 @@ def run(region: str, function: Any, name: str, size: str, *shared: Any) -> Any:
 def unkeyed(tree: Any) -> Any:
     """Keys of random numbers as their words, which can be compared."""
     return jax.tree.map(
-        lambda x: jax.random.key_data(x)
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-        else x,
+        lambda x: (
+            jax.random.key_data(x)
+            if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+            else x
+        ),
         tree,
     )
 
@@ -204,8 +206,7 @@ def averaged(region: str, name: str, engine: str, size: str, exchange: str) -> N
         balancer,
         labels=model.labels,
         engine=how,
-        axis_name="data",
-        exchange=exchange,
+        axis_name=Mapped("data", exchange),
     )
     start = balancer.init(model.params)
     found = run(region, grad_fn, name, size, model.params, start)
@@ -331,8 +332,7 @@ def weighted_heads(region: str, engine: str, exchange: str) -> None:
         labels=model.labels,
         engine=engine,
         heads="weighted",
-        axis_name="data",
-        exchange=exchange,
+        axis_name=Mapped("data", exchange),
     )
     start = balancer.init(model.params)
     found = run(region, grad_fn, "mlp", "small", model.params, start)
@@ -359,8 +359,12 @@ def local_aux(region: str, engine: str) -> None:
 
     def step(p, state, x, y):
         (losses, aux), grad, state = grad_fn(p, state, x, y)
-        return losses, grad, state, jax.lax.psum(aux["seen"], "data"), (
-            jax.lax.psum(jnp.abs(aux["seen"] - x.sum()), "data")
+        return (
+            losses,
+            grad,
+            state,
+            jax.lax.psum(aux["seen"], "data"),
+            (jax.lax.psum(jnp.abs(aux["seen"] - x.sum()), "data")),
         )
 
     start = balancer.init(model.params)
@@ -412,8 +416,7 @@ def local_masks(region: str, engine: str, exchange: str) -> None:
         balancer,
         labels=model.labels,
         engine=how,
-        axis_name="data",
-        exchange=exchange,
+        axis_name=Mapped("data", exchange),
     )
 
     def step(p, state, every, x, y):
@@ -453,8 +456,7 @@ def shards(engine: str, exchange: str) -> None:
         balancer,
         labels=model.labels,
         engine=how,
-        axis_name="data",
-        exchange=exchange,
+        axis_name=Mapped("data", exchange),
     )
     step = mapped(
         grad_fn, mesh(), (specs, P(), P("data"), P("data")), (P(), specs, P())
@@ -483,16 +485,19 @@ def same_losses() -> None:
             raise AssertionError("losses that do not vary were averaged again")
 
 
-def scatter_alone() -> None:
-    """``exchange="scatter"`` without an axis is a mistake."""
+def scatter_refused(method: str, engine: str) -> None:
+    """A device that holds a part of the gradients cannot read them all."""
     try:
         mtljax.value_and_balanced_grad(
-            losses_of("mlp"), build("cagrad"), exchange="scatter"
+            losses_of("mlp"),
+            build(method),
+            engine=engine,
+            axis_name=Mapped("data", "scatter"),
         )
     except ValueError as error:
-        assert "axis_name" in str(error), error
+        assert "exchange='scatter'" in str(error), error
     else:
-        raise AssertionError("scatter was accepted without axis_name")
+        raise AssertionError("scatter was accepted")
 
 
 def uneven(region: str, exchange: str) -> None:
@@ -515,8 +520,7 @@ def uneven(region: str, exchange: str) -> None:
         losses,
         balancer,
         engine="stacked",
-        axis_name="data",
-        exchange=exchange,
+        axis_name=Mapped("data", exchange),
     )
     start = balancer.init(params)
     if region == "pmap":
@@ -526,9 +530,7 @@ def uneven(region: str, exchange: str) -> None:
         grad = jax.tree.map(lambda g: g[3], values[1])
     else:
         tracked = region == "vma"
-        step = mapped(
-            grad_fn, mesh(), (P(), P(), P("data")), P(), check_vma=tracked
-        )
+        step = mapped(grad_fn, mesh(), (P(), P(), P("data")), P(), check_vma=tracked)
         grad = step(params, start, x)[1]
     check("the gradient", grad, expected[0])
 
@@ -552,16 +554,14 @@ def cases():
         deep = size == "large" or method == "upgrad"
         yield Case(name, part(local_losses, method, engine, size), deep)
     yield Case("local-uncertainty-refused", varying_state)
-    for name, engine, size in itertools.product(
-        ("mlp", "transformer"), ENGINES, SIZES
-    ):
+    for name, engine, size in itertools.product(("mlp", "transformer"), ENGINES, SIZES):
         deep = (name, size) != ("mlp", "small") or engine in ("grads", "stacked")
         case = part(mean_in_loss, name, engine, size)
         yield Case(f"pmean-{name}-{engine}-{size}", case, deep)
     for region, name, engine, size, exchange in itertools.product(
         REGIONS, ("mlp", "transformer"), ENGINES, SIZES, ("all", "scatter")
     ):
-        if exchange == "scatter" and engine == "gramian":
+        if exchange == "scatter" and engine in ("gramian", "grads"):
             continue
         deep = (name, size) != ("mlp", "small") or engine in ("auto", "grads")
         deep = deep or (region == "unchecked" and engine != "gramian")
@@ -570,7 +570,9 @@ def cases():
         yield Case(f"axis-{region}-{name}-{engine}-{size}-{exchange}", case, deep)
     for region, strategy in itertools.product(REGIONS, STRATEGIES):
         deep = (region, strategy) not in (("vma", "auto"), ("pmap", "map"))
-        yield Case(f"rows-{region}-{strategy}", part(averaged_rows, region, strategy), deep)
+        yield Case(
+            f"rows-{region}-{strategy}", part(averaged_rows, region, strategy), deep
+        )
     for region, engine, size in itertools.product(
         REGIONS, ("stacked", "gramian", "auto"), SIZES
     ):
@@ -596,11 +598,13 @@ def cases():
         yield Case(f"heads-{region}-{engine}-{exchange}", case, deep)
     for region, engine in itertools.product(REGIONS, ("stacked", "gramian")):
         case = part(local_aux, region, engine)
-        yield Case(f"aux-{region}-{engine}", case, (region, engine) != ("vma", "gramian"))
+        yield Case(
+            f"aux-{region}-{engine}", case, (region, engine) != ("vma", "gramian")
+        )
     for region, engine, exchange in itertools.product(
         REGIONS, ENGINES, ("all", "scatter")
     ):
-        if exchange == "scatter" and engine == "gramian":
+        if exchange == "scatter" and engine in ("gramian", "grads"):
             continue
         case = part(local_masks, region, engine, exchange)
         deep = region != "vma" or engine not in ("stacked", "gramian", "losses")
@@ -611,7 +615,9 @@ def cases():
         deep = engine not in ("stacked", "gramian", "losses") or exchange == "scatter"
         yield Case(f"shards-{engine}-{exchange}", part(shards, engine, exchange), deep)
     yield Case("same_losses", same_losses)
-    yield Case("scatter_alone", scatter_alone)
+    for method, engine in (("trimmed_mean", "auto"), ("cagrad", "gramian")):
+        case = part(scatter_refused, method, engine)
+        yield Case(f"scatter_refused-{method}-{engine}", case)
     for region, exchange in itertools.product(REGIONS, ("all", "scatter")):
         deep = (region, exchange) != ("vma", "scatter")
         yield Case(f"uneven-{region}-{exchange}", part(uneven, region, exchange), deep)

@@ -48,9 +48,7 @@ def traced_grad(layout: str, kind: str, context: str, name: str, size: str):
     losses = model.losses(place)
     with place.context:
         try:
-            return jax.eval_shape(
-                jax.grad(lambda p: losses(p, *batch).sum()), params
-            )
+            return jax.eval_shape(jax.grad(lambda p: losses(p, *batch).sum()), params)
         except Exception as error:
             text = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             raise Skip(f"jax.grad does not trace this: {text}") from None
@@ -126,7 +124,12 @@ NORMAL = {
 
 def cases():
     for key in itertools.product(
-        BY_NAME, ("auto", "explicit"), ("none", "set"), MODELS, ("small", "large"), ENGINES
+        BY_NAME,
+        ("auto", "explicit"),
+        ("none", "set"),
+        MODELS,
+        ("small", "large"),
+        ENGINES,
     ):
         yield Case("-".join(key), functools.partial(run, *key), deep=key not in NORMAL)
 

@@ -31,8 +31,7 @@ def rows(dtype: Any, seed: int) -> Any:
     norms = np.array([1.0, 0.5, 2.0, 1.4])
     return {
         name: jnp.asarray(
-            rng.normal(size=(TASKS, *shape))
-            * norms.reshape(TASKS, *[1] * len(shape)),
+            rng.normal(size=(TASKS, *shape)) * norms.reshape(TASKS, *[1] * len(shape)),
             dtype,
         )
         for name, shape in sizes.items()

@@ -171,7 +171,10 @@ def transformer() -> Model:
             w = place.use(p["out"], "heads", None, None)
             x = x + place.einsum("nlhk,hkd->nld", mixed, w, names=tokens)
             h = norm(p["norm2"], x)
-            up, down = place.use(p["up"], None, "mlp"), place.use(p["down"], "mlp", None)
+            up, down = (
+                place.use(p["up"], None, "mlp"),
+                place.use(p["down"], "mlp", None),
+            )
             h = place.einsum("nld,dm->nlm", h, up, names=("batch", None, "mlp"))
             h = jax.nn.gelu(h)
             x = x + place.einsum("nlm,md->nld", h, down, names=tokens)
@@ -231,7 +234,11 @@ def convolution() -> Model:
     def losses(place):
         def conv(x, w, stride):
             return jax.lax.conv_general_dilated(
-                x, w, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+                x,
+                w,
+                (stride, stride),
+                "SAME",
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
             )
 
         def task_losses(params, x, y):
