@@ -44,7 +44,7 @@ def sides(model: Model) -> int:
 
 
 def compile_step(place: Place, name: str, method: str, engine: str, **options: Any):
-    """The step of a layout under ``jit``."""
+    """The step of a layout under ``jit``, compiled, and its arguments."""
     model = model_of(name)
     (batch,) = model.batches.values()
     balancer = mtljax.get_method(method).build(TASKS, key=jax.random.key(0))
@@ -57,13 +57,14 @@ def compile_step(place: Place, name: str, method: str, engine: str, **options: A
         params = place.put(model.params, model.names)
         state = place.replicate(balancer.init(params))
         batch = place.put(batch, model.batch_names)
-        return jax.jit(grad_fn).lower(params, state, *batch).compile()
+        args = (params, state, *batch)
+        return jax.jit(grad_fn).lower(*args).compile(), args
 
 
 def compile_region(
     name: str, method: str, engine: str, tracked: bool, exchange: str = "all"
 ):
-    """The step with ``axis_name`` in a manual region, data parallel."""
+    """The same with ``axis_name`` in a manual region, data parallel."""
     model = model_of(name)
     (batch,) = model.batches.values()
     balancer = mtljax.get_method(method).build(TASKS, key=jax.random.key(0))
@@ -85,7 +86,7 @@ def compile_region(
         is_leaf=lambda x: isinstance(x, P),
     )
     args = jax.device_put((model.params, balancer.init(model.params), *batch), places)
-    return jax.jit(step).lower(*args).compile()
+    return jax.jit(step).lower(*args).compile(), args
 
 
 def within(found: int, bound: int, what: str) -> None:
@@ -109,7 +110,7 @@ def gramian_of_columns(kind: str, spec: tuple) -> None:
 def stacked_columns(kind: str) -> None:
     """Tensor-parallel rows are not gathered."""
     place = Place(BY_NAME["tp42"], make_mesh(BY_NAME["tp42"], kind), kind)
-    text = compile_step(place, "wide", "cagrad", "stacked").as_text()
+    text = compile_step(place, "wide", "cagrad", "stacked")[0].as_text()
     within(hlo.total(text)["all-gather"], 100_000, "all-gather")
 
 
@@ -117,7 +118,7 @@ def losses_under_jit(kind: str) -> None:
     """One gradient is reduced, as in ordinary training."""
     model = model_of("wide")
     place = Place(BY_NAME["dp8"], make_mesh(BY_NAME["dp8"], kind), kind)
-    text = compile_step(place, "wide", "uncertainty", "losses").as_text()
+    text = compile_step(place, "wide", "uncertainty", "losses")[0].as_text()
     sums = hlo.total(text)
     assert sums["all-gather"] == 0, sums
     bound = ENTRY * (entries(model.params) + TASKS)
@@ -126,7 +127,7 @@ def losses_under_jit(kind: str) -> None:
 
 def losses_in_region(tracked: bool) -> None:
     model = model_of("wide")
-    text = compile_region("wide", "uncertainty", "losses", tracked).as_text()
+    text = compile_region("wide", "uncertainty", "losses", tracked)[0].as_text()
     sums = hlo.total(text)
     assert sums["all-gather"] == 0, sums
     bound = ENTRY * (entries(model.params) + TASKS)
@@ -136,7 +137,7 @@ def losses_in_region(tracked: bool) -> None:
 def gramian_in_region(tracked: bool) -> None:
     """One side of every product is gathered, T x T numbers and P are reduced."""
     model = model_of("wide")
-    text = compile_region("wide", "cagrad", "gramian", tracked).as_text()
+    text = compile_region("wide", "cagrad", "gramian", tracked)[0].as_text()
     sums = hlo.total(text)
     needed = ENTRY * sides(model)
     assert sums["all-gather"] == needed, (
@@ -150,7 +151,7 @@ def scattered(tracked: bool) -> None:
     """Rows are reduced and split in one collective, the update is gathered."""
     model = model_of("wide")
     step, whole = (
-        compile_region("wide", "cagrad", "stacked", tracked, exchange)
+        compile_region("wide", "cagrad", "stacked", tracked, exchange)[0]
         for exchange in ("scatter", "all")
     )
     found = hlo.collectives(step.as_text())
@@ -178,7 +179,7 @@ def scattered(tracked: bool) -> None:
 def sharded_rows(kind: str) -> None:
     """FSDP: no device holds the T gradients of a matrix after an all-gather."""
     place = Place(BY_NAME["fsdp8"], make_mesh(BY_NAME["fsdp8"], kind), kind, True)
-    text = compile_step(place, "wide", "cagrad", "stacked").as_text()
+    text = compile_step(place, "wide", "cagrad", "stacked")[0].as_text()
     for one in hlo.collectives(text):
         if one.kind == "all-gather":
             shape = tuple(sorted(n for n in one.shape if n != 1))
@@ -189,7 +190,8 @@ def parallel_gramian(kind: str) -> None:
     """Data parallel under ``jit``: sides are gathered and one gradient is reduced."""
     model = model_of("wide")
     place = Place(BY_NAME["dp8"], make_mesh(BY_NAME["dp8"], kind), kind)
-    sums = hlo.total(compile_step(place, "wide", "cagrad", "gramian").as_text())
+    text = compile_step(place, "wide", "cagrad", "gramian")[0].as_text()
+    sums = hlo.total(text)
     # XLA may gather the sides of both factors.
     within(sums["all-gather"], 2 * ENTRY * sides(model), "all-gather")
     bound = ENTRY * (entries(model.params) + 4 * TASKS**2 + 4 * TASKS)
