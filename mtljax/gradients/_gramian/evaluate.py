@@ -206,8 +206,7 @@ def _stack(
     zeros = jnp.zeros_like(value)
     rows = [copy.get(ref, zeros) for copy in of_copies]
     if of_entry is not None:
-        diagonal = jnp.eye(len(rows), dtype=of_entry.dtype) * of_entry
-        rows = [r + e for r, e in zip(rows, diagonal, strict=True)]
+        rows = [r + e for r, e in zip(rows, jnp.diag(of_entry), strict=True)]
     return jnp.stack(rows, task_axis(value.ndim + 1))
 
 
