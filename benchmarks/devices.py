@@ -130,9 +130,9 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         "MB per device: results of collectives in the compiled step, and temporaries.",
         "",
-        f"{result['devices']} virtual CPU devices, jax {result['jax']}. `TP` is (4 data,"
-        " 2 model), all others have one axis. The error is that of the gradient,"
-        " relative to one device.",
+        f"{result['devices']} virtual CPU devices, jax {result['jax']}. `TP` is"
+        " (4 data, 2 model), all others have one axis. The error is that of the"
+        " gradient, relative to one device.",
     ]
     for name, what in result["networks"].items():
         lines += [

@@ -21,8 +21,8 @@ def difference(got: Any, expected: Any) -> float:
     )
     worst = 0.0
     pairs = zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
-    for have, want in pairs:
-        have, want = np.asarray(have, np.float64), np.asarray(want, np.float64)
+    for pair in pairs:
+        have, want = (np.asarray(leaf, np.float64) for leaf in pair)
         assert have.shape == want.shape, f"shapes {have.shape}, {want.shape}"
         assert np.isfinite(have).all(), "a value is not finite"
         largest = np.abs(want).max(initial=0) + 1e-30

@@ -54,7 +54,9 @@ def traced_grad(layout: str, kind: str, context: str, name: str, size: str):
             raise Skip(f"jax.grad does not trace this: {text}") from None
 
 
-def run(layout, kind, context, name, size, engine):
+def run(key):
+    *where, name, size, engine = key
+    layout, kind, context = where
     grads = traced_grad(layout, kind, context, name, size)
     place, model = placed(layout, kind, context), model_of(name)
     params, batch = arguments(layout, kind, context, name, size)
@@ -131,7 +133,7 @@ def cases():
         ("small", "large"),
         ENGINES,
     ):
-        yield Case("-".join(key), functools.partial(run, *key), deep=key not in NORMAL)
+        yield Case("-".join(key), functools.partial(run, key), deep=key not in NORMAL)
 
 
 CASES = list(cases())

@@ -52,8 +52,8 @@ def test_a_data_parallel_step_in_two_processes():
     assert first == second  # the same bits on both
     for engine, steps in alone.items():
         for step, (got, want) in enumerate(zip(first[engine], steps, strict=True)):
-            for have, expected in zip(got, want, strict=True):
-                have, expected = np.asarray(have), np.asarray(expected)
+            for pair in zip(got, want, strict=True):
+                have, expected = (np.asarray(leaf) for leaf in pair)
                 atol = 1e-5 * np.abs(expected).max()
                 np.testing.assert_allclose(
                     have, expected, rtol=1e-5, atol=atol, err_msg=f"{engine} {step}"

@@ -20,8 +20,8 @@ def main() -> None:
         jax.distributed.initialize(address, num_processes=count, process_id=rank)
 
     import numpy as np
-    from devices.models import TASKS, mlp
     from devices.layouts import Place
+    from devices.models import TASKS, mlp
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
