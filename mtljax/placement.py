@@ -140,9 +140,7 @@ def gathered(x: Any, axes: Axes, axis: int) -> Any:
 
 def scattered(x: Any, axes: Axes, axis: int) -> Any:
     """The sum over the devices, of which each keeps a part along an axis."""
-    return jax.lax.psum_scatter(
-        cast(x, axes), axes, scatter_dimension=axis, tiled=True
-    )
+    return jax.lax.psum_scatter(cast(x, axes), axes, scatter_dimension=axis, tiled=True)
 
 
 def assembled(x: Any, axes: Axes) -> Any:

@@ -22,7 +22,7 @@ from mtljax.balancer import (
     judge_losses,
     weighted,
 )
-from mtljax.types import Weights
+from mtljax.types import Needs, Weights
 
 
 class ComposeState(NamedTuple):
@@ -412,8 +412,17 @@ def _injected(
         found = {key: schedule(count) for key, schedule in schedules.items()}
         return {key: jnp.asarray(value, float) for key, value in found.items()}
 
-    # Concrete numbers are checked here, once; it also says what the method needs.
+    # Concrete numbers are checked here, once. A method may take another form where a
+    # number is known (db_mtl without an average): what counts is the traced form.
     example = method(**static, **values, **scheduled(0))
+
+    def probe(hyperparams):
+        traced = method(**static, **hyperparams)
+        forms.append((traced.needs, traced.reads_losses, traced.weigh is not None))
+
+    forms: list[tuple[Needs, bool, bool]] = []
+    jax.eval_shape(probe, values | scheduled(0))
+    needs, reads_losses, weighs = forms[0]
     name = f"inject_hyperparams({example.name})"
 
     def inner_of(state):
@@ -424,7 +433,7 @@ def _injected(
     def init(params):
         hyperparams = {key: jnp.asarray(value, float) for key, value in values.items()}
         hyperparams |= scheduled(0)
-        inner = method(**static, **hyperparams).init(params)
+        inner = jax.jit(lambda h: method(**static, **h).init(params))(hyperparams)
         return InjectState(jnp.int32(0), hyperparams, inner)
 
     def stepped(result, state, hyperparams, mask):
@@ -451,14 +460,14 @@ def _injected(
         return state._replace(inner=inner)
 
     attributes = {
-        "needs": example.needs,
-        "reads_losses": example.reads_losses,
+        "needs": needs,
+        "reads_losses": reads_losses,
         "positive_losses": example.positive_losses,
         "domain": example.domain,
         "observe": None if example.observe is None else observe,
     }
     num_tasks = example.num_tasks
-    if example.weigh is None:
+    if not weighs:
         balancer = Balancer(init, update, name=name, num_tasks=num_tasks, **attributes)
     else:
         balancer = weighted(name, num_tasks, init=init, weigh=weigh, **attributes)

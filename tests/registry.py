@@ -310,7 +310,9 @@ class WrapperCase(NamedTuple):
 
     @property
     def id(self) -> str:
-        extra = "".join(f",{k}={v}" for k, v in self.options.items())
+        extra = "".join(
+            f",{k}={getattr(v, '__name__', v)}" for k, v in self.options.items()
+        )
         return f"{self.factory.__name__}({','.join(self.inner)}{extra})"
 
     def build(self, num_tasks: int, key=None) -> mtljax.Balancer:

@@ -73,9 +73,26 @@ def test_rows_of_the_registry_are_filled_in():
             assert f"arxiv.org/abs/{method.source}" in method.factory.__doc__
 
 
-def test_an_unknown_method_is_answered_with_the_list():
-    with pytest.raises(ValueError, match=r"no method 'adam'.*linear.*nash_mtl"):
-        mtljax.get_method("adam")
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("PCGrad", "pcgrad"),
+        ("nash-mtl", "nash_mtl"),
+        ("Nash-MTL", "nash_mtl"),
+        ("Aligned_MTL", "aligned_mtl"),
+        ("ConFIG", "conflict_free"),
+        ("GEOMETRIC MEAN", "geometric_mean"),
+    ],
+)
+def test_spelling_does_not_matter(name, found):
+    assert mtljax.get_method(name).name == found
+
+
+def test_an_unknown_method_is_answered_with_the_closest():
+    with pytest.raises(ValueError, match=r"name 'nash-mlt'; did you mean 'nash_mtl'"):
+        mtljax.get_method("nash-mlt")
+    with pytest.raises(ValueError, match=r"name 'qqq'; mtljax.METHODS lists all"):
+        mtljax.get_method("qqq")
 
 
 def readme_methods():

@@ -11,7 +11,14 @@ import pytest
 from precision import enable_x64
 
 import mtljax
-from mtljax.balancer import from_grads, from_weights, rescale, weigh_stacked
+from mtljax.balancer import (
+    as_mask,
+    commit,
+    from_grads,
+    from_weights,
+    rescale,
+    weigh_stacked,
+)
 
 GRADS = {"w": jnp.array([[1.0, 2.0], [3.0, -1.0], [0.0, 5.0]])}
 LOSSES = jnp.array([0.5, 2.0, 1.0])
@@ -26,8 +33,56 @@ def test_is_a_pair_to_optax():
     assert jax.tree.structure(balancer.init(GRADS)) == jax.tree.structure(init(GRADS))
 
 
-def test_repr_is_short():
-    assert repr(mtljax.mgda(3)) == "Balancer(mgda, num_tasks=3, needs='gramian')"
+def test_repr_is_the_call():
+    assert repr(mtljax.cagrad(np.int64(3))) == (
+        "cagrad(num_tasks=3, c=0.4, rescale='none', scale='native')"
+    )
+    shown = repr(mtljax.pcgrad(2, key=jax.random.key(0)))
+    assert "key=key<fry>[]" in shown
+    pair = mtljax.Balancer(lambda p: (), lambda g, s, p=None, **_: (g, s), num_tasks=2)
+    assert repr(pair) == "Balancer(balancer, num_tasks=2, needs='grads')"
+
+
+@pytest.mark.usefixtures("as_users")
+def test_a_factory_checks_what_all_factories_take():
+    assert mtljax.linear(jnp.int32(2)).num_tasks == 2
+    for value in (0, True, np.True_, 2.0, "2", None, np.ones(2, int)):
+        with pytest.raises(ValueError, match="num_tasks must be a positive integer"):
+            mtljax.linear(value)
+    with pytest.raises(ValueError, match=r"static_args=\('num_tasks',\)"):
+        jax.jit(lambda n: mtljax.linear(n).init({}))(3)
+    for key in (0, jax.random.split(jax.random.key(0)), jnp.zeros(2)):
+        with pytest.raises(ValueError, match=r"pcgrad: key must be one key"):
+            mtljax.pcgrad(2, key=key)
+    for key in (jax.random.key(0), jax.random.PRNGKey(0)):
+        mtljax.pcgrad(2, key=key)
+
+
+def test_commit_applies_a_step_completely_or_not_at_all():
+    old = {"sum": jnp.array([1.0, jnp.inf]), "key": jax.random.key(0), "n": jnp.ones(2)}
+    new = {
+        "sum": jnp.array([2.0, jnp.inf]),
+        "key": jax.random.key(1),
+        "n": np.full(2, 1e3),
+    }
+    update = {"w": jnp.ones(2), "v": jnp.ones(1, jnp.bfloat16)}
+    done, state = commit(True, update, new, old)
+    chex.assert_trees_all_equal(done, update)
+    chex.assert_trees_all_equal_dtypes(state, old)
+    np.testing.assert_array_equal(state["sum"], [2.0, jnp.inf])  # inf was there before
+    broken = [
+        (False, update, new),
+        (True, update | {"v": jnp.full(1, jnp.inf, jnp.bfloat16)}, new),
+        (True, update, new | {"sum": jnp.array([jnp.inf, jnp.inf])}),
+        (True, update, new | {"sum": jnp.array([2.0, jnp.nan])}),
+        (True, update, new | {"n": np.full(2, 1e300)}),  # inf in float32
+    ]
+    for healthy, moved, proposed in broken:
+        with np.errstate(over="ignore"):
+            done, state = commit(healthy, moved, proposed, old)
+        assert all(np.isnan(np.asarray(x, float)).all() for x in jax.tree.leaves(done))
+        chex.assert_trees_all_equal_dtypes(done, update)
+        chex.assert_trees_all_equal(state, old)
 
 
 def test_a_bare_pair_of_functions_is_a_balancer_of_gradients():
@@ -246,3 +301,57 @@ def test_observe_says_when_the_state_is_not_there():
     state = optax.sgd(0.1).init(GRADS)
     with pytest.raises(ValueError, match=r"no FAMOState in the given state.*famo"):
         mtljax.observe(mtljax.famo(3), state, losses=AFTER)
+
+
+@pytest.mark.usefixtures("as_users")
+def test_a_mask_is_boolean_or_integer():
+    for mask in ([True, False, True], np.array([1, 0, 1]), jnp.array([1, 0, 1])):
+        assert as_mask("mine", 3, mask).tolist() == [True, False, True]
+    for mask in (jnp.ones(3), np.array([0.5, 1, 1]), jnp.ones(3, jnp.bfloat16)):
+        with pytest.raises(ValueError, match=r"mine: mask has dtype .*float"):
+            as_mask("mine", 3, mask)
+        with pytest.raises(ValueError, match=r"mine: mask has dtype .*float"):
+            jax.eval_shape(lambda m: as_mask("mine", 3, m), mask)
+
+
+@pytest.mark.parametrize("domain", ["positive", "above"])
+def test_a_loss_outside_of_the_domain_is_a_step_that_is_not_applied(domain):
+    positive = {"positive_losses": True}
+    above = {"domain": lambda losses: losses > 0.25}
+    balancer = counting(**(positive if domain == "positive" else above))
+    state = balancer.init(GRADS)
+    outside = 0.0 if domain == "positive" else 0.25
+    for update in (balancer.update, jax.jit(balancer.update)):
+        found, after = update(GRADS, state, losses=LOSSES.at[1].set(outside))
+        assert np.isnan(found["w"]).all()
+        chex.assert_trees_all_equal(after, state)
+        mask = jnp.array([True, False, True])
+        found, _ = update(GRADS, state, losses=LOSSES.at[1].set(outside), mask=mask)
+        assert np.isfinite(found["w"]).all()
+
+
+def test_a_finite_gradient_whose_gramian_overflows_is_not_applied():
+    balancer = mtljax.mgda(3)
+    state = balancer.init(GRADS)
+    grads = {"w": GRADS["w"].at[0].multiply(1e20)}
+    update, after = balancer.update(grads, state)
+    assert np.isnan(update["w"]).all()
+    chex.assert_trees_all_equal(after, state)
+
+
+@pytest.mark.usefixtures("as_users")
+def test_unstacked_gradients_are_found_by_the_parameters():
+    params = {"w": jnp.zeros(3)}
+    for balancer in (mtljax.linear(3), mtljax.mgda(3), mtljax.krum(3), largest()):
+        state = balancer.init(params)
+        with pytest.raises(
+            ValueError, match=r"its parameter has shape \(3,\); stacked"
+        ):
+            balancer.update(params, state, params)
+
+
+def test_arguments_that_are_no_arrays_do_not_prevent_an_eager_call():
+    balancer = mtljax.linear(3)
+    state = balancer.init(GRADS)
+    update, _ = balancer.update(GRADS, state, losses=[0.5, 2.0, 1.0], tag="a")
+    np.testing.assert_allclose(update["w"], GRADS["w"].sum(0))

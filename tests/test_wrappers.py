@@ -141,8 +141,10 @@ def test_compose_spares_both_states_of_what_is_not_finite(bad):
 
 def test_compose_reads_what_its_parts_read():
     balancer = mtljax.compose(built("famo"), built("mgda"))
-    assert (
-        repr(balancer) == "Balancer(compose(famo, mgda), num_tasks=3, needs='gramian')"
+    assert repr(balancer) == (
+        "compose(famo(num_tasks=3, learning_rate=0.025, weight_decay=0.001, "
+        "min_losses=0.0, scale='native'), mgda(num_tasks=3, normalize='none', "
+        "apply_to='raw', scale='native'))"
     )
     assert balancer.reads_losses
     assert balancer.positive_losses
@@ -170,8 +172,21 @@ def test_compose_errors():
     grads = {"w": MATRICES[0]}
     with pytest.raises(ValueError, match="scale_invariant reads the task losses"):
         balancer.update(grads, balancer.init({}))
-    with pytest.raises(ValueError, match="loss of task 1 is -1"):
-        balancer.update(grads, balancer.init({}), losses=jnp.array([1.0, -1, 1]))
+    with pytest.raises(ValueError, match=r"of type MGDAState, not ComposeState"):
+        balancer.update(grads, built("mgda").init({}), losses=LOSSES[0])
+
+
+def test_compose_has_the_domain_of_both_parts():
+    """A loss outside of it is known under jit only by what comes back."""
+    for pair in (("scale_invariant", "mgda"), ("linear", "famo")):
+        balancer = mtljax.compose(*map(built, pair))
+        state = balancer.init({})
+        assert balancer.domain(jnp.array([1.0, 0.0, -1.0])).tolist() == [1, 0, 0]
+        for update in (balancer.update, jax.jit(balancer.update)):
+            losses = jnp.array([1.0, -1, 1])
+            out, new = update({"w": MATRICES[0]}, state, losses=losses)
+            assert np.isnan(out["w"]).all()
+            chex.assert_trees_all_equal(new, state)
 
 
 # --- smooth_weights -----------------------------------------------------------------
@@ -258,7 +273,7 @@ def test_smoothing_around_a_composition_and_inside_one():
 def test_smoothing_errors():
     for decay in (-0.1, 1.0, float("nan")):
         with pytest.raises(
-            ValueError, match=rf"decay must lie in \[0, 1\), not {decay}"
+            ValueError, match=rf"decay must be .* at least 0 and below 1, not {decay}"
         ):
             mtljax.smooth_weights(built("mgda"), decay=decay)
     with pytest.raises(ValueError, match=r"per_layer\(mgda\) yields no task weights"):
@@ -448,3 +463,64 @@ def test_weighted_heads_of_a_composition():
     rows = jacobian(values, batch())["heads"]
     expected = jax.tree.map(lambda r: jnp.tensordot(state.task_weights, r, 1), rows)
     close(grad["heads"], expected, 1e-4)
+
+
+# --- inject_hyperparams -------------------------------------------------------------
+
+
+def schedule(count):
+    return 0.4 / (1 + count)
+
+
+def test_a_schedule_gives_the_steps_of_balancers_with_its_values():
+    """Also in a chain, and without a step of the schedule for what is not applied."""
+    balancer = mtljax.inject_hyperparams(mtljax.cagrad)(3, c=schedule)
+    assert (balancer.needs, balancer.num_tasks) == ("gramian", 3)
+    chained = optax.chain(balancer, optax.scale(-1.0))
+    update, state = jax.jit(chained.update), chained.init({})
+    for count, matrix in enumerate(MATRICES):
+        given = {"losses": LOSSES[count]}
+        bad, kept = update({"w": matrix.at[0, 0].set(jnp.nan)}, state, **given)
+        assert np.isnan(bad["w"]).all()
+        chex.assert_trees_all_equal(kept, state)
+        out, state = update({"w": matrix}, kept, **given)
+        alone = mtljax.cagrad(3, c=schedule(count))
+        expected, _ = alone.update({"w": matrix}, alone.init({}))
+        np.testing.assert_allclose(-out["w"], expected["w"], rtol=1e-4, atol=1e-5)
+        assert int(state[0].count) == count + 1
+
+
+def test_a_value_in_the_state_may_be_replaced():
+    balancer = mtljax.inject_hyperparams(mtljax.cagrad)(3, c=0.4)
+    state = balancer.init({})
+    state.hyperparams["c"] = jnp.float32(0.9)
+    got, _ = balancer.update({"w": MATRICES[0]}, state)
+    alone = mtljax.cagrad(3, c=0.9)
+    expected, _ = alone.update({"w": MATRICES[0]}, alone.init({}))
+    np.testing.assert_allclose(got["w"], expected["w"], rtol=1e-5)
+
+
+def test_injected_balancers_take_the_engine_of_the_method():
+    balancer = mtljax.inject_hyperparams(mtljax.famo)(3, learning_rate=schedule)
+    assert (balancer.needs, balancer.reads_losses) == ("losses", True)
+
+    def losses_of(p):
+        return (MATRICES[0] @ p["w"]) ** 2 + 1
+
+    given = {"w": jnp.ones(4)}
+    function = jax.jit(mtljax.value_and_balanced_grad(losses_of, balancer))
+    losses, _, state = function(given, balancer.init(given))
+    state = mtljax.observe(balancer, state, losses=0.5 * losses)
+    assert not state.inner.pending.any()
+
+
+@pytest.mark.usefixtures("as_users")
+def test_injection_errors():
+    inject = mtljax.inject_hyperparams
+    with pytest.raises(ValueError, match=r"cagrad: c must be .* at least 0"):
+        inject(mtljax.cagrad)(3, c=-1.0)
+    with pytest.raises(ValueError, match="cagrad has no argument 'd'"):
+        inject(mtljax.cagrad, static_args=("d",))
+    balancer = inject(mtljax.cagrad)(3, c=schedule)
+    with pytest.raises(ValueError, match="of type CAGradState, not InjectState"):
+        balancer.update({"w": MATRICES[0]}, mtljax.cagrad(3).init({}))

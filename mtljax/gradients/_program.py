@@ -14,6 +14,7 @@ from mtljax.types import Losses
 Ref = int  # a value of the program
 Env = dict[Ref, Any]
 
+
 class Op(NamedTuple):
     """One equation, with values named by numbers."""
 

@@ -32,9 +32,7 @@ class Pull(NamedTuple):
         residuals = [math.prod(x.shape) for x in _arrays(self.vjp)]
         return Body(max(residuals, default=1), False, 2 * len(residuals))
 
-    def __call__(
-        self, cotangent: Any, part: Callable[[Any], Any] = everything
-    ) -> Any:
+    def __call__(self, cotangent: Any, part: Callable[[Any], Any] = everything) -> Any:
         """The gradients, or a part of their tree.
 
         The cotangent gets the varying axes and the Explicit sharding of the outputs.

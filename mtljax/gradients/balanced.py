@@ -3,68 +3,33 @@
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import optax
 
-from mtljax import placement, stack
+from mtljax import placement
 from mtljax.balancer import check_choice, commit
+from mtljax.gradients.gramian import linearize_any
+from mtljax.gradients.labels import resolve_measure
 from mtljax.gradients.linearized import (
     AxisName,
-    Linearized,
     Strategy,
+    VectorLosses,
     linearize,
     make_options,
     own_weights,
+    split_leaves,
 )
-from mtljax.gradients.scatter import scattered_step
-from mtljax.gradients.gramian import LinearizedUses, choose, linearize_uses
-from mtljax.gradients.task_grads import task_rows
+from mtljax.gradients.micro import Wanted, accumulate
+from mtljax.gradients.representation import Through, linearize_through
+from mtljax.gradients.scatter import scatter
+from mtljax.gradients.separate import Separate, linearize_separate
 from mtljax.placement import Backward
 from mtljax.types import Heads
 
 Engine: TypeAlias = Literal["auto", "losses", "stacked", "gramian"]
 
-
-def _losses_engine(balancer, found: Linearized, state, inputs, passes):
-    """One weighted backward pass: the weights do not depend on the gradients."""
-    del passes
-    weights, state = balancer.weigh(state, losses=found.losses, **inputs)
-    return found.shared(weights), weights, state
-
-
-def _stacked_engine(balancer, found: Linearized, state, inputs, passes):
-    """T backward passes, then the balancer's own update."""
-    if found.options.exchange == "scatter":
-        return scattered_step(balancer, found, state, inputs, passes)
-    rows = task_rows(found, passes)
-    if getattr(balancer, "weigh", None) is None:
-        stacked = found.leaves.shared_tree(rows)
-        transform = optax.with_extra_args_support(balancer)
-        update, state = transform.update(stacked, state, losses=found.losses, **inputs)
-        return found.leaves.shared_list(update), None, state
-    stack.check(rows, balancer.num_tasks, balancer.name)
-    gramian = found.gramian(rows) if balancer.needs == "gramian" else None
-    weights, state = balancer.weigh(
-        state, losses=found.losses, gramian=gramian, **inputs
-    )
-    return stack.combine(rows, weights), weights, state
-
-
-def _gramian_engine(balancer, found: LinearizedUses, state, inputs, passes):
-    """T backward passes of the activations, then a weighted one or their mixture."""
-    rows = found.rows(passes)
-    gramian = found.gramian(rows)
-    weights, state = balancer.weigh(
-        state, losses=found.losses, gramian=gramian, **inputs
-    )
-    return found.shared(weights, rows), weights, state
-
-
-_ENGINES = {
-    "losses": _losses_engine,
-    "stacked": _stacked_engine,
-    "gramian": _gramian_engine,
-}
+_NAME = "value_and_balanced_grad"
 
 
 def _check_engine(engine: Engine, needs: str, name: str) -> None:
@@ -86,6 +51,8 @@ def value_and_balanced_grad(
     has_aux: bool = False,
     engine: Engine = "auto",
     strategy: Strategy | int = "auto",
+    measure: Any = None,
+    micro_batches: int | None = None,
     axis_name: AxisName = None,
     grad_shardings: Any = None,
     backward: Backward = "auto",
@@ -101,7 +68,8 @@ def value_and_balanced_grad(
 
     Args:
       task_losses: ``task_losses(params, *args, **kwargs) -> losses[T]`` (or
-        ``(losses[T], aux)``).
+        ``(losses[T], aux)``), or a dict ``{name: scalar}`` in place of the vector; see
+        also :func:`mtljax.separate` and :func:`mtljax.through`.
       balancer: A :class:`mtljax.Balancer` (or any transformation of stacked gradients).
       labels: Marks parameters ``"shared"``, ``"own"`` or ``"frozen"``, see
         :func:`value_and_task_grads`. The balancer sees the shared ones only.
@@ -120,6 +88,17 @@ def value_and_balanced_grad(
         engine ``"losses"`` passes the weighted cotangent through such a rule, as
         training with static weights does.
       strategy: How T backward passes run, see :func:`value_and_task_grads`.
+      measure: Computes the task weights from other gradients than those of all shared
+        parameters; the update is one weighted backward pass of all of them. This is
+        another method, at a lower cost. ``"representation"`` measures that of
+        :func:`mtljax.through`: T passes run through the heads and one through the
+        trunk. Paths as for :func:`label_params`, a function of the path or a tree of
+        booleans select shared parameters: the T passes end at these. For balancers
+        that read the Gramian.
+      micro_batches: M, see :func:`value_and_task_grads`. With ``engine="gramian"`` the
+        T gradients are stacked, as the Gramian of a batch is not the sum of those of
+        its parts; with ``measure="representation"`` only the Gramians are added up,
+        and a second loop computes the weighted gradient.
       axis_name: The mapped axis, see :func:`value_and_task_grads`; with
         ``Mapped(name, exchange="scatter")`` the gradients are stacked and every device
         holds a part of them. The balancer sees the means over the devices, and its
@@ -131,7 +110,8 @@ def value_and_balanced_grad(
       ``function(params, state, *args, mask=None, side=None, **kwargs)`` that returns
       ``(losses[T], grad, state)``, or ``((losses[T], aux), grad, state)``. ``state`` is
       the balancer's (``balancer.init(params)``); ``grad`` is shaped like ``params``.
-      ``mask`` ``[T]`` marks the tasks present in the batch. The loss of an absent task
+      ``mask`` ``[T]``, or a dict with the names of the tasks, marks the tasks present in
+      the batch. The losses are a dict if ``task_losses`` returns one. The loss of an absent task
       may be NaN, but must be differentiable to finite numbers (0 · NaN is NaN in any
       backward pass): write ``where``-safe losses. ``side`` is a dict of further
       keywords for the balancer's update. If a loss or gradient of a present task, or
@@ -173,7 +153,7 @@ def value_and_balanced_grad(
         )
     _check_engine(engine, needs, name)
     options = make_options(
-        "value_and_balanced_grad",
+        _NAME,
         has_aux=has_aux,
         labels=labels,
         strategy=strategy,
@@ -181,48 +161,128 @@ def value_and_balanced_grad(
         axis_name=axis_name,
         grad_shardings=grad_shardings,
     )
+    if measure is not None:
+        _check_measure(measure, task_losses, name, needs, micro_batches)
+    if options.exchange == "scatter" and (needs == "grads" or engine == "gramian"):
+        raise ValueError(
+            f"exchange='scatter' stacks gradients of which a device holds a part; it "
+            f"supports neither engine='gramian' nor {name} if that reads the gradients. "
+            "Use exchange='all'."
+        )
     # Weights that read only the losses need no Gramian, weights that read the
     # gradients need them formed.
-    default = {"losses": "losses", "gramian": None}.get(needs, "stacked")
-    fixed = engine if engine in ("losses", "stacked") else default
-    if options.exchange == "scatter":
-        if needs == "grads" or engine == "gramian":
-            raise ValueError(
-                f"exchange='scatter' stacks gradients of which a device holds a part; "
-                f"it supports neither engine='gramian' nor {name} if that reads "
-                "the gradients. Use exchange='all'."
-            )
-        fixed = fixed or "stacked"
+    default = {"losses": "losses", "gramian": engine}.get(needs, "stacked")
+    chosen = engine if engine in ("losses", "stacked") else default
+    if options.exchange == "scatter" and chosen == "auto":
+        chosen = "stacked"
 
-    def linearized(function, params, mask):
-        if fixed is None:
-            uses, passes = choose(engine, function, params, options)
-            if uses is not None:
-                found = linearize_uses(uses, options, mask=mask, name=name)
-                return found, "gramian", passes
-        else:
-            passes = options.passes
-        found = linearize(function, params, options, mask=mask, name=name)
-        return found, fixed or "stacked", passes
+    def forward(call, params, mask):
+        """The forward pass, ready for the gradients that the balancer needs."""
+        given = {"mask": mask, "name": _NAME}
+        if micro_batches is not None:
+            wanted: Wanted = "losses" if chosen == "losses" else "rows"
+            wanted = "representation" if measure == "representation" else wanted
+            return accumulate(
+                task_losses,
+                call,
+                params,
+                options,
+                micro_batches,
+                wanted=wanted,
+                owns=getattr(balancer, "weigh", None) is None,
+                **given,
+            )
+        if isinstance(task_losses, Separate):
+            call.names = task_losses.names
+            if chosen != "losses":
+                return linearize_separate(
+                    task_losses, params, call.args, call.kwargs, options, **given
+                )
+        if measure == "representation":
+            return linearize_through(task_losses, call, params, options, **given)
+        if chosen == "losses":
+            return linearize(call, params, options, **given)
+        if needs == "grads":
+            return linearize(call, params, options, **given)
+        measured = None
+        if measure is not None:
+            marks = split_leaves(params, labels).marks
+            measured = resolve_measure(measure, params, marks)
+        found = linearize_any(chosen, call, params, options, measured=measured, **given)
+        return scatter(found) if options.exchange == "scatter" else found
+
+    def weigh(found, state, inputs):
+        """Task weights, the new state, and the gradients as far as they were formed."""
+
+        def fresh(state):
+            measured, cache = (None, None) if chosen == "losses" else found.measured()
+            weights, new = balancer.weigh(
+                state, losses=found.losses, gramian=measured, **inputs
+            )
+            return weights, new, cache
+
+        keep = getattr(balancer, "keep", None)
+        if keep is None or chosen == "losses":
+            return fresh(state)
+        # The T passes are inside the branch, so that kept weights cost none of them.
+        weights, new = jax.lax.cond(
+            balancer.refresh(state, inputs["mask"]),
+            lambda state: fresh(state)[:2],
+            lambda state: keep(state, losses=found.losses, mask=inputs["mask"]),
+            state,
+        )
+        return weights, new, None
 
     def function(params, state, *args, mask=None, side=None, **kwargs):
-        found, chosen, passes = linearized(
-            lambda p: task_losses(p, *args, **kwargs), params, mask
-        )
-        losses, mask = found.losses, found.region.mask
+        names = getattr(balancer, "names", None)
+        call = VectorLosses(task_losses, args, kwargs, names)
+        found = forward(call, params, mask)
+        losses, present = found.losses, found.region.mask
         if num_tasks is not None and losses.shape[0] != num_tasks:
             raise ValueError(
                 f"task_losses returns {losses.shape[0]} losses, but {name} was built "
                 f"with num_tasks={num_tasks}."
             )
-        inputs = {"mask": mask, **(side or {})}
-        shared, weights, new = _ENGINES[chosen](balancer, found, state, inputs, passes)
-        if heads == "own" or weights is None:
-            weights = own_weights(losses, mask)
-        grad = found.leaves.gradient(shared, found.own(weights))
-        seen = losses if mask is None else jnp.where(mask, losses, 0)
+        inputs = {"mask": present, **(side or {})}
+        ones = own_weights(losses, present)
+        if getattr(balancer, "weigh", None) is None:
+            stacked = found.leaves.shared_tree(found.stacked())
+            transform = optax.with_extra_args_support(balancer)
+            update, new = transform.update(stacked, state, losses=losses, **inputs)
+            shared, own = jax.tree.leaves(update), found.own(ones)
+        else:
+            weights, new, cache = weigh(found, state, inputs)
+            of_own = ones if heads == "own" else weights
+            shared, own = found.gradients(weights, of_own, cache)
+        grad = found.leaves.gradient(shared, own)
+        seen = losses if present is None else jnp.where(present, losses, 0)
         grad, state = commit(jnp.isfinite(seen).all(), grad, new, state)
         grad = placement.constrain(grad, grad_shardings)
+        losses = call.named(losses)
         return ((losses, found.aux) if has_aux else losses), grad, state
 
     return function
+
+
+def _check_measure(
+    measure: Any, task_losses: Any, name: str, needs: str, micro_batches: int | None
+) -> None:
+    if needs != "gramian":
+        raise ValueError(
+            f"measure computes task weights from the Gramian of other gradients, but "
+            f"{name} needs the {needs}; leave out measure."
+        )
+    if measure == "representation" and not isinstance(task_losses, Through):
+        raise ValueError(
+            "measure='representation' needs task_losses=mtljax.through(encode, losses)."
+        )
+    if isinstance(task_losses, Separate):
+        raise ValueError(
+            "measure does not support mtljax.separate: its tasks already cost one pass "
+            "each."
+        )
+    if measure != "representation" and micro_batches is not None:
+        raise ValueError(
+            "micro_batches supports measure='representation' only: the Gramian of "
+            "parameters is not the sum of those of the micro-batches."
+        )

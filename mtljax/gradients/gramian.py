@@ -21,14 +21,16 @@ from mtljax.gradients.linearized import (
     Options,
     Region,
     Strategy,
+    VectorLosses,
     checked_losses,
     linearize,
     make_options,
     make_region,
     split_leaves,
+    task_vector,
 )
-from mtljax.gradients.passes import Passes
-from mtljax.gradients.task_grads import map_tasks, task_rows
+from mtljax.gradients.passes import Passes, map_tasks
+from mtljax.gradients.separate import Separate, linearize_separate
 from mtljax.placement import Backward
 from mtljax.types import Gramian, Losses, Params, Weights
 
@@ -40,12 +42,23 @@ class Uses(NamedTuple):
 
     plan: Plan
     leaves: Leaves
+    partly: bool  # whether the Gramian is that of some of the shared leaves only
 
 
 def find_uses(
-    function: Callable[[Params], Any], params: Params, options: Options
+    function: Callable[[Params], Any],
+    params: Params,
+    options: Options,
+    measured: list[int] | None = None,
 ) -> Uses:
     """Traces ``function`` and plans its Gramian.
+
+    Args:
+      function: Returns the losses.
+      params: Parameters.
+      options: How gradients are computed.
+      measured: The leaves over which inner products are taken; None for all that are
+        shared.
 
     Raises:
       ValueError: If a parameter is not a real floating-point array.
@@ -72,9 +85,10 @@ def find_uses(
 
     program = trace(of_trained, values)
     (num_tasks,) = program.avals[program.losses].shape
-    shared = [k for k, i in enumerate(trained) if leaves.marks[i] == "shared"]
+    chosen = leaves.numbers("shared") if measured is None else measured
+    shared = [k for k, i in enumerate(trained) if i in chosen]
     made = plan(program, num_tasks, shared, options.axes)
-    return Uses(made, leaves)
+    return Uses(made, leaves, measured is not None)
 
 
 class LinearizedUses(NamedTuple):
@@ -99,6 +113,17 @@ class LinearizedUses(NamedTuple):
     def aux(self) -> Any:
         """The auxiliary output of ``task_losses``."""
         return self.uses.plan.program.restore_aux(self.backward.aux)
+
+    def measured(self) -> tuple[Gramian, evaluate.Rows]:
+        """The Gramian, and the gradients as far as they were formed."""
+        rows = self.rows(self.options.passes)
+        return self.gramian(rows), rows
+
+    def gradients(
+        self, weights: Weights, own: Weights, rows: evaluate.Rows | None = None
+    ) -> tuple[list[Any], list[Any]]:
+        """Weighted sums of the gradients of shared and of own leaves."""
+        return self.shared(weights, rows), self.own(own)
 
     def rows(self, passes: Passes) -> evaluate.Rows:
         """The T gradients, formed as far as they need to be."""
@@ -131,10 +156,10 @@ class LinearizedUses(NamedTuple):
             axes=self.region.axes,
         )
 
-    def shared(self, weights: Weights, rows: evaluate.Rows) -> list[Any]:
+    def shared(self, weights: Weights, rows: evaluate.Rows | None) -> list[Any]:
         """``Σ_t weights[t] g_t`` of the shared leaves."""
         made = self.uses.plan
-        if not combining_pays(made):
+        if rows is None or self.uses.partly or not combining_pays(made):
             return self._gradient("shared", weights)
         numbers = self._numbers("shared")
         found = evaluate.combine(
@@ -242,21 +267,43 @@ def task_gramian(
     )
 
     def function(params, *args, mask=None, **kwargs):
-        def losses_of(p):
-            return task_losses(p, *args, **kwargs)
-
-        uses, passes = choose(engine, losses_of, params, options)
-        if uses is None:
-            found = linearize(losses_of, params, options, mask=mask, name=name)
-            rows = task_rows(found, passes)
-            stack.check(rows, found.losses.shape[0], name)
-            gramian = found.gramian(rows)
+        call = VectorLosses(task_losses, args, kwargs)
+        if isinstance(task_losses, Separate):
+            call.names = task_losses.names
+            found = linearize_separate(
+                task_losses, params, args, kwargs, options, mask=mask, name=name
+            )
         else:
-            found = linearize_uses(uses, options, mask=mask, name=name)
-            gramian = found.gramian(found.rows(passes))
-        return ((found.losses, found.aux) if has_aux else found.losses), gramian
+            found = linearize_any(engine, call, params, options, mask=mask, name=name)
+        gramian, _ = found.measured()
+        losses = call.named(found.losses)
+        return ((losses, found.aux) if has_aux else losses), gramian
 
     return function
+
+
+def linearize_any(
+    engine: str,
+    function: VectorLosses,
+    params: Params,
+    options: Options,
+    *,
+    mask: Any,
+    name: str,
+    measured: list[int] | None = None,
+) -> Linearized | LinearizedUses:
+    """The forward pass for the engine ``"gramian"`` or ``"stacked"``."""
+    uses, passes = choose(engine, function, params, options, measured)
+    options = options._replace(passes=passes)
+    if uses is None:
+        found = linearize(function, params, options, mask=mask, name=name)
+        if measured is None:
+            return found
+        shared = found.leaves.numbers("shared")
+        return found._replace(only=tuple(map(shared.index, measured)))
+    return linearize_uses(
+        uses, options, mask=task_vector(mask, function.names), name=name
+    )
 
 
 class Choice(NamedTuple):
@@ -267,9 +314,17 @@ class Choice(NamedTuple):
 
 
 def choose(
-    engine: str, function: Callable[[Params], Any], params: Params, options: Options
+    engine: str,
+    function: Callable[[Params], Any],
+    params: Params,
+    options: Options,
+    measured: list[int] | None = None,
 ) -> Choice:
-    """Resolves ``engine="auto"`` and ``strategy="auto"`` from the shapes."""
+    """Resolves ``engine="auto"`` and ``strategy="auto"`` from the shapes.
+
+    If only some of the shared leaves are ``measured``, the engine does not stack those
+    unless it has to.
+    """
     asked = options.passes
 
     def passes(uses, stacked):
@@ -280,7 +335,7 @@ def choose(
     if engine == "stacked":
         return Choice(None, asked)
     if engine == "gramian":
-        uses = find_uses(function, params, options)
+        uses = find_uses(function, params, options, measured)
         rule = _nonlinear_rule(uses.plan.program, function, params, options)
         if rule is not None:
             raise ValueError(
@@ -294,12 +349,13 @@ def choose(
     if not all(is_float(jnp.result_type(leaf)) for leaf in trained):
         return Choice(None, asked)
     try:
-        uses = find_uses(function, params, options)
+        uses = find_uses(function, params, options, measured)
     except jax.errors.JAXTypeError:
         # Outside of jit a function may look at the values of its parameters.
         return Choice(None, asked)
     # jax.checkpoint asks for less memory, which inlining does not give.
-    if uses.plan.program.rematerialises or not pays(uses.plan):
+    worth = measured is not None or pays(uses.plan)
+    if uses.plan.program.rematerialises or not worth:
         return Choice(None, passes(uses, stacked=True))
     if _nonlinear_rule(uses.plan.program, function, params, options) is not None:
         return Choice(None, passes(uses, stacked=True))
@@ -405,13 +461,15 @@ def cross_task_gramian(
         choices = [choose(engine, call, params, options) for call in calls]
         left, right = (choice.uses for choice in choices)
         if left is None or right is None:
-            found = [linearize(call, params, options, name=name) for call in calls]
+            found = [
+                linearize(
+                    call, params, options._replace(passes=choice.passes), name=name
+                )
+                for call, choice in zip(calls, choices, strict=True)
+            ]
             losses = [one.losses for one in found]
             _check_equal_tasks(*losses)
-            rows = [
-                task_rows(one, choice.passes)
-                for one, choice in zip(found, choices, strict=True)
-            ]
+            rows = [one.stacked() for one in found]
             return *losses, stack.cross_gramian(*rows)
         # Both sides of a product have to be of the same form.
         common = common_plan(left.plan, right.plan)

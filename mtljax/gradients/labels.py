@@ -55,19 +55,11 @@ def label_params(
     """
     paths = _paths(params)
 
-    def matches(path, pattern):
-        prefix = pattern.rstrip("/")
-        return (
-            path == prefix
-            or path.startswith(prefix + "/")
-            or fnmatch.fnmatchcase(path, pattern)
-        )
-
     patterns: dict[str, list[str]] = {}
     for label, given in (("frozen", frozen), ("own", own)):
         patterns[label] = [given] if isinstance(given, str) else list(given or ())
         for pattern in patterns[label]:
-            if not any(matches(path, pattern) for path in paths):
+            if not any(_matches(path, pattern) for path in paths):
                 raise ValueError(
                     f"label_params: {label}={pattern!r} matches no parameter; the "
                     f"paths are {_listing(paths)}."
@@ -75,7 +67,7 @@ def label_params(
 
     def label(path, _):
         name = stack.path_name(path)
-        found = (k for k, ps in patterns.items() if any(matches(name, p) for p in ps))
+        found = (k for k, ps in patterns.items() if any(_matches(name, p) for p in ps))
         return next(found, "shared")
 
     labels = jax.tree_util.tree_map_with_path(label, params)
@@ -129,6 +121,65 @@ def resolve_labels(labels: Any, params: Params) -> list[Any]:
             f"{_listing(_paths(params))}. Leave labels out if all are shared."
         )
     return flat
+
+
+def resolve_measure(measure: Any, params: Params, marks: Sequence[str]) -> list[int]:
+    """Numbers of the shared leaves that ``measure`` selects.
+
+    Args:
+      measure: Paths as for :func:`label_params`, a predicate of the path, or a tree of
+        booleans like the parameters or a prefix of it.
+      params: Parameters.
+      marks: The label of every leaf.
+
+    Raises:
+      ValueError: If nothing is selected, or a leaf that is not shared.
+    """
+    paths = _paths(params)
+    if isinstance(measure, str) or (
+        isinstance(measure, list | tuple) and all(isinstance(m, str) for m in measure)
+    ):
+        found = _any_matches(paths, measure)
+    elif callable(measure):
+        found = [bool(measure(path)) for path in paths]
+    else:
+        try:
+            full = jax.tree.map(
+                lambda flag, sub: jax.tree.map(lambda _: flag, sub), measure, params
+            )
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                "measure must be paths, a function of the path, or a tree of booleans "
+                f"like the parameters: {error}"
+            ) from None
+        found = [bool(flag) for flag in jax.tree.leaves(full)]
+    for path, chosen, mark in zip(paths, found, marks, strict=True):
+        if chosen and mark != "shared":
+            raise ValueError(
+                f"measure selects parameter {path!r}, which is labelled {mark!r}; only "
+                "shared parameters can be measured."
+            )
+    if not any(found):
+        raise ValueError(
+            f"measure={measure!r} selects no parameter; the paths are "
+            f"{_listing(paths)}."
+        )
+    return [i for i, chosen in enumerate(found) if chosen]
+
+
+def _any_matches(paths: Sequence[str], patterns: Any) -> list[bool]:
+    """Which paths match one of some prefixes or globs."""
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    return [any(_matches(path, pattern) for pattern in patterns) for path in paths]
+
+
+def _matches(path: str, pattern: str) -> bool:
+    prefix = pattern.rstrip("/")
+    return (
+        path == prefix
+        or path.startswith(prefix + "/")
+        or fnmatch.fnmatchcase(path, pattern)
+    )
 
 
 def shared_params(params: Params, labels: Any) -> Params:

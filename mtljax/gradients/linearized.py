@@ -8,7 +8,7 @@ losses of its part of the batch.
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -18,11 +18,11 @@ from jaxtyping import Array
 
 from mtljax import placement, stack
 from mtljax.balancer import as_mask, check_choice
-from mtljax.gradients.labels import resolve_labels
-from mtljax.gradients.passes import Body, Passes
 from mtljax.gradients._pullback import pullback
+from mtljax.gradients.labels import resolve_labels
+from mtljax.gradients.passes import Body, Passes, map_tasks, pick
 from mtljax.placement import Axes, Backward
-from mtljax.types import Gramian, Losses, Mask, Params
+from mtljax.types import Gramian, Losses, Mask, Params, Weights
 
 Strategy: TypeAlias = Literal["auto", "unrolled", "vmap", "map", "chunked"]
 Exchange: TypeAlias = Literal["all", "scatter"]
@@ -94,9 +94,7 @@ def make_options(
     if axis_name is not None and not isinstance(axis_name, Mapped):
         axis_name = Mapped(axis_name)
     axes, exchange = (axis_name.axes, axis_name.exchange) if axis_name else ((), "all")
-    return Options(
-        has_aux, labels, passes, backward, axes, exchange, grad_shardings
-    )
+    return Options(has_aux, labels, passes, backward, axes, exchange, grad_shardings)
 
 
 def check_losses(losses: Any) -> Losses:
@@ -165,9 +163,32 @@ class Leaves(NamedTuple):
         rest = [optax.MaskedNode()] * count
         return self.tree(shared, rest, rest)
 
-    def shared_list(self, tree: Any) -> list[Any]:
-        """Its inverse."""
-        return jax.tree.leaves(tree)
+    def gramian(self, rows: Sequence[Any], region: "Region") -> Gramian:
+        """Inner products of stacked gradients, also of parameters that are split."""
+        parts: dict[Axes, list[Any]] = {}
+        for row, leaf in zip(rows, self.of("shared"), strict=True):
+            sums = region.sums(leaf)
+            split = tuple(axis for axis in region.axes if axis not in sums)
+            parts.setdefault(split, []).append(row)
+        found = [placement.total(stack.gramian(r), split) for split, r in parts.items()]
+        return functools.reduce(operator.add, found)
+
+    def summed(
+        self, gradients: Sequence[Any], axes: Axes, label: str = "shared"
+    ) -> list[Any]:
+        """Sums this device's parts of gradients over the mapped axes."""
+        return [
+            placement.total(g, unsplit(leaf, axes))
+            for g, leaf in zip(gradients, self.of(label), strict=True)
+        ]
+
+    def constrained(self, rows: list[Any], shardings: Any) -> list[Any]:
+        """Stacked gradients with the shardings that the user asked for."""
+        if shardings is None:
+            return rows
+        wanted = jax.tree.leaves(shardings)
+        wanted = [wanted[i] for i in self.numbers("shared")]
+        return placement.constrain(rows, wanted, stacked=True)
 
     def gradient(self, shared: Sequence[Any], own: Sequence[Any]) -> Any:
         """The same for a gradient; that of a frozen leaf is zero."""
@@ -180,6 +201,15 @@ def split_leaves(params: Params, labels: Any) -> Leaves:
     if labels is None:
         return Leaves(values, treedef, ["shared"] * len(values), False)
     return Leaves(values, treedef, resolve_labels(labels, params), True)
+
+
+def unsplit(leaf: Any, axes: Axes) -> Axes:
+    """The axes over which a parameter is not split.
+
+    Over the others, the transpose of the gathering has summed its gradient.
+    """
+    split = placement.varying(leaf)
+    return tuple(axis for axis in axes if axis not in split)
 
 
 class Region(NamedTuple):
@@ -203,13 +233,74 @@ class Region(NamedTuple):
         return cotangent * jnp.broadcast_to(self.seeds, cotangent.shape)
 
     def sums(self, leaf: Any) -> Axes:
-        """The axes over which the gradient of a parameter has yet to be summed.
+        """The axes over which the gradient of a parameter has yet to be summed."""
+        return unsplit(leaf, self.axes)
 
-        Not those over which the parameter itself is split: there the transpose of the
-        gathering has summed it.
-        """
-        split = placement.varying(leaf)
-        return tuple(axis for axis in self.axes if axis not in split)
+
+class VectorLosses:
+    """A call of ``task_losses`` as a function of the parameters.
+
+    A dict of losses becomes a vector, in the order of the names given or else in its
+    own; ``names`` is known after the first call.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        names: Sequence[str] | None = None,
+    ):
+        """Keeps the arguments of the call."""
+        self.function, self.args, self.kwargs = function, args, kwargs
+        self.names = None if names is None else tuple(names)
+
+    def __call__(self, params: Params) -> Any:
+        """The losses as a vector, with the auxiliary output if there is one."""
+        out = self.function(params, *self.args, **self.kwargs)
+        if isinstance(out, Mapping):
+            return self._vector(out)
+        if isinstance(out, tuple) and len(out) == 2 and isinstance(out[0], Mapping):
+            return self._vector(out[0]), out[1]
+        return out
+
+    def _vector(self, losses: Mapping[str, Any]) -> Losses:
+        self.names = tuple(losses) if self.names is None else self.names
+        for name, loss in losses.items():
+            if jnp.shape(loss):
+                raise ValueError(
+                    f"the loss of task {name!r} has shape {jnp.shape(loss)}; it must be "
+                    "a scalar."
+                )
+        return task_vector(losses, self.names)
+
+    def named(self, losses: Losses) -> Any:
+        """The losses in the form in which the user's function returns them."""
+        if self.names is None:
+            return losses
+        return dict(zip(self.names, losses, strict=True))
+
+
+def task_vector(values: Any, names: Sequence[str] | None) -> Any:
+    """A dict by task as a vector in the order of the names; anything else unchanged.
+
+    Raises:
+      ValueError: If the tasks have no names, or the names differ.
+    """
+    if not isinstance(values, Mapping):
+        return jnp.asarray(values) if isinstance(values, list | tuple) else values
+    if names is None:
+        raise ValueError(
+            f"a dict with the names {list(values)} was given, but the tasks have no "
+            "names; return a dict of losses from task_losses, or build the balancer "
+            "with names."
+        )
+    if set(values) != set(names):
+        raise ValueError(
+            f"the tasks are {list(names)}, but a dict with the names {list(values)} "
+            "was given."
+        )
+    return jnp.stack([jnp.asarray(values[name]) for name in names])
 
 
 def make_region(local: Losses, mask: Any, options: Options, name: str) -> Region:
@@ -248,6 +339,9 @@ class Linearized(NamedTuple):
     aux: Any
     pull: Callable[..., Any]  # cotangents of the local losses -> (shared, own)
     options: Options
+    only: tuple[int, ...] | None = (
+        None  # numbers of the shared leaves that are measured
+    )
 
     @property
     def losses(self) -> Losses:
@@ -259,34 +353,67 @@ class Linearized(NamedTuple):
         """What a backward pass consists of."""
         return self.pull.body  # pyright: ignore[reportFunctionMemberAccess]
 
-    def row(self, cotangent: Losses) -> list[Any]:
-        """This device's part of the gradient of the shared leaves."""
-        return self.pull(self.region.seeded(cotangent), lambda results: results[0])
+    def local_rows(self, only: Sequence[int] | None = None) -> list[Any]:
+        """This device's part of the T gradients of the shared leaves, or of some.
 
-    def shared(self, weights: Losses) -> list[Any]:
-        """``Σ_t weights[t] g_t`` of the shared leaves."""
-        return self._weighted(weights, 0)
+        A pass for every unit cotangent. Rows of absent tasks are zero.
+        """
 
-    def own(self, weights: Losses) -> list[Any]:
-        """The same of own leaves."""
+        def part(results):
+            shared = results[0]
+            return shared if only is None else [shared[i] for i in only]
+
+        region, num_tasks = self.region, self.losses.shape[0]
+        # Loops and vmap need the type of the cotangents before the pass sees them.
+        basis = jnp.eye(num_tasks, dtype=region.local.dtype)
+        basis = placement.cast(region.seeded(basis), placement.varying(region.local))
+        passes = pick(self.options.passes, num_tasks, self.body)
+        rows = map_tasks(lambda c: self.pull(c, part), basis, passes)
+        mask = region.local_mask
+        return rows if mask is None else stack.select(rows, mask)
+
+    def stacked(self) -> list[Any]:
+        """The T gradients of the shared leaves."""
+        rows = self.leaves.summed(self.local_rows(), self.region.axes)
+        return self.leaves.constrained(rows, self.options.shardings)
+
+    def local_gradients(self, weights: Weights, own: Weights) -> tuple[Any, Any]:
+        """This device's parts of both weighted gradients."""
+        return self._weighted(weights, 0), self.local_own(own)
+
+    def local_own(self, weights: Weights) -> list[Any]:
+        """That of own leaves."""
         return self._weighted(weights, 1) if self.leaves.numbers("own") else []
 
-    def summed(self, gradients: Sequence[Any], label: str = "shared") -> list[Any]:
-        """Sums this device's parts over the mapped axes."""
-        values = self.leaves.of(label)
-        return [
-            placement.total(g, self.region.sums(leaf))
-            for g, leaf in zip(gradients, values, strict=True)
-        ]
+    def shared(self, weights: Weights) -> list[Any]:
+        """``Σ_t weights[t] g_t`` of the shared leaves."""
+        return self.leaves.summed(self._weighted(weights, 0), self.region.axes)
 
-    def gramian(self, rows: Sequence[Any]) -> Gramian:
-        """Inner products of stacked gradients, also of parameters that are split."""
-        found = []
-        for row, leaf in zip(rows, self.leaves.of("shared"), strict=True):
-            sums = self.region.sums(leaf)
-            split = tuple(axis for axis in self.region.axes if axis not in sums)
-            found.append(placement.total(stack.gramian(row), split))
-        return functools.reduce(operator.add, found)
+    def own(self, weights: Weights) -> list[Any]:
+        """The same of own leaves."""
+        return self.leaves.summed(self.local_own(weights), self.region.axes, "own")
+
+    def measured(self) -> tuple[Gramian, list[Any] | None]:
+        """The Gramian, and the stacked gradients if it is that of all shared leaves."""
+        if self.only is None:
+            rows = self.stacked()
+            return self.leaves.gramian(rows, self.region), rows
+        rows = self.local_rows(self.only)
+        values = [self.leaves.of("shared")[i] for i in self.only]
+        part = self.leaves._replace(values=values, marks=["shared"] * len(values))
+        rows = part.summed(rows, self.region.axes)
+        return part.gramian(rows, self.region), None
+
+    def gradients(
+        self, weights: Weights, own: Weights, rows: list[Any] | None = None
+    ) -> tuple[list[Any], list[Any]]:
+        """Weighted sums of the gradients of shared and of own leaves.
+
+        From the rows if there are any, else by a backward pass.
+        """
+        if rows is None:
+            return self.shared(weights), self.own(own)
+        return stack.combine(rows, weights), self.own(own)
 
     def _weighted(self, weights: Losses, part: int) -> list[Any]:
         seeds = self.region.seeded(weights)
@@ -298,7 +425,7 @@ class Linearized(NamedTuple):
         found = self.pull(seeds.astype(dtype), lambda results: results[part])
         if scale is not None:
             found = [(g * scale).astype(g.dtype) for g in found]
-        return self.summed(found, "own" if part else "shared")
+        return found
 
 
 def linearize(
@@ -322,6 +449,7 @@ def linearize(
     local, pull, aux = pullback(
         of_parts, *parts, has_aux=True, backward=options.backward
     )
+    mask = task_vector(mask, getattr(function, "names", None))
     region = make_region(local, mask, options, name)
     return Linearized(leaves, region, aux, pull, options)
 
@@ -331,4 +459,3 @@ def own_weights(losses: Losses, mask: Mask | None) -> Losses:
     # Not ones_like, which would have the varying axes of the losses.
     ones = jnp.ones(losses.shape, losses.dtype)
     return ones if mask is None else jnp.where(mask, ones, 0)
-

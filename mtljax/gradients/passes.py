@@ -1,8 +1,11 @@
-"""How T backward passes run where nobody says, decided from static shapes."""
+"""How T backward passes run, by default decided from static shapes."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+
 
 class Passes(NamedTuple):
     """How T backward passes run."""
@@ -67,3 +70,58 @@ def batched(tasks: int, body: Body) -> Passes:
         return Passes("vmap", tasks)
     some = _CHUNK.get(backend, default) // each
     return Passes("chunked", some) if some > 1 else Passes("map", 1)
+
+
+def pick(asked: Passes, num_tasks: int, body: Body) -> Passes:
+    """Resolves ``"auto"`` from the backend, T and the size of a pass."""
+    if asked.strategy != "auto":
+        return asked
+    if few(num_tasks, body):
+        return Passes("unrolled", 1)
+    return batched(num_tasks, body)
+
+
+def map_tasks(
+    function: Callable[[Any], Any],
+    rows: Any,
+    passes: Passes,
+    *,
+    in_axes: Any = 0,
+    out_axes: Any = 0,
+) -> Any:
+    """``function`` of every row of a stacked tree, the results stacked.
+
+    Tasks lie along ``in_axes`` and ``out_axes``: 0, or a tree of axes.
+    """
+    strategy, chunk_size, together = passes
+    if strategy == "vmap":
+        return jax.vmap(function, (in_axes,), out_axes)(rows)
+    if isinstance(in_axes, int):
+        in_axes = jax.tree.map(lambda _: in_axes, rows)
+    if strategy in ("map", "chunked"):
+        rows = jax.tree.map(lambda x, axis: jnp.moveaxis(x, axis, 0), rows, in_axes)
+        num_tasks = jax.tree.leaves(rows)[0].shape[0]
+        if strategy == "map":
+            stacked = jax.lax.scan(
+                lambda _, row: (None, function(row)), None, rows, unroll=together
+            )[1]
+        else:
+            size = min(chunk_size, num_tasks)
+            stacked = jax.lax.map(function, rows, batch_size=size)
+        if isinstance(out_axes, int):
+            out_axes = jax.tree.map(lambda _: out_axes, stacked)
+        return jax.tree.map(lambda x, axis: jnp.moveaxis(x, 0, axis), stacked, out_axes)
+    leaf, axis = jax.tree.leaves(rows)[0], jax.tree.leaves(in_axes)[0]
+    each = [
+        function(
+            jax.tree.map(
+                lambda x, axis, task=task: jax.lax.index_in_dim(x, task, axis, False),
+                rows,
+                in_axes,
+            )
+        )
+        for task in range(leaf.shape[axis])
+    ]
+    if isinstance(out_axes, int):
+        out_axes = jax.tree.map(lambda _: out_axes, each[0])
+    return jax.tree.map(lambda axis, *row: jnp.stack(row, axis), out_axes, *each)

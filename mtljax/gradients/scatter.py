@@ -1,65 +1,97 @@
 """Stacked gradients of which every device of a mapped axis holds a part."""
 
-import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from mtljax import placement, stack
-from mtljax.gradients.linearized import Linearized
-from mtljax.gradients.passes import Passes
-from mtljax.gradients.task_grads import local_rows
-
+from mtljax.gradients.linearized import Leaves, Linearized, Region
+from mtljax.types import Gramian, Losses, Weights
 
 # Entries of a part from which on a leaf travels alone, without a copy into a buffer.
 _LARGE = 1 << 12
 
 
-def scattered_step(
-    balancer: Any, found: Linearized, state: Any, inputs: Any, passes: Passes
-) -> tuple[list[Any], Any, Any]:
-    """A step of a balancer that acts by weights: ``(shared gradient, weights, state)``.
+class Part(NamedTuple):
+    """This device's part ``[T, P / D]`` of the gradients of some leaves."""
 
-    The rows are summed over the devices by a reduce-scatter, so that each device holds
-    ``[T, P / D]``; of these, T x T inner products and the weighted sum are exchanged.
-    Small leaves travel in one buffer, as each collective has a cost of its own.
+    numbers: list[int]
+    rows: Any
 
-    Raises:
-      ValueError: If a shared parameter is split over the axis, whose rows are parts
-        already.
+
+class Scattered(NamedTuple):
+    """A forward pass whose stacked gradients are scattered over the devices.
+
+    The rows are summed over the devices by a reduce-scatter; of the parts, T x T inner
+    products and the weighted sum are exchanged. Small leaves travel in one buffer, as
+    each collective has a cost of its own.
     """
-    axes, shared = found.region.axes, found.leaves.of("shared")
-    if any(found.region.sums(leaf) != axes for leaf in shared):
+
+    found: Linearized
+
+    @property
+    def leaves(self) -> Leaves:
+        """The parameters."""
+        return self.found.leaves
+
+    @property
+    def region(self) -> Region:
+        """The mapped region."""
+        return self.found.region
+
+    @property
+    def losses(self) -> Losses:
+        """The T losses."""
+        return self.found.losses
+
+    @property
+    def aux(self) -> Any:
+        """The auxiliary output of ``task_losses``."""
+        return self.found.aux
+
+    def measured(self) -> tuple[Gramian, list[Part]]:
+        """The Gramian, and the parts of the gradients."""
+        axes, rows = self.region.axes, self.found.local_rows()
+        devices, parts = placement.size(axes), []
+        for numbers in _buffers(rows, devices):
+            # A region is per device, so a reshape is free of communication.
+            flat = [rows[i].reshape(len(rows[i]), -1) for i in numbers]
+            dtype = jnp.result_type(*flat)
+            buffer = jnp.concatenate([x.astype(dtype) for x in flat], axis=1)
+            padding = -buffer.shape[1] % devices
+            buffer = jnp.pad(buffer, ((0, 0), (0, padding)))
+            parts.append(Part(numbers, placement.scattered(buffer, axes, 1)))
+        gramian = placement.total(stack.gramian([part.rows for part in parts]), axes)
+        return gramian, parts
+
+    def gradients(
+        self, weights: Weights, own: Weights, parts: list[Part] | None = None
+    ) -> tuple[list[Any], list[Any]]:
+        """Weighted sums of the gradients of shared and of own leaves."""
+        if parts is None:
+            return self.found.gradients(weights, own)
+        leaves = self.leaves.of("shared")
+        updates: list[Any] = [None] * len(leaves)
+        for numbers, rows in parts:
+            mixed = placement.assembled(stack.combine(rows, weights), self.region.axes)
+            start = 0
+            for i in numbers:
+                stop = start + leaves[i].size
+                whole = mixed[start:stop].reshape(leaves[i].shape)
+                updates[i] = whole.astype(leaves[i].dtype)
+                start = stop
+        return updates, self.found.own(own)
+
+
+def scatter(found: Linearized) -> Scattered:
+    """Raises if a shared parameter is split over the axis: its rows are parts already."""
+    region = found.region
+    if any(region.sums(leaf) != region.axes for leaf in found.leaves.of("shared")):
         raise ValueError(
             "exchange='scatter' is for parameters that are equal on all devices of "
-            f"{axes}; parameters that are split over them need exchange='all'."
+            f"{region.axes}; parameters that are split over them need exchange='all'."
         )
-    rows = local_rows(found, passes)
-    devices = placement.size(axes)
-    gramian, parts = None, []
-    for numbers in _buffers(rows, devices):
-        # A region is per device, so a reshape is free of communication.
-        flat = [rows[i].reshape(len(rows[i]), -1) for i in numbers]
-        dtype = jnp.result_type(*flat)
-        buffer = jnp.concatenate([x.astype(dtype) for x in flat], axis=1)
-        padding = -buffer.shape[1] % devices
-        part = placement.scattered(jnp.pad(buffer, ((0, 0), (0, padding))), axes, 1)
-        parts.append((numbers, part))
-    if balancer.needs == "gramian":
-        gramian = placement.total(stack.gramian([part for _, part in parts]), axes)
-    weights, state = balancer.weigh(
-        state, losses=found.losses, gramian=gramian, **inputs
-    )
-    updates: list[Any] = [None] * len(rows)
-    for numbers, part in parts:
-        mixed = placement.assembled(stack.combine(part, weights), axes)
-        start = 0
-        for i in numbers:
-            shape, dtype = rows[i].shape[1:], rows[i].dtype
-            stop = start + math.prod(shape)
-            updates[i] = mixed[start:stop].reshape(shape).astype(dtype)
-            start = stop
-    return updates, weights, state
+    return Scattered(found)
 
 
 def _buffers(rows: list[Any], devices: int) -> list[list[int]]:

@@ -3,102 +3,17 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from mtljax import placement, stack
 from mtljax.gradients.linearized import (
     AxisName,
-    Linearized,
     Strategy,
+    VectorLosses,
     linearize,
     make_options,
     own_weights,
 )
-from mtljax.gradients.passes import Body, Passes, batched, few
+from mtljax.gradients.micro import accumulate
+from mtljax.gradients.separate import Separate, linearize_separate
 from mtljax.placement import Backward
-
-
-def pick(asked: Passes, num_tasks: int, body: Body) -> Passes:
-    """Resolves ``"auto"`` from the backend, T and the size of a pass."""
-    if asked.strategy != "auto":
-        return asked
-    if few(num_tasks, body):
-        return Passes("unrolled", 1)
-    return batched(num_tasks, body)
-
-
-def local_rows(found: Linearized, passes: Passes | None = None) -> list[Any]:
-    """This device's part of the T gradients of the shared leaves.
-
-    A pass for every unit cotangent. Rows of absent tasks are zero.
-    """
-    num_tasks = found.losses.shape[0]
-    # Loops and vmap need the type of the cotangents before the pullback sees them.
-    region = found.region
-    basis = jnp.eye(num_tasks, dtype=region.local.dtype)
-    basis = placement.cast(region.seeded(basis), placement.varying(region.local))
-    passes = pick(passes or found.options.passes, num_tasks, found.body)
-    rows = map_tasks(lambda c: found.pull(c, lambda r: r[0]), basis, passes)
-    mask = region.local_mask
-    return rows if mask is None else stack.select(rows, mask)
-
-
-def task_rows(found: Linearized, passes: Passes | None = None) -> list[Any]:
-    """The T gradients of the shared leaves, stacked."""
-    rows = found.summed(local_rows(found, passes))
-    shardings = found.options.shardings
-    if shardings is not None:
-        wanted = jax.tree.leaves(shardings)
-        wanted = [wanted[i] for i in found.leaves.numbers("shared")]
-        rows = placement.constrain(rows, wanted, stacked=True)
-    return rows
-
-
-def map_tasks(
-    function: Callable[[Any], Any],
-    rows: Any,
-    passes: Passes,
-    *,
-    in_axes: Any = 0,
-    out_axes: Any = 0,
-) -> Any:
-    """``function`` of every row of a stacked tree, the results stacked.
-
-    Tasks lie along ``in_axes`` and ``out_axes``: 0, or a tree of axes.
-    """
-    strategy, chunk_size, together = passes
-    if strategy == "vmap":
-        return jax.vmap(function, (in_axes,), out_axes)(rows)
-    if isinstance(in_axes, int):
-        in_axes = jax.tree.map(lambda _: in_axes, rows)
-    if strategy in ("map", "chunked"):
-        rows = jax.tree.map(lambda x, axis: jnp.moveaxis(x, axis, 0), rows, in_axes)
-        num_tasks = jax.tree.leaves(rows)[0].shape[0]
-        if strategy == "map":
-            stacked = jax.lax.scan(
-                lambda _, row: (None, function(row)), None, rows, unroll=together
-            )[1]
-        else:
-            size = min(chunk_size, num_tasks)
-            stacked = jax.lax.map(function, rows, batch_size=size)
-        if isinstance(out_axes, int):
-            out_axes = jax.tree.map(lambda _: out_axes, stacked)
-        return jax.tree.map(lambda x, axis: jnp.moveaxis(x, 0, axis), stacked, out_axes)
-    leaf, axis = jax.tree.leaves(rows)[0], jax.tree.leaves(in_axes)[0]
-    each = [
-        function(
-            jax.tree.map(
-                lambda x, axis, task=task: jax.lax.index_in_dim(x, task, axis, False),
-                rows,
-                in_axes,
-            )
-        )
-        for task in range(leaf.shape[axis])
-    ]
-    if isinstance(out_axes, int):
-        out_axes = jax.tree.map(lambda _: out_axes, each[0])
-    return jax.tree.map(lambda axis, *row: jnp.stack(row, axis), out_axes, *each)
 
 
 def value_and_task_grads(
@@ -108,6 +23,7 @@ def value_and_task_grads(
     has_aux: bool = False,
     labels: Any = None,
     strategy: Strategy | int = "auto",
+    micro_batches: int | None = None,
     axis_name: AxisName = None,
     grad_shardings: Any = None,
     backward: Backward = "auto",
@@ -119,8 +35,10 @@ def value_and_task_grads(
 
     Args:
       task_losses: ``task_losses(params, *args, **kwargs) -> losses[T]`` (or
-        ``(losses[T], aux)``). The other arguments are free: one batch for all tasks,
-        or a dict with a batch per task, of any shapes.
+        ``(losses[T], aux)``), or a dict ``{name: scalar}`` in place of the vector. The
+        other arguments are free: one batch for all tasks, or a dict with a batch per
+        task, of any shapes. Use :func:`mtljax.separate` for tasks with inputs of their
+        own.
       argnums: Which positional argument(s) to differentiate.
       has_aux: ``task_losses`` returns ``(losses, aux)``.
       labels: Marks parameters ``"shared"``, ``"own"`` or ``"frozen"``: a tree of
@@ -134,6 +52,10 @@ def value_and_task_grads(
         up to 16 tasks (fewer for long programs), else vmap, or a loop if the values of
         all tasks would be large and for convolutions on CPU.
         All give the same numbers up to rounding.
+      micro_batches: M. The leading axes of all positional arguments after the first are
+        split into M micro-batches, and a loop adds up losses and gradients. Equal to
+        the whole batch if every loss is a mean over the examples; the auxiliary output
+        is stacked ``[M, ...]``. Memory: that of one micro-batch, and T gradients.
       axis_name: The mapped axis of ``jax.pmap`` or ``jax.shard_map``, if
         ``task_losses`` returns the losses of this device's part of the batch. Losses
         and gradients are then the means over the axis. Without it, ``jax.shard_map``
@@ -146,7 +68,7 @@ def value_and_task_grads(
 
     Returns:
       A function of the same arguments, and of ``mask=`` ``[T]`` (the tasks that are
-      present), that returns ``(losses[T], grads)``, or ``((losses[T], aux), grads)``;
+      present; a vector, or a dict with the names of the tasks), that returns ``(losses[T], grads)``, or ``((losses[T], aux), grads)``;
       every shared leaf of ``grads`` has shape ``[T, *leaf]``. Rows and own gradients of
       absent tasks are zero. A task whose loss has no finite derivative makes the rows of
       the others non-finite too (0 · NaN is NaN): write ``where``-safe losses for absent
@@ -177,22 +99,44 @@ def value_and_task_grads(
         axis_name=axis_name,
         grad_shardings=grad_shardings,
     )
+    if not isinstance(argnums, int) and (
+        micro_batches is not None or isinstance(task_losses, Separate)
+    ):
+        raise ValueError(
+            f"{name}: micro_batches and mtljax.separate go with a single differentiated "
+            "argument (argnums)."
+        )
     indices = (argnums,) if isinstance(argnums, int) else argnums
 
     def function(*args, mask=None, **kwargs):
-        def at(params):
-            full = list(args)
+        params = tuple(args[i] for i in indices)
+        others = [arg for i, arg in enumerate(args) if i not in indices]
+
+        def at(params, *others, **kwargs):
             params = (params,) if isinstance(argnums, int) else params
-            for index, param in zip(indices, params, strict=True):
-                full[index] = param
+            given, rest = iter(params), iter(others)
+            chosen = dict(zip(indices, given, strict=True))
+            full = [chosen[i] if i in chosen else next(rest) for i in range(len(args))]
             return task_losses(*full, **kwargs)
 
-        params = tuple(args[i] for i in indices)
         params = params[0] if isinstance(argnums, int) else params
-        found = linearize(at, params, options, mask=mask, name=name)
-        rows = task_rows(found)
+        call = VectorLosses(at, others, kwargs)
+        shared_options = {"mask": mask, "name": name}
+        if micro_batches is not None:
+            found = accumulate(
+                task_losses, call, params, options, micro_batches, **shared_options
+            )
+        elif isinstance(task_losses, Separate):
+            call.names = task_losses.names
+            found = linearize_separate(
+                task_losses, params, others, kwargs, options, **shared_options
+            )
+        else:
+            found = linearize(call, params, options, **shared_options)
+        rows = found.stacked()
         own = found.own(own_weights(found.losses, found.region.mask))
         grads = found.leaves.gradient(rows, own)
-        return ((found.losses, found.aux) if has_aux else found.losses), grads
+        losses = call.named(found.losses)
+        return ((losses, found.aux) if has_aux else losses), grads
 
     return function

@@ -1,6 +1,7 @@
 """ConFIG: a direction at the same angle to every task gradient."""
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -223,5 +224,9 @@ def _products(grads: Grads, weights: Weights) -> Weights:
     wide = jax.tree.map(
         lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), grads
     )
-    total = jax.tree.map(lambda g: g[None], stack.combine(wide, weights))
-    return stack.cross_gramian(wide, total)[:, 0]
+
+    def leaf(g, total):  # contracts every axis of the parameter, without a reshape
+        return jnp.tensordot(g, total, total.ndim, precision="highest")
+
+    terms = jax.tree.map(leaf, wide, stack.combine(wide, weights))
+    return functools.reduce(operator.add, jax.tree.leaves(terms))

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Int
 
@@ -121,7 +122,8 @@ def db_mtl(
         slopes = _log_slopes(losses.astype(norms.dtype), norms)
         return slopes * db_mtl_weights(norms * slopes, mask), state
 
-    if not isinstance(beta, Tracer) and beta == 0:
+    # An array is an operand of a trace where it meets an operator; NumPy reads it.
+    if not isinstance(beta, Tracer) and np.asarray(beta) == 0:
         return from_weights(
             "db_mtl",
             num_tasks,

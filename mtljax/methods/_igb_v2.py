@@ -155,9 +155,9 @@ def igb_v2(
       A balancer; needs ``losses``, all positive. One backward pass (and one forward
       with ``reward_batch="same"``); every ``period`` steps the training of the agent.
       State: ``capacity (5 T + 1)`` numbers and the networks; jit your step with its
-      state donated, or in a scan, or every step copies the ring. ``vmap`` over runs trains
-      the agents of all in the same step. With absent tasks (inferred; the paper has
-      none) the actor sees their last losses, λ and the densities are those of the
+      state donated, or in a scan, or every step copies the ring. ``vmap`` over runs
+      trains the agents of all in the same step. With absent tasks (inferred; the paper
+      has none) the actor sees their last losses, λ and the densities are those of the
       present tasks, and a reward is that of the tasks that are present, each against
       its own last loss.
 

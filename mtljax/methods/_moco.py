@@ -151,6 +151,9 @@ def moco(
             mask,
             lambda s: moco_weights(s, gramian, rate, rho, mask=mask, compat=compat),
         )
+        # A projection hides an overflow: the step must fail, or the average would keep
+        # a gradient from which no later step has a finite Gramian.
+        shares = jnp.where(jnp.isfinite(gramian).all(), shares, jnp.nan)
         weights = rescale(shares, mask, scale, "mean")
         return stack.combine(present, weights), MoCoState(
             tracked, kept, steps, step, weights

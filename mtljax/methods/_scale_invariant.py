@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from mtljax.balancer import Balancer, check_number, factory, from_weights
@@ -71,6 +72,7 @@ def scale_invariant(
         native="free",
         scale=scale,
         reads_losses=True,
-        positive_losses=not isinstance(offset, Tracer) and bool(offset == 0),
+        positive_losses=not isinstance(offset, Tracer)
+        and bool(np.asarray(offset) == 0),
         domain=lambda losses: losses + offset > 0,
     )

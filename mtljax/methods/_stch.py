@@ -4,6 +4,8 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from mtljax.balancer import Balancer, check_choice, check_number, factory, from_weights
@@ -122,7 +124,8 @@ def stch(
     origin = task_vector("stch", "ideal", num_tasks, ideal)
     constant = constant_preference("stch", num_tasks, preference)
     start, end = _phases(form, warmup_steps, nadir_steps)
-    zero = isinstance(ideal, (int, float)) and ideal == 0
+    # A traced point cannot be judged, like any other hyper-parameter.
+    zero = isinstance(ideal, Tracer) or (np.ndim(ideal) == 0 and np.asarray(ideal) == 0)
     if form == "mtl" and not (preference is None and zero):
         raise ValueError('stch: form="mtl" has no preference and no ideal point.')
 

@@ -14,7 +14,7 @@ from mtljax.gradients import Strategy, pullback, resolve_labels
 from mtljax.gradients.linearized import checked_losses
 from mtljax.gradients.passes import Body
 from mtljax.gradients.passes import Passes as Runs
-from mtljax.gradients.task_grads import pick
+from mtljax.gradients.passes import pick
 from mtljax.sharpness._perturbation import Leaves
 from mtljax.types import Losses, Params
 

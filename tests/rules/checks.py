@@ -226,6 +226,8 @@ def tracing(subject: Subject) -> Iterator[Outcome]:
         values = jnp.asarray([value, value])
         vmapped = attempt(lambda u=update, v=values: jax.eval_shape(jax.vmap(u), v))
         yield f"vmap over {name}", vmapped
+        if name == "agent_optimizer":  # a rate, or an optimizer with a schedule
+            continue
 
         def injected(wrap, name=name, value=value):
             method = subject.factory

@@ -37,7 +37,7 @@ def each():
         )
 
 
-@pytest.mark.parametrize("subject", each())
+@pytest.mark.parametrize("subject", list(each()))
 def test_fault_matrix(subject: Subject, record_property):
     report = run_matrix(subject)
     record_property("fault_cases", report.cases)
@@ -51,7 +51,7 @@ def test_fault_matrix(subject: Subject, record_property):
     ("tasks", "dtype"),
     [(3, "float16"), (3, "bfloat16"), (1, "float32"), (200, "float32")],
 )
-@pytest.mark.parametrize("subject", each())
+@pytest.mark.parametrize("subject", list(each()))
 def test_fault_matrix_of_other_shapes_and_dtypes(
     subject: Subject, tasks, dtype, record_property
 ):

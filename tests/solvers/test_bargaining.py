@@ -3,8 +3,10 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from precision import enable_x64
 from solvers import problems
 
 from mtljax import solvers
@@ -91,3 +93,59 @@ def test_zero_rows_and_masks_take_no_part():
 def test_nothing_to_bargain_for():
     weights, _ = run(np.zeros((100, 11, 11), np.float32))
     np.testing.assert_array_equal(weights, np.zeros((100, 11)))
+
+
+# Gradients whose norms differ by six orders of magnitude. The second weight is below
+# the range of float32.
+SPREAD = np.array(
+    [
+        [8.7889e-4, -6.15833, -8.23042e-5],
+        [-6.15833, 702768.956, 2.737999],
+        [-8.23042e-5, 2.737999, 8.494278e-5],
+    ]
+)
+
+
+def test_a_weight_below_the_range_of_float32_is_zero():
+    weights, status = run(np.float32(SPREAD)[None], 10.0)
+    np.testing.assert_allclose(weights[0, [0, 2]], [1127.5, 6023.0], rtol=1e-4)
+    assert weights[0, 1] == 0
+    assert status.converged.all()
+    with enable_x64():
+        weights, _ = solvers.solve_bargaining(jnp.asarray(SPREAD), 10.0)
+        np.testing.assert_allclose(weights, [1127.47, 1.589e-40, 6022.97], rtol=1e-3)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 2.0, 10.0, 30.0])
+def test_spread_norms_in_float64(alpha):
+    """The equation itself, whose solution is unique."""
+    rng = np.random.default_rng(5)
+    rows = rng.normal(size=(300, 3, 8)) * 10.0 ** rng.uniform(-3, 3, (300, 3, 1))
+    gramians = rows @ rows.swapaxes(1, 2)
+    with enable_x64():
+        solve = jax.jit(jax.vmap(lambda g: solvers.solve_bargaining(g, alpha)))
+        weights, status = jax.tree.map(np.asarray, solve(gramians))
+    assert status.converged.all()
+    assert status.iterations.max() <= 25
+    gains = np.einsum("bij,bj->bi", gramians, weights)
+    representable = weights > 1e-250
+    logs = np.log(np.where(representable, weights, 1)) / alpha + np.log(gains)
+    np.testing.assert_allclose(np.where(representable, logs, 0), 0, atol=1e-8)
+    solve = jax.jit(jax.vmap(lambda g: solvers.solve_bargaining(g, alpha)))
+    narrow, status = solve(gramians.astype(np.float32))
+    assert status.converged.all()
+    # The direction, which no weight below the range of float32 has a part in.
+    wide = np.einsum("bi,bid->bd", weights, rows)
+    error = np.einsum("bi,bid->bd", np.asarray(narrow, np.float64), rows) - wide
+    error = np.linalg.norm(error, axis=1) / np.linalg.norm(wide, axis=1)
+    assert np.median(error) < 1e-5
+    assert error.max() < 0.1
+
+
+def test_a_traced_power_is_a_constant_one():
+    gramians = problems.gramians(3, 4)
+    alphas = np.array([0.5, 1.0, 2.0, 10.0], np.float32)
+    together, _ = jax.jit(jax.vmap(solvers.solve_bargaining))(gramians, alphas)
+    for gramian, alpha, found in zip(gramians, alphas, together, strict=True):
+        alone, _ = solvers.solve_bargaining(jnp.asarray(gramian), float(alpha))
+        np.testing.assert_allclose(found, alone, rtol=1e-4)

@@ -487,7 +487,9 @@ def _pull_products(
 
     # At the leaf itself, so that the result has its varying axes and its sharding. The
     # products are linear in it, and their values are dead code.
-    _, pull, _ = pullback(products, backward.leaves[leaf], backward=backward.forward.mode)
+    _, pull, _ = pullback(
+        products, backward.leaves[leaf], backward=backward.forward.mode
+    )
     (gradient,) = pull([mixed[use.op.outs[0]] for use in uses])
     return gradient
 

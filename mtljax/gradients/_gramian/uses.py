@@ -19,7 +19,6 @@ from mtljax.gradients._gramian.stages import View
 from mtljax.gradients._primitives import CONVOLUTION, DOT, GATHER, understood
 from mtljax.gradients._program import Op, Program, Ref, is_float
 
-
 Axes: TypeAlias = tuple[int, ...]
 
 
@@ -41,9 +40,9 @@ class Use(NamedTuple):
     lookup: bool = False
 
     def cotangents(self, delta: Array) -> Array:
-        """δ of all tasks, ``[*y]`` with the tasks at :func:`task_axis`, as [b, P, T, O].
+        """δ of all tasks as [b, P, T, O].
 
-        Every entry once.
+        It has the axes of y, and the tasks at :func:`task_axis`.
         """
         tasks = task_axis(delta.ndim)
         batch, positions, outputs = (
@@ -226,19 +225,21 @@ def _lookup(op: Op, operand: int, view: View, program: Program) -> Use | None:
 
 _CLIP = jax.lax.GatherScatterMode.CLIP
 _KEPT = ("precision", "preferred_element_type", "dimension_numbers")
+_CONVOLVED = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
+_CONVOLVED += ("feature_group_count", "batch_group_count")
+_GATHERED = ("dimension_numbers", "slice_sizes", "mode", "fill_value")
+_GATHERED += ("indices_are_sorted", "unique_indices")
 # A rule, and the parameters of the operation that it has understood.
 _RULES = (
     (DOT, _dense, (*_KEPT, "out_sharding")),
     (
         CONVOLUTION,
         _conv,
-        (*_KEPT, "window_strides", "padding", "lhs_dilation", "rhs_dilation")
-        + ("feature_group_count", "batch_group_count"),
+        (*_KEPT, *_CONVOLVED),
     ),
     (
         GATHER,
         _lookup,
-        ("dimension_numbers", "slice_sizes", "mode", "fill_value")
-        + ("indices_are_sorted", "unique_indices"),
+        _GATHERED,
     ),
 )

@@ -16,7 +16,7 @@ Convolutions and max pooling also take other forms (``cpu``). The result is that
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -108,7 +108,8 @@ class Rewritten(NamedTuple):
         void = any(program.avals[ref].dtype == jax.dtypes.float0 for ref in op.ins)
         if rule and not void and not _placed(op):
             values = [
-                Constant(jnp.asarray(env[ref]), program.avals[ref].shape) for ref in op.ins
+                Constant(jnp.asarray(env[ref]), program.avals[ref].shape)
+                for ref in op.ins
             ]
             with scope(op):
                 out = rule(op, values)

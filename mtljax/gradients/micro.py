@@ -1,0 +1,195 @@
+"""Exact accumulation of gradients over micro-batches."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from mtljax import placement, stack
+from mtljax.gradients.linearized import (
+    Leaves,
+    Linearized,
+    Options,
+    Region,
+    VectorLosses,
+    linearize,
+    own_weights,
+    split_leaves,
+)
+from mtljax.gradients.representation import Represented, Through, linearize_through
+from mtljax.gradients.separate import Separate
+from mtljax.types import Gramian, Losses, Params, Weights
+
+# What the first sweep adds up: losses alone, or also T gradients, or also the Gramian
+# of a representation.
+Wanted: TypeAlias = Literal["losses", "rows", "representation"]
+
+
+class Accumulated(NamedTuple):
+    """A batch as a loop over micro-batches, of which every loss is the mean.
+
+    Gradients are additive, so that they are added up; so is the Gramian of a
+    representation, in which examples do not mix. The Gramian of the parameters is not:
+    it needs the T gradients of the whole batch.
+    """
+
+    sweep: Callable[[Callable[[Any], Any]], tuple[Any, Any]]
+    leaves: Leaves
+    region: Region  # of the whole batch
+    aux: Any  # [M, ...]
+    rows: list[Any] | None  # stacked gradients of the shared leaves
+    gramian: Gramian | None
+    owns: list[Any]  # gradients of the own leaves
+
+    @property
+    def losses(self) -> Losses:
+        """The T losses."""
+        return self.region.losses
+
+    def stacked(self) -> list[Any]:
+        """The T gradients of the shared leaves."""
+        assert self.rows is not None
+        return self.rows
+
+    def own(self, weights: Weights) -> list[Any]:
+        """The gradients of the own leaves; the weights are those of present tasks."""
+        del weights
+        return self.owns
+
+    def measured(self) -> tuple[Gramian | None, list[Any] | None]:
+        """The Gramian, and the stacked gradients if it is made of them."""
+        if self.rows is None:
+            return self.gramian, None
+        return self.leaves.gramian(self.rows, self.region), self.rows
+
+    def gradients(
+        self, weights: Weights, own: Weights, rows: list[Any] | None = None
+    ) -> tuple[list[Any], list[Any]]:
+        """Weighted sums of the gradients of shared and of own leaves."""
+        if rows is None:
+            found, _ = self.sweep(lambda one: one.local_gradients(weights, own))
+            shared, owns = found
+            axes = self.region.axes
+            return (
+                self.leaves.summed(shared, axes),
+                self.leaves.summed(owns, axes, "own"),
+            )
+        owns = []
+        if self.leaves.numbers("own"):
+            found, _ = self.sweep(lambda one: one.local_own(own))
+            owns = self.leaves.summed(found, self.region.axes, "own")
+        return stack.combine(rows, weights), owns
+
+
+def split_batch(args: Any, count: int) -> Any:
+    """Every array ``[N, ...]`` as ``[M, N / M, ...]``.
+
+    Example n goes to micro-batch n mod M, so that examples that are split over devices
+    stay where they are.
+
+    Raises:
+      ValueError: If M does not divide the length of an array.
+    """
+
+    def leaf(x):
+        x = jnp.asarray(x)
+        if x.ndim == 0 or x.shape[0] % count:
+            raise ValueError(
+                f"micro_batches={count} must divide the leading axis of every argument "
+                f"after params, but one has shape {x.shape}."
+            )
+        parts = x.reshape(x.shape[0] // count, count, *x.shape[1:])
+        return jnp.moveaxis(parts, 1, 0)
+
+    return jax.tree.map(leaf, args)
+
+
+def accumulate(
+    task_losses: Any,
+    call: VectorLosses,
+    params: Params,
+    options: Options,
+    count: int,
+    *,
+    mask: Any,
+    name: str,
+    wanted: Wanted = "rows",
+    owns: bool = True,
+) -> Accumulated:
+    """Runs the first sweep over the micro-batches.
+
+    Args:
+      task_losses: The function of the user.
+      call: Its call, with the arguments that are split.
+      params: Parameters.
+      options: How gradients are computed.
+      count: M.
+      mask: Present tasks, of the whole batch.
+      name: The public function.
+      wanted: What the sweep adds up.
+      owns: Whether it adds up gradients of own leaves with weight one.
+    """
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"{name}: micro_batches must be a positive integer.")
+    if isinstance(task_losses, Separate):
+        raise ValueError(
+            f"{name}: micro_batches does not support mtljax.separate; split the batches "
+            "of the tasks in the loss."
+        )
+    batches = split_batch(list(call.args), count)
+
+    def forward(batch) -> Linearized | Represented:
+        one = VectorLosses(call.function, batch, call.kwargs, call.names)
+        if wanted == "representation":
+            assert isinstance(task_losses, Through)
+            found = linearize_through(
+                task_losses, one, params, options, mask=mask, name=name
+            )
+        else:
+            found = linearize(one, params, options, mask=mask, name=name)
+        call.names = one.names
+        return found
+
+    def sweep(function):
+        """The mean over the micro-batches, and the auxiliary outputs."""
+
+        def one(batch):
+            found = forward(batch)
+            return function(found), (found.aux, found.region.mask)
+
+        first = jax.tree.map(lambda x: x[0], batches)
+        types = jax.make_jaxpr(lambda b: one(b)[0])(first).out_avals
+        shape = jax.eval_shape(lambda b: one(b)[0], first)
+        zeros = [placement.zeros(aval) for aval in types]
+        start = jax.tree.unflatten(jax.tree.structure(shape), zeros)
+
+        def body(total, batch):
+            part, others = one(batch)
+            return jax.tree.map(lambda t, x: t + x / count, total, part), others
+
+        return jax.lax.scan(body, start, batches)
+
+    def first_sweep(found):
+        local = found.region.losses
+        ones = own_weights(local, found.region.mask)
+        own = found.local_own(ones) if owns and wanted != "losses" else []
+        if wanted == "rows":
+            return local, found.local_rows(), own
+        if wanted == "representation":
+            return local, found.measured()[0], own
+        return local, (), own
+
+    (losses, measured, own), (aux, masks) = sweep(first_sweep)
+    leaves, axes = split_leaves(params, options.labels), options.axes
+    present = None if masks is None else masks[0]
+    region = Region(axes, losses, None, losses, present, present)
+    rows = gramian = None
+    if wanted == "rows":
+        rows = leaves.summed(measured, axes)
+        rows = leaves.constrained(rows, options.shardings)
+    elif wanted == "representation":
+        # The mean of M Gramians, of gradients of the mean over M times the examples.
+        gramian = measured / count
+    own = leaves.summed(own, axes, "own") if own else []
+    return Accumulated(sweep, leaves, region, aux, rows, gramian, own)

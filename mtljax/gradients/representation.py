@@ -1,0 +1,185 @@
+"""Task weights from the gradients of a representation."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mtljax import placement, stack
+from mtljax.gradients._pullback import pullback
+from mtljax.gradients.linearized import (
+    Leaves,
+    Options,
+    Region,
+    VectorLosses,
+    checked_losses,
+    make_region,
+    split_leaves,
+    task_vector,
+)
+from mtljax.gradients.passes import map_tasks, pick
+from mtljax.types import Gramian, Losses, Params, Weights
+
+
+class Through:
+    """A ``task_losses`` that exposes its representation; made by :func:`through`."""
+
+    def __init__(self, encode: Callable[..., Any], losses: Callable[..., Any]):
+        """Keeps the two functions."""
+        self.encode = encode
+        self.losses = losses
+
+    def __call__(self, params: Params, *args: Any, **kwargs: Any) -> Any:
+        """The losses of the representation."""
+        return self.losses(
+            params, self.encode(params, *args, **kwargs), *args, **kwargs
+        )
+
+
+def through(encode: Callable[..., Any], losses: Callable[..., Any]) -> Through:
+    """Declares the representation between the trunk and the heads.
+
+    With ``measure="representation"``, :func:`mtljax.value_and_balanced_grad` computes
+    task weights from the gradients of the losses with respect to the representation.
+    The T passes then run through the heads only (MGDA-UB).
+
+    Args:
+      encode: ``encode(params, *args, **kwargs) -> z``, any tree of arrays. It must not
+        read parameters that are labelled ``"own"``.
+      losses: ``losses(params, z, *args, **kwargs) -> losses[T]`` (or
+        ``(losses[T], aux)``).
+
+    Returns:
+      A callable for ``task_losses`` of every function of mtljax.
+
+    Examples:
+      >>> import jax.numpy as jnp, mtljax
+      >>> task_losses = mtljax.through(
+      ...     lambda p, x: x @ p["trunk"], lambda p, z, x: (z @ p["heads"]).mean(0) ** 2)
+      >>> params = {"trunk": jnp.ones((3, 2)), "heads": jnp.eye(2)}
+      >>> task_losses(params, jnp.ones((4, 3))).tolist()
+      [9.0, 9.0]
+
+    References:
+      Sener and Koltun, `Multi-Task Learning as Multi-Objective Optimization
+      <https://arxiv.org/abs/1810.04650>`_, 2018, Section 3.3.
+    """
+    return Through(encode, losses)
+
+
+class Represented(NamedTuple):
+    """A forward pass in two parts."""
+
+    leaves: Leaves
+    region: Region
+    aux: Any
+    pull_heads: Callable[..., Any]  # of the losses -> (shared, own, representation)
+    pull_trunk: Callable[..., Any]  # of the representation -> shared
+    split: tuple[str, ...]  # mapped axes over which the representation is split
+    options: Options
+
+    @property
+    def losses(self) -> Losses:
+        """The T losses."""
+        return self.region.losses
+
+    def measured(self) -> tuple[Gramian, None]:
+        """The Gramian of the gradients of the representation.
+
+        Examples do not mix in a representation: that of all devices is a sum.
+        """
+        region, num_tasks = self.region, self.losses.shape[0]
+        basis = jnp.eye(num_tasks, dtype=region.local.dtype)
+        basis = placement.cast(region.seeded(basis), placement.varying(region.local))
+        body = self.pull_heads.body  # pyright: ignore[reportFunctionMemberAccess]
+        passes = pick(self.options.passes, num_tasks, body)
+        rows = map_tasks(lambda c: self.pull_heads(c, lambda r: r[2]), basis, passes)
+        if region.local_mask is not None:
+            rows = stack.select(rows, region.local_mask)
+        return placement.total(stack.gramian(rows), self.split), None
+
+    def local_gradients(self, weights: Weights, own: Weights) -> tuple[Any, Any]:
+        """This device's parts of the weighted gradients of shared and own leaves."""
+        seeds = self.region.seeded(weights).astype(self.losses.dtype)
+        direct, of_z = self.pull_heads(seeds, lambda r: (r[0], r[2]))
+        (through_trunk,) = self.pull_trunk(of_z)
+        shared = [a + b for a, b in zip(direct, through_trunk, strict=True)]
+        return shared, self.local_own(own)
+
+    def local_own(self, weights: Weights) -> list[Any]:
+        """That of own leaves."""
+        if not self.leaves.numbers("own"):
+            return []
+        seeds = self.region.seeded(weights).astype(self.losses.dtype)
+        return self.pull_heads(seeds, lambda r: r[1])
+
+    def gradients(
+        self, weights: Weights, own: Weights, cache: None = None
+    ) -> tuple[list[Any], list[Any]]:
+        """Weighted sums of the gradients of shared and of own leaves."""
+        del cache
+        shared, owns = self.local_gradients(weights, own)
+        axes = self.region.axes
+        return self.leaves.summed(shared, axes), self.leaves.summed(owns, axes, "own")
+
+
+def linearize_through(
+    task: Through,
+    call: VectorLosses,
+    params: Params,
+    options: Options,
+    *,
+    mask: Any,
+    name: str,
+) -> Represented:
+    """Runs the trunk, then the heads, with the arguments of a call of ``task``."""
+    args, kwargs = call.args, call.kwargs
+    leaves = split_leaves(params, options.labels)
+    frozen = leaves.of("frozen")
+    shared, own = placement.cast((leaves.of("shared"), leaves.of("own")), options.axes)
+    _check_trunk(task, leaves, own, args, kwargs)
+
+    def trunk(shared):
+        return task.encode(leaves.tree(shared, own, frozen), *args, **kwargs)
+
+    def heads(shared, own, z):
+        after = VectorLosses(task.losses, (z, *args), kwargs, call.names)
+        out = after(leaves.tree(shared, own, frozen))
+        call.names = after.names
+        return checked_losses(out, options.has_aux)
+
+    mode = options.backward
+    z, pull_trunk, _ = pullback(trunk, shared, backward=mode)
+    local, pull_heads, aux = pullback(
+        heads, shared, own, z, has_aux=True, backward=mode
+    )
+    region = make_region(local, task_vector(mask, call.names), options, name)
+    # Without names of axes, those that types show; parameters that vary as well belong
+    # to separate models.
+    seen = placement.varying(z) - placement.varying(leaves.values)
+    split = options.axes or tuple(sorted(seen))
+    return Represented(leaves, region, aux, pull_heads, pull_trunk, split, options)
+
+
+def _check_trunk(
+    task: Through, leaves: Leaves, own: list[Any], args: Sequence[Any], kwargs: Any
+) -> None:
+    """Raises if the trunk reads an own parameter."""
+    if not own:
+        return
+    rest = leaves.of("shared"), leaves.of("frozen")
+
+    def trunk(own):
+        return task.encode(leaves.tree(rest[0], own, rest[1]), *args, **kwargs)
+
+    jaxpr = jax.make_jaxpr(trunk)(own).jaxpr
+    inputs = set(jaxpr.invars)
+    read = {v for eqn in jaxpr.eqns for v in eqn.invars if not hasattr(v, "val")}
+    if inputs.intersection(read) or inputs.intersection(
+        v for v in jaxpr.outvars if not hasattr(v, "val")
+    ):
+        raise ValueError(
+            "measure='representation': encode reads a parameter that is labelled "
+            "'own'; own parameters belong to the heads."
+        )
