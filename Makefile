@@ -5,7 +5,17 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python
 EXTRAS ?= test,lint
 
-.PHONY: demo test test-deep lint format notebooks clean
+# What runs on every jax that the library supports: the core, without the extra train.
+CORE_TESTS := tests/test_contract.py tests/test_balancer.py tests/test_stack.py \
+  tests/methods tests/gradients tests/solvers $(wildcard tests/devices)
+CORE_TOOLS := pytest pytest-xdist hypothesis beartype chex equinox flax scipy
+NEWEST := $(wildcard $(HOME)/.pyenv/versions/3.*/bin/python)
+FIND_NEWEST = for p in python3.14 python3.13 python3.12 \
+    $$(printf '%s\n' $(NEWEST) | sort -rV) $(PYTHON); do \
+  if $$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; \
+    then echo $$p; break; fi; done
+
+.PHONY: demo test test-deep test-lowest test-newest lint format notebooks clean
 
 demo: $(VENV)/.installed  ## all methods on real data, side by side; below 3 minutes
 	$(RUN) -m experiments.multidigits demo --resume
@@ -15,6 +25,12 @@ test: $(VENV)/.installed  ## the suite, in parallel
 
 test-deep: $(VENV)/.installed  ## also what takes minutes
 	$(RUN) -m pytest -q -n auto --dist loadgroup -m "deep or not deep"
+
+test-lowest: .venv-lowest/.installed  ## the core with the lowest supported versions
+	.venv-lowest/bin/python -m pytest -q -n auto --dist loadgroup $(CORE_TESTS)
+
+test-newest: .venv-newest/.installed  ## the core with the newest jax, Python >= 3.12
+	.venv-newest/bin/python -m pytest -q -n auto --dist loadgroup $(CORE_TESTS)
 
 lint: $(VENV)/.installed  ## style and types
 	$(BIN)/ruff check
@@ -34,5 +50,18 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt -e '.[$(EXTRAS)]'
 	touch $@
 
+.venv-lowest/.installed: pyproject.toml constraints-lowest.txt
+	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/pip install -q -c constraints-lowest.txt -e . $(CORE_TOOLS)
+	touch $@
+
+.venv-newest/.installed: pyproject.toml
+	@test -x .venv-newest/bin/python || { found=$$($(FIND_NEWEST)); \
+	  test -n "$$found" || { echo "make test-newest needs Python 3.12 or later:" \
+	    "install it, or pass PYTHON=/path/to/python3."; exit 1; }; \
+	  echo "$$found -m venv .venv-newest"; $$found -m venv .venv-newest; }
+	.venv-newest/bin/pip install -q --upgrade -e . $(CORE_TOOLS)
+	touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest .venv-newest .pytest_cache .ruff_cache .hypothesis

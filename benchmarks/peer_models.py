@@ -29,10 +29,16 @@ class Problem(NamedTuple):
 
     def task_losses(self, params: Any, batch: Any) -> jax.Array:
         """One loss per task, ``[T]``."""
-        x, y = batch
-        h = self.trunk(params["trunk"], x)
-        outs = [h @ head["weight"] + head["bias"] for head in params["heads"]]
-        pairs = zip(outs, y, strict=True)
+        return self.head_losses(params, self.encode(params, batch), batch)
+
+    def encode(self, params: Any, batch: Any) -> jax.Array:
+        """The features ``[n, width]`` that all heads read."""
+        return self.trunk(params["trunk"], batch[0])
+
+    def head_losses(self, params: Any, features: jax.Array, batch: Any) -> jax.Array:
+        """The losses ``[T]`` of given features."""
+        outs = [features @ head["weight"] + head["bias"] for head in params["heads"]]
+        pairs = zip(outs, batch[1], strict=True)
         return jnp.stack([_loss(out, target) for out, target in pairs])
 
 
@@ -176,14 +182,16 @@ def lenet(tasks: int, examples: int = 128) -> Problem:
     return _problem("lenet", tasks, size, x, width=50, **sides)
 
 
-def transformer(tasks: int, sequences: int = 32) -> Problem:
-    """Two layers of width 256 with eight heads, 64 tokens a sequence, before norms."""
-    d, attention_heads, layers = 256, 8, 2
+def transformer(
+    tasks: int, sequences: int = 32, length: int = 64, layers: int = 2, width: int = 256
+) -> Problem:
+    """Pre-norm layers with eight attention heads, and the mean over tokens."""
+    d, attention_heads, tokens = width, 8, length
     shapes: dict[str, tuple[int, ...]] = {}
     for i in range(layers):
         shapes |= {f"{i}.{name}.weight": (d, d) for name in "qkvo"}
-        for name, width in (("norm1", (d,)), ("norm2", (d,))):
-            shapes |= {f"{i}.{name}.weight": width, f"{i}.{name}.bias": width}
+        for name in ("norm1", "norm2"):
+            shapes |= {f"{i}.{name}.weight": (d,), f"{i}.{name}.bias": (d,)}
         shapes |= {f"{i}.up.weight": (d, 4 * d), f"{i}.up.bias": (4 * d,)}
         shapes |= {f"{i}.down.weight": (4 * d, d), f"{i}.down.bias": (d,)}
 
@@ -240,21 +248,24 @@ def transformer(tasks: int, sequences: int = 32) -> Problem:
 
         return nn.Sequential(*(Layer() for _ in range(layers)), Mean())
 
-    x = _normal(sequences, 64, d)
-    size = f"{sequences}x64 tokens"
+    x = _normal(sequences, tokens, d)
+    size = f"{sequences}x{tokens} tokens"
+    if (layers, width) != (2, 256):
+        size = f"{layers} layers of {width}, {size}"
     sides = {"shapes": shapes, "trunk": trunk, "module": module}
     return _problem("transformer", tasks, size, x, width=d, **sides)
 
 
-_STAGES = ((64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2))
+_STAGES = ((1, 1, 1), (1, 2, 2), (2, 4, 2), (4, 8, 2))
 
 
-def resnet18(tasks: int, examples: int = 8) -> Problem:
+def resnet18(tasks: int, examples: int = 8, channels: int = 64) -> Problem:
     """ResNet-18 with a 3x3 stem for 32x32 images, statistics of the batch."""
-    shapes: dict[str, tuple[int, ...]] = {"0.weight": (3, 3, 3, 64)}
-    shapes |= {"1.weight": (64,), "1.bias": (64,)}
+    shapes: dict[str, tuple[int, ...]] = {"0.weight": (3, 3, 3, channels)}
+    shapes |= {"1.weight": (channels,), "1.bias": (channels,)}
     blocks = []
-    for a, b, stride in _STAGES:
+    for inner, outer, stride in _STAGES:
+        a, b = channels * inner, channels * outer
         blocks += [(a, b, stride), (b, b, 1)]
     for i, (a, b, stride) in enumerate(blocks, 3):
         shapes |= {f"{i}.conv1.weight": (3, 3, a, b), f"{i}.conv2.weight": (3, 3, b, b)}
@@ -311,13 +322,15 @@ def resnet18(tasks: int, examples: int = 8) -> Problem:
             def forward(self, x):
                 return x.mean((2, 3))
 
-        stem = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), norm(64), nn.ReLU()]
+        stem = [nn.Conv2d(3, channels, 3, 1, 1, bias=False), norm(channels), nn.ReLU()]
         return nn.Sequential(*stem, *(Block(*block) for block in blocks), Mean())
 
     x = _normal(examples, 32, 32, 3)
     size = f"32x32, N={examples}"
+    if channels != 64:
+        size = f"{channels} channels, {size}"
     sides = {"shapes": shapes, "trunk": trunk, "module": module}
-    return _problem("resnet18", tasks, size, x, width=512, **sides)
+    return _problem("resnet18", tasks, size, x, width=8 * channels, **sides)
 
 
 MODELS: dict[str, Callable[..., Problem]] = {

@@ -122,6 +122,7 @@ def theirs_of(method: str, tasks: int) -> tuple[Any, Any]:
     return {
         "MGDA": lambda: (peer.MGDA(), peer.MGDAWeighting()),
         "CAGrad": lambda: (peer.CAGrad(C), peer.CAGradWeighting(C)),
+        "IMTL-G": lambda: (peer.IMTLG(), peer.IMTLGWeighting()),
         "UPGrad": lambda: (peer.UPGrad(), peer.UPGradWeighting()),
         "PCGrad": lambda: (peer.PCGrad(), peer.PCGradWeighting()),
     }[method]()
@@ -175,15 +176,24 @@ class Theirs:
         return self.problem.params["trunk"][name]
 
     def __call__(self) -> Any:
-        """One step."""
+        """One step, to its end."""
+        losses = self.start()
+        self.wait()
+        return losses
+
+    def start(self) -> Any:
+        """One step, which a GPU may still be computing at the return."""
         self.optimizer.zero_grad()
         losses = self._backward()
         self.optimizer.step()
+        return losses
+
+    def wait(self) -> None:
+        """Waits for the steps that were started."""
         if self.device.type == "cuda":
             import torch
 
             torch.cuda.synchronize()
-        return losses
 
     def _backward(self) -> Any:
         import torch

@@ -1,12 +1,15 @@
 """Multi-task optimisation for JAX.
 
-Every published way to balance several losses, as an ``optax`` transformation of
-stacked per-task gradients. This namespace is the core: it imports jax, optax and
-jaxtyping, nothing else. ``mtljax.models``, ``mtljax.data`` and ``mtljax.training``
-need the extra ``mtljax[train]``.
+Methods that balance several losses, as ``optax`` transformations of stacked per-task
+gradients. ``import mtljax`` imports the core, which depends on jax, optax, jaxtyping
+and numpy only. Every other public module, for example ``mtljax.training``, is imported
+when it is first used as an attribute. ``mtljax.models``, ``mtljax.data`` and
+``mtljax.training`` need the extra ``mtljax[train]``.
 """
 
-import importlib.metadata
+import importlib
+import pkgutil
+from typing import Any
 
 from mtljax import alternating as alternating
 from mtljax import forkmerge as forkmerge
@@ -17,6 +20,7 @@ from mtljax import stack as stack
 from mtljax.balancer import Balancer as Balancer
 from mtljax.balancer import observe as observe
 from mtljax.gradients import check_labels as check_labels
+from mtljax.gradients import cross_task_gramian as cross_task_gramian
 from mtljax.gradients import label_params as label_params
 from mtljax.gradients import shared_params as shared_params
 from mtljax.gradients import task_gramian as task_gramian
@@ -68,7 +72,7 @@ from mtljax.wrappers import inject_hyperparams as inject_hyperparams
 from mtljax.wrappers import per_layer as per_layer
 from mtljax.wrappers import smooth_weights as smooth_weights
 
-__version__ = importlib.metadata.version("mtljax")
+__version__ = "0.1.0"
 
 __all__ = [
     # the abstraction
@@ -78,6 +82,7 @@ __all__ = [
     "value_and_balanced_grad",
     "value_and_task_grads",
     "task_gramian",
+    "cross_task_gramian",
     "label_params",
     "shared_params",
     "check_labels",
@@ -130,7 +135,7 @@ __all__ = [
     # the list of methods
     "METHODS",
     "get_method",
-    # rooms
+    # subpackages of the core that are imported at once
     "alternating",
     "forkmerge",
     "metrics",
@@ -138,3 +143,21 @@ __all__ = [
     "solvers",
     "stack",
 ]
+
+
+def _modules() -> set[str]:
+    """Names of the public modules and subpackages, imported or not."""
+    found = {module.name for module in pkgutil.iter_modules(__path__)}
+    return {name for name in found if not name.startswith("_")}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public module when it is first used."""
+    if not name.startswith("_") and name in _modules():
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Lists the public names, and the modules that are not imported yet."""
+    return sorted({*__all__, *_modules(), "__version__"})

@@ -10,7 +10,7 @@ without stacking anything when T numbers are enough.
 import functools
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import jax
@@ -67,6 +67,8 @@ class Balancer(optax.GradientTransformationExtraArgs):
         ``observe(state, *, losses, mask=None) -> state``; None for all others.
         Call it through :func:`mtljax.observe`.
       hyperparams: Arguments of the factory by name, for ``repr``.
+      names: Names of the tasks, if the factory got a tuple of names for ``num_tasks``;
+        ``losses`` and ``mask`` may then be dicts.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Balancer(optax.GradientTransformationExtraArgs):
     domain: Domain | None
     observe: Callable[..., Any] | None
     hyperparams: dict[str, Any]
+    names: tuple[str, ...] | None
 
     def __new__(
         cls,
@@ -92,20 +95,35 @@ class Balancer(optax.GradientTransformationExtraArgs):
         positive_losses: bool = False,
         domain: Domain | None = None,
         observe: Callable[..., Any] | None = None,
+        names: tuple[str, ...] | None = None,
     ) -> "Balancer":
         """Attaches what the method reads to the pair (init, update)."""
+
+        def by_name(function):
+            compiled = _compiled_once(function)
+
+            @functools.wraps(function)
+            def call(*args, **kwargs):
+                for key in ("losses", "mask"):
+                    if isinstance(kwargs.get(key), Mapping):
+                        kwargs[key] = task_vector(kwargs[key], self.names)
+                return compiled(*args, **kwargs)
+
+            return call
+
         self = super().__new__(  # pyright: ignore[reportCallIssue]
-            cls, _own_buffers(init), _compiled_once(update)
+            cls, _own_buffers(init), by_name(update)
         )
         self.name = name
         self.num_tasks = num_tasks
         self.needs = needs
-        self.weigh = None if weigh is None else _compiled_once(weigh)
+        self.weigh = None if weigh is None else by_name(weigh)
         self.reads_losses = reads_losses
         self.positive_losses = positive_losses
         self.domain = _positive if positive_losses and domain is None else domain
-        self.observe = None if observe is None else _compiled_once(observe)
+        self.observe = None if observe is None else by_name(observe)
         self.hyperparams = {}
+        self.names = names
         return self
 
     def __repr__(self) -> str:
@@ -206,17 +224,88 @@ def factory(function: _Call) -> _Call:
     @functools.wraps(function)
     def build(*args, **kwargs):
         bound = signature.bind(*args, **kwargs)
-        given = bound.arguments
+        given, names = bound.arguments, None
         if "num_tasks" in given:
-            given["num_tasks"] = check_num_tasks(name, given["num_tasks"])
+            names = task_names(name, given["num_tasks"])
+            count = given["num_tasks"] if names is None else len(names)
+            given["num_tasks"] = check_num_tasks(name, count)
         if "key" in given:
             check_key(name, given["key"])
         balancer = function(*bound.args, **bound.kwargs)
         bound.apply_defaults()
-        balancer.hyperparams = dict(bound.arguments)
+        shown = {"num_tasks": names} if names else {}
+        balancer.hyperparams = {**bound.arguments, **shown}
+        inner = (x.names for x in given.values() if isinstance(x, Balancer))
+        balancer.names = names or balancer.names or next(filter(None, inner), None)
         return balancer
 
     return build  # pyright: ignore[reportReturnType]
+
+
+def task_names(name: str, num_tasks: Any) -> tuple[str, ...] | None:
+    """The names of the tasks, if ``num_tasks`` is a sequence of names."""
+    if not isinstance(num_tasks, list | tuple):
+        return None
+    names = tuple(num_tasks)
+    named = all(isinstance(task, str) for task in names)
+    if not (names and named and len(set(names)) == len(names)):
+        raise ValueError(
+            f"{name}: num_tasks must be a number, or a sequence of distinct names, not "
+            f"{num_tasks!r}."
+        )
+    return names
+
+
+def task_vector(values: Any, names: Sequence[str] | None) -> Any:
+    """A dict by task as a vector in the order of the names; anything else unchanged.
+
+    Raises:
+      ValueError: If the tasks have no names, or the names differ.
+    """
+    if not isinstance(values, Mapping):
+        return jnp.asarray(values) if isinstance(values, list | tuple) else values
+    if names is None:
+        raise ValueError(
+            f"a dict with the names {list(values)} was given, but the tasks have no "
+            "names; return a dict of losses from task_losses, or build the balancer "
+            "with names."
+        )
+    if set(values) != set(names):
+        raise ValueError(
+            f"the tasks are {list(names)}, but a dict with the names {list(values)} "
+            "was given."
+        )
+    return jnp.stack([jnp.asarray(values[name]) for name in names])
+
+
+def named(values: Any, balancer: Balancer) -> dict[str, Any]:
+    """Returns the entries of a vector over the tasks, by the names of the tasks.
+
+    Args:
+      values: Any array ``[T, ...]``, such as ``state.task_weights`` or losses.
+      balancer: A balancer that was built with names.
+
+    Raises:
+      ValueError: If the balancer has no names, or another number of tasks.
+
+    Examples:
+      >>> import jax.numpy as jnp, mtljax
+      >>> balancer = mtljax.linear(("seg", "depth"), weights=jnp.array([1.0, 0.5]))
+      >>> weights = balancer.init({}).task_weights
+      >>> {name: float(w) for name, w in mtljax.named(weights, balancer).items()}
+      {'seg': 1.0, 'depth': 0.5}
+    """
+    if balancer.names is None:
+        raise ValueError(
+            f"{balancer.name} was built without names of tasks; pass a tuple of names "
+            "for num_tasks."
+        )
+    if len(values) != len(balancer.names):
+        raise ValueError(
+            f"{balancer.name} has {len(balancer.names)} tasks, but {len(values)} "
+            "values were given."
+        )
+    return dict(zip(balancer.names, values, strict=True))
 
 
 def check_num_tasks(name: str, num_tasks: Any) -> int:

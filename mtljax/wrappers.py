@@ -20,6 +20,7 @@ from mtljax.balancer import (
     commit,
     factory,
     judge_losses,
+    weigh_stacked,
     weighted,
 )
 from mtljax.types import Needs, Weights
@@ -239,6 +240,148 @@ def smooth_weights(balancer: Balancer, *, decay: float | Array = 0.9) -> Balance
         domain=balancer.domain,
         observe=None if balancer.observe is None else observe,
     )
+
+
+class ReuseState(NamedTuple):
+    """State of :func:`reuse`."""
+
+    inner: Any
+    kept: Weights  # those of the last computation
+    seen: Bool[Array, " tasks"]  # tasks that were present then
+    count: Int[Array, ""]  # steps that were applied
+    task_weights: Weights
+
+
+class Reuse(Balancer):
+    """A balancer that can tell before the T passes whether it needs them.
+
+    Attributes:
+      refresh: ``refresh(state, mask) -> bool``, whether this step computes weights.
+      keep: ``keep(state, *, losses, mask) -> (weights[T], state)`` of another step.
+      renew: The same of a step that computes weights, with the arguments of ``weigh``.
+    """
+
+    refresh: Callable[..., Any]
+    keep: Callable[..., Any]
+    renew: Callable[..., Any]
+
+
+@factory
+def reuse(balancer: Balancer, *, every: int) -> Balancer:
+    """Computes the task weights every k steps and keeps them in between.
+
+    :func:`mtljax.value_and_balanced_grad` then skips the T backward passes of the other
+    steps: they cost one weighted pass. A task that was absent at the last computation
+    causes a new one. Kept weights of absent tasks are zero, and the others are scaled
+    to the former sum. Under ``vmap`` over the state the passes are not skipped.
+
+    Args:
+      balancer: Any balancer that yields weights.
+      every: k, at least 1. The paper of Nash-MTL uses up to 50.
+
+    Returns:
+      A balancer that needs what the inner one needs. State: that of the inner one and
+      3 T + 1 numbers. With k = 1 the balancer itself.
+
+    Raises:
+      ValueError: If k is not a positive integer, or the balancer yields no weights.
+
+    Examples:
+      >>> import jax.numpy as jnp, mtljax
+      >>> balancer = mtljax.reuse(mtljax.mgda(2), every=2)
+      >>> first, second = {"w": jnp.array([[1.0], [3.0]])}, {"w": jnp.ones((2, 1)) * 5}
+      >>> state = balancer.init(first)
+      >>> _, state = balancer.update(first, state)
+      >>> _, state = balancer.update(second, state)
+      >>> state.task_weights.tolist()
+      [1.0, 0.0]
+
+    References:
+      Navon et al., `Multi-Task Learning as a Bargaining Game
+      <https://arxiv.org/abs/2202.01017>`_, 2022, Section 5.3, for Nash-MTL.
+    """
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"reuse: every must be a positive integer, not {every!r}.")
+    inner_weigh = balancer.weigh
+    if inner_weigh is None:
+        raise ValueError(f"reuse: {balancer.name} yields no task weights.")
+    if every == 1:
+        return balancer
+    num_tasks = balancer.num_tasks
+    name = f"reuse({balancer.name})"
+
+    def init(params):
+        ones = jnp.ones(num_tasks, float)
+        return ReuseState(
+            balancer.init(params), ones, jnp.zeros(num_tasks, bool), jnp.int32(0), ones
+        )
+
+    def refresh(state, mask=None):
+        present = as_mask(name, num_tasks, mask)
+        return (state.count % every == 0) | (present & ~state.seen).any()
+
+    def finish(state, weights, present, healthy, **changed):
+        weights = weights.astype(state.kept.dtype)
+        new = state._replace(count=state.count + 1, task_weights=weights, **changed)
+        new = choose_state(present.any(), new, state)
+        return commit(healthy, weights, new, state)
+
+    def keep(state, *, losses=None, mask=None):
+        present = as_mask(name, num_tasks, mask)
+        healthy = True
+        if losses is not None:
+            _, healthy = judge_losses(name, num_tasks, losses, present, balancer.domain)
+        weights = jnp.where(present, state.kept, 0)
+        total, here = state.kept.sum(), weights.sum()
+        weights = weights * jnp.where(here == 0, 1, total / jnp.where(here, here, 1))
+        return finish(state, weights, present, healthy)
+
+    def renew(state, *, mask=None, **inputs):
+        weights, inner = inner_weigh(state.inner, mask=mask, **inputs)
+        present = as_mask(name, num_tasks, mask)
+        weights = weights.astype(state.kept.dtype)
+        return finish(
+            state, weights, present, True, inner=inner, kept=weights, seen=present
+        )
+
+    def weigh(state, *, losses=None, mask=None, **inputs):
+        check_type(name, state, ReuseState)
+        fresh = renew(state, losses=losses, mask=mask, **inputs)
+        kept = keep(state, losses=losses, mask=mask)
+        again = refresh(state, mask)
+        return jax.tree.map(lambda a, b: jnp.where(again, a, b), fresh, kept)
+
+    def observe(state, *, losses, mask=None):
+        assert balancer.observe is not None
+        inner = balancer.observe(state.inner, losses=losses, mask=mask)
+        return state._replace(inner=inner)
+
+    def update(updates, state, params=None, *, losses=None, mask=None, **extra_args):
+        weights, updates, new = weigh_stacked(
+            reusing,
+            updates,
+            state,
+            params=params,
+            losses=losses,
+            mask=mask,
+            **extra_args,
+        )
+        return commit(True, stack.combine(updates, weights), new, state)
+
+    reusing = Reuse(
+        init,
+        update,
+        name=name,
+        num_tasks=num_tasks,
+        needs=balancer.needs,
+        weigh=weigh,
+        reads_losses=balancer.reads_losses,
+        positive_losses=balancer.positive_losses,
+        domain=balancer.domain,
+        observe=None if balancer.observe is None else observe,
+    )
+    reusing.refresh, reusing.keep, reusing.renew = refresh, keep, renew
+    return reusing
 
 
 @factory

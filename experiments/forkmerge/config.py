@@ -4,11 +4,10 @@ import dataclasses
 import pathlib
 from typing import Literal
 
-from mtljax.data._digit_domains import DOMAINS as DIGITS
-from mtljax.data._domainnet import DOMAINS as DOMAINNET
+from mtljax.data import DIGIT_DOMAINS, DOMAINNET_DOMAINS
 
 Part = Literal["table", "pairs", "intervals", "shared"]
-DOMAINS = {"digits": DIGITS, "domainnet": DOMAINNET}
+DOMAINS = {"digits": DIGIT_DOMAINS, "domainnet": DOMAINNET_DOMAINS}
 LABELS = {
     "stl": "target only (STL)",
     "ew": "EW",

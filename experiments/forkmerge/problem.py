@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from experiments.forkmerge.config import Config, ConfigError
 from mtljax import data, forkmerge, models
-from mtljax.data._domainnet import domainnet
+from mtljax.data import domainnet
 
 Split = Mapping[str, Array]
 POOL = 4

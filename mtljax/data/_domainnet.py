@@ -7,6 +7,7 @@ import numpy as np
 
 from mtljax.data import _overlay, _tables, catalogue
 from mtljax.data.types import SPLITS, DataError, Dataset, MissingDataError, Split, Task
+from mtljax.extras import require
 
 DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
 """In the order of the paper's tables."""
@@ -134,6 +135,7 @@ def square(image: np.ndarray, size: int) -> np.ndarray:
       >>> square(np.zeros((30, 50, 3), np.uint8), 10).shape
       (10, 10, 3)
     """
+    require("mtljax.data.domainnet", "train", "PIL")
     from PIL import Image
 
     height, width = image.shape[:2]

@@ -7,6 +7,7 @@ import numpy as np
 
 from mtljax.data import _overlay
 from mtljax.data.types import SPLITS, Dataset, Task
+from mtljax.extras import require
 
 CANVAS = _overlay.Canvas(size=12, shift=1, offset=3)
 IMAGE_MAX = 16
@@ -19,6 +20,7 @@ _SOURCES = {
 
 @functools.cache
 def _digits() -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    require("mtljax.data.multidigits", "train", "sklearn")
     from sklearn.datasets import load_digits
 
     digits: Any = load_digits()

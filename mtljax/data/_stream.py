@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mtljax.data.types import DataError
+from mtljax.extras import require
 
 if TYPE_CHECKING:
     import grain
@@ -60,6 +61,7 @@ def stream(
       >>> (next(batches)["left"] == following).all()
       np.True_
     """
+    require("mtljax.data.stream", "train", "grain")
     import grain
 
     length, gather = _reader(source)

@@ -11,6 +11,7 @@ import numpy as np
 
 from mtljax.data.files import ImageParts, check_parts
 from mtljax.data.types import SPLITS, DataError, Dataset, MissingDataError, Split
+from mtljax.extras import require
 
 _BLOCK = 4096  # rows read at once
 
@@ -51,6 +52,7 @@ def tfds_source(
       >>> len(source), source[2]["image"].shape
       (7, (28, 28, 1))
     """
+    require("mtljax.data.tfds_source", "train", "tensorflow_datasets")
     import tensorflow_datasets as tfds
 
     if data_dir is not None and (pathlib.Path(data_dir) / "tfds").is_dir():
@@ -136,6 +138,7 @@ def save_tfds(
       >>> bool((row["image"] == digits.train["image"][3]).all())
       True
     """
+    require("mtljax.data.save_tfds", "train", "tensorflow_datasets")
     import tensorflow_datasets as tfds
 
     image_dtype = dataset.train["image"].dtype.type

@@ -1,7 +1,7 @@
 """The balanced gradient, by the cheapest engine that is exactly equal."""
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from mtljax.gradients.gramian import linearize_any
 from mtljax.gradients.labels import resolve_measure
 from mtljax.gradients.linearized import (
     AxisName,
+    Options,
     Strategy,
     VectorLosses,
     linearize,
@@ -25,7 +26,7 @@ from mtljax.gradients.representation import Through, linearize_through
 from mtljax.gradients.scatter import scatter
 from mtljax.gradients.separate import Separate, linearize_separate
 from mtljax.placement import Backward
-from mtljax.types import Heads
+from mtljax.types import Heads, Params
 
 Engine: TypeAlias = Literal["auto", "losses", "stacked", "gramian"]
 
@@ -110,9 +111,9 @@ def value_and_balanced_grad(
       ``function(params, state, *args, mask=None, side=None, **kwargs)`` that returns
       ``(losses[T], grad, state)``, or ``((losses[T], aux), grad, state)``. ``state`` is
       the balancer's (``balancer.init(params)``); ``grad`` is shaped like ``params``.
-      ``mask`` ``[T]``, or a dict with the names of the tasks, marks the tasks present in
-      the batch. The losses are a dict if ``task_losses`` returns one. The loss of an absent task
-      may be NaN, but must be differentiable to finite numbers (0 · NaN is NaN in any
+      ``mask`` ``[T]``, or a dict with the names of the tasks, marks the tasks present
+      in the batch. The losses are a dict if ``task_losses`` returns one. The loss of an
+      absent task may be NaN, but must be differentiable to finite numbers (0 · NaN is NaN in any
       backward pass): write ``where``-safe losses. ``side`` is a dict of further
       keywords for the balancer's update. If a loss or gradient of a present task, or
       the result, is not finite, ``grad`` is NaN everywhere and the state is unchanged.
@@ -175,68 +176,12 @@ def value_and_balanced_grad(
     chosen = engine if engine in ("losses", "stacked") else default
     if options.exchange == "scatter" and chosen == "auto":
         chosen = "stacked"
-
-    def forward(call, params, mask):
-        """The forward pass, ready for the gradients that the balancer needs."""
-        given = {"mask": mask, "name": _NAME}
-        if micro_batches is not None:
-            wanted: Wanted = "losses" if chosen == "losses" else "rows"
-            wanted = "representation" if measure == "representation" else wanted
-            return accumulate(
-                task_losses,
-                call,
-                params,
-                options,
-                micro_batches,
-                wanted=wanted,
-                owns=getattr(balancer, "weigh", None) is None,
-                **given,
-            )
-        if isinstance(task_losses, Separate):
-            call.names = task_losses.names
-            if chosen != "losses":
-                return linearize_separate(
-                    task_losses, params, call.args, call.kwargs, options, **given
-                )
-        if measure == "representation":
-            return linearize_through(task_losses, call, params, options, **given)
-        if chosen == "losses":
-            return linearize(call, params, options, **given)
-        if needs == "grads":
-            return linearize(call, params, options, **given)
-        measured = None
-        if measure is not None:
-            marks = split_leaves(params, labels).marks
-            measured = resolve_measure(measure, params, marks)
-        found = linearize_any(chosen, call, params, options, measured=measured, **given)
-        return scatter(found) if options.exchange == "scatter" else found
-
-    def weigh(found, state, inputs):
-        """Task weights, the new state, and the gradients as far as they were formed."""
-
-        def fresh(state):
-            measured, cache = (None, None) if chosen == "losses" else found.measured()
-            weights, new = balancer.weigh(
-                state, losses=found.losses, gramian=measured, **inputs
-            )
-            return weights, new, cache
-
-        keep = getattr(balancer, "keep", None)
-        if keep is None or chosen == "losses":
-            return fresh(state)
-        # The T passes are inside the branch, so that kept weights cost none of them.
-        weights, new = jax.lax.cond(
-            balancer.refresh(state, inputs["mask"]),
-            lambda state: fresh(state)[:2],
-            lambda state: keep(state, losses=found.losses, mask=inputs["mask"]),
-            state,
-        )
-        return weights, new, None
+    setup = _Setup(task_losses, balancer, chosen, options, measure, micro_batches)
 
     def function(params, state, *args, mask=None, side=None, **kwargs):
         names = getattr(balancer, "names", None)
         call = VectorLosses(task_losses, args, kwargs, names)
-        found = forward(call, params, mask)
+        found = _forward(setup, call, params, mask)
         losses, present = found.losses, found.region.mask
         if num_tasks is not None and losses.shape[0] != num_tasks:
             raise ValueError(
@@ -251,7 +196,7 @@ def value_and_balanced_grad(
             update, new = transform.update(stacked, state, losses=losses, **inputs)
             shared, own = jax.tree.leaves(update), found.own(ones)
         else:
-            weights, new, cache = weigh(found, state, inputs)
+            weights, new, cache = _weigh(setup, found, state, inputs)
             of_own = ones if heads == "own" else weights
             shared, own = found.gradients(weights, of_own, cache)
         grad = found.leaves.gradient(shared, own)
@@ -262,6 +207,80 @@ def value_and_balanced_grad(
         return ((losses, found.aux) if has_aux else losses), grad, state
 
     return function
+
+
+class _Setup(NamedTuple):
+    """What is known before the parameters."""
+
+    task_losses: Any
+    balancer: Any
+    engine: str
+    options: Options
+    measure: Any
+    micro_batches: int | None
+
+
+def _forward(setup: _Setup, call: VectorLosses, params: Params, mask: Any) -> Any:
+    """The forward pass, ready for the gradients that the balancer needs."""
+    task, options, measure = setup.task_losses, setup.options, setup.measure
+    weighs = getattr(setup.balancer, "weigh", None) is not None
+    given = {"mask": mask, "name": _NAME}
+    if setup.micro_batches is not None:
+        wanted: Wanted = "losses" if setup.engine == "losses" else "rows"
+        return accumulate(
+            task,
+            call,
+            params,
+            options,
+            setup.micro_batches,
+            wanted="representation" if measure == "representation" else wanted,
+            owns=not weighs,
+            **given,
+        )
+    if isinstance(task, Separate):
+        call.names = task.names
+        if setup.engine != "losses":
+            return linearize_separate(
+                task, params, call.args, call.kwargs, options, **given
+            )
+    if measure == "representation":
+        return linearize_through(task, call, params, options, **given)
+    if setup.engine == "losses" or not weighs:
+        return linearize(call, params, options, **given)
+    measured = None
+    if measure is not None:
+        marks = split_leaves(params, options.labels).marks
+        measured = resolve_measure(measure, params, marks)
+    found: Any = linearize_any(
+        setup.engine, call, params, options, measured=measured, **given
+    )
+    return scatter(found) if options.exchange == "scatter" else found
+
+
+def _weigh(setup: _Setup, found: Any, state: Any, inputs: Any) -> tuple[Any, Any, Any]:
+    """Task weights, the new state, and the gradients as far as they were formed."""
+    balancer = setup.balancer
+    # A balancer that reuses its weights decides before the passes, not after.
+    keep, rule = (getattr(balancer, name, None) for name in ("keep", "renew"))
+    rule = rule or balancer.weigh
+
+    def fresh(state):
+        measured, cache = None, None
+        if setup.engine != "losses":
+            measured, cache = found.measured()
+        weights, new = rule(state, losses=found.losses, gramian=measured, **inputs)
+        return weights, new, cache
+
+    if keep is None:
+        return fresh(state)
+    # The T passes are inside the branch, so that kept weights cost none of them.
+    weights, new = jax.lax.cond(
+        balancer.refresh(state, inputs["mask"]),
+        lambda state: fresh(state)[:2],
+        lambda state: keep(state, losses=found.losses, mask=inputs["mask"]),
+        state,
+    )
+    return weights, new, None
 
 
 def _check_measure(

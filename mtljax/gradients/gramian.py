@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mtljax import placement, stack
-from mtljax.balancer import check_choice
+from mtljax.balancer import check_choice, task_vector
 from mtljax.gradients._gramian import evaluate
 from mtljax.gradients._gramian.cost import cheap_heads, combining_pays, pays
 from mtljax.gradients._gramian.cost import passes as default_passes
@@ -27,7 +27,6 @@ from mtljax.gradients.linearized import (
     make_options,
     make_region,
     split_leaves,
-    task_vector,
 )
 from mtljax.gradients.passes import Passes, map_tasks
 from mtljax.gradients.separate import Separate, linearize_separate
@@ -163,7 +162,7 @@ class LinearizedUses(NamedTuple):
             return self._gradient("shared", weights)
         numbers = self._numbers("shared")
         found = evaluate.combine(
-            made, self.backward, rows, weights, numbers, self._sums("shared")
+            made, self.backward, rows, weights, numbers, sums=self._sums("shared")
         )
         return self._filled(found, numbers)
 

@@ -17,7 +17,7 @@ import optax
 from jaxtyping import Array
 
 from mtljax import placement, stack
-from mtljax.balancer import as_mask, check_choice
+from mtljax.balancer import as_mask, check_choice, task_vector
 from mtljax.gradients._pullback import pullback
 from mtljax.gradients.labels import resolve_labels
 from mtljax.gradients.passes import Body, Passes, map_tasks, pick
@@ -279,28 +279,6 @@ class VectorLosses:
         if self.names is None:
             return losses
         return dict(zip(self.names, losses, strict=True))
-
-
-def task_vector(values: Any, names: Sequence[str] | None) -> Any:
-    """A dict by task as a vector in the order of the names; anything else unchanged.
-
-    Raises:
-      ValueError: If the tasks have no names, or the names differ.
-    """
-    if not isinstance(values, Mapping):
-        return jnp.asarray(values) if isinstance(values, list | tuple) else values
-    if names is None:
-        raise ValueError(
-            f"a dict with the names {list(values)} was given, but the tasks have no "
-            "names; return a dict of losses from task_losses, or build the balancer "
-            "with names."
-        )
-    if set(values) != set(names):
-        raise ValueError(
-            f"the tasks are {list(names)}, but a dict with the names {list(values)} "
-            "was given."
-        )
-    return jnp.stack([jnp.asarray(values[name]) for name in names])
 
 
 def make_region(local: Losses, mask: Any, options: Options, name: str) -> Region:

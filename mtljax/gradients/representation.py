@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mtljax import placement, stack
+from mtljax.balancer import task_vector
 from mtljax.gradients._pullback import pullback
 from mtljax.gradients.linearized import (
     Leaves,
@@ -16,7 +17,6 @@ from mtljax.gradients.linearized import (
     checked_losses,
     make_region,
     split_leaves,
-    task_vector,
 )
 from mtljax.gradients.passes import map_tasks, pick
 from mtljax.types import Gramian, Losses, Params, Weights

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mtljax import placement, stack
+from mtljax.balancer import task_vector
 from mtljax.gradients.labels import resolve_labels
 from mtljax.gradients.linearized import (
     Leaves,
@@ -19,7 +20,6 @@ from mtljax.gradients.linearized import (
     Region,
     check_losses,
     make_region,
-    task_vector,
 )
 from mtljax.types import Gramian, Losses, Params, Weights
 

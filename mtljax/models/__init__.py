@@ -3,6 +3,10 @@
 This floor imports Flax; the core of the library takes any pytree of parameters.
 """
 
+from mtljax.extras import require
+
+require("mtljax.models", "train", "flax")
+
 from mtljax.models.lenet import LeNet
 from mtljax.models.mlp import MLP
 from mtljax.models.multitask import ApplyFn, Model, Variables, build, multitask

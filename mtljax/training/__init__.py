@@ -5,6 +5,10 @@ evaluation, checkpoints and a clean stop; :func:`make_train` is the same trainin
 pure function. Orbax, rich, matplotlib and tensorboardX are imported when first used.
 """
 
+from mtljax.extras import require
+
+require("mtljax.training", "train", "orbax.checkpoint")
+
 from mtljax.training._run import Best, FitResult
 from mtljax.training.checkpoint import Checkpointer, Restored, tree_digest
 from mtljax.training.errors import (

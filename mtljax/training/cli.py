@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 
+from mtljax.extras import require
+
 
 def run_cli(
     main: Callable[[Any, str], object],
@@ -40,6 +42,7 @@ def run_cli(
       ...         {"short": ("Seconds.", Config())}, prog="prog", description="")
       3 - prog short --steps 3
     """
+    require("mtljax.training.cli", "train", "tyro")
     import tyro
 
     arguments = sys.argv[1:]

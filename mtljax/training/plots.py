@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mtljax.extras import require
+
 # Paul Tol's "bright" and "muted" sets, interleaved: apart for the colour-blind too.
 PALETTE = (
     "#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377",
@@ -106,6 +108,7 @@ def style(
 
 
 def _figure(panels: int, *, columns: int, width: float, height: float, legend: bool):
+    require("mtljax.training.plots", "train", "matplotlib")
     import matplotlib as mpl
     from matplotlib.figure import Figure
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from mtljax.extras import require
+
 
 def format_seconds(seconds: float) -> str:
     """Seconds as ``m:ss`` or ``h:mm:ss``.
@@ -130,6 +132,7 @@ class Progress:
             self._line(*self._seen)
 
     def _make_live(self):
+        require("mtljax.training.Progress", "train", "rich")
         from rich import progress
         from rich.console import Console
         from rich.table import Column

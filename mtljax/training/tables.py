@@ -6,6 +6,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from mtljax.extras import require
+
 
 class Cell(NamedTuple):
     """Mean and sample standard deviation over seeds."""
@@ -138,6 +140,7 @@ def rich_table(
     Returns:
       A :class:`rich.table.Table`, for ``rich.print``.
     """
+    require("mtljax.training.tables", "train", "rich")
     from rich import box
     from rich.table import Table
     from rich.text import Text

@@ -457,9 +457,9 @@ def split(tree, labels):
 def every_way(pull, weights, rows):
     """The weighted gradient of the shared leaves, whichever way is the cheapest."""
     numbers = pull.leaves.numbers("shared")
-    given = pull.uses.plan, pull.backward
+    given, no_sums = (pull.uses.plan, pull.backward), dict.fromkeys(numbers, ())
     found = [
-        evaluate.combine(*given, rows, weights, numbers, dict.fromkeys(numbers, ())),
+        evaluate.combine(*given, rows, weights, numbers, sums=no_sums),
         *(
             evaluate.gradient(*given, weights, numbers, seeds=None, heads_again=again)
             for again in (False, True)

@@ -448,6 +448,7 @@ def combine(
     rows: Rows,
     weights: Weights,
     leaves: Sequence[Leaf],
+    *,
     sums: dict[Leaf, Axes],
 ) -> dict[Leaf, Array]:
     """The result of :func:`gradient` from what T passes left, without one more."""

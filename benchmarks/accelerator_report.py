@@ -1,0 +1,103 @@
+"""What ``benchmarks.accelerator`` derives from its rows."""
+
+from collections.abc import Iterable
+from typing import Any
+
+Row = dict[str, Any]
+TIMED = ("mlp", "transformer", "resnet18")
+LINE = (
+    "part",
+    "side",
+    "check",
+    "model",
+    "tasks",
+    "size",
+    "method",
+    "engine",
+    "strategy",
+)
+LINE += ("precision",)
+
+
+def printed(row: Row) -> str:
+    """One line about a row."""
+    words = [str(row[name]) for name in LINE if row.get(name) is not None]
+    for name in ("rel_error", "ms", "compile_s", "peak_mb"):
+        if row.get(name) is not None:
+            words.append(f"{name}={row[name]:.3g}")
+    if row.get("error"):
+        words.append(f"ERROR {row['error']}")
+    return " ".join(words)
+
+
+def cells(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
+    """The rows with a time, by model, size, T and precision."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if row["part"] in TIMED and row["ms"] is not None:
+            key = tuple(row[name] for name in ("model", "size", "tasks", "precision"))
+            found.setdefault(key, []).append(row)
+    return found
+
+
+def fastest(rows: list[Row]) -> Row | None:
+    """The row with the least time."""
+    return min(rows, key=lambda row: row["ms"], default=None)
+
+
+def cell_summary(key: tuple[Any, ...], rows: list[Row]) -> Row:
+    """The best engine of a cell, the choice of ``auto``, and the ratio to TorchJD.
+
+    The regret of ``auto`` is written into its row, too.
+    """
+    ours = [row for row in rows if row["side"] == "mtljax"]
+    theirs = [row for row in rows if row["side"] == "TorchJD"]
+    exact = [
+        row
+        for row in ours
+        if row["method"] == "upgrad" and row["engine"] in ("stacked", "gramian", "auto")
+    ]
+    best = fastest([row for row in exact if row["engine"] != "auto"])
+    auto = fastest([row for row in exact if row["engine"] == "auto"])
+    equal = fastest([row for row in ours if row["method"] == "linear"])
+    peer = fastest([row for row in theirs if row["method"] == "upgrad"])
+    peer_equal = fastest([row for row in theirs if row["method"] == "linear"])
+    found: Row = dict(zip(("model", "size", "tasks", "precision"), key, strict=True))
+    if best:
+        found |= {
+            "best": f"{best['engine']}, {best['strategy']}",
+            "best_ms": best["ms"],
+        }
+    if auto:
+        found |= {"auto": auto["auto"], "auto_ms": auto["ms"]}
+    if best and auto:
+        # The quicker of the two may be `auto` itself, by noise or as a third program.
+        auto["regret"] = auto["ms"] / best["ms"] - 1
+        found["regret"] = auto["regret"]
+    if equal:
+        found["equal_ms"] = equal["ms"]
+        if auto:
+            found["overhead"] = auto["ms"] / equal["ms"]
+    if peer:
+        found |= {"torchjd": peer["engine"], "torchjd_ms": peer["ms"]}
+        if auto:
+            found["torchjd_over_auto"] = peer["ms"] / auto["ms"]
+    if equal and peer_equal:
+        found["torch_equal_over_equal"] = peer_equal["ms"] / equal["ms"]
+        loss, other = equal["loss"], peer_equal["loss"]
+        found["losses_apart"] = abs(loss - other) / max(abs(other), 1e-30)
+    return found
+
+
+def summary_of(rows: list[Row], failed: list[Row]) -> Row:
+    """The counts of the checks, and one row for each timed cell."""
+    checks = [row for row in rows if row["part"] in ("smoke", "correctness")]
+    errors = [row["rel_error"] for row in checks if row["rel_error"] is not None]
+    return {
+        "checks": {
+            "rows": len(checks),
+            "failed": [printed(row) for row in failed],
+            "largest_rel_error": max(errors, default=None),
+        },
+        "cells": [cell_summary(key, each) for key, each in cells(rows).items()],
+    }

@@ -1,0 +1,165 @@
+"""Examples without a label for some task, and parameters of absent tasks."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtljax import stack
+from mtljax.balancer import task_vector
+
+
+def masked_task_means(values: Any, present: Any) -> tuple[Any, Any]:
+    """Averages the losses of the examples that have a label, task by task.
+
+    A mean over the labelled examples alone, where ``jnp.nanmean`` would give NaN
+    gradients. A task without any labelled example gets loss zero and is absent.
+
+    Args:
+      values: Losses of the examples ``[N, T]`` (or ``[N, ..., T]``), or a dict of arrays
+        by task. Values of examples without a label are ignored, but they must have
+        finite derivatives: 0 · NaN is NaN in any backward pass.
+      present: Booleans of the same shape, or a dict of these.
+
+    Returns:
+      ``(losses[T], mask[T])``, or two dicts. Pass the mask to the balancer.
+
+    Examples:
+      >>> import jax.numpy as jnp, mtljax
+      >>> values = jnp.array([[1.0, 5.0], [3.0, jnp.nan]])
+      >>> labelled = jnp.array([[True, False], [True, False]])
+      >>> losses, mask = mtljax.masked_task_means(values, labelled)
+      >>> losses.tolist(), mask.tolist()
+      ([2.0, 0.0], [True, False])
+    """
+
+    def mean(values, present, axes):
+        if jnp.shape(values) != jnp.shape(present):
+            raise ValueError(
+                f"masked_task_means: values has shape {jnp.shape(values)}, but present "
+                f"has shape {jnp.shape(present)}; they must be equal."
+            )
+        present = jnp.asarray(present, bool)
+        count = present.sum(axes)
+        total = jnp.where(present, values, 0).sum(axes)
+        return total / jnp.maximum(count, 1).astype(total.dtype), count > 0
+
+    if isinstance(values, Mapping):
+        if not isinstance(present, Mapping) or set(values) != set(present):
+            raise ValueError("masked_task_means: the two dicts have different names.")
+        found = {name: mean(x, present[name], None) for name, x in values.items()}
+        losses = {name: loss for name, (loss, _) in found.items()}
+        return losses, {name: here for name, (_, here) in found.items()}
+    return mean(values, present, tuple(range(jnp.ndim(values) - 1)))
+
+
+class SkipAbsentState(NamedTuple):
+    """State of :func:`skip_absent`: one state of the optimizer per group."""
+
+    shared: Any
+    tasks: dict[int, Any]
+
+
+def skip_absent(
+    optimizer: optax.GradientTransformation,
+    owner: Callable[[str], int | str | None],
+    *,
+    names: tuple[str, ...] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Leaves the parameters of absent tasks and their optimizer states unchanged.
+
+    An absent task has zero gradients, for which an optimizer with momentum still takes
+    a step and decays its moments. Here the parameters of every task have an optimizer
+    state of their own, step count included, that moves only if the task is present.
+
+    Args:
+      optimizer: Any optax optimizer.
+      owner: ``owner(path) -> task``, the number or the name of the task that a parameter
+        belongs to, None for a shared one. Paths are written ``heads/0/kernel``.
+      names: Names of the tasks, if ``owner`` returns names or the mask is a dict.
+
+    Returns:
+      A transformation whose ``update`` takes ``mask=`` ``[T]``; None means that all
+      tasks are present. Its other extra arguments go to the optimizer.
+
+    Examples:
+      >>> import jax.numpy as jnp, mtljax, optax
+      >>> params = {"trunk": jnp.ones(1), "heads": [jnp.ones(1), jnp.ones(1)]}
+      >>> def owner(path):
+      ...     return int(path.split("/")[1]) if path.startswith("heads") else None
+      >>> optimizer = mtljax.skip_absent(optax.sgd(0.1, momentum=0.9), owner)
+      >>> state = optimizer.init(params)
+      >>> mask = jnp.array([True, False])
+      >>> updates, state = optimizer.update(params, state, params, mask=mask)
+      >>> [float(u[0]) for u in updates["heads"]]
+      [-0.1, -0.0]
+    """
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def number(task):
+        if not isinstance(task, str):
+            return task
+        if names is None or task not in names:
+            raise ValueError(
+                f"skip_absent: owner returned the name {task!r}, which is not one of "
+                f"names={names!r}."
+            )
+        return names.index(task)
+
+    def groups(tree):
+        """The owner of every leaf."""
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: (number(owner(stack.path_name(path))),), tree
+        )
+
+    def part(tree, marks, task):
+        return jax.tree.map(
+            lambda x, mark: x if mark[0] == task else optax.MaskedNode(), tree, marks
+        )
+
+    def tasks_of(marks):
+        flat = jax.tree.leaves(marks, is_leaf=lambda x: isinstance(x, tuple))
+        return sorted({mark[0] for mark in flat} - {None})
+
+    def init(params):
+        marks = groups(params)
+        return SkipAbsentState(
+            optimizer.init(part(params, marks, None)),
+            {t: optimizer.init(part(params, marks, t)) for t in tasks_of(marks)},
+        )
+
+    def update(updates, state, params=None, *, mask=None, **extra_args):
+        marks, mask = groups(updates), task_vector(mask, names)
+
+        def step(task, old):
+            given = None if params is None else part(params, marks, task)
+            return optimizer.update(
+                part(updates, marks, task), old, given, **extra_args
+            )
+
+        found, shared = step(None, state.shared)
+        found, tasks = [found], {}
+        for task, old in state.tasks.items():
+            moved, new = step(task, old)
+            if mask is not None:
+                here = mask[task]
+                moved = jax.tree.map(lambda u, here=here: jnp.where(here, u, 0), moved)
+                new = jax.tree.map(
+                    lambda n, o, here=here: jnp.where(here, n, o), new, old
+                )
+            found.append(moved)
+            tasks[task] = new
+
+        def pick(*parts):
+            (one,) = [x for x in parts if not isinstance(x, optax.MaskedNode)]
+            return one
+
+        def masked(x):
+            return isinstance(x, optax.MaskedNode)
+
+        merged = jax.tree.map(pick, *found, is_leaf=masked)
+        return merged, SkipAbsentState(shared, tasks)
+
+    return optax.GradientTransformationExtraArgs(init, update)
