@@ -13,7 +13,8 @@ method's ``update`` on one device, relative to the largest entry of a leaf.
 Both networks have three layers with biases and T = 4 tasks with own heads. "wide" has
 width 256 and 64 examples, "tall" width 64 and 1024 examples. The method is CAGrad, and
 uncertainty weighting for the engine "losses". No time is measured: eight virtual
-devices on one CPU share its cores.
+devices on one CPU share its cores. ``--only`` measures one network and keeps the rows of the
+other.
 """
 
 import argparse
@@ -83,12 +84,12 @@ def measure(name: str, where: str, engine: str, make: Any) -> dict[str, Any]:
         return row | {"error": f"{type(error).__name__}: {text}"}
 
 
-def rows() -> Any:
-    """All rows, one after the other."""
+def rows(networks: list[str]) -> Any:
+    """The rows of some networks, one after the other."""
     from devices.exchanged import compile_region, compile_step
     from devices.layouts import BY_NAME, Place, make_mesh
 
-    for name in ("wide", "tall"):
+    for name in networks:
         for kind in ("auto", "explicit"):
             for label, layout in LAYOUTS.items():
                 found = BY_NAME[layout]
@@ -143,9 +144,7 @@ def table(result: dict[str, Any]) -> str:
             " all-to-all, permute | temporaries | error |",
             "|:--|:--|--:|--:|--:|--:|--:|--:|",
         ]
-        for row in result["rows"]:
-            if row["network"] != name:
-                continue
+        for row in (row for row in result["rows"] if row["network"] == name):
             start = f"| {row['where']} | {row['engine']} |"
             if "error" in row:
                 lines.append(f"{start} | | | | | {row['error'].replace('|', ' ')} |")
@@ -155,9 +154,28 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+NETWORKS = {
+    "wide": "width 256, 64 examples, P = 0.79 MB, T x P = 3.16 MB",
+    "tall": "width 64, 1024 examples, P = 0.05 MB, T x P = 0.2 MB",
+}
+
+
+def identity(row: dict[str, Any]) -> tuple[str, ...]:
+    """What tells the rows of a file apart."""
+    return row["network"], row["where"], row["engine"]
+
+
+def merge(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[Any]:
+    """The old rows, new ones in their places."""
+    found = {identity(row): row for row in [*old, *new]}
+    order = list(NETWORKS)
+    return sorted(found.values(), key=lambda row: order.index(row["network"]))
+
+
 def main() -> None:
     """Compiles, runs, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=NETWORKS, help="one of the networks")
     parser.add_argument("--out", type=pathlib.Path, default=OUT)
     options = parser.parse_args()
     # Must be set before JAX starts.
@@ -165,20 +183,20 @@ def main() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
 
+    before = []
+    if options.only and options.out.exists():
+        before = json.loads(options.out.read_text(encoding="utf-8"))["rows"]
     found = []
-    for row in rows():
+    for row in rows([options.only] if options.only else list(NETWORKS)):
         found.append(row)
         print(json.dumps(row), flush=True)
     result = {
         "what": "bytes of collectives and temporaries of one balanced step",
-        "networks": {
-            "wide": "width 256, 64 examples, P = 0.79 MB, T x P = 3.16 MB",
-            "tall": "width 64, 1024 examples, P = 0.05 MB, T x P = 0.2 MB",
-        },
+        "networks": NETWORKS,
         "devices": jax.device_count(),
         "jax": jax.__version__,
         "python": platform.python_version(),
-        "rows": found,
+        "rows": merge(before, found),
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -1,6 +1,7 @@
 """Gradient functions of the other subpackages on a mesh and in mapped regions."""
 
 import functools
+import inspect
 import itertools
 from typing import Any
 
@@ -101,16 +102,24 @@ def arml(place: Place, axis: Any) -> Any:
     return balancer.init, function
 
 
+def takes_axis_name(function: Any) -> bool:
+    """Whether a function can average over a mapped axis."""
+    return "axis_name" in inspect.signature(function).parameters
+
+
+SAM = takes_axis_name(sharpness.sam_task_grads)
+FLAT = takes_axis_name(sharpness.value_and_flat_grad)
+ALTERNATE = takes_axis_name(alternating.alternate)
 # How to build each, and whether it takes `axis_name`.
 FUNCTIONS = {
-    "sam": (sam, True),
-    "sam-global": (functools.partial(sam, perturb="global"), True),
-    "sam-joint": (functools.partial(sam, norm="joint", adaptive=True), True),
-    "flat-split": (functools.partial(flat, mode="split"), True),
-    "flat-direct": (functools.partial(flat, mode="direct"), True),
-    "alternate": (alternate, True),
-    "alternate-groups": (functools.partial(alternate, groups=2), True),
-    "alternate-fixed": (functools.partial(alternate, order="fixed"), True),
+    "sam": (sam, SAM),
+    "sam-global": (functools.partial(sam, perturb="global"), SAM),
+    "sam-joint": (functools.partial(sam, norm="joint", adaptive=True), SAM),
+    "flat-split": (functools.partial(flat, mode="split"), FLAT),
+    "flat-direct": (functools.partial(flat, mode="direct"), FLAT),
+    "alternate": (alternate, ALTERNATE),
+    "alternate-groups": (functools.partial(alternate, groups=2), ALTERNATE),
+    "alternate-fixed": (functools.partial(alternate, order="fixed"), ALTERNATE),
     "hypergradient": (auto_lambda, False),
     "arml": (arml, True),
 }
