@@ -13,8 +13,8 @@ method's ``update`` on one device, relative to the largest entry of a leaf.
 Both networks have three layers with biases and T = 4 tasks with own heads. "wide" has
 width 256 and 64 examples, "tall" width 64 and 1024 examples. The method is CAGrad, and
 uncertainty weighting for the engine "losses". No time is measured: eight virtual
-devices on one CPU share its cores. ``--only`` measures one network and keeps the rows of the
-other.
+devices on one CPU share its cores. ``--only`` measures one network and keeps the rows
+of the other.
 """
 
 import argparse

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from devices import hlo
 from devices.harness import DEVICES, Case
-from devices.layouts import BY_NAME, Place, make_mesh
+from devices.layouts import BY_NAME, Place, make_mesh, need_scatter
 from devices.models import SIZED, Model
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -48,6 +48,8 @@ def compile_step(place: Place, name: str, method: str, engine: str, **options: A
     model = model_of(name)
     (batch,) = model.batches.values()
     balancer = mtljax.get_method(method).build(TASKS, key=jax.random.key(0))
+    if engine != "losses":
+        need_scatter(place.kind)
     if place.kind == "auto":
         options["grad_shardings"] = place.shardings(model.names)
     grad_fn = mtljax.value_and_balanced_grad(

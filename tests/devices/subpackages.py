@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from devices.compare import check, model_of
 from devices.harness import Case
-from devices.layouts import BY_NAME, Place, make_mesh
+from devices.layouts import BY_NAME, Place, make_mesh, need_scatter
 from devices.manual import run as run_region
 from devices.manual import unkeyed
 from devices.models import TASKS
@@ -134,6 +134,7 @@ def one_device(name: str, size: str) -> Any:
 
 
 def on_mesh(name: str, layout: str, kind: str, size: str) -> None:
+    need_scatter(kind)
     model = model_of("mlp")
     place = Place(BY_NAME[layout], make_mesh(BY_NAME[layout], kind), kind)
     init, function = FUNCTIONS[name][0](place, {})
