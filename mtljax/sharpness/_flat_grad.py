@@ -303,7 +303,6 @@ def value_and_flat_grad(
             balancer,
             labels=labels,
             has_aux=has_aux,
-            strategy=strategy,
-            chunk_size=chunk_size,
+            strategy=chunk_size if strategy == "chunked" else strategy,
         ),
     )

@@ -1,0 +1,6 @@
+"""The numbers of one device in every layout, for every engine."""
+
+from devices import matrix
+from devices.harness import make_tests
+
+test_matrix = make_tests(matrix)
