@@ -20,11 +20,12 @@ from mtljax.gradients.linearized import (
     make_options,
     own_weights,
     split_leaves,
+    unsplit,
 )
 from mtljax.gradients.micro import Wanted, accumulate
 from mtljax.gradients.representation import Through, linearize_through
 from mtljax.gradients.scatter import scatter
-from mtljax.gradients.separate import Separate, linearize_separate
+from mtljax.gradients.separate import Separate, linearize_separate, with_labels
 from mtljax.placement import Backward
 from mtljax.types import Heads, Params
 
@@ -191,6 +192,7 @@ def value_and_balanced_grad(
         inputs = {"mask": present, **(side or {})}
         ones = own_weights(losses, present)
         if getattr(balancer, "weigh", None) is None:
+            _check_whole(found, name)
             stacked = found.leaves.shared_tree(found.stacked())
             transform = optax.with_extra_args_support(balancer)
             update, new = transform.update(stacked, state, losses=losses, **inputs)
@@ -207,6 +209,18 @@ def value_and_balanced_grad(
         return ((losses, found.aux) if has_aux else losses), grad, state
 
     return function
+
+
+def _check_whole(found: Any, name: str) -> None:
+    """Raises if a method that reads gradients would see parts of them."""
+    axes = found.region.axes
+    for leaf in found.leaves.of("shared"):
+        if unsplit(leaf, axes) != axes:
+            raise ValueError(
+                f"{name} reads the gradients, but a shared parameter is split over "
+                f"{axes}, so that a device has a part of its gradient. Gather the "
+                "parameters, or use a method that reads the losses or the Gramian."
+            )
 
 
 class _Setup(NamedTuple):
@@ -243,6 +257,7 @@ def _forward(setup: _Setup, call: VectorLosses, params: Params, mask: Any) -> An
             return linearize_separate(
                 task, params, call.args, call.kwargs, options, **given
             )
+        options = with_labels(task, params, options)
     if measure == "representation":
         return linearize_through(task, call, params, options, **given)
     if setup.engine == "losses" or not weighs:

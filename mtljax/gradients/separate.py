@@ -255,6 +255,14 @@ def _labelled(
     return Leaves(values, treedef, marks, True), axes
 
 
+def with_labels(task: Separate, params: Params, options: Options) -> Options:
+    """The options with the labels that ``in_axes`` implies."""
+    leaves, _ = _labelled(task, params, options)
+    if not leaves.labelled:
+        return options
+    return options._replace(labels=jax.tree.unflatten(leaves.treedef, leaves.marks))
+
+
 def _known_absent(names: Sequence[str], mask: Any) -> set[str]:
     """Tasks that Python booleans in the mask mark as absent: they are not traced."""
     if isinstance(mask, Mapping):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.experimental import enable_x64
+from precision import enable_x64
 
 import mtljax
 
