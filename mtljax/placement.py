@@ -121,6 +121,11 @@ def total(tree: Any, axes: Axes) -> Any:
     return jax.lax.psum(cast(tree, axes), axes) if axes else tree
 
 
+def largest(x: Any, axes: Axes) -> Any:
+    """The largest value over mapped axes."""
+    return jax.lax.pmax(cast(x, axes), axes) if axes else x
+
+
 def gathered(x: Any, axes: Axes, axis: int) -> Any:
     """The parts of all devices along an axis of the array."""
     if not axes:
