@@ -52,6 +52,7 @@ from mtljax.methods import modo as modo
 from mtljax.methods import nash_mtl as nash_mtl
 from mtljax.methods import ol_aux as ol_aux
 from mtljax.methods import pbi as pbi
+from mtljax.methods import pcd as pcd
 from mtljax.methods import pcgrad as pcgrad
 from mtljax.methods import random_gradient_weighting as random_gradient_weighting
 from mtljax.methods import random_loss_weighting as random_loss_weighting
@@ -63,6 +64,7 @@ from mtljax.methods import uncertainty as uncertainty
 from mtljax.methods import upgrad as upgrad
 from mtljax.sharpness import flat_split as flat_split
 from mtljax.wrappers import compose as compose
+from mtljax.wrappers import inject_hyperparams as inject_hyperparams
 from mtljax.wrappers import per_layer as per_layer
 from mtljax.wrappers import smooth_weights as smooth_weights
 
@@ -116,6 +118,7 @@ __all__ = [
     "graddrop",
     "gcs",
     "ol_aux",
+    "pcd",
     "krum",
     "trimmed_mean",
     # balancers made of balancers
@@ -123,6 +126,7 @@ __all__ = [
     "smooth_weights",
     "per_layer",
     "flat_split",
+    "inject_hyperparams",
     # the list of methods
     "METHODS",
     "get_method",

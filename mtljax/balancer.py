@@ -7,21 +7,27 @@ know, so that :func:`mtljax.value_and_balanced_grad` can compute the same update
 without stacking anything when T numbers are enough.
 """
 
+import functools
+import inspect
 import operator
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
+from jaxtyping import Scalar
 
-from mtljax import stack
+from mtljax import placement, stack
 from mtljax.types import Grads, Losses, Mask, Needs, Scale, Weights
 
 # weigh(state, *, losses, gramian, mask) -> (weights, state)
 WeighFn: TypeAlias = Callable[..., tuple[Weights, Any]]
+# domain(losses[T]) -> bool[T]: the losses that the method is defined for
+Domain: TypeAlias = Callable[[Any], Any]
+_Call = TypeVar("_Call", bound=Callable[..., Any])
 
 
 class Balancer(optax.GradientTransformationExtraArgs):
@@ -29,11 +35,19 @@ class Balancer(optax.GradientTransformationExtraArgs):
 
     ``update(grads, state, params=None, *, losses=None, mask=None, **ignored)`` maps
     stacked gradients to one update. ``losses`` ``[T]`` is required by the methods
-    that read them; ``mask`` ``[T]`` marks the tasks present in this batch: an absent
-    task contributes nothing, its state is not touched, and the result is that of the
-    method on the present tasks alone. A non-finite loss or gradient gives a
-    non-finite update (for ``optax.apply_if_finite`` further down the chain to skip)
-    and leaves the state as it was.
+    that read them. ``mask`` ``[T]``, boolean or integer, marks the tasks present in
+    this batch: the result is that of the method on the present tasks alone, and the
+    entries of an absent task in the state do not change. If ``params`` is given, every
+    gradient must have the shape ``[T, *parameter.shape]``.
+
+    A step is applied completely or not at all. The update is NaN and the state comes
+    back bit-identical if a loss or a gradient of a present task is not finite, if a
+    loss is outside the domain of the method, or if the update or the new state would
+    not be finite. ``optax.apply_if_finite`` further down the chain then skips the step.
+    With all tasks absent the update is zero and the state does not change.
+
+    Every leaf of the state has a buffer of its own, so that a step may donate it.
+    A call outside ``jit`` compiles once per balancer and shape.
 
     Attributes:
       init: ``init(params) -> state``.
@@ -44,11 +58,15 @@ class Balancer(optax.GradientTransformationExtraArgs):
         ``"gramian"`` (``[T, T]``, and possibly the losses), or ``"grads"``.
       weigh: ``weigh(state, *, losses, gramian, mask) -> (weights[T], state)``; None
         when ``needs == "grads"``. The update is then ``sum_i weights[i] * grads[i]``.
+        The weights of a step that cannot be applied are NaN, with the old state.
       reads_losses: True when ``losses`` must be given.
-      positive_losses: True when the method takes the logarithm of the losses.
-      observe: For methods that look at the losses again *after* the step (FAMO):
+      positive_losses: True when the domain of the method is losses above zero.
+      domain: ``domain(losses[T]) -> bool[T]``, the losses that the method is defined
+        for; None for all finite losses.
+      observe: For methods that read the losses again *after* the step (FAMO):
         ``observe(state, *, losses, mask=None) -> state``; None for all others.
         Call it through :func:`mtljax.observe`.
+      hyperparams: Arguments of the factory by name, for ``repr``.
     """
 
     name: str
@@ -57,7 +75,9 @@ class Balancer(optax.GradientTransformationExtraArgs):
     weigh: WeighFn | None
     reads_losses: bool
     positive_losses: bool
+    domain: Domain | None
     observe: Callable[..., Any] | None
+    hyperparams: dict[str, Any]
 
     def __new__(
         cls,
@@ -70,31 +90,169 @@ class Balancer(optax.GradientTransformationExtraArgs):
         weigh: WeighFn | None = None,
         reads_losses: bool = False,
         positive_losses: bool = False,
+        domain: Domain | None = None,
         observe: Callable[..., Any] | None = None,
     ) -> "Balancer":
         """Attaches what the method reads to the pair (init, update)."""
-        self = super().__new__(cls, init, update)  # pyright: ignore[reportCallIssue]
+        self = super().__new__(  # pyright: ignore[reportCallIssue]
+            cls, _own_buffers(init), _compiled_once(update)
+        )
         self.name = name
         self.num_tasks = num_tasks
         self.needs = needs
-        self.weigh = weigh
+        self.weigh = None if weigh is None else _compiled_once(weigh)
         self.reads_losses = reads_losses
         self.positive_losses = positive_losses
-        self.observe = observe
+        self.domain = _positive if positive_losses and domain is None else domain
+        self.observe = None if observe is None else _compiled_once(observe)
+        self.hyperparams = {}
         return self
 
     def __repr__(self) -> str:
-        """Short: the name, T and what it needs."""
-        return (
-            f"Balancer({self.name}, num_tasks={self.num_tasks}, needs={self.needs!r})"
+        """The call of the factory with all hyper-parameters."""
+        if not self.hyperparams:
+            return (
+                f"Balancer({self.name}, num_tasks={self.num_tasks}, "
+                f"needs={self.needs!r})"
+            )
+        # The name of a wrapper holds the names of what it wraps.
+        arguments = ", ".join(
+            _shown(value) if isinstance(value, Balancer) else f"{key}={_shown(value)}"
+            for key, value in self.hyperparams.items()
         )
+        return f"{self.name.partition('(')[0]}({arguments})"
 
 
-def check_num_tasks(name: str, num_tasks: int) -> None:
-    """Raises unless ``num_tasks`` is a positive integer."""
-    if isinstance(num_tasks, bool) or not isinstance(num_tasks, int) or num_tasks < 1:
+def _shown(value: Any) -> str:
+    """A hyper-parameter in one short line; a traced one by its shape and dtype."""
+    if isinstance(value, jax.Array | np.ndarray):
+        concrete = not isinstance(value, Tracer)
+        plain = concrete and not jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+        if plain and value.size <= 8:
+            return str(np.asarray(value).tolist())
+        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
+    if callable(value) and not isinstance(value, tuple):
+        return getattr(value, "__qualname__", type(value).__name__)
+    return repr(value)
+
+
+def _own_buffers(init: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives each leaf of the state a buffer of its own, of a strong dtype.
+
+    A leaf that occurs twice, or that is an array of the caller (a key, a preference),
+    could not be donated. A weak dtype would change in the first step.
+    """
+
+    def copy(leaf):
+        leaf = jnp.copy(leaf)
+        weak = leaf.weak_type if hasattr(leaf, "weak_type") else False
+        return jax.lax.convert_element_type(leaf, leaf.dtype) if weak else leaf
+
+    @functools.wraps(init)
+    def own(*args, **kwargs):
+        return jax.tree.map(copy, init(*args, **kwargs))
+
+    return own
+
+
+def _compiled_once(function: _Call) -> _Call:
+    """Compiles calls outside of any trace; inside one, the function is unchanged.
+
+    Without it every call outside ``jit`` would compile the loops of the solvers again,
+    as their bodies are new functions each time.
+    """
+    compiled = jax.jit(lambda args, kwargs: function(*args, **kwargs))
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        if all(map(_is_concrete, jax.tree.leaves((args, kwargs)))):
+            return compiled(args, kwargs)
+        return function(*args, **kwargs)
+
+    return call  # pyright: ignore[reportReturnType]
+
+
+def _is_concrete(leaf: Any) -> bool:
+    """Whether ``jit`` takes the leaf as an argument."""
+    if isinstance(leaf, Tracer):
+        return False
+    if isinstance(leaf, np.ndarray | np.generic):
+        return leaf.dtype != jax.dtypes.float0 and leaf.dtype.kind not in "OSUMm"
+    return isinstance(leaf, jax.Array | bool | int | float | complex)
+
+
+def factory(function: _Call) -> _Call:
+    """Decorates the factory of a balancer: its arguments are checked and recorded.
+
+    ``num_tasks`` may be any integer, also of NumPy or a concrete array; ``key`` must
+    be a key of ``jax.random``. The arguments are what ``repr`` of the balancer shows.
+
+    Args:
+      function: Returns a :class:`Balancer`.
+
+    Returns:
+      The function with the same signature.
+
+    Examples:
+      >>> @factory
+      ... def equal(num_tasks: int, *, weight: float = 1.0):
+      ...     return Balancer(lambda params: (), lambda g, s: (g, s), name="equal")
+      >>> equal(3)
+      equal(num_tasks=3, weight=1.0)
+    """
+    signature = inspect.signature(function)
+    name = function.__name__
+
+    @functools.wraps(function)
+    def build(*args, **kwargs):
+        bound = signature.bind(*args, **kwargs)
+        given = bound.arguments
+        if "num_tasks" in given:
+            given["num_tasks"] = check_num_tasks(name, given["num_tasks"])
+        if "key" in given:
+            check_key(name, given["key"])
+        balancer = function(*bound.args, **bound.kwargs)
+        bound.apply_defaults()
+        balancer.hyperparams = dict(bound.arguments)
+        return balancer
+
+    return build  # pyright: ignore[reportReturnType]
+
+
+def check_num_tasks(name: str, num_tasks: Any) -> int:
+    """Returns ``num_tasks`` as an ``int``; raises unless it is a positive integer."""
+    if isinstance(num_tasks, Tracer):
+        raise ValueError(
+            f"{name}: num_tasks is traced, but it sets the shapes and must be static; "
+            "with optax.inject_hyperparams, pass static_args=('num_tasks',)."
+        )
+    try:
+        number = 0 if _is_boolean(num_tasks) else operator.index(num_tasks)
+    except TypeError:
+        number = 0
+    if number < 1:
         raise ValueError(
             f"{name}: num_tasks must be a positive integer, not {num_tasks!r}."
+        )
+    return number
+
+
+def _is_boolean(value: Any) -> bool:
+    return isinstance(value, bool) or getattr(value, "dtype", None) == np.bool_
+
+
+def check_key(name: str, key: Any) -> None:
+    """Raises unless ``key`` is a key, of ``jax.random.key`` or ``PRNGKey``."""
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        valid = shape == ()
+    else:  # raw keys have two words, those of rbg four
+        valid = dtype == jnp.uint32 and shape in ((2,), (4,))
+    if not valid:
+        given = repr(key) if dtype is None else f"an array {dtype}{list(shape or ())}"
+        raise ValueError(
+            f"{name}: key must be one key of jax.random, such as jax.random.key(0), "
+            f"not {given}."
         )
 
 
@@ -111,10 +269,10 @@ def check_number(
     argument: str,
     value: Any,
     *,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
+    at_least: float | int | None = None,
+    above: float | int | None = None,
+    at_most: float | int | None = None,
+    below: float | int | None = None,
 ) -> None:
     """Raises unless a concrete hyper-parameter is a finite number in its range.
 
@@ -148,30 +306,59 @@ def commit(healthy: Any, update: Any, new: Any, old: Any) -> tuple[Any, Any]:
 
     The update and the new state are returned if ``healthy`` holds and every entry of
     both is finite. Otherwise every entry of the update is NaN and the state is the old
-    one, bit for bit. All methods, engines and wrappers end with this function.
+    one, bit for bit. All methods, engines and wrappers end with this function. An
+    entry of the state that was infinite before the step and is unchanged is allowed.
 
     Args:
       healthy: Boolean scalar; False if an input of a present task was not usable.
       update: Tree of the update; ``MaskedNode`` is allowed.
-      new: State that the method proposes.
+      new: State that the method proposes. Its leaves are cast to the dtypes of the
+        old state, which ``scan`` requires to stay.
       old: State before the step.
 
     Returns:
       The pair ``(update, state)``.
     """
     healthy = jnp.asarray(healthy)
-    for leaf in jax.tree.leaves((update, new)):
+    for leaf in jax.tree.leaves(update):
         if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             healthy &= jnp.isfinite(leaf).all()
+    new = jax.tree.map(_like, new, old)
+    for n, o in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True):
+        if n is not o and jnp.issubdtype(n.dtype, jnp.inexact):
+            healthy &= (jnp.isfinite(n) | (n == o)).all()
+    healthy = placement.agreed(healthy, old)
     update = jax.tree.map(
         lambda u: jnp.where(healthy, u, jnp.asarray(jnp.nan, jnp.result_type(u))),
         update,
     )
-    return update, jax.tree.map(lambda n, o: _keep(healthy, n, o), new, old)
+    return update, choose_state(healthy, new, old)
+
+
+def choose_state(keep: Any, new: Any, old: Any) -> Any:
+    """The new state if ``keep``, else the old one, in the dtypes of the old one."""
+
+    def leaf(n, o):
+        return o if n is o else jnp.where(keep, _like(n, o), o)
+
+    return jax.tree.map(leaf, new, old)
+
+
+def _like(new: Any, old: Any) -> Any:
+    """The leaf in the dtype of the old one."""
+    if new is old:
+        return new
+    old_dtype = jnp.asarray(old).dtype
+    new = jnp.asarray(new)
+    return new if new.dtype == old_dtype else new.astype(old_dtype)
 
 
 def as_mask(name: str, num_tasks: int, mask: Any) -> Mask:
-    """The mask as booleans ``[num_tasks]``; None means that all are present."""
+    """The mask as booleans ``[num_tasks]``; None means that all are present.
+
+    A mask is boolean or integer. A float mask is refused whatever its values, so that
+    the same call is valid inside and outside ``jit``.
+    """
     if mask is None:
         return jnp.ones(num_tasks, bool)
     mask = jnp.asarray(mask)
@@ -179,6 +366,11 @@ def as_mask(name: str, num_tasks: int, mask: Any) -> Mask:
         raise ValueError(
             f"{name}: mask has shape {mask.shape}; it must be ({num_tasks},), "
             "one flag per task."
+        )
+    if not (mask.dtype == bool or jnp.issubdtype(mask.dtype, jnp.integer)):
+        raise ValueError(
+            f"{name}: mask has dtype {mask.dtype}, but a task is present or absent; "
+            "pass booleans, for example mask > 0."
         )
     return mask.astype(bool)
 
@@ -196,20 +388,57 @@ def as_losses(name: str, num_tasks: int, losses: Any) -> Losses:
             f"{name}: losses has shape {losses.shape}; it must be ({num_tasks},), "
             "one scalar per task."
         )
+    if not jnp.isrealobj(losses):
+        raise ValueError(f"{name}: losses has dtype {losses.dtype}; it must be real.")
     return losses.astype(jnp.promote_types(losses.dtype, jnp.float32))
 
 
-def _check_positive(name: str, losses: Losses, mask: Mask) -> None:
-    """Under ``jit`` values cannot raise; outside they can, and do."""
-    if isinstance(losses, Tracer) or isinstance(mask, Tracer):
-        return
-    # Indexing a concrete array while something else is traced would trace that too.
-    host_losses, host_mask = jax.device_get((losses, mask))
-    for task, loss in enumerate(host_losses):
-        if host_mask[task] and loss <= 0:
+def _positive(losses: Losses) -> Mask:
+    return losses > 0
+
+
+def judge_losses(
+    name: str, num_tasks: int, losses: Any, present: Mask, domain: Domain | None
+) -> tuple[Losses, Scalar]:
+    """The losses, and whether those of the present tasks are usable.
+
+    Usable losses are finite and in the domain. Losses of absent tasks are replaced by
+    one, and all of them if one is not usable, so that a rule never sees NaN.
+    """
+    losses = as_losses(name, num_tasks, losses)
+    usable = jnp.isfinite(losses)
+    if domain is not None:
+        usable &= domain(losses)
+    healthy = (usable | ~present).all()
+    return jnp.where(present & healthy, losses, 1), healthy
+
+
+def check_state(name: str, state: Any, expected: Any, *, only_type: bool = False):
+    """Raises unless the state has the structure and the shapes of an expected one.
+
+    Args:
+      name: Method on whose behalf the check is made.
+      state: State as the caller gave it.
+      expected: State of ``init``, or its shapes (``jax.eval_shape``).
+      only_type: Compare the type and the entries ``task_weights`` only; what the state
+        holds for every parameter is checked elsewhere.
+    """
+    remedy = "create it with init(params) of this balancer."
+    if type(state) is not type(expected):
+        raise ValueError(
+            f"{name}: the state is of type {type(state).__name__}, not "
+            f"{type(expected).__name__}; {remedy}"
+        )
+    if only_type:
+        state, expected = (getattr(s, "task_weights", ()) for s in (state, expected))
+    elif jax.tree.structure(state) != jax.tree.structure(expected):
+        raise ValueError(f"{name}: the state has another structure; {remedy}")
+    given = jax.tree_util.tree_leaves_with_path(state)
+    for (path, leaf), wanted in zip(given, jax.tree.leaves(expected), strict=True):
+        if jnp.shape(leaf) != wanted.shape:
             raise ValueError(
-                f"{name} takes the logarithm of the losses, but the loss of task "
-                f"{task} is {loss:.6g}; shift it above zero or leave the task out."
+                f"{name}: leaf {stack.path_name(path)!r} of the state has shape "
+                f"{jnp.shape(leaf)}, but this balancer has {wanted.shape}; {remedy}"
             )
 
 
@@ -233,12 +462,6 @@ def rescale(
     return weights * count if native == "mean" else weights / count
 
 
-def _keep(keep, new, old):
-    """The new leaf where ``keep``, in the dtype that ``scan`` saw first."""
-    new = new if new.dtype == old.dtype else new.astype(old.dtype)
-    return jnp.where(keep, new, old)
-
-
 def from_weights(
     name: str,
     num_tasks: int,
@@ -250,14 +473,14 @@ def from_weights(
     scale: Scale = "native",
     reads_losses: bool = False,
     positive_losses: bool = False,
+    domain: Domain | None = None,
     side_inputs: tuple[str, ...] = (),
     observe: Callable[..., Any] | None = None,
 ) -> Balancer:
     """A :class:`Balancer` from a rule that yields T weights.
 
-    All that the methods have in common stands here once: shape checks, masks, the
-    declared scale, dtypes that survive ``scan``, and the policy on non-finite
-    input.
+    All that the methods have in common is defined here once: shape checks, masks, the
+    declared scale, dtypes that do not change in ``scan``, and the state policy.
 
     Args:
       name: Name of the factory.
@@ -266,34 +489,37 @@ def from_weights(
         which this builder fills with the weights last used.
       weigh: ``weigh(state, *, losses, gramian, mask) -> (weights, state)``. It gets
         a boolean mask, losses of absent tasks replaced by one, and a Gramian whose
-        rows and columns of absent tasks are zero. What it returns for absent tasks
+        rows and columns of absent tasks are zero; of a step that is not applied all
+        losses are one and the Gramian is the identity. What it returns for absent tasks
         is ignored, but the state it returns for them must be the one it got.
       needs: ``"losses"`` when the rule does not read the Gramian.
       native: Convention of the rule's own weights, see :func:`rescale`.
       scale: What the user asked for.
       reads_losses: The rule reads ``losses``.
-      positive_losses: The rule takes their logarithm.
+      positive_losses: The domain of the rule is losses above zero.
+      domain: ``domain(losses[T]) -> bool[T]`` for any other domain. Losses must be
+        finite in addition.
       side_inputs: Further keywords of ``update`` that ``weigh`` gets, None when the
         user gave none (``"preference"`` ``[T]``, ``"cross_gramian"`` ``[T, T]``).
-      observe: See :class:`Balancer`.
+      observe: ``observe(state, *, losses, mask) -> state``, see :class:`Balancer`. It
+        gets losses and a mask as ``weigh`` does.
 
     Returns:
       The balancer.
     """
-    check_num_tasks(name, num_tasks)
+    num_tasks = check_num_tasks(name, num_tasks)
     check_choice(name, "scale", scale, Scale)
+    shapes = functools.cache(lambda: jax.eval_shape(init))
 
     def full_weigh(state, *, losses=None, gramian=None, mask=None, **extra):
+        check_state(name, state, shapes())
         side = {key: extra.get(key) for key in side_inputs}
         present = as_mask(name, num_tasks, mask)
         healthy = jnp.ones((), bool)
         if losses is not None or reads_losses:
-            losses = as_losses(name, num_tasks, losses)
-            if positive_losses:
-                _check_positive(name, losses, present)
-            losses = jnp.where(present, losses, 1)
-            if reads_losses:
-                healthy &= jnp.isfinite(losses).all()
+            losses, healthy = judge_losses(
+                name, num_tasks, losses, present, balancer.domain
+            )
         if needs == "gramian":
             if gramian is None or gramian.shape != (num_tasks, num_tasks):
                 raise ValueError(
@@ -302,7 +528,7 @@ def from_weights(
                     f"{None if gramian is None else gramian.shape}."
                 )
             gramian = jnp.where(present[:, None] & present[None, :], gramian, 0)
-            healthy &= jnp.isfinite(gramian).all()
+            healthy = placement.agreed(healthy & jnp.isfinite(gramian).all(), state)
             # Solvers may loop: give them numbers they can finish on.
             gramian = jnp.where(
                 healthy, gramian, jnp.eye(num_tasks, dtype=gramian.dtype)
@@ -310,33 +536,72 @@ def from_weights(
         weights, new = weigh(
             state, losses=losses, gramian=gramian, mask=present, **side
         )
+        wide = jnp.float32 if gramian is None else gramian.dtype
+        weights = weights.astype(jnp.promote_types(weights.dtype, wide))
         weights = jnp.where(present, rescale(weights, present, scale, native), 0)
-        weights = jnp.where(healthy, weights, jnp.nan)
-        keep = healthy & present.any()
         new = new._replace(task_weights=weights)
-        return weights, jax.tree.map(lambda n, o: _keep(keep, n, o), new, state)
+        return commit(healthy, weights, choose_state(present.any(), new, state), state)
 
-    def update(updates, state, params=None, *, losses=None, mask=None, **extra_args):
-        del params
-        weights, updates, state = weigh_stacked(
-            balancer, updates, state, losses=losses, mask=mask, **extra_args
+    def full_observe(state, *, losses, mask=None):
+        assert observe is not None
+        check_state(name, state, shapes())
+        present = as_mask(name, num_tasks, mask)
+        losses, healthy = judge_losses(
+            name, num_tasks, losses, present, balancer.domain
         )
-        return stack.combine(updates, weights), state
+        new = observe(state, losses=losses, mask=present)
+        new = choose_state(present.any(), new, state)
+        return commit(healthy, (), new, state)[1]
 
     def init_fn(params):
         del params
         return init()
 
-    balancer = Balancer(
-        init_fn,
-        update,
-        name=name,
-        num_tasks=num_tasks,
-        needs=needs,
+    balancer = weighted(
+        name,
+        num_tasks,
+        init=init_fn,
         weigh=full_weigh,
+        needs=needs,
         reads_losses=reads_losses,
         positive_losses=positive_losses,
-        observe=observe,
+        domain=domain,
+        observe=None if observe is None else full_observe,
+    )
+    return balancer
+
+
+def weighted(
+    name: str, num_tasks: int, *, init: Any, weigh: WeighFn, **attributes: Any
+) -> Balancer:
+    """A balancer whose update weights the gradients by what ``weigh`` returns.
+
+    Args:
+      name: As for :class:`Balancer`, like the other attributes.
+      num_tasks: T.
+      init: ``init(params) -> state``.
+      weigh: As for :class:`Balancer`; it applies the state policy to the weights, and
+        the update applies it again to the combined gradient.
+      **attributes: Further attributes of the balancer.
+
+    Returns:
+      The balancer.
+    """
+
+    def update(updates, state, params=None, *, losses=None, mask=None, **extra_args):
+        weights, updates, new = weigh_stacked(
+            balancer,
+            updates,
+            state,
+            params=params,
+            losses=losses,
+            mask=mask,
+            **extra_args,
+        )
+        return commit(True, stack.combine(updates, weights), new, state)
+
+    balancer = Balancer(
+        init, update, name=name, num_tasks=num_tasks, weigh=weigh, **attributes
     )
     return balancer
 
@@ -346,6 +611,7 @@ def weigh_stacked(
     grads: Grads,
     state: Any,
     *,
+    params: Any = None,
     losses: Any = None,
     mask: Any = None,
     **side: Any,
@@ -354,7 +620,7 @@ def weigh_stacked(
     name, num_tasks = balancer.name, balancer.num_tasks
     if balancer.weigh is None:
         raise ValueError(f"{name} combines gradients without task weights.")
-    stack.check(grads, num_tasks, name)
+    stack.check(grads, num_tasks, name, params)
     if mask is not None:
         grads = stack.select(grads, as_mask(name, num_tasks, mask))
     gramian = stack.gramian(grads) if balancer.needs == "gramian" else None
@@ -372,6 +638,7 @@ def from_grads(
     combine: Callable[..., tuple[Any, Any]],
     reads_losses: bool = False,
     positive_losses: bool = False,
+    domain: Domain | None = None,
 ) -> Balancer:
     """A :class:`Balancer` from a rule that reads the gradients themselves.
 
@@ -383,38 +650,40 @@ def from_grads(
         are stacked, rows of absent tasks zero; ``losses`` of absent tasks are one. The
         state it returns for absent tasks must be the one it got.
       reads_losses: The rule reads ``losses``.
-      positive_losses: The rule takes their logarithm.
+      positive_losses: The domain of the rule is losses above zero.
+      domain: ``domain(losses[T]) -> bool[T]`` for any other domain.
 
     Returns:
       The balancer, with the same policies as those of :func:`from_weights`.
     """
-    check_num_tasks(name, num_tasks)
+    num_tasks = check_num_tasks(name, num_tasks)
 
     def update(updates, state, params=None, *, losses=None, mask=None, **extra_args):
-        del params, extra_args
-        stack.check(updates, num_tasks, name)
+        del extra_args
+        stack.check(updates, num_tasks, name, params)
+        params = jax.tree.map(
+            lambda g: jax.ShapeDtypeStruct(jnp.shape(g)[1:], g.dtype), updates
+        )
+        expected = jax.eval_shape(init, params)
+        check_state(name, state, expected, only_type=True)
         present = as_mask(name, num_tasks, mask)
         if mask is not None:
             updates = stack.select(updates, present)
-        healthy = stack.all_finite(updates)
+        healthy = placement.agreed(stack.all_finite(updates), state)
         if losses is not None or reads_losses:
-            losses = as_losses(name, num_tasks, losses)
-            if positive_losses:
-                _check_positive(name, losses, present)
-            losses = jnp.where(present, losses, 1)
-            if reads_losses:
-                healthy &= jnp.isfinite(losses).all()
+            losses, usable = judge_losses(
+                name, num_tasks, losses, present, balancer.domain
+            )
+            healthy &= usable
         combined, new = combine(state, updates, losses=losses, mask=present)
-        keep = healthy & present.any()
+        combined = jax.tree.map(
+            lambda c, g: jnp.where(present.any(), c, 0).astype(g.dtype),
+            combined,
+            updates,
+        )
+        return commit(healthy, combined, choose_state(present.any(), new, state), state)
 
-        def leaf(c, g):
-            c = jnp.where(healthy, jnp.where(present.any(), c, 0), jnp.nan)
-            return c.astype(g.dtype)
-
-        combined = jax.tree.map(leaf, combined, updates)
-        return combined, jax.tree.map(lambda n, o: _keep(keep, n, o), new, state)
-
-    return Balancer(
+    balancer = Balancer(
         init,
         update,
         name=name,
@@ -422,17 +691,20 @@ def from_grads(
         needs="grads",
         reads_losses=reads_losses,
         positive_losses=positive_losses,
+        domain=domain,
     )
+    return balancer
 
 
 def observe(
     balancer: Balancer, state: Any, *, losses: Losses, mask: Mask | None = None
 ) -> Any:
-    """Shows a balancer the losses of the same batch *after* the optimiser's step.
+    """Passes the losses of the same batch *after* the optimizer's step to a balancer.
 
-    Only FAMO-like methods look; for every other the state comes back as it was, so
-    a training script may call this for any balancer. Cost for the caller: one
-    forward pass, to be made only when ``balancer.observe`` is not None.
+    Only methods like FAMO read them. Every other balancer returns the state unchanged,
+    so a training script may call this for any balancer. Cost for the caller: one
+    forward pass, to be made only when ``balancer.observe`` is not None. A loss of a
+    present task that is not finite, or outside the domain, leaves the state unchanged.
 
     Args:
       balancer: The balancer whose state is meant.

@@ -126,6 +126,16 @@ def largest(x: Any, axes: Axes) -> Any:
     return jax.lax.pmax(cast(x, axes), axes) if axes else x
 
 
+def agreed(flag: Any, state: Any) -> Any:
+    """The flag, set only if it is set on all devices that share a state.
+
+    In a mapped region a device judges its own losses and its part of the gradients. A
+    state that is equal on all devices has to be kept or replaced on all of them.
+    """
+    axes = tuple(sorted(_varying(flag) - varying(state)))
+    return total((~flag).astype(jnp.int32), axes) == 0 if axes else flag
+
+
 def gathered(x: Any, axes: Axes, axis: int) -> Any:
     """The parts of all devices along an axis of the array."""
     if not axes:

@@ -17,13 +17,18 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/") or "(root)"
 
 
-def check(grads: Any, num_tasks: int, name: str = "balancer") -> None:
+def check(
+    grads: Any, num_tasks: int, name: str = "balancer", params: Any = None
+) -> None:
     """Raises unless every leaf is a float array with ``num_tasks`` leading rows.
 
     Args:
       grads: Stacked gradients.
       num_tasks: Length that the first axis of every leaf must have.
       name: Method on whose behalf the check is made; the error starts with it.
+      params: Parameters, if known. The leaf of each must be ``[T, *parameter.shape]``,
+        which finds a gradient that is not stacked but whose first axis happens to
+        have the length T.
 
     Raises:
       ValueError: Naming the first offending leaf, its shape and ``num_tasks``.
@@ -38,11 +43,25 @@ def check(grads: Any, num_tasks: int, name: str = "balancer") -> None:
                 f"its first axis must be num_tasks={num_tasks} (one row per task, as "
                 "mtljax.value_and_task_grads returns them)."
             )
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+        # The dtype itself: float0, the gradient of an integer, is no dtype of jax.
+        dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            shown = "float0" if dtype == jax.dtypes.float0 else dtype
             raise ValueError(
-                f"{name}: gradient {path_name(path)!r} has dtype "
-                f"{jnp.result_type(leaf)}; only real floating-point leaves can be "
-                "balanced."
+                f"{name}: gradient {path_name(path)!r} has dtype {shown}; only real "
+                "floating-point leaves can be balanced."
+            )
+    shapes = {
+        path: jnp.shape(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    for path, leaf in leaves:
+        expected = (num_tasks, *shapes.get(path, jnp.shape(leaf)[1:]))
+        if jnp.shape(leaf) != expected:
+            raise ValueError(
+                f"{name}: gradient {path_name(path)!r} has shape {jnp.shape(leaf)}, "
+                f"but its parameter has shape {expected[1:]}; stacked gradients have "
+                f"the shape {expected}, as mtljax.value_and_task_grads returns them."
             )
 
 

@@ -6,7 +6,7 @@ parameters and one more axis, the first, of length T.
 
 from typing import Any, Literal, TypeAlias
 
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 Params: TypeAlias = PyTree[Any]
 Grads: TypeAlias = PyTree[Float[Array, "tasks ..."]]
@@ -20,3 +20,5 @@ Needs: TypeAlias = Literal["losses", "gramian", "grads"]
 Scale: TypeAlias = Literal["native", "sum", "mean"]
 Heads: TypeAlias = Literal["own", "weighted"]
 Label: TypeAlias = Literal["shared", "own", "frozen"]
+# A hyper-parameter: a number, or a traced or concrete scalar array.
+Number: TypeAlias = int | float | Float[Array, ""] | Int[Array, ""]

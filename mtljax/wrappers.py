@@ -1,14 +1,27 @@
 """Balancers made of balancers: composition, smoothing, grouping."""
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+import numpy as np
+from jaxtyping import Array, Bool, Int
 
 from mtljax import stack
-from mtljax.balancer import Balancer, as_mask, weigh_stacked
+from mtljax.balancer import (
+    Balancer,
+    as_losses,
+    as_mask,
+    check_number,
+    choose_state,
+    commit,
+    factory,
+    judge_losses,
+    weighted,
+)
 from mtljax.types import Weights
 
 
@@ -35,6 +48,21 @@ class PerLayerState(NamedTuple):
     groups: dict[str, Any]
 
 
+class InjectState(NamedTuple):
+    """State of :func:`inject_hyperparams`.
+
+    Attributes:
+      count: Number of steps that were applied.
+      hyperparams: Values of the last step; an entry without a schedule may be replaced.
+      inner: State of the balancer.
+    """
+
+    count: Int[Array, ""]
+    hyperparams: dict[str, Any]
+    inner: Any
+
+
+@factory
 def compose(loss_balancer: Balancer, gradient_balancer: Balancer) -> Balancer:
     """A loss balancer, then a gradient balancer on what it weighted.
 
@@ -88,6 +116,7 @@ def compose(loss_balancer: Balancer, gradient_balancer: Balancer) -> Balancer:
         )
 
     def weigh(state, *, losses=None, gramian=None, mask=None, **side):
+        check_type(name, state, ComposeState)
         outer, s1 = weigh_losses(state.loss_balancer, losses=losses, mask=mask, **side)
         if gramian is not None:
             gramian = outer[:, None] * gramian * outer[None, :]
@@ -95,31 +124,43 @@ def compose(loss_balancer: Balancer, gradient_balancer: Balancer) -> Balancer:
             state.gradient_balancer, losses=losses, gramian=gramian, mask=mask, **side
         )
         weights = outer * inner
-        new = ComposeState(s1, s2, weights.astype(jnp.float32))
+        keep = as_mask(name, num_tasks, mask).any()
+        new = choose_state(keep, ComposeState(s1, s2, weights), state)
         # The first may have moved before the second met what is not finite.
-        keep = jnp.isfinite(weights).all() & as_mask(name, num_tasks, mask).any()
-        return weights, _where(keep, new, state)
+        return commit(True, weights, new, state)
+
+    def domain(losses):
+        within = [b.domain(losses) for b in (first, second) if b.domain is not None]
+        return jnp.stack([jnp.ones(num_tasks, bool), *within]).all(0)
 
     def observe(state, *, losses, mask=None):
+        check_type(name, state, ComposeState)
+        present = as_mask(name, num_tasks, mask)
+        checked = as_losses(name, num_tasks, losses)
+        _, healthy = judge_losses(name, num_tasks, checked, present, domain)
         parts = [
             part if b.observe is None else b.observe(part, losses=losses, mask=mask)
             for b, part in ((first, state[0]), (second, state[1]))
         ]
-        return ComposeState(parts[0], parts[1], state.task_weights)
+        new = ComposeState(parts[0], parts[1], state.task_weights)
+        return commit(healthy, (), new, state)[1]
 
     looks = first.observe is not None or second.observe is not None
-    return _wrap(
+    return weighted(
         name,
-        second,
+        num_tasks,
         init=init,
         weigh=weigh,
+        needs=second.needs,
         reads_losses=first.reads_losses or second.reads_losses,
         positive_losses=first.positive_losses or second.positive_losses,
+        domain=domain,
         observe=observe if looks else None,
     )
 
 
-def smooth_weights(balancer: Balancer, *, decay: float = 0.9) -> Balancer:
+@factory
+def smooth_weights(balancer: Balancer, *, decay: float | Array = 0.9) -> Balancer:
     """Exponential moving average of a balancer's weights (CR-MOGM).
 
     ``λ_k = a λ_{k-1} + (1 - a) λ̂_k``, started at the first weights. The paper lets a
@@ -150,12 +191,12 @@ def smooth_weights(balancer: Balancer, *, decay: float = 0.9) -> Balancer:
       Zhou et al., On the Convergence of Stochastic Multi-Objective Gradient
       Manipulation and Beyond, NeurIPS 2022.
     """
-    if not 0 <= decay < 1:
-        raise ValueError(f"smooth_weights: decay must lie in [0, 1), not {decay}.")
+    check_number("smooth_weights", "decay", decay, at_least=0, below=1)
     inner_weigh = balancer.weigh
     if inner_weigh is None:
         raise ValueError(f"smooth_weights: {balancer.name} yields no task weights.")
     num_tasks = balancer.num_tasks
+    name = f"smooth_weights({balancer.name})"
 
     def init(params):
         ones = jnp.ones(num_tasks, jnp.float32)
@@ -164,58 +205,43 @@ def smooth_weights(balancer: Balancer, *, decay: float = 0.9) -> Balancer:
         )
 
     def weigh(state, *, losses=None, gramian=None, mask=None, **side):
-        new, inner = inner_weigh(
+        check_type(name, state, SmoothState)
+        found, inner = inner_weigh(
             state.inner, losses=losses, gramian=gramian, mask=mask, **side
         )
-        present = jnp.ones(num_tasks, bool) if mask is None else jnp.asarray(mask, bool)
-        finite = jnp.isfinite(new).all()
-        mixed = jnp.where(state.seen, decay * state.average + (1 - decay) * new, new)
-        keep = present & finite
-        average = jnp.where(keep, mixed, state.average).astype(state.average.dtype)
-        weights = jnp.where(present, jnp.where(finite, mixed, jnp.nan), 0)
-        logged = jnp.where(finite & present.any(), weights, state.task_weights)
-        return weights, SmoothState(
-            inner, average, state.seen | keep, logged.astype(jnp.float32)
+        present = as_mask(name, num_tasks, mask)
+        mixed = decay * state.average + (1 - decay) * found
+        mixed = jnp.where(state.seen, mixed, found)
+        weights = jnp.where(present, mixed, 0)
+        new = SmoothState(
+            inner=inner,
+            average=jnp.where(present, mixed, state.average),
+            seen=state.seen | present,
+            task_weights=weights,
         )
+        new = choose_state(present.any(), new, state)
+        return commit(True, weights, new, state)
 
     def observe(state, *, losses, mask=None):
         assert balancer.observe is not None
+        check_type(name, state, SmoothState)
         inner = balancer.observe(state.inner, losses=losses, mask=mask)
         return state._replace(inner=inner)
 
-    return _wrap(
-        f"smooth_weights({balancer.name})",
-        balancer,
+    return weighted(
+        name,
+        num_tasks,
         init=init,
         weigh=weigh,
+        needs=balancer.needs,
         reads_losses=balancer.reads_losses,
         positive_losses=balancer.positive_losses,
+        domain=balancer.domain,
         observe=None if balancer.observe is None else observe,
     )
 
 
-def _wrap(name: str, inner: Balancer, *, init, weigh, **attributes: Any) -> Balancer:
-    """A balancer whose weights come from ``weigh``, reading what ``inner`` reads."""
-
-    def update(updates, state, params=None, *, losses=None, mask=None, **extra_args):
-        del params
-        weights, updates, state = weigh_stacked(
-            balancer, updates, state, losses=losses, mask=mask, **extra_args
-        )
-        return stack.combine(updates, weights), state
-
-    balancer = Balancer(
-        init,
-        update,
-        name=name,
-        num_tasks=inner.num_tasks,
-        needs=inner.needs,
-        weigh=weigh,
-        **attributes,
-    )
-    return balancer
-
-
+@factory
 def per_layer(
     balancer: Balancer, *, group: Callable[[str], str] | None = None
 ) -> Balancer:
@@ -268,8 +294,9 @@ def per_layer(
         )
 
     def update(updates, state, params=None, **extra_args):
-        del params
-        stack.check(updates, balancer.num_tasks, f"per_layer({balancer.name})")
+        label = f"per_layer({balancer.name})"
+        stack.check(updates, balancer.num_tasks, label, params)
+        check_type(label, state, PerLayerState)
         groups = split(updates)
         if set(groups) != set(state.groups):
             raise ValueError(
@@ -284,13 +311,12 @@ def per_layer(
             )
             parts[name] = iter(jax.tree.leaves(part))
         leaves = [next(parts[name]) for name in groups_of(updates)]
-        finite = stack.all_finite(leaves)
-        leaves = [jnp.where(finite, x, jnp.nan).astype(x.dtype) for x in leaves]
         combined = jax.tree.unflatten(jax.tree.structure(updates), leaves)
-        return combined, _where(finite, PerLayerState(states), state)
+        return commit(True, combined, PerLayerState(states), state)
 
     def observe(state, *, losses, mask=None):
         assert balancer.observe is not None
+        check_type(f"per_layer({balancer.name})", state, PerLayerState)
         return PerLayerState(
             {
                 name: balancer.observe(inner, losses=losses, mask=mask)
@@ -306,8 +332,147 @@ def per_layer(
         needs="grads",
         reads_losses=balancer.reads_losses,
         positive_losses=balancer.positive_losses,
+        domain=balancer.domain,
         observe=None if balancer.observe is None else observe,
     )
+
+
+def inject_hyperparams(
+    method: Callable[..., Balancer], *, static_args: tuple[str, ...] = ()
+) -> Callable[..., Balancer]:
+    """Makes the float hyper-parameters of a balancer scheduled, and part of its state.
+
+    Like ``optax.inject_hyperparams``, but the result is again a :class:`Balancer`: it
+    keeps ``needs`` and ``weigh``, so that :func:`mtljax.value_and_balanced_grad` takes
+    the same engine as for the method itself, and a step that is not applied does not
+    advance the schedules.
+
+    Args:
+      method: Factory of a balancer, such as ``mtljax.cagrad``.
+      static_args: Names of arguments to pass on unchanged, for a callable that is not a
+        schedule or a float that the factory needs to know. Integers, strings,
+        booleans, keys and balancers are always passed on.
+
+    Returns:
+      A factory with the arguments of ``method``. A float argument is a number, which
+      ``state.hyperparams`` holds and which may be replaced there, or a schedule
+      ``count -> value``. State: that of the method, the values and the count.
+
+    Examples:
+      >>> import jax.numpy as jnp, mtljax, optax
+      >>> schedule = optax.linear_schedule(0.0, 1.0, 10)
+      >>> balancer = mtljax.inject_hyperparams(mtljax.cagrad)(2, c=schedule)
+      >>> grads = {"w": jnp.array([[1.0, 0.0], [0.0, 2.0]])}
+      >>> state = balancer.init(grads)
+      >>> for _ in range(3):
+      ...     update, state = balancer.update(grads, state)
+      >>> float(state.hyperparams["c"]), balancer.needs
+      (0.2, 'gramian')
+    """
+    signature = inspect.signature(method)
+    for argument in static_args:
+        if argument not in signature.parameters:
+            raise ValueError(
+                f"inject_hyperparams: {method.__name__} has no argument {argument!r}; "
+                f"its arguments are {', '.join(signature.parameters)}."
+            )
+
+    @functools.wraps(method)
+    def build(*args, **kwargs):
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        static, values, schedules = {}, {}, {}
+        for argument, value in bound.arguments.items():
+            scheduled = callable(value) and not isinstance(value, tuple)
+            if argument in static_args or not (scheduled or _is_float(value)):
+                static[argument] = value
+            else:
+                (schedules if scheduled else values)[argument] = value
+        return _injected(method, static, values, schedules)
+
+    return build
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, float) or (
+        isinstance(value, jax.Array | np.ndarray | np.generic)
+        and jnp.issubdtype(value.dtype, jnp.floating)
+    )
+
+
+def _injected(
+    method: Callable[..., Balancer],
+    static: dict[str, Any],
+    values: dict[str, Any],
+    schedules: dict[str, Callable[[Any], Any]],
+) -> Balancer:
+    """The balancer of :func:`inject_hyperparams`."""
+
+    def scheduled(count):
+        found = {key: schedule(count) for key, schedule in schedules.items()}
+        return {key: jnp.asarray(value, float) for key, value in found.items()}
+
+    # Concrete numbers are checked here, once; it also says what the method needs.
+    example = method(**static, **values, **scheduled(0))
+    name = f"inject_hyperparams({example.name})"
+
+    def inner_of(state):
+        check_type(name, state, InjectState)
+        hyperparams = {**state.hyperparams, **scheduled(state.count)}
+        return method(**static, **hyperparams), hyperparams
+
+    def init(params):
+        hyperparams = {key: jnp.asarray(value, float) for key, value in values.items()}
+        hyperparams |= scheduled(0)
+        inner = method(**static, **hyperparams).init(params)
+        return InjectState(jnp.int32(0), hyperparams, inner)
+
+    def stepped(result, state, hyperparams, mask):
+        found, inner = result
+        some = as_mask(name, example.num_tasks, mask).any()
+        new = InjectState(state.count + 1, hyperparams, inner)
+        return commit(True, found, choose_state(some, new, state), state)
+
+    def weigh(state, *, mask=None, **inputs):
+        balancer, hyperparams = inner_of(state)
+        assert balancer.weigh is not None
+        result = balancer.weigh(state.inner, mask=mask, **inputs)
+        return stepped(result, state, hyperparams, mask)
+
+    def update(updates, state, params=None, *, mask=None, **extra_args):
+        balancer, hyperparams = inner_of(state)
+        result = balancer.update(updates, state.inner, params, mask=mask, **extra_args)
+        return stepped(result, state, hyperparams, mask)
+
+    def observe(state, *, losses, mask=None):
+        balancer, _ = inner_of(state)
+        assert balancer.observe is not None
+        inner = balancer.observe(state.inner, losses=losses, mask=mask)
+        return state._replace(inner=inner)
+
+    attributes = {
+        "needs": example.needs,
+        "reads_losses": example.reads_losses,
+        "positive_losses": example.positive_losses,
+        "domain": example.domain,
+        "observe": None if example.observe is None else observe,
+    }
+    num_tasks = example.num_tasks
+    if example.weigh is None:
+        balancer = Balancer(init, update, name=name, num_tasks=num_tasks, **attributes)
+    else:
+        balancer = weighted(name, num_tasks, init=init, weigh=weigh, **attributes)
+    balancer.hyperparams = {**static, **values, **schedules}
+    return balancer
+
+
+def check_type(name: str, state: Any, expected: type) -> None:
+    """Raises unless the state is of the type of this wrapper's states."""
+    if not isinstance(state, expected):
+        raise ValueError(
+            f"{name}: the state is of type {type(state).__name__}, not "
+            f"{expected.__name__}; create it with init(params) of this balancer."
+        )
 
 
 def fold_keys(state: Any, number: int) -> Any:
@@ -323,8 +488,3 @@ def fold_keys(state: Any, number: int) -> Any:
         return jax.random.fold_in(x, number) if is_key else x
 
     return jax.tree_util.tree_map_with_path(leaf, state)
-
-
-def _where(keep: Any, new: Any, old: Any) -> Any:
-    """The new state where ``keep``, else the old one."""
-    return jax.tree.map(lambda n, o: jnp.where(keep, n, o), new, old)

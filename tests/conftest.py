@@ -46,7 +46,7 @@ def deep_run(request):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Counts the random inputs on which the promises of the methods were checked."""
+    """Counts the inputs on which the promises and the rules were checked."""
     reports = [
         report
         for outcome in ("passed", "failed")
@@ -63,6 +63,19 @@ def pytest_terminal_summary(terminalreporter):
         broken = sum(failed for _, failed in counts)
         terminalreporter.write_line(
             f"properties: {total} cases of {len(counts)} promises, {broken} violations"
+        )
+    faults = [
+        properties
+        for properties in (dict(report.user_properties) for report in reports)
+        if "fault_cases" in properties
+    ]
+    if faults:
+        total, broken = (
+            sum(row[f"fault_{what}"] for row in faults)
+            for what in ("cases", "violations")
+        )
+        terminalreporter.write_line(
+            f"faults: {total} cases of {len(faults)} rows, {broken} violations"
         )
 
 

@@ -1,10 +1,12 @@
 """What every method promises; the contract and property tests iterate over it."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 
 import mtljax
+from mtljax.sharpness import flat_split
 
 
 class Case(NamedTuple):
@@ -284,7 +286,69 @@ CASES = [
         zero_row="dropped",
         maskable=False,
     ),
+    Case(
+        "pcd",
+        permutation=False,  # the first task is the main one
+        zero_row="dropped",
+        maskable=False,
+    ),
     Case("krum", permutation=False, simplex=True, min_tasks=3),
     Case("krum", {"num_selected": 2}, simplex=True, min_tasks=3),
     Case("trimmed_mean", rotation=False, simplex=True, scalable=False, min_tasks=3),
+]
+
+
+class WrapperCase(NamedTuple):
+    """A balancer made of balancers; the rules of tests/rules hold for it too."""
+
+    factory: Callable[..., Any]
+    inner: tuple[str, ...]  # the methods that it is made of
+    options: dict[str, Any] = {}  # noqa: RUF012
+    min_tasks: int = 2
+    maskable: bool = True
+    deterministic: bool = True
+
+    @property
+    def id(self) -> str:
+        extra = "".join(f",{k}={v}" for k, v in self.options.items())
+        return f"{self.factory.__name__}({','.join(self.inner)}{extra})"
+
+    def build(self, num_tasks: int, key=None) -> mtljax.Balancer:
+        key = jax.random.key(0) if key is None else key
+        methods = [mtljax.get_method(name) for name in self.inner]
+        if self.factory is mtljax.inject_hyperparams:
+            method = methods[0]
+            options = {"key": key} if method.random else {}
+            build = self.factory(method.factory)
+            return build(num_tasks, **options, **self.options)
+        parts = [method.build(num_tasks, key=key) for method in methods]
+        return self.factory(*parts, **self.options)
+
+
+def falling(count):
+    """A schedule for hyper-parameters."""
+    return 0.5 / (1 + count)
+
+
+RANDOM = {"maskable": False, "deterministic": False}
+
+WRAPPED = [
+    WrapperCase(mtljax.compose, ("scale_invariant", "mgda")),
+    WrapperCase(mtljax.compose, ("famo", "pcgrad"), **RANDOM),
+    WrapperCase(mtljax.compose, ("dwa", "nash_mtl")),
+    WrapperCase(mtljax.compose, ("uncertainty", "famo")),
+    WrapperCase(mtljax.smooth_weights, ("nash_mtl",)),
+    WrapperCase(mtljax.smooth_weights, ("famo",)),
+    WrapperCase(mtljax.per_layer, ("cagrad",)),
+    WrapperCase(mtljax.per_layer, ("famo",)),
+    WrapperCase(mtljax.per_layer, ("db_mtl",)),
+    WrapperCase(flat_split, ("mgda",)),
+    WrapperCase(flat_split, ("famo",)),
+    WrapperCase(flat_split, ("db_mtl",)),
+    WrapperCase(flat_split, ("pcgrad",), {"mode": "direct"}, **RANDOM),
+    WrapperCase(flat_split, ("cagrad",), {"mode": "second"}),
+    WrapperCase(flat_split, ("nash_mtl",), {"mode": "each"}),
+    WrapperCase(mtljax.inject_hyperparams, ("cagrad",), {"c": falling}),
+    WrapperCase(mtljax.inject_hyperparams, ("famo",)),
+    WrapperCase(mtljax.inject_hyperparams, ("db_mtl",)),
 ]

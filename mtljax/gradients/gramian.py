@@ -116,11 +116,20 @@ class LinearizedUses(NamedTuple):
 
     def gramian(self, rows: evaluate.Rows) -> Gramian:
         """Inner products of the gradients of the shared leaves."""
-        products = evaluate.products(
-            self.uses.plan, self.backward.leaves, rows, rows, self.options.axes
-        )
+        products = self.products(rows, rows)
         # Rounding differs across the diagonal, and solvers rely on symmetry.
         return (products + products.T) / 2
+
+    def products(self, left: evaluate.Rows, right: evaluate.Rows) -> Gramian:
+        """The same of two batches; not symmetric."""
+        return evaluate.products(
+            self.uses.plan,
+            self.backward.leaves,
+            left,
+            right,
+            sums=self._sums("shared"),
+            axes=self.region.axes,
+        )
 
     def shared(self, weights: Weights, rows: evaluate.Rows) -> list[Any]:
         """``Σ_t weights[t] g_t`` of the shared leaves."""
@@ -415,8 +424,7 @@ def cross_task_gramian(
         rows = [
             one.rows(choice.passes) for one, choice in zip(found, choices, strict=True)
         ]
-        leaves = found[0].backward.leaves
-        return *losses, evaluate.products(common[0], leaves, *rows, options.axes)
+        return *losses, found[0].products(*rows)
 
     return function
 

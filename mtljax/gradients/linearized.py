@@ -198,7 +198,9 @@ class Region(NamedTuple):
 
     def seeded(self, cotangent: Array) -> Array:
         """Cotangents of the local losses, one or a stack of them."""
-        return cotangent if self.seeds is None else cotangent * self.seeds
+        if self.seeds is None:
+            return cotangent
+        return cotangent * jnp.broadcast_to(self.seeds, cotangent.shape)
 
     def sums(self, leaf: Any) -> Axes:
         """The axes over which the gradient of a parameter has yet to be summed.

@@ -1,5 +1,6 @@
 """Stacked gradients of which every device of a mapped axis holds a part."""
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,6 +11,10 @@ from mtljax.gradients.passes import Passes
 from mtljax.gradients.task_grads import local_rows
 
 
+# Entries of a part from which on a leaf travels alone, without a copy into a buffer.
+_LARGE = 1 << 12
+
+
 def scattered_step(
     balancer: Any, found: Linearized, state: Any, inputs: Any, passes: Passes
 ) -> tuple[list[Any], Any, Any]:
@@ -17,7 +22,7 @@ def scattered_step(
 
     The rows are summed over the devices by a reduce-scatter, so that each device holds
     ``[T, P / D]``; of these, T x T inner products and the weighted sum are exchanged.
-    All leaves travel in one buffer, as each collective has a cost of its own.
+    Small leaves travel in one buffer, as each collective has a cost of its own.
 
     Raises:
       ValueError: If a shared parameter is split over the axis, whose rows are parts
@@ -30,23 +35,35 @@ def scattered_step(
             f"{axes}; parameters that are split over them need exchange='all'."
         )
     rows = local_rows(found, passes)
-    flat = [row.reshape(len(row), -1) for row in rows]
-    dtype = jnp.result_type(*flat)
-    buffer = jnp.concatenate([x.astype(dtype) for x in flat], axis=1)
-    padding = -buffer.shape[1] % placement.size(axes)
-    buffer = jnp.pad(buffer, ((0, 0), (0, padding)))
-    part = placement.scattered(buffer, axes, 1)
-    gramian = None
+    devices = placement.size(axes)
+    gramian, parts = None, []
+    for numbers in _buffers(rows, devices):
+        # A region is per device, so a reshape is free of communication.
+        flat = [rows[i].reshape(len(rows[i]), -1) for i in numbers]
+        dtype = jnp.result_type(*flat)
+        buffer = jnp.concatenate([x.astype(dtype) for x in flat], axis=1)
+        padding = -buffer.shape[1] % devices
+        part = placement.scattered(jnp.pad(buffer, ((0, 0), (0, padding))), axes, 1)
+        parts.append((numbers, part))
     if balancer.needs == "gramian":
-        gramian = placement.total(stack.gramian(part), axes)
+        gramian = placement.total(stack.gramian([part for _, part in parts]), axes)
     weights, state = balancer.weigh(
         state, losses=found.losses, gramian=gramian, **inputs
     )
-    mixed = placement.assembled(stack.combine(part, weights), axes)
-    updates, start = [], 0
-    for row, flattened in zip(rows, flat, strict=True):
-        stop = start + flattened.shape[1]
-        updates.append(mixed[start:stop].reshape(row.shape[1:]).astype(row.dtype))
-        start = stop
+    updates: list[Any] = [None] * len(rows)
+    for numbers, part in parts:
+        mixed = placement.assembled(stack.combine(part, weights), axes)
+        start = 0
+        for i in numbers:
+            shape, dtype = rows[i].shape[1:], rows[i].dtype
+            stop = start + math.prod(shape)
+            updates[i] = mixed[start:stop].reshape(shape).astype(dtype)
+            start = stop
     return updates, weights, state
 
+
+def _buffers(rows: list[Any], devices: int) -> list[list[int]]:
+    """Leaves that travel together: large ones alone, small ones in one buffer."""
+    large = [i for i, row in enumerate(rows) if row.size >= devices * _LARGE]
+    small = [i for i in range(len(rows)) if i not in large]
+    return [[i] for i in large] + ([small] if small else [])

@@ -30,6 +30,7 @@ from mtljax.methods._modo import modo as modo
 from mtljax.methods._nash_mtl import nash_mtl as nash_mtl
 from mtljax.methods._ol_aux import ol_aux as ol_aux
 from mtljax.methods._pbi import pbi as pbi
+from mtljax.methods._pcd import pcd as pcd
 from mtljax.methods._pcgrad import pcgrad as pcgrad
 from mtljax.methods._random_gradient_weighting import (
     random_gradient_weighting as random_gradient_weighting,

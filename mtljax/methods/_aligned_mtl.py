@@ -4,14 +4,13 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 
-from mtljax.balancer import Balancer, check_choice, check_num_tasks, from_weights
+from mtljax.balancer import Balancer, check_choice, factory, from_weights
 from mtljax.methods._preference import (
     TaskVector,
     constant_preference,
     present_preference,
 )
-from mtljax.solvers import SolverStatus, unsolved
-from mtljax.solvers._cone import project_cone
+from mtljax.solvers import SolverStatus, project_cone, unsolved
 from mtljax.types import Gramian, Mask, Scale, Weights
 
 Condition: TypeAlias = Literal["min", "median", "rmse"]
@@ -58,6 +57,7 @@ def aligned_mtl_weights(
     return weights, status
 
 
+@factory
 def aligned_mtl(
     num_tasks: int,
     *,
@@ -110,7 +110,6 @@ def aligned_mtl(
       Senushkin et al., `Independent Component Alignment for Multi-Task Learning
       <https://arxiv.org/abs/2305.19000>`_, 2023.
     """
-    check_num_tasks("aligned_mtl", num_tasks)
     check_choice("aligned_mtl", "condition", condition, Condition)
     constant = constant_preference("aligned_mtl", num_tasks, preference)
 
@@ -119,8 +118,9 @@ def aligned_mtl(
 
     def weigh(state, *, losses, gramian, mask, preference):
         del losses
-        chosen = present_preference("aligned_mtl", constant, preference, mask)
-        chosen = (chosen * mask.sum()).astype(gramian.dtype)
+        dtype = gramian.dtype
+        chosen = present_preference("aligned_mtl", constant, preference, mask, dtype)
+        chosen = chosen * mask.sum()
         weights, status = aligned_mtl_weights(gramian, chosen, condition, mask)
         if cone:
             weights, projected = project_cone(gramian, weights, mask)

@@ -4,9 +4,9 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 
-from mtljax.balancer import Balancer, check_choice, from_weights
+from mtljax.balancer import Balancer, check_choice, check_number, factory, from_weights
 from mtljax.solvers import SolverStatus, max_min_in_ball, unsolved
-from mtljax.types import Gramian, Mask, Scale, Weights
+from mtljax.types import Gramian, Mask, Number, Scale, Weights
 
 Rescale: TypeAlias = Literal["none", "1+c", "1+c^2"]
 
@@ -19,7 +19,7 @@ class CAGradState(NamedTuple):
 
 
 def cagrad_weights(
-    gramian: Gramian, c: float, mask: Mask | None = None
+    gramian: Gramian, c: Number, mask: Mask | None = None
 ) -> tuple[Weights, SolverStatus]:
     """Weights of ``argmax_d min_i <g_i, d>`` over ``‖d − g_0‖ ≤ c ‖g_0‖``."""
     mask = jnp.ones(gramian.shape[0], bool) if mask is None else mask
@@ -30,10 +30,11 @@ def cagrad_weights(
     return mean + extra, status
 
 
+@factory
 def cagrad(
     num_tasks: int,
     *,
-    c: float = 0.4,
+    c: Number = 0.4,
     rescale: Rescale = "none",
     scale: Scale = "native",
 ) -> Balancer:
@@ -73,8 +74,7 @@ def cagrad(
       Liu et al., `Conflict-Averse Gradient Descent for Multi-task Learning
       <https://arxiv.org/abs/2110.14048>`_, 2021.
     """
-    if not c >= 0:
-        raise ValueError(f"cagrad: c must not be negative, not {c}.")
+    check_number("cagrad", "c", c, at_least=0.0)
     check_choice("cagrad", "rescale", rescale, Rescale)
     divisor = {"none": 1.0, "1+c": 1.0 + c, "1+c^2": 1.0 + c**2}[rescale]
 

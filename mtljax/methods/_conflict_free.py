@@ -1,20 +1,35 @@
 """ConFIG: a direction at the same angle to every task gradient."""
 
+import functools
+from collections.abc import Callable
 from typing import Literal, NamedTuple, TypeAlias
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Scalar
 
-from mtljax.balancer import Balancer, check_choice, check_num_tasks, from_weights
+from mtljax import stack
+from mtljax.balancer import (
+    Balancer,
+    as_mask,
+    check_choice,
+    commit,
+    factory,
+    from_weights,
+)
 from mtljax.methods._preference import (
     TaskVector,
     constant_preference,
     present_preference,
 )
 from mtljax.solvers import SolverStatus, pinv_solve, unsolved
-from mtljax.types import Gramian, Mask, Scale, Weights
+from mtljax.types import Grads, Gramian, Mask, Scale, Weights
 
 Length: TypeAlias = Literal["projection", "min", "max", "mean", "harmonic", "geometric"]
+
+
+# Steps with residuals of the gradients; each gains the digits that the Gramian has.
+_REFINEMENTS = 2
 
 
 class ConflictFreeState(NamedTuple):
@@ -51,8 +66,24 @@ def conflict_free_weights(
     preference: Weights,
     length: Length = "projection",
     mask: Mask | None = None,
+    products: Callable[[Weights], Weights] | None = None,
 ) -> tuple[Weights, SolverStatus]:
-    """Weights of the direction ``U⁺p``, U the unit gradients, at the given length."""
+    """Weights of the direction ``U⁺p``, U the unit gradients, at the given length.
+
+    Args:
+      gramian: ``[T, T]``.
+      preference: p ``[T]``.
+      length: See :func:`conflict_free`.
+      mask: Tasks that take part.
+      products: ``w -> [<g_j, Σ_i w_i g_i>]_j`` from the gradients themselves. The
+        residuals of the solution are taken from it, so that the error grows with the
+        condition number of the gradients; with the Gramian alone it grows with its
+        square.
+
+    Returns:
+      Weights ``[T]`` and the status; its residual is the share of p that no direction
+      can meet.
+    """
     num = gramian.shape[0]
     eps, tiny = jnp.finfo(gramian.dtype).eps, jnp.finfo(gramian.dtype).tiny
     mask = jnp.ones(num, bool) if mask is None else mask
@@ -64,7 +95,18 @@ def conflict_free_weights(
     # Only the direction of p matters.
     target = target / jnp.maximum(jnp.max(target, initial=0), tiny)
     solution, outside = pinv_solve(cosines, target)
-    slope = jnp.matmul(cosines, solution, precision="highest")
+
+    def gains(x):  # the cosines with the direction, times its length
+        if products is None:
+            return jnp.matmul(cosines, x, precision="highest")
+        scale = jnp.where(active, 1 / norms, 0)
+        return scale * products(scale * x)
+
+    if products is not None:
+        for _ in range(_REFINEMENTS):
+            rest = jnp.where(active, target - gains(solution), 0)
+            solution = solution + pinv_solve(cosines, rest)[0]
+    slope = gains(solution)
     square = jnp.maximum(solution @ slope, 0)  # ‖U⁺p‖²
     degenerate = (square <= 8 * num * eps) | ~active.any()
     root = jnp.sqrt(jnp.where(degenerate, 1, square))
@@ -75,6 +117,7 @@ def conflict_free_weights(
     return weights, status
 
 
+@factory
 def conflict_free(
     num_tasks: int,
     *,
@@ -125,21 +168,20 @@ def conflict_free(
       Liu et al., `ConFIG: Towards Conflict-free Training of Physics Informed Neural
       Networks <https://arxiv.org/abs/2408.11104>`_, 2024.
     """
-    check_num_tasks("conflict_free", num_tasks)
     check_choice("conflict_free", "length", length, Length)
     constant = constant_preference("conflict_free", num_tasks, preference)
 
     def init():
         return ConflictFreeState(unsolved(), jnp.ones(num_tasks, jnp.float32))
 
-    def weigh(state, *, losses, gramian, mask, preference):
+    def weigh(state, *, losses, gramian, mask, preference, products):
         del losses
-        chosen = present_preference("conflict_free", constant, preference, mask)
-        chosen = chosen.astype(gramian.dtype)
-        weights, status = conflict_free_weights(gramian, chosen, length, mask)
+        dtype = gramian.dtype
+        chosen = present_preference("conflict_free", constant, preference, mask, dtype)
+        weights, status = conflict_free_weights(gramian, chosen, length, mask, products)
         return weights, state._replace(solver=status)
 
-    return from_weights(
+    balancer = from_weights(
         "conflict_free",
         num_tasks,
         init=init,
@@ -147,5 +189,39 @@ def conflict_free(
         needs="gramian",
         native="sum" if length == "projection" else "mean",
         scale=scale,
-        side_inputs=("preference",),
+        side_inputs=("preference", "products"),
     )
+    weigh_gramian = balancer.weigh
+    assert weigh_gramian is not None
+
+    def update(updates, state, params=None, *, losses=None, mask=None, **extra_args):
+        stack.check(updates, num_tasks, "conflict_free", params)
+        if mask is not None:
+            updates = stack.select(updates, as_mask("conflict_free", num_tasks, mask))
+        extra_args["products"] = functools.partial(_products, updates)
+        weights, new = weigh_gramian(
+            state,
+            losses=losses,
+            gramian=stack.gramian(updates),
+            mask=mask,
+            **extra_args,
+        )
+        return commit(True, stack.combine(updates, weights), new, state)
+
+    return Balancer(
+        balancer.init,
+        update,
+        name="conflict_free",
+        num_tasks=num_tasks,
+        needs="gramian",
+        weigh=weigh_gramian,
+    )
+
+
+def _products(grads: Grads, weights: Weights) -> Weights:
+    """``<g_j, Σ_i w_i g_i>`` in the accuracy of the gradients."""
+    wide = jax.tree.map(
+        lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), grads
+    )
+    total = jax.tree.map(lambda g: g[None], stack.combine(wide, weights))
+    return stack.cross_gramian(wide, total)[:, 0]

@@ -4,13 +4,13 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from mtljax.balancer import Balancer, check_num_tasks, from_weights
+from mtljax.balancer import Balancer, check_number, factory, from_weights
 from mtljax.methods._preference import (
     TaskVector,
     constant_preference,
     present_preference,
 )
-from mtljax.types import Losses, Mask, Scale, Weights
+from mtljax.types import Losses, Mask, Number, Scale, Weights
 
 
 class COSMOSState(NamedTuple):
@@ -20,7 +20,7 @@ class COSMOSState(NamedTuple):
 
 
 def cosmos_weights(
-    losses: Losses, preference: Weights, lam: float, mask: Mask | None = None
+    losses: Losses, preference: Weights, lam: Number, mask: Mask | None = None
 ) -> Weights:
     """Gradient of ``r·ℓ − λ cos(r, ℓ)`` in the losses; zero losses have no angle."""
     mask = jnp.ones(losses.shape, bool) if mask is None else mask
@@ -34,10 +34,11 @@ def cosmos_weights(
     return preference - lam * slope
 
 
+@factory
 def cosmos(
     num_tasks: int,
     *,
-    lam: float = 2.0,
+    lam: Number = 2.0,
     preference: TaskVector | None = None,
     scale: Scale = "native",
 ) -> Balancer:
@@ -62,7 +63,7 @@ def cosmos(
         preferences; ``"sum"`` multiplies by the number of tasks.
 
     Returns:
-      A balancer; needs ``losses``, which should not be negative, and reads the side
+      A balancer; needs ``losses`` that are not negative, and reads the side
       input ``preference``, which replaces the constant. One backward pass; no state.
 
     Raises:
@@ -85,9 +86,7 @@ def cosmos(
       Ruchte and Grabocka, `Scalable Pareto Front Approximation for Deep Multi-Objective
       Learning <https://arxiv.org/abs/2103.13392>`_, 2021.
     """
-    check_num_tasks("cosmos", num_tasks)
-    if not lam >= 0:
-        raise ValueError(f"cosmos: lam must not be negative, not {lam}.")
+    check_number("cosmos", "lam", lam, at_least=0.0)
     constant = constant_preference("cosmos", num_tasks, preference)
 
     def init():
@@ -95,7 +94,7 @@ def cosmos(
 
     def weigh(state, *, losses, gramian, mask, preference):
         del gramian
-        chosen = present_preference("cosmos", constant, preference, mask)
+        chosen = present_preference("cosmos", constant, preference, mask, losses.dtype)
         return cosmos_weights(losses, chosen, lam, mask), state
 
     return from_weights(
@@ -107,5 +106,6 @@ def cosmos(
         native="mean",
         scale=scale,
         reads_losses=True,
+        domain=lambda losses: losses >= 0,
         side_inputs=("preference",),
     )

@@ -3,13 +3,15 @@
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Int
 
 from mtljax import stack
 from mtljax.balancer import (
     Balancer,
     check_choice,
-    check_num_tasks,
+    check_number,
+    factory,
     from_grads,
     from_weights,
     rescale,
@@ -20,7 +22,7 @@ from mtljax.methods._tracked import (
     row_norms,
     zeros_like_stacked,
 )
-from mtljax.types import Losses, Mask, Scale, Weights
+from mtljax.types import Losses, Mask, Number, Scale, Weights
 
 
 class DBMTLState(NamedTuple):
@@ -44,15 +46,17 @@ def db_mtl_weights(norms: Weights, mask: Mask | None = None) -> Weights:
     return jnp.where(norms > 0, jnp.max(norms) / jnp.where(norms > 0, norms, 1), 0)
 
 
-def _inverse(losses: Losses) -> Weights:
-    return 1 / jnp.maximum(losses, jnp.finfo(losses.dtype).tiny)
+def _log_slopes(losses: Losses, norms: Weights) -> Weights:
+    """``1/ℓ_i``, and 0 for a solved task: a loss and a gradient of zero."""
+    return jnp.where((losses == 0) & (norms == 0), 0, 1 / losses)
 
 
+@factory
 def db_mtl(
     num_tasks: int,
     *,
-    beta: float = 0.9,
-    beta_sigma: float = 0.5,
+    beta: Number = 0.9,
+    beta_sigma: Number = 0.5,
     bias_correction: bool = False,
     scale: Scale = "native",
 ) -> Balancer:
@@ -69,13 +73,15 @@ def db_mtl(
     average that is not that zero. With ``beta=0`` nothing is kept and the weights
     follow from the Gramian.
 
-    The constants 1e-8 that LibMTL adds to losses and norms are guards against zero
-    here, so that the update is exactly homogeneous. A task of zero gradient gets
-    nothing.
+    The constants 1e-8 that LibMTL adds to losses and norms are left out, so that the
+    update is exactly homogeneous. A task whose gradient (or average) is zero gets
+    nothing, also if its loss is zero. A loss of zero with any other gradient is outside
+    the domain.
 
     Args:
       num_tasks: T, length of the leading axis of every leaf of the gradients.
-      beta: β in [0, 1). The paper searches 0.1, 0.5 and 0.9; LibMTL has 0.9.
+      beta: β in [0, 1). The paper searches 0.1, 0.5 and 0.9; LibMTL has 0.9. A traced
+        β keeps the average, also if its value is zero.
       beta_sigma: σ ≥ 0. The paper searches 0 and 0.5 and does better with 0.5, our
         default; LibMTL has 0.
       bias_correction: Not in the paper.
@@ -83,14 +89,14 @@ def db_mtl(
         ``max_j ‖ĝ_j‖ / (‖ĝ_i‖ ℓ_i)``, have the ``"sum"`` or ``"mean"`` scale.
 
     Returns:
-      A balancer; needs positive ``losses`` and the stacked gradients (the Gramian for
-      ``beta=0``): T backward passes. State: T copies of the gradient in float32 and 3 T
-      numbers (T for ``beta=0``); initialise it with the parameters that are balanced
-      (``mtljax.shared_params``).
+      A balancer; needs ``losses`` that are not negative and the stacked gradients (the
+      Gramian for ``beta=0``): T backward passes. State: T copies of the gradient in
+      float32 and 3 T numbers (T for ``beta=0``); initialise it with the parameters that
+      are balanced (``mtljax.shared_params``).
 
     Raises:
-      ValueError: If β or σ is out of its range, a concrete loss is not positive, or the
-        state was made for other parameters.
+      ValueError: If β or σ is out of its range, or the state was made for other
+        parameters.
 
     Examples:
       >>> import jax.numpy as jnp, mtljax
@@ -105,20 +111,17 @@ def db_mtl(
       Lin et al., `Dual-Balancing for Multi-Task Learning
       <https://arxiv.org/abs/2308.12029>`_, 2023.
     """
-    check_num_tasks("db_mtl", num_tasks)
     check_choice("db_mtl", "scale", scale, Scale)
-    if not 0 <= beta < 1:
-        raise ValueError(f"db_mtl: beta must lie in [0, 1), not {beta}.")
-    if not beta_sigma >= 0:
-        raise ValueError(f"db_mtl: beta_sigma must not be negative, not {beta_sigma}.")
+    check_number("db_mtl", "beta", beta, at_least=0.0, below=1.0)
+    check_number("db_mtl", "beta_sigma", beta_sigma, at_least=0.0)
     ones = jnp.ones(num_tasks, jnp.float32)
 
     def weigh(state, *, losses, gramian, mask):
-        inverse = _inverse(losses)
-        norms = jnp.sqrt(jnp.maximum(jnp.diagonal(gramian), 0)) * inverse
-        return inverse * db_mtl_weights(norms, mask), state
+        norms = jnp.sqrt(jnp.maximum(jnp.diagonal(gramian), 0))
+        slopes = _log_slopes(losses.astype(norms.dtype), norms)
+        return slopes * db_mtl_weights(norms * slopes, mask), state
 
-    if beta == 0:
+    if not isinstance(beta, Tracer) and beta == 0:
         return from_weights(
             "db_mtl",
             num_tasks,
@@ -128,7 +131,7 @@ def db_mtl(
             native="free",
             scale=scale,
             reads_losses=True,
-            positive_losses=True,
+            domain=lambda losses: losses >= 0,
         )
 
     def init(params):
@@ -143,7 +146,7 @@ def db_mtl(
         check_tracked("db_mtl", state.tracked, grads)
         steps = state.steps + mask
         kept = beta / jnp.maximum(steps, 1).astype(jnp.float32) ** beta_sigma
-        inverse = _inverse(losses)
+        inverse = _log_slopes(losses, row_norms(grads))
         tracked = follow(state.tracked, grads, 1 - kept, mask, inverse)
         remainder = jnp.where(mask, state.remainder * kept, state.remainder)
         present = stack.select(tracked, mask)
@@ -154,7 +157,8 @@ def db_mtl(
         factors = db_mtl_weights(norms * correction, mask) * correction
         native = jnp.where(mask, factors * inverse, 0)
         weights = rescale(native, mask, scale, "free")
-        change = jnp.where(native > 0, weights / jnp.where(native > 0, native, 1), 1)
+        total = native.sum()
+        change = jnp.where(total > 0, weights.sum() / jnp.where(total > 0, total, 1), 1)
         update = stack.combine(present, factors * change)
         return update, DBMTLTrackingState(tracked, steps, remainder, weights)
 
@@ -164,5 +168,5 @@ def db_mtl(
         init=init,
         combine=combine,
         reads_losses=True,
-        positive_losses=True,
+        domain=lambda losses: losses >= 0,
     )

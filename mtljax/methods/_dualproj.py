@@ -4,14 +4,13 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from mtljax.balancer import Balancer, check_num_tasks, from_weights
+from mtljax.balancer import Balancer, factory, from_weights
 from mtljax.methods._preference import (
     TaskVector,
     constant_preference,
     present_preference,
 )
-from mtljax.solvers import SolverStatus, unsolved
-from mtljax.solvers._cone import project_cone
+from mtljax.solvers import SolverStatus, project_cone, unsolved
 from mtljax.types import Gramian, Mask, Scale, Weights
 
 
@@ -29,6 +28,7 @@ def dualproj_weights(
     return project_cone(gramian, preference, mask)
 
 
+@factory
 def dualproj(
     num_tasks: int, *, preference: TaskVector | None = None, scale: Scale = "native"
 ) -> Balancer:
@@ -69,7 +69,6 @@ def dualproj(
       <https://arxiv.org/abs/1706.08840>`_, 2017; the name is TorchJD's (Quinton and
       Rey, arXiv 2406.16232).
     """
-    check_num_tasks("dualproj", num_tasks)
     constant = constant_preference("dualproj", num_tasks, preference)
 
     def init():
@@ -77,8 +76,8 @@ def dualproj(
 
     def weigh(state, *, losses, gramian, mask, preference):
         del losses
-        chosen = present_preference("dualproj", constant, preference, mask)
-        chosen = chosen.astype(gramian.dtype)
+        dtype = gramian.dtype
+        chosen = present_preference("dualproj", constant, preference, mask, dtype)
         weights, status = dualproj_weights(gramian, chosen, mask)
         return weights, state._replace(solver=status)
 

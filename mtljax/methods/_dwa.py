@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mtljax.balancer import Balancer, from_weights
-from mtljax.types import Losses, Mask, Scale, Weights
+from mtljax.balancer import Balancer, check_number, factory, from_weights
+from mtljax.types import Losses, Mask, Number, Scale, Weights
 
 
 class DWAState(NamedTuple):
@@ -22,7 +22,7 @@ class DWAState(NamedTuple):
 
 
 def dwa_weights(
-    last: Losses, previous: Losses, temperature: float, mask: Mask | None = None
+    last: Losses, previous: Losses, temperature: Number, mask: Mask | None = None
 ) -> Weights:
     """``n softmax(r/τ)`` with ``r_i = last_i / previous_i`` over n present tasks."""
     mask = jnp.ones(last.shape, bool) if mask is None else mask
@@ -31,17 +31,19 @@ def dwa_weights(
     return mask.sum() * jax.nn.softmax(ratio / temperature, where=mask)
 
 
+@factory
 def dwa(
     num_tasks: int,
     *,
     window: int = 25,
-    temperature: float = 2.0,
+    temperature: Number = 2.0,
     scale: Scale = "native",
 ) -> Balancer:
     """Dynamic weight average (DWA).
 
     ``w = T softmax(r/τ)``, ``r_i = L_i(k-1) / L_i(k-2)``, the ratio of a task's mean
-    loss over the last two complete windows; all weights are 1 until there are two.
+    loss over the last two complete windows; all weights are 1 until there are two. A
+    task whose window mean was zero has the ratio 1.
 
     Args:
       num_tasks: T, length of the leading axis of every leaf of the gradients.
@@ -52,7 +54,8 @@ def dwa(
         ``"mean"`` divides by T.
 
     Returns:
-      A balancer; needs ``losses``. One backward pass; state: 5 T numbers. A task's
+      A balancer; needs ``losses`` that are not negative: the ratio of negative losses
+      has the opposite meaning. One backward pass; state: 5 T numbers. A task's
       window counts the batches in which it was present.
 
     Raises:
@@ -74,8 +77,7 @@ def dwa(
     """
     if window < 1:
         raise ValueError(f"dwa: window must be at least one step, not {window}.")
-    if not temperature > 0:
-        raise ValueError(f"dwa: temperature must be positive, not {temperature}.")
+    check_number("dwa", "temperature", temperature, above=0.0)
 
     def init():
         zeros = jnp.zeros(num_tasks, jnp.float32)
@@ -109,4 +111,5 @@ def dwa(
         native="sum",
         scale=scale,
         reads_losses=True,
+        domain=lambda losses: losses >= 0,
     )

@@ -8,9 +8,16 @@ import jax
 import jax.numpy as jnp
 
 from mtljax import stack
-from mtljax.balancer import Balancer, check_choice, check_num_tasks, from_grads, rescale
+from mtljax.balancer import (
+    Balancer,
+    check_choice,
+    check_number,
+    factory,
+    from_grads,
+    rescale,
+)
 from mtljax.methods._tracked import check_tracked, zeros_like_stacked
-from mtljax.types import Grads, Mask, Scale, Weights
+from mtljax.types import Grads, Mask, Number, Scale, Weights
 
 Compat: TypeAlias = Literal["official", "torchjd"]
 
@@ -33,7 +40,7 @@ def excess_risks(grads: Grads, accumulator: Grads) -> Weights:
     def leaf(g, s):
         g = g.astype(s.dtype)
         # In this order a square that overflows gives 0, not infinity over infinity.
-        return (g * (g / jnp.sqrt(s + 1e-7))).reshape(g.shape[0], -1).sum(1)
+        return (g * (g / jnp.sqrt(s + 1e-7))).sum(tuple(range(1, g.ndim)))
 
     return functools.reduce(
         operator.add, jax.tree.leaves(jax.tree.map(leaf, grads, accumulator))
@@ -44,7 +51,7 @@ def excess_mtl_weights(
     logits: Weights,
     excess: Weights,
     initial: Weights,
-    step_size: float,
+    step_size: Number,
     mask: Mask | None = None,
 ) -> tuple[Weights, Weights]:
     """One step of exponentiated gradient, ``w_i ∝ w_i exp(η e_i/e_i⁰)``.
@@ -66,10 +73,11 @@ def _log_sum(logits, mask):
     return jnp.where(mask.any(), jax.nn.logsumexp(logits, where=mask), 0)
 
 
+@factory
 def excess_mtl(
     num_tasks: int,
     *,
-    step_size: float = 1.0,
+    step_size: Number = 1.0,
     compat: Compat = "official",
     scale: Scale = "native",
 ) -> Balancer:
@@ -115,11 +123,9 @@ def excess_mtl(
       He et al., `Robust Multi-Task Learning with Excess Risks
       <https://arxiv.org/abs/2402.02009>`_, 2024.
     """
-    check_num_tasks("excess_mtl", num_tasks)
     check_choice("excess_mtl", "compat", compat, Compat)
     check_choice("excess_mtl", "scale", scale, Scale)
-    if not step_size > 0:
-        raise ValueError(f"excess_mtl: step_size must be positive, not {step_size}.")
+    check_number("excess_mtl", "step_size", step_size, above=0.0)
 
     def init(params):
         zeros = jnp.zeros(num_tasks, jnp.float32)

@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from mtljax.balancer import Balancer, from_weights
+from mtljax.balancer import Balancer, check_number, factory, from_weights
 from mtljax.solvers import SolverStatus, solve_bargaining, unsolved
-from mtljax.types import Gramian, Mask, Scale, Weights
+from mtljax.types import Gramian, Mask, Number, Scale, Weights
 
 
 class FairGradState(NamedTuple):
@@ -17,7 +17,7 @@ class FairGradState(NamedTuple):
 
 
 def fairgrad_weights(
-    gramian: Gramian, alpha: float, mask: Mask | None = None
+    gramian: Gramian, alpha: Number, mask: Mask | None = None
 ) -> tuple[Weights, SolverStatus]:
     """``w > 0`` with ``Gw = w^(-1/α)``."""
     return solve_bargaining(gramian, alpha, mask)
@@ -51,10 +51,11 @@ def mean_length(
     return jnp.where(flat, weights, unit * ratio)
 
 
+@factory
 def fairgrad(
     num_tasks: int,
     *,
-    alpha: float = 2.0,
+    alpha: Number = 2.0,
     normalize_degree: bool = False,
     scale: Scale = "native",
 ) -> Balancer:
@@ -102,8 +103,7 @@ def fairgrad(
       Ban and Ji, `Fair Resource Allocation in Multi-Task Learning
       <https://arxiv.org/abs/2402.15638>`_, 2024.
     """
-    if not 0 < alpha < float("inf"):
-        raise ValueError(f"fairgrad: alpha must be positive and finite, not {alpha}.")
+    check_number("fairgrad", "alpha", alpha, above=0.0)
 
     def init():
         return FairGradState(unsolved(), jnp.ones(num_tasks, jnp.float32))

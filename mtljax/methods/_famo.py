@@ -4,12 +4,19 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float
 
 from mtljax import per_task
-from mtljax.balancer import Balancer, as_losses, as_mask, from_weights
-from mtljax.types import Losses, Mask, Scale, Weights
+from mtljax.balancer import (
+    Balancer,
+    check_number,
+    factory,
+    from_weights,
+)
+from mtljax.methods._preference import TaskVector, task_vector
+from mtljax.types import Losses, Mask, Number, Scale, Weights
 
 
 class FAMOState(NamedTuple):
@@ -43,12 +50,13 @@ def famo_slope(
     return z * (change - z @ change)
 
 
+@factory
 def famo(
     num_tasks: int,
     *,
-    learning_rate: float = 0.025,
-    weight_decay: float = 1e-3,
-    min_losses: float | Losses = 0.0,
+    learning_rate: Number = 0.025,
+    weight_decay: Number = 1e-3,
+    min_losses: Number | TaskVector = 0.0,
     scale: Scale = "native",
 ) -> Balancer:
     """Fast adaptive multi-task optimisation (FAMO).
@@ -81,7 +89,7 @@ def famo(
 
     Raises:
       ValueError: If ``learning_rate`` is not positive, ``weight_decay`` is negative, or
-        a concrete loss is not above zero (with ``min_losses=0``).
+        ``min_losses`` has another length than T.
 
     Examples:
       >>> import jax.numpy as jnp, mtljax
@@ -96,16 +104,17 @@ def famo(
       Liu et al., `FAMO: Fast Adaptive Multitask Optimization
       <https://arxiv.org/abs/2306.03792>`_, 2023.
     """
-    if not learning_rate > 0:
-        raise ValueError(f"famo: learning_rate must be positive, not {learning_rate}.")
-    if not weight_decay >= 0:
-        raise ValueError(f"famo: weight_decay must not be negative: {weight_decay}.")
+    check_number("famo", "learning_rate", learning_rate, above=0.0)
+    check_number("famo", "weight_decay", weight_decay, at_least=0.0)
     inner = optax.chain(
         optax.add_decayed_weights(weight_decay), optax.adam(learning_rate)
     )
 
-    def excess(losses):
-        return jnp.maximum(losses - min_losses + 1e-8, 1e-8)
+    bound = task_vector("famo", "min_losses", num_tasks, min_losses)
+    zero = isinstance(bound, np.ndarray) and not bound.any()
+
+    def excess(losses):  # the constant is that of the authors' code
+        return losses - jnp.asarray(bound, losses.dtype) + 1e-8
 
     def init():
         zeros = jnp.zeros(num_tasks, jnp.float32)
@@ -127,9 +136,8 @@ def famo(
             pending=state.pending | mask,
         )
 
-    def observe(state, *, losses, mask=None):
-        losses = as_losses("famo", num_tasks, losses)
-        return learn(state, losses, as_mask("famo", num_tasks, mask))
+    def observe(state, *, losses, mask):
+        return learn(state, losses, mask)
 
     return from_weights(
         "famo",
@@ -140,6 +148,7 @@ def famo(
         native="mean",
         scale=scale,
         reads_losses=True,
-        positive_losses=isinstance(min_losses, (int, float)) and min_losses == 0,
+        positive_losses=zero,
+        domain=lambda losses: losses > jnp.asarray(bound, losses.dtype),
         observe=observe,
     )

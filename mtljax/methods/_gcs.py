@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from mtljax.balancer import Balancer, check_num_tasks, from_weights
+from mtljax.balancer import Balancer, factory, from_weights
 from mtljax.methods._main_task import check_main
 from mtljax.types import Gramian, Scale, Weights
 
@@ -25,6 +25,7 @@ def gcs_weights(gramian: Gramian, main: int, *, weighted: bool) -> Weights:
     return gate.at[main].set(1)
 
 
+@factory
 def gcs(
     num_tasks: int, *, main: int = 0, weighted: bool = False, scale: Scale = "native"
 ) -> Balancer:
@@ -59,7 +60,6 @@ def gcs(
       Du et al., `Adapting Auxiliary Losses Using Gradient Similarity
       <https://arxiv.org/abs/1812.02224>`_, 2018.
     """
-    check_num_tasks("gcs", num_tasks)
     check_main("gcs", num_tasks, main)
 
     def init():

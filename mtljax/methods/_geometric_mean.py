@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from mtljax.balancer import Balancer, from_weights
+from mtljax.balancer import Balancer, factory, from_weights
 from mtljax.types import Losses, Mask, Scale, Weights
 
 
@@ -19,11 +19,12 @@ def geometric_mean_weights(losses: Losses, mask: Mask | None = None) -> Weights:
     mask = jnp.ones(losses.shape, bool) if mask is None else mask
     count = jnp.maximum(mask.sum(), 1)
     # The product of many losses under- or overflows, the mean of their logs does not.
-    logs = jnp.log(jnp.maximum(losses, jnp.finfo(losses.dtype).tiny))
+    logs = jnp.log(losses)
     mean = jnp.where(mask, logs, 0).sum() / count
     return jnp.where(mask, jnp.exp(mean - logs), 0) / count
 
 
+@factory
 def geometric_mean(num_tasks: int, *, scale: Scale = "native") -> Balancer:
     """Descends the geometric mean of the losses (GLS).
 
@@ -37,11 +38,7 @@ def geometric_mean(num_tasks: int, *, scale: Scale = "native") -> Balancer:
         (which makes it :func:`mtljax.scale_invariant` on that scale).
 
     Returns:
-      A balancer; needs ``losses``, all positive (outside ``jit`` a loss that is not
-      raises; inside, the weight saturates). One backward pass; no state.
-
-    Raises:
-      ValueError: If a concrete loss is not positive.
+      A balancer; needs ``losses``, all positive. One backward pass; no state.
 
     Examples:
       >>> import jax.numpy as jnp, mtljax

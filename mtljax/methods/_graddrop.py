@@ -1,20 +1,22 @@
 """GradDrop: where the tasks disagree on a sign, a coin decides for one."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from mtljax.balancer import (
     Balancer,
     check_choice,
-    check_num_tasks,
+    check_number,
+    factory,
     from_grads,
     rescale,
 )
-from mtljax.types import Scale, Weights
+from mtljax.methods._preference import TaskVector, task_vector
+from mtljax.types import Number, Scale, Weights
 
 
 class GradDropState(NamedTuple):
@@ -36,11 +38,12 @@ def graddrop_factors(
     return leak + (1 - leak) * kept
 
 
+@factory
 def graddrop(
     num_tasks: int,
     *,
     key: PRNGKeyArray,
-    leak: float | Sequence[float] = 0.0,
+    leak: Number | TaskVector = 0.0,
     scale: Scale = "native",
 ) -> Balancer:
     """Gradient sign dropout (GradDrop).
@@ -81,16 +84,11 @@ def graddrop(
       Chen et al., `Just Pick a Sign: Optimizing Deep Multitask Models with Gradient
       Sign Dropout <https://arxiv.org/abs/2010.06808>`_, 2020.
     """
-    check_num_tasks("graddrop", num_tasks)
     check_choice("graddrop", "scale", scale, Scale)
-    each = (leak,) * num_tasks if isinstance(leak, (int, float)) else tuple(leak)
-    if len(each) != num_tasks:
-        raise ValueError(
-            f"graddrop: leak has {len(each)} entries for num_tasks={num_tasks}."
-        )
-    for value in each:
-        if not 0 <= value <= 1:
-            raise ValueError(f"graddrop: leak must lie in [0, 1], not {value}.")
+    each = task_vector("graddrop", "leak", num_tasks, leak)
+    if isinstance(each, np.ndarray):
+        for value in each.tolist():
+            check_number("graddrop", "leak", value, at_least=0.0, at_most=1.0)
 
     def init(params):
         del params
@@ -99,7 +97,7 @@ def graddrop(
     def combine(state, grads, *, losses, mask):
         del losses
         next_key, draw = jax.random.split(state.key)
-        leaks = jnp.array(each, jnp.float32)
+        leaks = jnp.asarray(each, jnp.float32)
         units = jnp.where(mask, rescale(jnp.ones(num_tasks), mask, scale, "sum"), 0)
         leaves, treedef = jax.tree.flatten(grads)
         passed = given = jnp.zeros(num_tasks, jnp.float32)
@@ -111,8 +109,9 @@ def graddrop(
             )
             left = graddrop_factors(wide, uniform, leaks) * wide
             combined.append(left.sum(0) * jnp.max(units).astype(wide.dtype))
-            passed += jnp.abs(left).reshape(num_tasks, -1).sum(1)
-            given += jnp.abs(wide).reshape(num_tasks, -1).sum(1)
+            entries = tuple(range(1, leaf.ndim))
+            passed += jnp.abs(left).sum(entries)
+            given += jnp.abs(wide).sum(entries)
         share = jnp.where(given > 0, passed / jnp.where(given > 0, given, 1), 1)
         weights = (units * share).astype(jnp.float32)
         return jax.tree.unflatten(treedef, combined), GradDropState(next_key, weights)

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from mtljax.balancer import Balancer, check_num_tasks, from_weights
-from mtljax.types import Scale, Weights
+from mtljax.balancer import Balancer, check_number, factory, from_weights
+from mtljax.types import Number, Scale, Weights
 
 
 class GradientNormWeightingState(NamedTuple):
@@ -17,10 +17,11 @@ class GradientNormWeightingState(NamedTuple):
     task_weights: Weights
 
 
+@factory
 def gradient_norm_weighting(
     num_tasks: int,
     *,
-    decay: float = 0.9,
+    decay: Number = 0.9,
     update_every: int = 1000,
     scale: Scale = "native",
 ) -> Balancer:
@@ -58,11 +59,7 @@ def gradient_norm_weighting(
       Wang et al., `An Expert's Guide to Training Physics-informed Neural Networks
       <https://arxiv.org/abs/2308.08468>`_, 2023.
     """
-    check_num_tasks("gradient_norm_weighting", num_tasks)
-    if not 0 <= decay < 1:
-        raise ValueError(
-            f"gradient_norm_weighting: decay must lie in [0, 1), not {decay}."
-        )
+    check_number("gradient_norm_weighting", "decay", decay, at_least=0.0, below=1.0)
     if update_every < 1:
         raise ValueError(
             "gradient_norm_weighting: update_every must be positive, "

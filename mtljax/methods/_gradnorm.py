@@ -4,19 +4,19 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Scalar
 
 from mtljax import per_task
-from mtljax.balancer import Balancer, check_choice, check_num_tasks, from_weights
+from mtljax.balancer import Balancer, check_choice, check_number, factory, from_weights
 from mtljax.methods._preference import TaskVector, task_vector
-from mtljax.types import Losses, Mask, Scale, Weights
+from mtljax.types import Losses, Mask, Number, Scale, Weights
 
 Compat: TypeAlias = Literal["paper", "libmtl"]
 
 # Under the clip at zero a weight could not share in the renormalisation any more.
 _LEAST_WEIGHT = 1e-6
-_LEAST_LOSS = 1e-30
 
 
 class GradNormState(NamedTuple):
@@ -32,7 +32,7 @@ def gradnorm_slope(
     weights: Weights,
     norms: Float[Array, " tasks"],
     progress: Float[Array, " tasks"],
-    alpha: float,
+    alpha: Number,
     mask: Mask | None = None,
 ) -> tuple[Scalar, Weights]:
     """``Σ_i |w_i n_i − Ḡ r_i^α|`` and its gradient in w, the target held constant.
@@ -47,14 +47,18 @@ def gradnorm_slope(
     rate = jnp.where(mean > 0, progress / jnp.where(mean > 0, mean, 1), 1)
     target = scaled.sum() / count * rate**alpha
     gap = jnp.where(mask, scaled - target, 0)
+    # Adam would follow the sign of a rounding error as that of any other gap.
+    noise = 8 * jnp.finfo(gap.dtype).eps * (scaled + target)
+    gap = jnp.where(jnp.abs(gap) > noise, gap, 0)
     return jnp.abs(gap).sum(), jnp.sign(gap) * norms
 
 
+@factory
 def gradnorm(
     num_tasks: int,
     *,
-    alpha: float = 1.5,
-    learning_rate: float = 0.025,
+    alpha: Number = 1.5,
+    learning_rate: Number = 0.025,
     optimizer: optax.GradientTransformation | None = None,
     initial_losses: TaskVector | None = None,
     reference_steps: int = 1,
@@ -83,7 +87,8 @@ def gradnorm(
       initial_losses: ℓ(0) ``[T]``, such as log(number of classes) where the first batch
         is not to be trusted. By default they are measured.
       reference_steps: ℓ_i(0) is the mean loss over the first so many steps of a task,
-        and learning starts once all present tasks have theirs. 1 is the paper's; LibMTL
+        and learning starts once all present tasks have theirs; the steps count from the
+        first positive loss. 1 is the paper's; LibMTL
         averages the first epoch: pass your steps per epoch.
       compat: ``"libmtl"`` has ``w = T softmax(v)`` and descends in v, instead of
         descending in w and renormalising.
@@ -92,7 +97,7 @@ def gradnorm(
 
     Returns:
       A balancer; needs the Gramian (of which it reads the diagonal) and ``losses``,
-      which should be positive: negative ones count as zero. T backward passes; state:
+      which must not be negative. T backward passes; state:
       6 T numbers with Adam.
 
     Raises:
@@ -113,14 +118,9 @@ def gradnorm(
       Chen et al., `GradNorm: Gradient Normalization for Adaptive Loss Balancing in Deep
       Multitask Networks <https://arxiv.org/abs/1711.02257>`_, 2018.
     """
-    check_num_tasks("gradnorm", num_tasks)
     check_choice("gradnorm", "compat", compat, Compat)
-    if not alpha >= 0:
-        raise ValueError(f"gradnorm: alpha must not be negative, not {alpha}.")
-    if not learning_rate > 0:
-        raise ValueError(
-            f"gradnorm: learning_rate must be positive, not {learning_rate}."
-        )
+    check_number("gradnorm", "alpha", alpha, at_least=0.0)
+    check_number("gradnorm", "learning_rate", learning_rate, above=0.0)
     if reference_steps < 1:
         raise ValueError(
             f"gradnorm: reference_steps must be at least 1, not {reference_steps}."
@@ -130,12 +130,18 @@ def gradnorm(
         if initial_losses is None
         else task_vector("gradnorm", "initial_losses", num_tasks, initial_losses)
     )
+    if isinstance(given, np.ndarray) and not (given > 0).all():
+        raise ValueError(
+            f"gradnorm: initial_losses must be positive, not {given.tolist()}."
+        )
     inner = optax.adam(learning_rate) if optimizer is None else optimizer
 
     def init():
         ones = jnp.ones(num_tasks, jnp.float32)
         start = ones if compat == "paper" else jnp.zeros(num_tasks, jnp.float32)
-        initial, steps = (ones, 0) if given is None else (given, reference_steps)
+        initial, steps = ones, 0
+        if given is not None:
+            initial, steps = jnp.asarray(given, jnp.float32), reference_steps
         return GradNormState(
             per_task.init(inner, start),
             initial,
@@ -147,11 +153,13 @@ def gradnorm(
         recording = mask & (state.steps < reference_steps)
         initial = state.initial + (losses - state.initial) / (state.steps + 1)
         initial = jnp.where(recording, initial, state.initial)
-        steps = jnp.minimum(state.steps + mask, reference_steps)
+        # No loss is large or small relative to zero: wait for one that is positive.
+        steps = jnp.minimum(state.steps + (mask & (initial > 0)), reference_steps)
         learn = mask & ((steps == reference_steps) | ~mask).all()
+        learn &= mask.sum() > 1  # one task alone has nothing to be balanced with
 
         norms = jnp.sqrt(jnp.maximum(jnp.diagonal(gramian), 0))
-        progress = jnp.maximum(losses, 0) / jnp.maximum(initial, _LEAST_LOSS)
+        progress = losses / jnp.where(initial > 0, initial, 1)
         step = _step_weights if compat == "paper" else _step_logits
         weights, learned = step(
             inner,
@@ -171,6 +179,7 @@ def gradnorm(
         native="sum",
         scale=scale,
         reads_losses=True,
+        domain=lambda losses: losses >= 0,
     )
 
 

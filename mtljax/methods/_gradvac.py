@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from mtljax.balancer import Balancer, check_choice, from_weights
-from mtljax.types import Gramian, Mask, Scale, Weights
+from mtljax.balancer import Balancer, check_choice, check_number, factory, from_weights
+from mtljax.types import Gramian, Mask, Number, Scale, Weights
 
 Order: TypeAlias = Literal["random", "fixed"]
 Cosines: TypeAlias = Float[Array, "tasks tasks"]
@@ -25,7 +25,7 @@ def gradvac_weights(
     gramian: Gramian,
     targets: Cosines,
     orders: Int[Array, "tasks tasks"],
-    beta: float,
+    beta: Number,
     mask: Mask | None = None,
     *,
     update_always: bool = True,
@@ -71,11 +71,12 @@ def gradvac_weights(
     return jnp.where(mask[:, None], turned, 0).sum(axis=0), targets
 
 
+@factory
 def gradvac(
     num_tasks: int,
     *,
     key: PRNGKeyArray,
-    beta: float = 0.01,
+    beta: Number = 0.01,
     update_always: bool = True,
     order: Order = "random",
     scale: Scale = "native",
@@ -122,8 +123,7 @@ def gradvac(
       Optimization in Massively Multilingual Models
       <https://arxiv.org/abs/2010.05874>`_, 2020.
     """
-    if not 0 <= beta <= 1:
-        raise ValueError(f"gradvac: beta must be in [0, 1], not {beta}.")
+    check_number("gradvac", "beta", beta, at_least=0.0, at_most=1.0)
     check_choice("gradvac", "order", order, Order)
 
     def init():

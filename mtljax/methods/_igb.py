@@ -8,7 +8,8 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
-from mtljax.types import Losses, Mask, Weights
+from mtljax.balancer import check_number
+from mtljax.types import Losses, Mask, Number, Weights
 
 EPOCH = 398  # steps of an epoch in the paper's NYUv2 runs (795 images in batches of 2)
 
@@ -97,18 +98,17 @@ def gaps(losses: Losses, base: Losses, floors: Any = 0.0) -> Losses:
     return jnp.where(usable, gap, 1)
 
 
-def smoothed(old: Losses, losses: Losses, first: Mask, mask: Mask, decay: float):
+def smoothed(old: Losses, losses: Losses, first: Mask, mask: Mask, decay: Number):
     """Exponential moving average of the losses of the present tasks."""
-    mixed = losses if decay == 0 else decay * old + (1 - decay) * losses
+    mixed = decay * old + (1 - decay) * losses
     return jnp.where(mask, jnp.where(first, losses, mixed), old)
 
 
 def effective_weights(log_weights: Weights, losses: Losses) -> Weights:
     """``λ_i / L_i``: weights of the raw gradients that descend ``Σ_i λ_i log L_i``."""
-    return log_weights / jnp.maximum(losses, jnp.finfo(losses.dtype).tiny)
+    return log_weights / losses
 
 
-def check_decay(name: str, ema: float) -> None:
+def check_decay(name: str, ema: Number) -> None:
     """Raises unless the decay of a moving average lies in [0, 1)."""
-    if not 0 <= ema < 1:
-        raise ValueError(f"{name}: ema must lie in [0, 1), not {ema}.")
+    check_number(name, "ema", ema, at_least=0.0, below=1.0)

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from mtljax.balancer import Balancer, from_weights
+from mtljax.balancer import Balancer, check_number, factory, from_weights
 from mtljax.methods import _igb
-from mtljax.types import Losses, Mask, Scale, Weights
+from mtljax.types import Losses, Mask, Number, Scale, Weights
 
 
 class IGBv1State(NamedTuple):
@@ -21,21 +21,22 @@ class IGBv1State(NamedTuple):
 
 
 def igb_v1_log_weights(
-    gaps: Losses, mask: Mask | None = None, temperature: float = 1.0
+    gaps: Losses, mask: Mask | None = None, temperature: Number = 1.0
 ) -> Weights:
     """``λ = n softmax(gap / τ)`` over the n present tasks (Eq. 3)."""
     mask = jnp.ones(gaps.shape, bool) if mask is None else mask
     return mask.sum() * jax.nn.softmax(gaps / temperature, where=mask)
 
 
+@factory
 def igb_v1(
     num_tasks: int,
     *,
     window: tuple[int, int] = (_igb.EPOCH, 2 * _igb.EPOCH),
     base: ArrayLike | None = None,
     num_steps: int | None = None,
-    temperature: float = 1.0,
-    ema: float = 0.0,
+    temperature: Number = 1.0,
+    ema: Number = 0.0,
     floors: ArrayLike | None = None,
     scale: Scale = "native",
 ) -> Balancer:
@@ -71,15 +72,14 @@ def igb_v1(
         ``"sum"`` or ``"mean"`` scale.
 
     Returns:
-      A balancer; needs ``losses``, all positive (outside ``jit`` a loss that is not
-      raises; inside, the weight saturates). One backward pass; state: 4 T numbers,
+      A balancer; needs ``losses``, all positive. One backward pass; state: 4 T numbers,
       with λ as ``log_weights``. A task's window counts the batches in which it was
       present; λ is 1 until all present tasks have their ``L_base``.
 
     Raises:
       ValueError: If the window is empty or does not end inside the run, ``base`` or
-        ``temperature`` is not positive, ``ema`` is outside [0, 1), a shape is wrong,
-        or a concrete loss is not positive.
+        ``temperature`` is not positive, ``ema`` is outside [0, 1), or a shape
+        is wrong.
 
     Examples:
       >>> import jax.numpy as jnp, mtljax
@@ -95,8 +95,7 @@ def igb_v1(
       <https://arxiv.org/abs/2307.15429>`_, 2023.
     """
     reference = _igb.make_window("igb_v1", num_tasks, window, base, num_steps)
-    if not temperature > 0:
-        raise ValueError(f"igb_v1: temperature must be positive, not {temperature}.")
+    check_number("igb_v1", "temperature", temperature, above=0.0)
     _igb.check_decay("igb_v1", ema)
     floor = jnp.zeros(num_tasks) if floors is None else jnp.asarray(floors, jnp.float32)
     if floor.shape != (num_tasks,):

@@ -8,19 +8,17 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Scalar
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from mtljax import stack
 from mtljax.balancer import (
     Balancer,
-    as_losses,
-    as_mask,
     check_choice,
+    check_number,
+    factory,
     from_weights,
-    weigh_stacked,
 )
 from mtljax.methods import _igb, _sac
-from mtljax.types import Losses, Mask, Scale, Weights
+from mtljax.types import Losses, Mask, Number, Scale, Weights
 
 Reduce: TypeAlias = Literal["min", "mean"]
 RewardBatch: TypeAlias = Literal["next", "same"]
@@ -53,7 +51,7 @@ def igb_v2_reward(
     after: Losses,
     base: Losses,
     *,
-    multiplier: Scalar | float = 1.0,
+    multiplier: Number = 1.0,
     mask: Mask | None = None,
     reduce: Reduce = "min",
 ) -> Float[Array, ""]:
@@ -70,6 +68,7 @@ def igb_v2_reward(
     return jnp.where(mask.any(), multiplier * reward, 0)
 
 
+@factory
 def igb_v2(
     num_tasks: int,
     *,
@@ -83,18 +82,18 @@ def igb_v2(
     lr_multiplier: bool | None = None,
     reward: Reduce = "min",
     reward_batch: RewardBatch = "next",
-    ema: float = 0.0,
+    ema: Number = 0.0,
     density: _sac.Density = "tanh_compat",
     capacity: int = 10_000,
     period: int = 50,
     updates: int = 25,
     batch_size: int = 128,
     hidden: Sequence[int] = (128, 128),
-    discount: float = 0.99,
-    agent_optimizer: optax.GradientTransformation | float = 3e-4,
-    initial_temperature: float = 0.2,
-    target_entropy: float | None = None,
-    tau: float = 0.005,
+    discount: Number = 0.99,
+    agent_optimizer: optax.GradientTransformation | Number = 3e-4,
+    initial_temperature: Number = 0.2,
+    target_entropy: Number | None = None,
+    tau: Number = 0.005,
     scale: Scale = "native",
 ) -> Balancer:
     """Improvable gap balancing by reinforcement learning (IGBv2).
@@ -153,11 +152,10 @@ def igb_v2(
         ``"sum"`` or ``"mean"`` scale.
 
     Returns:
-      A balancer; needs ``losses``, all positive (outside ``jit`` a loss that is not
-      raises; inside, the weight saturates). One backward pass (and one forward with
-      ``reward_batch="same"``); every ``period`` steps the training of the agent. State:
-      ``capacity (5 T + 1)`` numbers and the networks; jit your step with its state
-      donated, or in a scan, or every step copies the ring. ``vmap`` over runs trains
+      A balancer; needs ``losses``, all positive. One backward pass (and one forward
+      with ``reward_batch="same"``); every ``period`` steps the training of the agent.
+      State: ``capacity (5 T + 1)`` numbers and the networks; jit your step with its
+      state donated, or in a scan, or every step copies the ring. ``vmap`` over runs trains
       the agents of all in the same step. With absent tasks (inferred; the paper has
       none) the actor sees their last losses, λ and the densities are those of the
       present tasks, and a reward is that of the tasks that are present, each against
@@ -165,8 +163,8 @@ def igb_v2(
 
     Raises:
       ValueError: If the window is empty or a phase does not begin inside the run,
-        ``lr_multiplier`` has no schedule, a number is out of range, a shape is wrong,
-        or a concrete loss is not positive.
+        ``lr_multiplier`` has no schedule, a number is out of range, or a shape
+        is wrong.
 
     Examples:
       >>> import jax, jax.numpy as jnp, mtljax, optax
@@ -208,8 +206,7 @@ def igb_v2(
         tau=tau,
         **{f"hidden[{i}]": width for i, width in enumerate(hidden)},
     )
-    if not 0 <= discount <= 1:
-        raise ValueError(f"{name}: discount must lie in [0, 1], not {discount}.")
+    check_number(name, "discount", discount, at_least=0.0, at_most=1.0)
     if not isinstance(agent_optimizer, optax.GradientTransformation):
         _check_positive(name, agent_optimizer=agent_optimizer)
         agent_optimizer = optax.adam(agent_optimizer)
@@ -239,10 +236,9 @@ def igb_v2(
         agent = _sac.init_agent(
             agent_key, num_tasks, hidden, initial_temperature, agent_optimizer
         )
-        # Buffers of their own, so that a step may donate the state.
-        return jax.tree.map(jnp.copy, rule.init(num_tasks, next_key, agent))
+        return rule.init(num_tasks, next_key, agent)
 
-    checked = from_weights(
+    return from_weights(
         name,
         num_tasks,
         init=init,
@@ -252,44 +248,8 @@ def igb_v2(
         scale=scale,
         reads_losses=True,
         positive_losses=True,
+        observe=rule.look_again if reward_batch == "same" else None,
     )
-
-    def prepared(losses, mask):
-        present = as_mask(name, num_tasks, mask)
-        losses = jnp.where(present, as_losses(name, num_tasks, losses), 1)
-        return jax.lax.stop_gradient(losses).astype(jnp.float32), present
-
-    weigh_checked = checked.weigh
-    assert weigh_checked is not None
-
-    # The ring is written here and passes through `checked` as it is, so that the
-    # choice between old and new state, which is made there, does not copy it.
-    def weigh(state, *, losses=None, gramian=None, mask=None, **side):
-        state = rule.remember(state, *prepared(losses, mask))
-        return weigh_checked(state, losses=losses, gramian=gramian, mask=mask, **side)
-
-    def update(updates, state, params=None, *, losses=None, mask=None, **extra_args):
-        del params
-        weights, updates, state = weigh_stacked(
-            balancer, updates, state, losses=losses, mask=mask, **extra_args
-        )
-        return stack.combine(updates, weights), state
-
-    def observe(state, *, losses, mask=None):
-        return rule.look_again(state, *prepared(losses, mask))
-
-    balancer = Balancer(
-        checked.init,
-        update,
-        name=name,
-        num_tasks=num_tasks,
-        needs="losses",
-        weigh=weigh,
-        reads_losses=True,
-        positive_losses=True,
-        observe=observe if reward_batch == "same" else None,
-    )
-    return balancer
 
 
 class _Rule(NamedTuple):
@@ -300,7 +260,7 @@ class _Rule(NamedTuple):
     use_from: int
     multiplier: Callable[[Any], Any]
     reward: Reduce
-    ema: float
+    ema: Number
     density: _sac.Density
     capacity: int
     period: int
@@ -344,8 +304,7 @@ class _Rule(NamedTuple):
             reduce=self.reward,
         )
         found = jnp.where(state.observed, state.reward, found).astype(jnp.float32)
-        healthy = mask.any() & jnp.isfinite(losses).all()
-        keep = healthy & (tasks.any() | state.observed)
+        keep = tasks.any() | state.observed
         row = _sac.Transition(
             losses=state.previous,
             weights=jnp.where(state.present, state.log_weights, 0),
@@ -357,12 +316,15 @@ class _Rule(NamedTuple):
         return state._replace(
             memory=_sac.write(state.memory, row, keep),
             reward=jnp.where(keep, found, state.reward),
-            observed=state.observed & ~healthy,
-            average=jnp.where(healthy, average, state.average),
+            observed=jnp.zeros((), bool),
+            average=average,
         )
 
-    def look_again(self, state: IGBv2State, losses: Losses, mask: Mask) -> IGBv2State:
+    def look_again(
+        self, state: IGBv2State, *, losses: Losses, mask: Mask
+    ) -> IGBv2State:
         """Rewards the step just made by the same batch's losses after it."""
+        losses = jax.lax.stop_gradient(losses).astype(jnp.float32)
         tasks = self.comparable(state, mask & state.present)
         found = igb_v2_reward(
             state.previous,
@@ -372,7 +334,7 @@ class _Rule(NamedTuple):
             mask=tasks,
             reduce=self.reward,
         )
-        keep = tasks.any() & jnp.isfinite(losses).all()
+        keep = tasks.any()
         return state._replace(
             reward=jnp.where(keep, found, state.reward).astype(jnp.float32),
             observed=state.observed | keep,
@@ -403,9 +365,10 @@ class _Rule(NamedTuple):
     def choose(
         self, state: IGBv2State, *, losses: Losses, gramian: Any, mask: Mask
     ) -> tuple[Weights, IGBv2State]:
-        """λ of this batch; the transition that it ended is in the ring already."""
+        """λ of this batch, after the transition that its losses end is stored."""
         del gramian
         losses = jax.lax.stop_gradient(losses)
+        state = self.remember(state, losses.astype(jnp.float32), mask)
         next_key, train_key, draw_key = jax.random.split(state.key, 3)
         agent = self.learn(state, train_key)
         seen = jnp.where(mask, losses, state.previous).astype(jnp.float32)
@@ -426,8 +389,7 @@ class _Rule(NamedTuple):
 
 def _check_positive(name: str, **numbers: Any) -> None:
     for argument, value in numbers.items():
-        if not isinstance(value, Tracer) and not value > 0:
-            raise ValueError(f"{name}: {argument} must be positive, not {value}.")
+        check_number(name, argument, value, above=0.0)
 
 
 def _check_phases(

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from mtljax.balancer import Balancer, from_weights
+from mtljax.balancer import Balancer, factory, from_weights
 from mtljax.solvers import SolverStatus, pinv_solve, unsolved
 from mtljax.types import Gramian, Mask, Scale, Weights
 
@@ -44,6 +44,7 @@ def imtl_g_weights(
     return weights, status
 
 
+@factory
 def imtl_g(
     num_tasks: int, *, sign_guard: bool = False, scale: Scale = "native"
 ) -> Balancer:

@@ -7,8 +7,8 @@ import optax
 from jaxtyping import Array, Float
 
 from mtljax import per_task
-from mtljax.balancer import Balancer, check_num_tasks, from_weights
-from mtljax.types import Losses, Scale, Weights
+from mtljax.balancer import Balancer, check_number, factory, from_weights
+from mtljax.types import Losses, Number, Scale, Weights
 
 # e^88 is the largest power of e in float32.
 _MAX_LOG_SCALE = 80.0
@@ -29,11 +29,12 @@ def imtl_l_weights(
     return weights, weights * losses - 1
 
 
+@factory
 def imtl_l(
     num_tasks: int,
     *,
-    initial_log_scale: float = 0.0,
-    learning_rate: float = 0.025,
+    initial_log_scale: Number = 0.0,
+    learning_rate: Number = 0.025,
     optimizer: optax.GradientTransformation | None = None,
     scale: Scale = "native",
 ) -> Balancer:
@@ -57,8 +58,8 @@ def imtl_l(
         (what s learns from is not changed by it).
 
     Returns:
-      A balancer; needs ``losses``, which should be positive (s of a loss that stays
-      at zero grows until its weight saturates). One backward pass; state: 4 T numbers
+      A balancer; needs ``losses`` that are not negative (s of a loss that stays at
+      zero grows until its weight saturates). One backward pass; state: 4 T numbers
       with Adam.
 
     Raises:
@@ -77,11 +78,8 @@ def imtl_l(
       Liu et al., `Towards Impartial Multi-Task Learning
       <https://openreview.net/forum?id=IMPnRXEWpvr>`_, ICLR 2021.
     """
-    check_num_tasks("imtl_l", num_tasks)
-    if not learning_rate > 0:
-        raise ValueError(
-            f"imtl_l: learning_rate must be positive, not {learning_rate}."
-        )
+    check_number("imtl_l", "learning_rate", learning_rate, above=0.0)
+    check_number("imtl_l", "initial_log_scale", initial_log_scale)
     inner = optax.adam(learning_rate) if optimizer is None else optimizer
 
     def init():
@@ -103,4 +101,5 @@ def imtl_l(
         native="free",
         scale=scale,
         reads_losses=True,
+        domain=lambda losses: losses >= 0,
     )

@@ -4,7 +4,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 
-from mtljax.balancer import Balancer, check_choice, check_num_tasks, from_weights
+from mtljax.balancer import Balancer, check_choice, factory, from_weights
 from mtljax.types import Gramian, Mask, Scale, Weights
 
 Compat: TypeAlias = Literal["paper", "torchjd"]
@@ -56,6 +56,7 @@ def krum_weights(
     return chosen.astype(gramian.dtype) / jnp.maximum(chosen.sum(), 1)
 
 
+@factory
 def krum(
     num_tasks: int,
     *,
@@ -103,7 +104,6 @@ def krum(
       Descent, NeurIPS 2017; `Byzantine-Tolerant Machine Learning
       <https://arxiv.org/abs/1703.02757>`_.
     """
-    check_num_tasks("krum", num_tasks)
     check_choice("krum", "compat", compat, Compat)
     if num_byzantine < 0:
         raise ValueError(f"krum: num_byzantine must not be negative: {num_byzantine}.")

@@ -1,12 +1,11 @@
 """Linear scalarisation: constant task weights, the baseline of every table."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
-from mtljax.balancer import Balancer, check_num_tasks, from_weights
+from mtljax.balancer import Balancer, factory, from_weights
+from mtljax.methods._preference import TaskVector, task_vector
 from mtljax.types import Scale, Weights
 
 
@@ -16,26 +15,11 @@ class LinearState(NamedTuple):
     task_weights: Weights  # of the last update; kept for logging
 
 
-def constant_weights(
-    name: str, num_tasks: int, weights: Sequence[float] | Float[Array, " tasks"] | None
-) -> Weights:
-    """The user's weights as ``[num_tasks]`` float32; ones when not given."""
-    check_num_tasks(name, num_tasks)
-    if weights is None:
-        return jnp.ones(num_tasks, jnp.float32)
-    array = jnp.asarray(weights, jnp.float32)
-    if array.shape != (num_tasks,):
-        raise ValueError(
-            f"{name}: weights has shape {array.shape}; it must be ({num_tasks},), "
-            "one weight per task."
-        )
-    return array
-
-
+@factory
 def linear(
     num_tasks: int,
     *,
-    weights: Sequence[float] | Float[Array, " tasks"] | None = None,
+    weights: TaskVector | None = None,
     scale: Scale = "native",
 ) -> Balancer:
     """Sum of the task gradients under constant weights (equal weighting, LS).
@@ -71,14 +55,15 @@ def linear(
       Xin et al., `Do Current Multi-Task Optimization Methods in Deep Learning Even
       Help? <https://arxiv.org/abs/2209.11379>`_, 2022, on tuning this baseline.
     """
-    constant = constant_weights("linear", num_tasks, weights)
+    given = 1.0 if weights is None else weights
+    constant = task_vector("linear", "weights", num_tasks, given)
 
     def init():
         return LinearState(jnp.ones(num_tasks, jnp.float32))
 
     def weigh(state, *, losses, gramian, mask):
         del losses, gramian, mask
-        return constant, state
+        return jnp.asarray(constant), state
 
     return from_weights(
         "linear",

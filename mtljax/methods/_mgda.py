@@ -4,7 +4,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 
-from mtljax.balancer import Balancer, check_choice, from_weights
+from mtljax.balancer import Balancer, check_choice, factory, from_weights
 from mtljax.solvers import SolverStatus, min_norm_point, unsolved
 from mtljax.types import Gramian, Losses, Mask, Scale, Weights
 
@@ -38,6 +38,7 @@ def mgda_weights(
     return min_norm_point(gramian / norms[:, None] / norms[None, :], mask)
 
 
+@factory
 def mgda(
     num_tasks: int,
     *,

@@ -10,7 +10,8 @@ from mtljax import stack
 from mtljax.balancer import (
     Balancer,
     check_choice,
-    check_num_tasks,
+    check_number,
+    factory,
     from_grads,
     rescale,
 )
@@ -20,9 +21,8 @@ from mtljax.methods._tracked import (
     row_norms,
     zeros_like_stacked,
 )
-from mtljax.solvers import project_simplex
-from mtljax.solvers._conditional import on_present
-from mtljax.types import Gramian, Mask, Scale, Weights
+from mtljax.solvers import on_present, project_simplex
+from mtljax.types import Gramian, Mask, Number, Scale, Weights
 
 Compat: TypeAlias = Literal["paper", "libmtl"]
 
@@ -40,8 +40,8 @@ class MoCoState(NamedTuple):
 def moco_weights(
     shares: Weights,
     gramian: Gramian,
-    gamma: Scalar | float,
-    rho: float = 0.0,
+    gamma: Number,
+    rho: Number = 0.0,
     *,
     mask: Mask | None = None,
     compat: Compat = "paper",
@@ -54,14 +54,15 @@ def moco_weights(
     return project_simplex(moved, mask)
 
 
+@factory
 def moco(
     num_tasks: int,
     *,
-    beta: float = 0.5,
-    beta_sigma: float = 0.5,
-    gamma: float = 0.1,
-    gamma_sigma: float = 0.5,
-    rho: float = 0.0,
+    beta: Number = 0.5,
+    beta_sigma: Number = 0.5,
+    gamma: Number = 0.1,
+    gamma_sigma: Number = 0.5,
+    rho: Number = 0.0,
     compat: Compat = "paper",
     scale: Scale = "native",
 ) -> Balancer:
@@ -91,7 +92,8 @@ def moco(
         multiplies by the number of tasks.
 
     Returns:
-      A balancer; needs the stacked gradients (and ``losses`` for ``"libmtl"``): T
+      A balancer; needs the stacked gradients (and, for ``"libmtl"``, ``losses`` that
+      are not negative): T
       backward passes. State: T copies of the gradient in float32 and 3 T numbers;
       initialise it with the parameters that are balanced (``mtljax.shared_params``).
 
@@ -112,20 +114,16 @@ def moco(
       Fernando et al., `Mitigating Gradient Bias in Multi-objective Learning: A Provably
       Convergent Stochastic Approach <https://arxiv.org/abs/2210.12624>`_, 2023.
     """
-    check_num_tasks("moco", num_tasks)
     check_choice("moco", "compat", compat, Compat)
     check_choice("moco", "scale", scale, Scale)
-    if not 0 < beta <= 1:
-        raise ValueError(f"moco: beta must lie in (0, 1], not {beta}.")
-    if not gamma > 0:
-        raise ValueError(f"moco: gamma must be positive, not {gamma}.")
+    check_number("moco", "beta", beta, above=0.0, at_most=1.0)
+    check_number("moco", "gamma", gamma, above=0.0)
     for argument, value in (
         ("beta_sigma", beta_sigma),
         ("gamma_sigma", gamma_sigma),
         ("rho", rho),
     ):
-        if not value >= 0:
-            raise ValueError(f"moco: {argument} must not be negative, not {value}.")
+        check_number("moco", argument, value, at_least=0.0)
 
     def init(params):
         return MoCoState(
@@ -164,4 +162,5 @@ def moco(
         init=init,
         combine=combine,
         reads_losses=compat == "libmtl",
+        domain=(lambda losses: losses >= 0) if compat == "libmtl" else None,
     )

@@ -4,11 +4,10 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from mtljax.balancer import Balancer, from_weights
+from mtljax.balancer import Balancer, check_number, factory, from_weights
 from mtljax.methods._cross import cross_or_own
-from mtljax.solvers import project_simplex
-from mtljax.solvers._conditional import on_present
-from mtljax.types import Gramian, Mask, Scale, Weights
+from mtljax.solvers import on_present, project_simplex
+from mtljax.types import Gramian, Mask, Number, Scale, Weights
 
 
 class MoDoState(NamedTuple):
@@ -21,8 +20,8 @@ class MoDoState(NamedTuple):
 def modo_weights(
     shares: Weights,
     gramian: Gramian,
-    gamma: float,
-    rho: float,
+    gamma: Number,
+    rho: Number,
     mask: Mask | None = None,
 ) -> Weights:
     """``Π(λ − γ (Gλ + ρλ))``, projected on the simplex of the present tasks."""
@@ -30,8 +29,9 @@ def modo_weights(
     return project_simplex(shares - gamma * slope, mask)
 
 
+@factory
 def modo(
-    num_tasks: int, *, gamma: float = 1e-3, rho: float = 0.1, scale: Scale = "native"
+    num_tasks: int, *, gamma: Number = 1e-3, rho: Number = 0.1, scale: Scale = "native"
 ) -> Balancer:
     """Multi-objective gradient with double sampling (MoDo).
 
@@ -77,10 +77,8 @@ def modo(
       Chen et al., `Three-Way Trade-Off in Multi-Objective Learning: Optimization,
       Generalization and Conflict-Avoidance <https://arxiv.org/abs/2305.20057>`_, 2023.
     """
-    if not gamma > 0:
-        raise ValueError(f"modo: gamma must be positive, not {gamma}.")
-    if not rho >= 0:
-        raise ValueError(f"modo: rho must not be negative, not {rho}.")
+    check_number("modo", "gamma", gamma, above=0.0)
+    check_number("modo", "rho", rho, at_least=0.0)
 
     def init():
         return MoDoState(

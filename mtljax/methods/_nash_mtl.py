@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Scalar
 
-from mtljax.balancer import Balancer, from_weights
+from mtljax.balancer import Balancer, factory, from_weights
 from mtljax.solvers import SolverStatus, solve_bargaining, unsolved
 from mtljax.types import Scale, Weights
 
@@ -20,6 +20,7 @@ class NashMTLState(NamedTuple):
     task_weights: Weights
 
 
+@factory
 def nash_mtl(
     num_tasks: int, *, update_every: int = 1, scale: Scale = "native"
 ) -> Balancer:
@@ -41,7 +42,7 @@ def nash_mtl(
 
     Args:
       num_tasks: T, length of the leading axis of every leaf of the gradients.
-      update_every: Solve anew every so many steps and keep α between (the paper uses 1,
+      update_every: Solves at every n-th step and keeps α between (the paper uses 1,
         and 50 or 100 for reinforcement learning). A task that was absent at the last
         solve keeps the α of the one before.
       scale: ``"native"``, or weights normalised to the ``"sum"`` or ``"mean"`` scale,
@@ -77,20 +78,19 @@ def nash_mtl(
     def weigh(state, *, losses, gramian, mask):
         del losses
 
+        kept = (state.bargain.astype(gramian.dtype), state.solver)
+
         def solve():
             bargain, status = solve_bargaining(gramian, 1.0, mask)
-            bargain = jnp.where(mask, bargain, state.bargain)
-            kept = (state.bargain, state.solver)
-            return jax.tree.map(lambda n, o: n.astype(o.dtype), (bargain, status), kept)
+            bargain = jnp.where(mask, bargain, kept[0])
+            status = jax.tree.map(lambda n, o: n.astype(o.dtype), status, state.solver)
+            return bargain, status
 
         if update_every == 1:
             bargain, status = solve()
         else:
-            bargain, status = jax.lax.cond(
-                state.step % update_every == 0,
-                solve,
-                lambda: (state.bargain, state.solver),
-            )
+            due = state.step % update_every == 0
+            bargain, status = jax.lax.cond(due, solve, lambda: kept)
         return bargain, NashMTLState(bargain, state.step + 1, status, bargain)
 
     return from_weights(

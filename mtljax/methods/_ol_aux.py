@@ -5,9 +5,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from mtljax.balancer import Balancer, check_num_tasks, from_weights
+from mtljax.balancer import Balancer, check_number, factory, from_weights
 from mtljax.methods._main_task import check_main
-from mtljax.types import Scale, Weights
+from mtljax.types import Number, Scale, Weights
 
 
 class OLAuxState(NamedTuple):
@@ -19,11 +19,12 @@ class OLAuxState(NamedTuple):
     task_weights: Weights
 
 
+@factory
 def ol_aux(
     num_tasks: int,
     *,
     main: int = 0,
-    learning_rate: float = 1e-4,
+    learning_rate: Number = 1e-4,
     update_every: int = 5,
     scale: Scale = "native",
 ) -> Balancer:
@@ -66,12 +67,8 @@ def ol_aux(
       Lin et al., Adaptive Auxiliary Task Weighting for Reinforcement Learning,
       NeurIPS 2019.
     """
-    check_num_tasks("ol_aux", num_tasks)
     check_main("ol_aux", num_tasks, main)
-    if not learning_rate > 0:
-        raise ValueError(
-            f"ol_aux: learning_rate must be positive, not {learning_rate}."
-        )
+    check_number("ol_aux", "learning_rate", learning_rate, above=0.0)
     if update_every < 1:
         raise ValueError(f"ol_aux: update_every must be positive, not {update_every}.")
 

@@ -4,14 +4,15 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from mtljax.balancer import Balancer, check_num_tasks, from_weights
+from mtljax.balancer import Balancer, check_number, factory, from_weights
 from mtljax.methods._preference import (
+    HostVector,
     TaskVector,
     constant_preference,
     present_preference,
     task_vector,
 )
-from mtljax.types import Losses, Mask, Scale, Weights
+from mtljax.types import Losses, Mask, Number, Scale, Weights
 
 
 class PBIState(NamedTuple):
@@ -23,8 +24,8 @@ class PBIState(NamedTuple):
 def pbi_weights(
     losses: Losses,
     preference: Weights,
-    ideal: Losses,
-    theta: float,
+    ideal: Losses | HostVector,
+    theta: Number,
     mask: Mask | None = None,
 ) -> Weights:
     """Gradient of ``d_1 + θ d_2`` in the losses.
@@ -35,7 +36,8 @@ def pbi_weights(
     mask = jnp.ones(losses.shape, bool) if mask is None else mask
     size = jnp.sqrt((preference**2).sum())
     toward = preference / jnp.where(size > 0, size, 1)
-    shifted = jnp.where(mask & (size > 0), losses - ideal, 0)
+    shifted = losses - jnp.asarray(ideal, losses.dtype)
+    shifted = jnp.where(mask & (size > 0), shifted, 0)
     beside = shifted - (shifted @ toward) * toward
     info = jnp.finfo(losses.dtype)
     noise = 8 * info.eps * jnp.sqrt((shifted**2).sum())
@@ -43,12 +45,13 @@ def pbi_weights(
     return toward + theta * beside / distance
 
 
+@factory
 def pbi(
     num_tasks: int,
     *,
-    theta: float = 5.0,
+    theta: Number = 5.0,
     preference: TaskVector | None = None,
-    ideal: float | TaskVector = 0.0,
+    ideal: Number | TaskVector = 0.0,
     scale: Scale = "native",
 ) -> Balancer:
     """Penalty-based boundary intersection (PBI).
@@ -91,9 +94,7 @@ def pbi(
       Zhang and Li, `MOEA/D: A Multiobjective Evolutionary Algorithm Based on
       Decomposition <https://doi.org/10.1109/TEVC.2007.892759>`_, 2007.
     """
-    check_num_tasks("pbi", num_tasks)
-    if not theta >= 0:
-        raise ValueError(f"pbi: theta must not be negative, not {theta}.")
+    check_number("pbi", "theta", theta, at_least=0.0)
     origin = task_vector("pbi", "ideal", num_tasks, ideal)
     constant = constant_preference("pbi", num_tasks, preference)
 
@@ -102,7 +103,7 @@ def pbi(
 
     def weigh(state, *, losses, gramian, mask, preference):
         del gramian
-        chosen = present_preference("pbi", constant, preference, mask)
+        chosen = present_preference("pbi", constant, preference, mask, losses.dtype)
         weights = pbi_weights(losses, chosen, origin, theta, mask)
         if scale != "native":
             # `chosen` sums to 1, so its length is one over the sum of r/‖r‖.

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from mtljax.balancer import Balancer, check_choice, from_weights
+from mtljax.balancer import Balancer, check_choice, factory, from_weights
 from mtljax.types import Gramian, Mask, Scale, Weights
 
 Order: TypeAlias = Literal["random", "fixed"]
@@ -45,6 +45,7 @@ def pcgrad_weights(
     return jnp.where(mask[:, None], projected, 0).sum(axis=0)
 
 
+@factory
 def pcgrad(
     num_tasks: int,
     *,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
-from mtljax.balancer import Balancer, from_weights
+from mtljax.balancer import Balancer, factory, from_weights
 from mtljax.types import Scale, Weights
 
 
@@ -17,6 +17,7 @@ class RandomGradientWeightingState(NamedTuple):
     task_weights: Weights
 
 
+@factory
 def random_gradient_weighting(
     num_tasks: int, *, key: PRNGKeyArray, scale: Scale = "native"
 ) -> Balancer:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from mtljax.balancer import Balancer, from_weights
+from mtljax.balancer import Balancer, factory, from_weights
 from mtljax.types import Mask, Scale, Weights
 
 
@@ -22,6 +22,7 @@ def random_weights(logits: Float[Array, " tasks"], mask: Mask | None = None) -> 
     return jax.nn.softmax(logits, where=mask)
 
 
+@factory
 def random_loss_weighting(
     num_tasks: int, *, key: PRNGKeyArray, scale: Scale = "native"
 ) -> Balancer:

@@ -1,6 +1,9 @@
 """The list of all methods: what documentation, tests and experiments iterate over."""
 
+import difflib
+import functools
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -36,6 +39,7 @@ from mtljax.methods._modo import modo
 from mtljax.methods._nash_mtl import nash_mtl
 from mtljax.methods._ol_aux import ol_aux
 from mtljax.methods._pbi import pbi
+from mtljax.methods._pcd import pcd
 from mtljax.methods._pcgrad import pcgrad
 from mtljax.methods._random_gradient_weighting import random_gradient_weighting
 from mtljax.methods._random_loss_weighting import random_loss_weighting
@@ -121,6 +125,7 @@ METHODS: dict[str, Method] = {
         Method(db_mtl, "DB-MTL", _GRAD, "2308.12029", _ALL, "T copies + 3T", "log losses; all gradients of equal length"),
         Method(graddrop, "GradDrop", _GRAD, "2010.06808", _ALL, "key", "one sign per coordinate; the sum in expectation"),
         Method(gcs, "GCS", _GRAD, "1812.02224", _ALL, "0", "auxiliary tasks count where they agree with the main one"),
+        Method(pcd, "PCD", _GRAD, "2606.29521", _ALL, "2T", "nearest to the main gradient that leaves a share to every other task"),
         Method(ol_aux, "OL-AUX", _GRAD, "NeurIPS 2019", _ALL, "3T", "auxiliary weights learned for the main task"),
         Method(krum, "Krum", _GRAD, "1703.02757", _ALL, "0", "the gradient nearest to most of the others"),
         Method(trimmed_mean, "TrimmedMean", _GRAD, "1803.01498", _ALL, "0", "coordinate-wise mean without the extremes"),
@@ -129,20 +134,37 @@ METHODS: dict[str, Method] = {
 
 
 def get_method(name: str) -> Method:
-    """The row of a method by the name of its factory.
+    """The row of a method by the name of its factory, or by its label in tables.
+
+    Case, hyphens, underscores and spaces do not matter: ``"PCGrad"``, ``"nash-mtl"``
+    and ``"nash_mtl"`` are found.
 
     Raises:
-      ValueError: With the names there are.
+      ValueError: If no method has this name; the closest names are given.
 
     Examples:
-      >>> get_method("cagrad").build(3)
-      Balancer(cagrad, num_tasks=3, needs='gramian')
+      >>> get_method("Nash-MTL").name
+      'nash_mtl'
     """
-    if name not in METHODS:
-        raise ValueError(
-            f"There is no method {name!r}; the methods are {', '.join(METHODS)}."
-        )
-    return METHODS[name]
+    found = _names().get(_plain(name))
+    if found is None:
+        close = difflib.get_close_matches(_plain(name), _names(), n=3, cutoff=0.5)
+        close = list(dict.fromkeys(_names()[match] for match in close))
+        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else ""
+        hint = hint or "mtljax.METHODS lists all names."
+        raise ValueError(f"get_method: no method has the name {name!r}; {hint}")
+    return METHODS[found]
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+@functools.cache
+def _names() -> dict[str, str]:
+    """Plain names and labels of all methods, with the names of the factories."""
+    labels = {_plain(method.label): name for name, method in METHODS.items()}
+    return labels | {_plain(name): name for name in METHODS}
 
 
 def source_link(source: str) -> str:

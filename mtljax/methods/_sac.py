@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Scalar
 
+from mtljax.types import Number
+
 Density: TypeAlias = Literal["tanh_compat", "logistic_normal"]
 Layers: TypeAlias = tuple[dict[str, Array], ...]
 
@@ -96,13 +98,13 @@ def init_agent(
     key: PRNGKeyArray,
     num_tasks: int,
     hidden: Sequence[int],
-    initial_temperature: float,
+    initial_temperature: Number,
     optimizer: optax.GradientTransformation,
 ) -> Agent:
     """A fresh agent; the targets start as the critics."""
     actor, *critics = init_networks(key, num_tasks, tuple(hidden))
     critics = (critics[0], critics[1])
-    log_temperature = jnp.asarray(math.log(initial_temperature), jnp.float32)
+    log_temperature = jnp.log(jnp.asarray(initial_temperature, jnp.float32))
     return Agent(
         actor=actor,
         critics=critics,
@@ -242,10 +244,10 @@ def update_agent(
     noise: Array,
     *,
     optimizer: optax.GradientTransformation,
-    discount: float,
-    tau: float,
+    discount: Number,
+    tau: Number,
     density: Density,
-    target_entropy: float | None,
+    target_entropy: Number | None,
 ) -> Agent:
     """One update of critics, actor, temperature and targets, in this order.
 

@@ -3,9 +3,10 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax.core import Tracer
 
-from mtljax.balancer import Balancer, from_weights
-from mtljax.types import Losses, Scale, Weights
+from mtljax.balancer import Balancer, check_number, factory, from_weights
+from mtljax.types import Losses, Number, Scale, Weights
 
 
 class ScaleInvariantState(NamedTuple):
@@ -14,13 +15,14 @@ class ScaleInvariantState(NamedTuple):
     task_weights: Weights
 
 
-def scale_invariant_weights(losses: Losses, offset: float = 0.0) -> Weights:
+def scale_invariant_weights(losses: Losses, offset: Number = 0.0) -> Weights:
     """``1 / (ℓ_i + offset)``: the gradient of ``Σ log(ℓ_i + offset)``."""
-    return 1 / jnp.maximum(losses + offset, jnp.finfo(losses.dtype).tiny)
+    return 1 / (losses + offset)
 
 
+@factory
 def scale_invariant(
-    num_tasks: int, *, offset: float = 0.0, scale: Scale = "native"
+    num_tasks: int, *, offset: Number = 0.0, scale: Scale = "native"
 ) -> Balancer:
     """Descends ``Σ_i log ℓ_i`` (SI): no task's unit of measure matters.
 
@@ -34,11 +36,10 @@ def scale_invariant(
       scale: ``"native"``, or weights normalised to the ``"sum"`` or ``"mean"`` scale.
 
     Returns:
-      A balancer; needs ``losses``, all positive (outside ``jit`` a loss that is not
-      raises; inside, the weight saturates). One backward pass; no state.
+      A balancer; needs ``losses``, all above ``-offset``. One backward pass; no state.
 
     Raises:
-      ValueError: If ``offset`` is negative, or a concrete loss is not positive.
+      ValueError: If ``offset`` is negative.
 
     Examples:
       >>> import jax.numpy as jnp, mtljax
@@ -52,8 +53,7 @@ def scale_invariant(
       The baseline "SI" of Navon et al., `Multi-Task Learning as a Bargaining Game
       <https://arxiv.org/abs/2202.01017>`_, 2022.
     """
-    if offset < 0:
-        raise ValueError(f"scale_invariant: offset must not be negative, not {offset}.")
+    check_number("scale_invariant", "offset", offset, at_least=0.0)
 
     def init():
         return ScaleInvariantState(jnp.ones(num_tasks, jnp.float32))
@@ -71,5 +71,6 @@ def scale_invariant(
         native="free",
         scale=scale,
         reads_losses=True,
-        positive_losses=offset == 0,
+        positive_losses=not isinstance(offset, Tracer) and bool(offset == 0),
+        domain=lambda losses: losses + offset > 0,
     )

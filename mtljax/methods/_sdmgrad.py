@@ -5,11 +5,16 @@ from typing import Literal, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from mtljax.balancer import Balancer, check_choice, from_weights
+from mtljax.balancer import Balancer, check_choice, check_number, factory, from_weights
 from mtljax.methods._cross import cross_or_own
-from mtljax.solvers import SolverStatus, min_norm_point, project_simplex, unsolved
-from mtljax.solvers._conditional import on_present
-from mtljax.types import Gramian, Mask, Scale, Weights
+from mtljax.solvers import (
+    SolverStatus,
+    min_norm_point,
+    on_present,
+    project_simplex,
+    unsolved,
+)
+from mtljax.types import Gramian, Mask, Number, Scale, Weights
 
 Inner: TypeAlias = Literal["exact", "reference"]
 
@@ -28,7 +33,7 @@ def _uniform(gramian: Gramian, mask: Mask | None) -> tuple[Weights, Mask]:
 
 
 def sdmgrad_weights(
-    gramian: Gramian, lamda: float, mask: Mask | None = None
+    gramian: Gramian, lamda: Number, mask: Mask | None = None
 ) -> tuple[Weights, SolverStatus]:
     """``argmin_w ‖Σ_i w_i g_i + λ g_0‖²`` over the simplex, exactly.
 
@@ -43,10 +48,10 @@ def sdmgrad_weights(
 def sdmgrad_reference_weights(
     shares: Weights,
     gramian: Gramian,
-    lamda: float,
+    lamda: Number,
     *,
-    learning_rate: float = 10.0,
-    momentum: float = 0.5,
+    learning_rate: Number = 10.0,
+    momentum: Number = 0.5,
     steps: int = 20,
     mask: Mask | None = None,
 ) -> Weights:
@@ -81,13 +86,14 @@ def _positive_part(matrix: Gramian) -> Gramian:
     return size * jnp.matmul(roots, roots.T, precision="highest")
 
 
+@factory
 def sdmgrad(
     num_tasks: int,
     *,
-    lamda: float = 0.3,
+    lamda: Number = 0.3,
     inner: Inner = "exact",
-    learning_rate: float = 10.0,
-    momentum: float = 0.5,
+    learning_rate: Number = 10.0,
+    momentum: Number = 0.5,
     steps: int = 20,
     scale: Scale = "native",
 ) -> Balancer:
@@ -142,15 +148,10 @@ def sdmgrad(
       Xiao et al., `Direction-oriented Multi-objective Learning: Simple and Provable
       Stochastic Algorithms <https://arxiv.org/abs/2305.18409>`_, 2023.
     """
-    if not lamda >= 0:
-        raise ValueError(f"sdmgrad: lamda must not be negative, not {lamda}.")
+    check_number("sdmgrad", "lamda", lamda, at_least=0.0)
     check_choice("sdmgrad", "inner", inner, Inner)
-    if not learning_rate > 0:
-        raise ValueError(
-            f"sdmgrad: learning_rate must be positive, not {learning_rate}."
-        )
-    if not 0 <= momentum < 1:
-        raise ValueError(f"sdmgrad: momentum must lie in [0, 1), not {momentum}.")
+    check_number("sdmgrad", "learning_rate", learning_rate, above=0.0)
+    check_number("sdmgrad", "momentum", momentum, at_least=0.0, below=1.0)
     if steps < 1:
         raise ValueError(f"sdmgrad: steps must be positive, not {steps}.")
 

@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mtljax.balancer import Balancer, check_choice, check_num_tasks, from_weights
+from mtljax.balancer import Balancer, check_choice, check_number, factory, from_weights
 from mtljax.methods._preference import (
+    HostVector,
     TaskVector,
     constant_preference,
     present_preference,
     task_vector,
 )
-from mtljax.types import Losses, Mask, Scale, Weights
+from mtljax.types import Losses, Mask, Number, Scale, Weights
 
 Form: TypeAlias = Literal["set", "mtl"]
 
@@ -27,7 +28,7 @@ class STCHState(NamedTuple):
 
 
 def _soft_max(
-    terms: Float[Array, " tasks"], mu: float, mask: Mask | None
+    terms: Float[Array, " tasks"], mu: Number, mask: Mask | None
 ) -> Float[Array, " tasks"]:
     """``softmax(terms/μ)``, centred before the division so that μ may be small."""
     top = jnp.max(terms, where=mask, initial=-jnp.inf)
@@ -37,30 +38,30 @@ def _soft_max(
 def stch_weights(
     losses: Losses,
     preference: Weights,
-    ideal: Losses,
-    mu: float,
+    ideal: Losses | HostVector,
+    mu: Number,
     mask: Mask | None = None,
 ) -> Weights:
     """Gradient of ``μ log Σ_i exp(λ_i (ℓ_i − z_i)/μ)`` in the losses."""
-    return preference * _soft_max(preference * (losses - ideal), mu, mask)
+    excess = losses - jnp.asarray(ideal, losses.dtype)
+    return preference * _soft_max(preference * excess, mu, mask)
 
 
 def stch_mtl_weights(
-    losses: Losses, nadir: Losses, mu: float, mask: Mask | None = None
+    losses: Losses, nadir: Losses, mu: Number, mask: Mask | None = None
 ) -> Weights:
     """Gradient of ``n μ log Σ_i (ℓ_i/ℓ_i^nadir)^{1/μ}`` over n present tasks."""
     mask = jnp.ones(losses.shape, bool) if mask is None else mask
-    tiny = jnp.finfo(losses.dtype).tiny
-    losses, nadir = jnp.maximum(losses, tiny), jnp.maximum(nadir, tiny)
     return mask.sum() * _soft_max(jnp.log(losses) - jnp.log(nadir), mu, mask) / losses
 
 
+@factory
 def stch(
     num_tasks: int,
     *,
-    mu: float = 1.0,
+    mu: Number = 1.0,
     preference: TaskVector | None = None,
-    ideal: float | TaskVector = 0.0,
+    ideal: Number | TaskVector = 0.0,
     form: Form = "set",
     warmup_steps: int | None = None,
     nadir_steps: int | None = None,
@@ -116,10 +117,8 @@ def stch(
       Lin et al., `Smooth Tchebycheff Scalarization for Multi-Objective Optimization
       <https://arxiv.org/abs/2402.19078>`_, 2024.
     """
-    check_num_tasks("stch", num_tasks)
     check_choice("stch", "form", form, Form)
-    if not mu > 0:
-        raise ValueError(f"stch: mu must be positive, not {mu}.")
+    check_number("stch", "mu", mu, above=0.0)
     origin = task_vector("stch", "ideal", num_tasks, ideal)
     constant = constant_preference("stch", num_tasks, preference)
     start, end = _phases(form, warmup_steps, nadir_steps)
@@ -133,17 +132,16 @@ def stch(
 
     def weigh_set(state, *, losses, gramian, mask, preference):
         del gramian
-        chosen = present_preference("stch", constant, preference, mask)
+        chosen = present_preference("stch", constant, preference, mask, losses.dtype)
         return stch_weights(losses, chosen, origin, mu, mask), state
 
     def weigh_mtl(state, *, losses, gramian, mask):
         del gramian
         ready = ((state.steps >= end) | ~mask).all()
-        tiny = jnp.finfo(losses.dtype).tiny
         weights = jnp.where(
             ready,
             stch_mtl_weights(losses, state.nadir, mu, mask),
-            1 / jnp.maximum(losses, tiny),
+            1 / losses,
         )
         recording = mask & (state.steps >= start) & (state.steps < end)
         share = 1 / jnp.maximum(state.steps - start + 1, 1)

@@ -58,7 +58,7 @@ def row_norms(grads: Grads) -> Weights:
     """Length of every task's gradient ``[T]``, over all leaves."""
 
     def squares(g):
-        flat = g.reshape(g.shape[0], -1)
-        return jnp.square(flat.astype(jnp.promote_types(g.dtype, jnp.float32))).sum(1)
+        wide = g.astype(jnp.promote_types(g.dtype, jnp.float32))
+        return jnp.square(wide).sum(tuple(range(1, g.ndim)))
 
     return jnp.sqrt(sum(map(squares, jax.tree.leaves(grads)), jnp.zeros(())))

@@ -6,13 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from mtljax.balancer import (
-    Balancer,
-    check_choice,
-    check_num_tasks,
-    from_grads,
-    rescale,
-)
+from mtljax.balancer import Balancer, check_choice, factory, from_grads, rescale
 from mtljax.types import Mask, Scale, Weights
 
 
@@ -34,6 +28,7 @@ def trimmed_mean_kept(
     return present & (ranks >= cut) & (ranks < count - cut)
 
 
+@factory
 def trimmed_mean(num_tasks: int, *, trim: int = 1, scale: Scale = "native") -> Balancer:
     """Coordinate-wise trimmed mean, from Byzantine-robust distributed learning.
 
@@ -67,7 +62,6 @@ def trimmed_mean(num_tasks: int, *, trim: int = 1, scale: Scale = "native") -> B
       Yin et al., `Byzantine-Robust Distributed Learning: Towards Optimal Statistical
       Rates <https://arxiv.org/abs/1803.01498>`_, 2018.
     """
-    check_num_tasks("trimmed_mean", num_tasks)
     check_choice("trimmed_mean", "scale", scale, Scale)
     if trim < 0:
         raise ValueError(f"trimmed_mean: trim must not be negative, not {trim}.")
@@ -91,7 +85,7 @@ def trimmed_mean(num_tasks: int, *, trim: int = 1, scale: Scale = "native") -> B
         def leaf(g):
             kept = trimmed_mean_kept(g, trim, mask)
             wide = jnp.where(kept, g, 0).astype(jnp.promote_types(g.dtype, jnp.float32))
-            shares = kept.reshape(num_tasks, -1).sum(1)
+            shares = kept.sum(tuple(range(1, g.ndim)), dtype=jnp.int32)
             return wide.sum(0) * unit.astype(wide.dtype), shares
 
         leaves, treedef = jax.tree.flatten(grads)

@@ -8,8 +8,8 @@ import optax
 from jaxtyping import Array, Float
 
 from mtljax import per_task
-from mtljax.balancer import Balancer, check_choice, check_num_tasks, from_weights
-from mtljax.types import Losses, Scale, Weights
+from mtljax.balancer import Balancer, check_choice, check_number, factory, from_weights
+from mtljax.types import Losses, Number, Scale, Weights
 
 Kind: TypeAlias = Literal["regression", "classification"]
 
@@ -29,12 +29,13 @@ def uncertainty_weights(
     return weights, 0.5 - weights * losses
 
 
+@factory
 def uncertainty(
     num_tasks: int,
     *,
     kinds: Kind | Sequence[Kind] = "regression",
-    initial_log_variance: float = 0.0,
-    learning_rate: float = 0.025,
+    initial_log_variance: Number = 0.0,
+    learning_rate: Number = 0.025,
     optimizer: optax.GradientTransformation | None = None,
     scale: Scale = "native",
 ) -> Balancer:
@@ -56,10 +57,13 @@ def uncertainty(
         (what s learns from is not changed by it).
 
     Returns:
-      A balancer; needs ``losses``. One backward pass; state: 3 T floats with Adam.
+      A balancer; needs ``losses`` that are not negative, as those of the paper are: the
+      weight of a negative loss would grow without bound. One backward pass; state: 3 T
+      floats with Adam.
 
     Raises:
-      ValueError: If a kind is unknown or their number is not T.
+      ValueError: If a kind is unknown or their number is not T, or ``learning_rate`` is
+        not positive.
 
     Examples:
       >>> import jax.numpy as jnp, mtljax
@@ -74,7 +78,6 @@ def uncertainty(
       Kendall et al., `Multi-Task Learning Using Uncertainty to Weigh Losses
       <https://arxiv.org/abs/1705.07115>`_, 2018.
     """
-    check_num_tasks("uncertainty", num_tasks)
     listed = [kinds] * num_tasks if isinstance(kinds, str) else list(kinds)
     for kind in listed:
         check_choice("uncertainty", "kinds", kind, Kind)
@@ -85,6 +88,8 @@ def uncertainty(
     factors = jnp.array(
         [0.5 if k == "regression" else 1.0 for k in listed], jnp.float32
     )
+    check_number("uncertainty", "learning_rate", learning_rate, above=0.0)
+    check_number("uncertainty", "initial_log_variance", initial_log_variance)
     inner = optax.adam(learning_rate) if optimizer is None else optimizer
 
     def init():
@@ -108,4 +113,5 @@ def uncertainty(
         native="free",
         scale=scale,
         reads_losses=True,
+        domain=lambda losses: losses >= 0,
     )

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mtljax.balancer import Balancer, check_num_tasks, from_weights
+from mtljax.balancer import Balancer, factory, from_weights
 from mtljax.methods._preference import (
     TaskVector,
     constant_preference,
@@ -38,6 +38,7 @@ def upgrad_weights(
     return weights, SolverStatus(residual, status.iterations.max(), converged)
 
 
+@factory
 def upgrad(
     num_tasks: int, *, preference: TaskVector | None = None, scale: Scale = "native"
 ) -> Balancer:
@@ -77,7 +78,6 @@ def upgrad(
       Quinton and Rey, `Jacobian Descent for Multi-Objective Optimization
       <https://arxiv.org/abs/2406.16232>`_, 2024.
     """
-    check_num_tasks("upgrad", num_tasks)
     constant = constant_preference("upgrad", num_tasks, preference)
 
     def init():
@@ -85,8 +85,8 @@ def upgrad(
 
     def weigh(state, *, losses, gramian, mask, preference):
         del losses
-        chosen = present_preference("upgrad", constant, preference, mask)
-        chosen = chosen.astype(gramian.dtype)
+        dtype = gramian.dtype
+        chosen = present_preference("upgrad", constant, preference, mask, dtype)
         weights, status = upgrad_weights(gramian, chosen, mask)
         return weights, state._replace(solver=status)
 

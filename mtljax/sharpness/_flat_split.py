@@ -10,11 +10,19 @@ import optax
 from jaxtyping import Scalar
 
 from mtljax import stack
-from mtljax.balancer import Balancer, as_mask, check_choice
+from mtljax.balancer import (
+    Balancer,
+    as_mask,
+    check_choice,
+    check_state,
+    choose_state,
+    commit,
+    factory,
+    judge_losses,
+)
 from mtljax.sharpness._perturbation import widen
 from mtljax.sharpness._sam_grads import SamGrads
-from mtljax.types import Mask
-from mtljax.wrappers import fold_keys
+from mtljax.wrappers import check_type, fold_keys
 
 Mode: TypeAlias = Literal["split", "direct", "second", "each"]
 
@@ -50,10 +58,6 @@ def _any(tree: Any) -> Scalar:
     """Whether an entry of a leaf is not zero (NaN is not)."""
     found = [(leaf != 0).any() for leaf in jax.tree.leaves(tree)]
     return jnp.stack(found).any()
-
-
-def _choose(flag: Any, new: Any, old: Any) -> Any:
-    return jax.tree.map(lambda n, o: jnp.where(flag, n, o), new, old)
 
 
 def check_flat_split(
@@ -109,7 +113,7 @@ def _pair(balancer: Any, loss: Any, flat: Any, state: Any) -> tuple[Any, Any]:
     mixed, new = _pair_update(balancer, rows, state)
     exists = _any(flat)
     mixed = jax.tree.map(lambda m, a: jnp.where(exists, m, widen(a)), mixed, loss)
-    return mixed, _choose(exists, new, state)
+    return mixed, choose_state(exists, new, state)
 
 
 def _halves(update: Callable[..., Any], grads: SamGrads, state: FlatSplitState, side):
@@ -119,11 +123,14 @@ def _halves(update: Callable[..., Any], grads: SamGrads, state: FlatSplitState, 
     flat, flat_state = update(grads.flat, state.flat, **flat_side)
     exists = _any(grads.flat)
     flat = jax.tree.map(lambda x: jnp.where(exists, x, 0), flat)
-    new = state._replace(loss=loss_state, flat=_choose(exists, flat_state, state.flat))
+    new = state._replace(
+        loss=loss_state, flat=choose_state(exists, flat_state, state.flat)
+    )
     return loss, flat, new
 
 
-def _prepare(updates: Any, mode: Mode, mask: Mask | None) -> SamGrads:
+def _parts(updates: Any, mode: Mode) -> SamGrads:
+    """The two parts, checked for what the mode needs."""
     if not isinstance(updates, SamGrads):
         raise ValueError(
             "flat_split takes SamGrads(loss, flat), as mtljax.sharpness.sam_task_grads "
@@ -141,11 +148,10 @@ def _prepare(updates: Any, mode: Mode, mask: Mask | None) -> SamGrads:
                 "flat_split: the loss and the flat part are trees of different "
                 f"structure: {structures[0]} and {structures[1]}."
             )
-    if mask is None:
-        return updates
-    return SamGrads(*(None if x is None else stack.select(x, mask) for x in updates))
+    return updates
 
 
+@factory
 def flat_split(
     balancer: optax.GradientTransformationExtraArgs, mode: Mode = "split"
 ) -> Balancer:
@@ -205,6 +211,7 @@ def flat_split(
     """
     check_flat_split(balancer, mode)
     name = getattr(balancer, "name", "the transformation")
+    label = f"flat_split({name}, {mode})"
     num_tasks = getattr(balancer, "num_tasks", 0)
     inner = optax.with_extra_args_support(balancer).update
     inner_observe = getattr(balancer, "observe", None)
@@ -247,17 +254,32 @@ def flat_split(
 
     def update(updates, state, params=None, *, losses=None, mask=None, **extra_args):
         if mask is not None:
-            mask = jnp.asarray(mask, bool)
-            mask = as_mask(name, num_tasks, mask) if num_tasks else mask
-        grads = _prepare(updates, mode, mask)
+            tasks = num_tasks or jnp.shape(mask)[0]
+            mask = as_mask(name, tasks, mask)
+        grads = _parts(updates, mode)
+        for part in grads:
+            if part is not None and num_tasks:
+                stack.check(part, num_tasks, label, params)
+        like = jax.tree.map(
+            lambda g: jax.ShapeDtypeStruct(jnp.shape(g)[1:], g.dtype), grads.loss
+        )
+        check_state(label, state, jax.eval_shape(init, like))
+        if mask is not None:
+            grads = SamGrads(
+                *(None if x is None else stack.select(x, mask) for x in grads)
+            )
         side = {"params": params, "losses": losses, "mask": mask, **extra_args}
         combined, new = run(grads, state, side)
-        healthy = stack.all_finite(combined)
-        combined = jax.tree.map(lambda x: jnp.where(healthy, x, jnp.nan), combined)
+        healthy = jnp.ones((), bool)
+        if losses is not None and num_tasks:
+            present = as_mask(name, num_tasks, mask)
+            _, healthy = judge_losses(name, num_tasks, losses, present, None)
         model = jax.tree.map(operator.itemgetter(0), grads.loss)
-        return _like(combined, model), _choose(healthy, new, state)
+        return commit(healthy, _like(combined, model), new, state)
 
     def observe(state, *, losses, mask=None):
+        check_type(label, state, FlatSplitState)
+
         def look(inner_state):
             assert inner_observe is not None
             return inner_observe(inner_state, losses=losses, mask=mask)
@@ -268,10 +290,11 @@ def flat_split(
     return Balancer(
         init,
         update,
-        name=f"flat_split({name}, {mode})",
+        name=label,
         num_tasks=num_tasks,
         needs="grads",
         reads_losses=getattr(balancer, "reads_losses", False),
         positive_losses=getattr(balancer, "positive_losses", False),
+        domain=getattr(balancer, "domain", None),
         observe=None if inner_observe is None else observe,
     )

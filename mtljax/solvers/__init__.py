@@ -1,6 +1,7 @@
 """Small convex problems over T tasks: exact, jitted, batched by ``vmap``."""
 
 from mtljax.solvers._bargaining import solve_bargaining as solve_bargaining
+from mtljax.solvers._conditional import on_present as on_present
 from mtljax.solvers._cone import project_cone as project_cone
 from mtljax.solvers._max_min_ball import max_min_in_ball as max_min_in_ball
 from mtljax.solvers._min_norm import min_norm_point as min_norm_point

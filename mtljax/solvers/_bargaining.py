@@ -1,5 +1,6 @@
 """The bargaining equation ``Gw = w^(-1/α)`` by damped Newton (Nash-MTL, FairGrad)."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -10,20 +11,24 @@ from mtljax.solvers._implicit import implicit
 from mtljax.solvers._min_norm import min_norm_point
 from mtljax.solvers._nonnegative_qp import unit_lengths
 from mtljax.solvers._status import SolverStatus
-from mtljax.types import Gramian, Mask, Weights
+from mtljax.types import Gramian, Mask, Number, Weights
 
 _MAX_STEPS = 60
-_QUADRATIC = 0.06  # decrement below which the full Newton step is taken
-# Shares of the longest step among which the line search chooses.
-_TRIALS = (1.0, 0.7, 0.5, 0.35, 0.25, 0.15, 0.08)
+_QUADRATIC = 0.1  # largest relative change below which the full Newton step is taken
+# Shares of the Newton step among which the line search chooses.
+_TRIALS = (1.0, 0.7, 0.5, 0.35, 0.25, 0.15, 0.08, 0.03)
 
 
 class _Scaled(NamedTuple):
-    """``C u = b u^(-p)`` for unit gradients, with ``u = w n`` for lengths ``n``."""
+    """``C u = b u^(-p)`` for unit gradients, with ``u = w n`` for lengths ``n``.
+
+    For a small p an entry of u may be smaller than the smallest number: it is then held
+    at a floor, where the force on it is at most the slope.
+    """
 
     cosines: Gramian
     target: Weights  # b = n^(p-1), up to its geometric mean
-    power: float  # p = 1/α
+    power: Number  # p = 1/α
     active: Mask
 
     def times(self, u: Weights) -> Weights:
@@ -32,10 +37,26 @@ class _Scaled(NamedTuple):
     def force(self, u: Weights) -> Weights:
         return self.target * u ** (-self.power)
 
-    def barrier(self, u: Weights) -> Weights:
-        if self.power == 1:
-            return self.target * jnp.log(u)
-        return self.target * u ** (1 - self.power) / (1 - self.power)
+    def held(self, u: Weights, slope: Weights) -> Mask:
+        """Entries at the floor that would fall further."""
+        return (u <= _floor(u)) & (slope >= self.force(u))
+
+    def path(self, relative: Weights) -> Weights:
+        """``log(u(t)/u)`` for the relative step ``t``: u stays positive.
+
+        A step up is linear in u. A step down is exact for an entry of u so small that
+        only the force on it depends on it.
+        """
+        down = -jnp.log1p(-self.power * jnp.minimum(relative, 0)) / self.power
+        return jnp.where(relative > 0, jnp.log1p(jnp.maximum(relative, 0)), down)
+
+    def gain(self, u: Weights, logs: Weights) -> Weights:
+        """Terms of the rise of ``Σ b u^(1-p)/(1-p)`` from u to ``u exp(logs)``."""
+        rest = jnp.asarray(1 - self.power, u.dtype)
+        straight = jnp.abs(rest) < jnp.finfo(u.dtype).eps
+        rest = jnp.where(straight, 1, rest)
+        bent = jnp.where(straight, logs, jnp.expm1(rest * logs) / rest)
+        return self.force(u) * u * bent
 
     def gain_left(self, u: Weights, slope: Weights) -> Bool[Array, ""]:
         """Whether the convex combination of unit gradients has a length.
@@ -48,6 +69,11 @@ class _Scaled(NamedTuple):
         return square > 16 * jnp.finfo(u.dtype).eps
 
 
+def _floor(u: Weights) -> float:
+    """The smallest u: force and curvature are in the range of the dtype there."""
+    return float(jnp.finfo(u.dtype).tiny) ** 0.8
+
+
 class _Newton(NamedTuple):
     u: Weights
     change: Scalar
@@ -56,25 +82,28 @@ class _Newton(NamedTuple):
 
 
 def solve_bargaining(
-    gramian: Gramian, alpha: float = 1.0, mask: Mask | None = None
+    gramian: Gramian, alpha: Number = 1.0, mask: Mask | None = None
 ) -> tuple[Weights, SolverStatus]:
     """The unique ``w > 0`` with ``Gw = w^(-1/α)``, elementwise power.
 
     It is the minimiser of ``½ wᵀGw − Σ f(w_i)``, strictly convex on ``w > 0`` with
     ``f = log`` for ``α = 1`` (Nash) and ``f(w) = w^(1−1/α)/(1−1/α)`` otherwise.
     Newton with a line search, on the rows scaled to unit length, converges in 4 to 15
-    steps in float32, also for gradients of very different length.
+    steps in float32, also for gradients of very different length. A weight below the
+    range of the dtype (possible for large α) is zero.
 
     There is no solution when the gradients are positively dependent (the point is
     Pareto-stationary). When the combination of unit gradients that is found is not
-    longer than the rounding of the Gramian allows to tell from zero, or the residual is
-    above ``√eps``, the declared fallback are the weights of the min-norm point, whose
-    direction vanishes there (constants for derivatives); ``status.converged`` is then
-    False. Tasks with a zero gradient take no part and get weight zero.
+    longer than the rounding of the Gramian allows to tell from zero, the declared
+    fallback is the weights of the min-norm point, whose direction vanishes there
+    (constants for derivatives). When the residual is above ``√eps`` at a point that is
+    not stationary, the last iterate is returned. ``status.converged`` is False in both
+    cases. Tasks with a zero gradient take no part and get weight zero.
 
     Args:
       gramian: ``[T, T]``.
-      alpha: α > 0; 1 is Nash bargaining.
+      alpha: α > 0; 1 is Nash bargaining. May be traced. A new concrete number compiles
+        a new program.
       mask: Tasks that take part.
 
     Returns:
@@ -91,9 +120,19 @@ def solve_bargaining(
       >>> solve_bargaining(gramian)[0].tolist()
       [0.5914, 0.4070]
     """
+    if isinstance(alpha, int | float):
+        return _solve_constant(gramian, float(alpha), mask)
+    return _solve_traced(gramian, alpha, mask)
+
+
+def _solve(
+    gramian: Gramian, alpha: Number, mask: Mask | None
+) -> tuple[Weights, SolverStatus]:
     given, gramian = gramian, jax.lax.stop_gradient(gramian)
     num, dtype = gramian.shape[0], gramian.dtype
     power = 1.0 / alpha
+    if not isinstance(power, float):
+        power = power.astype(dtype)
     mask = jnp.ones(num, bool) if mask is None else mask
     norms, active = unit_lengths(gramian, mask)
     norms = jnp.where(active, norms, 1)
@@ -109,24 +148,38 @@ def solve_bargaining(
     mean_log = jnp.where(active, logs, 0).sum() / count
     target = jnp.where(active, jnp.exp(logs - mean_log), 1)
     problem = _Scaled(cosines, target, power, active)
-    state = _newton(problem)
-    residual, solved = _certificate(problem, state.u)
+    state = _newton(jax.lax.stop_gradient(problem))
+    slope = problem.times(state.u)
+    residual, finite = _certificate(problem, state.u, slope)
+    possible = problem.gain_left(state.u, slope) & finite
+    solved = possible & (residual <= jnp.sqrt(jnp.finfo(dtype).eps))
     pairs |= jnp.eye(num, dtype=bool) & active[:, None]
+    held = problem.held(state.u, slope)
+    start = jnp.where(possible, state.u, 1)
+    size = jnp.abs(cosines * start[None, :]).sum(1) + problem.force(start)
+    size = jax.lax.stop_gradient(jnp.where(held, 1, size))
 
-    def bargain(u):  # the lengths are constants, the diagonal is not
+    def bargain(logs):  # the lengths are constants, the diagonal is not
         matrix = jnp.where(pairs, given / norms[:, None] / norms[None, :], cosines)
-        return jnp.matmul(matrix, u, precision="highest") - problem.force(u)
+        u = start * jnp.exp(logs)
+        left = jnp.matmul(matrix, u, precision="highest") - problem.force(u)
+        return jnp.where(held, logs, left / size)
 
     # A loop of one turn at most: its cost is paid where some problem needs it.
     fallback = jax.lax.while_loop(
         lambda s: s[0],
         lambda _: (jnp.zeros((), bool), min_norm_point(gramian, mask)[0]),
-        (~solved & active.any(), jnp.zeros(num, dtype)),
+        (~possible & active.any(), jnp.zeros(num, dtype)),
     )[1]
-    u = implicit(bargain, jnp.where(solved, state.u, 1))
+    u = start * jnp.exp(implicit(bargain, jnp.zeros(num, dtype)))
+    u = jnp.where(held, 0, u)
     weights = jnp.where(active, u * jnp.exp(mean_log / (1 + power)) / norms, 0)
-    weights = jnp.where(active.any(), jnp.where(solved, weights, fallback), 0)
+    weights = jnp.where(active.any(), jnp.where(possible, weights, fallback), 0)
     return weights, SolverStatus(residual, state.iteration, solved)
+
+
+_solve_constant = functools.partial(jax.jit, static_argnums=1)(_solve)
+_solve_traced = jax.jit(_solve)
 
 
 def _newton(problem: _Scaled) -> _Newton:
@@ -137,21 +190,23 @@ def _newton(problem: _Scaled) -> _Newton:
 
     def body(s: _Newton):
         slope = times(s.u)
-        gradient = slope - force(s.u)
+        held = problem.held(s.u, slope)
+        gradient = jnp.where(held, 0, slope - force(s.u))
         curvature = power * force(s.u) / s.u
         scaling = jax.lax.rsqrt(1 + curvature)
         hessian = problem.cosines + jnp.diag(curvature)
         hessian = scaling[:, None] * hessian * scaling[None, :]
         factor = jnp.linalg.cholesky(hessian + num * eps * jnp.eye(num, dtype=dtype))
         step = jax.scipy.linalg.cho_solve((factor, True), -scaling * gradient)
-        decrement = jnp.maximum(-(scaling * gradient) @ step, 0)
-        step = scaling * step
-        length = _step_length(problem, s.u, slope, step, decrement)
+        relative = jnp.where(held, 0, scaling * step / s.u)
+        length = _step_length(problem, s.u, slope, relative)
+        logs = problem.path(length * relative)
         # Near the answer a step squares the relative change, until it is rounding.
-        change = jnp.max(jnp.abs(length * step) / s.u)
+        change = jnp.max(jnp.abs(logs))
         stuck = (s.change < 0.1) & (change > 0.5 * s.change)
         moving = (change > jnp.sqrt(eps)) & ~stuck & problem.gain_left(s.u, slope)
-        return _Newton(s.u + length * step, change, moving, s.iteration + 1)
+        u = jnp.maximum(s.u * jnp.exp(logs), _floor(s.u))
+        return _Newton(u, change, moving, s.iteration + 1)
 
     # The best point on the ray of the answer for orthogonal gradients.
     u = problem.target ** (1 / (1 + power))
@@ -168,29 +223,34 @@ def _newton(problem: _Scaled) -> _Newton:
 
 
 def _step_length(
-    problem: _Scaled, u: Weights, slope: Weights, step: Weights, decrement: Scalar
+    problem: _Scaled, u: Weights, slope: Weights, relative: Weights
 ) -> Scalar:
     """The full step near the answer, the best of some shares of it before."""
     eps = jnp.finfo(u.dtype).eps
-    reach = 0.9 / jnp.maximum(jnp.max(jnp.where(step < 0, -step / u, 0)), eps)
-    # The objective along the step costs O(T): its quadratic part is two numbers.
-    # The first candidate is the step that is safe for self-concordant functions.
-    safe = jnp.minimum(1 / (1 + jnp.sqrt(decrement)), reach)
-    trials = jnp.append(safe, jnp.minimum(1, reach) * jnp.array(_TRIALS, u.dtype))
-    bent = trials * (step @ slope) + trials**2 / 2 * (step @ problem.times(step))
-    now = problem.barrier(u)
-    gain = jax.vmap(lambda t: (problem.barrier(u + t * step) - now).sum())(trials)
-    best = trials[jnp.argmin(bent - gain)]
-    return jnp.where(decrement < _QUADRATIC, jnp.minimum(1, reach), best)
+    trials = jnp.array(_TRIALS, u.dtype)
+
+    def terms(t):
+        logs = problem.path(t * relative)
+        moved = u * jnp.expm1(logs)
+        bent = moved * slope + moved * problem.times(moved) / 2
+        gain = problem.gain(u, logs)
+        return (bent - gain).sum(), (jnp.abs(bent) + jnp.abs(gain)).sum()
+
+    values, sizes = jax.vmap(terms)(trials)
+    # Of shares that rounding cannot tell apart, the largest.
+    best = jnp.argmin(values)
+    good = values <= values[best] + 4 * eps * sizes[best]
+    chosen = trials[jnp.argmax(good)]
+    return jnp.where(jnp.max(jnp.abs(relative)) < _QUADRATIC, 1, chosen)
 
 
-def _certificate(problem: _Scaled, u: Weights) -> tuple[Scalar, Bool[Array, ""]]:
-    """The residual, and whether the equation is solved and has a solution."""
-    slope, force = problem.times(u), problem.force(u)
+def _certificate(
+    problem: _Scaled, u: Weights, slope: Weights
+) -> tuple[Scalar, Bool[Array, ""]]:
+    """The residual, and whether it is finite."""
+    force = problem.force(u)
     terms = jnp.abs(problem.cosines * u[None, :]).sum(1) + force
-    wrong = jnp.abs(slope - force) / terms
+    wrong = jnp.where(problem.held(u, slope), 0, jnp.abs(slope - force)) / terms
     residual = jnp.max(wrong, where=problem.active, initial=0)
-    solved = jnp.isfinite(residual)
-    solved &= residual <= jnp.sqrt(jnp.finfo(u.dtype).eps)
-    solved &= problem.gain_left(u, slope)
-    return jnp.where(jnp.isfinite(residual), residual, jnp.inf), solved
+    finite = jnp.isfinite(residual)
+    return jnp.where(finite, residual, jnp.inf), finite

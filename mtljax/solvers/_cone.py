@@ -1,5 +1,6 @@
 """Projection of a direction on the cone in which no task gets worse."""
 
+import jax
 import jax.numpy as jnp
 
 from mtljax.solvers._nonnegative_qp import nonnegative_qp
@@ -7,6 +8,7 @@ from mtljax.solvers._status import SolverStatus
 from mtljax.types import Gramian, Mask, Weights
 
 
+@jax.jit
 def project_cone(
     gramian: Gramian, weights: Weights, mask: Mask | None = None
 ) -> tuple[Weights, SolverStatus]:

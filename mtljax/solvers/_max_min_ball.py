@@ -40,6 +40,7 @@ class _Search(NamedTuple):
     iteration: Scalar
 
 
+@jax.jit
 def max_min_in_ball(
     gramian: Gramian,
     center: Weights,

@@ -8,6 +8,7 @@ from mtljax.solvers._status import SolverStatus
 from mtljax.types import Gramian, Mask, Weights
 
 
+@jax.jit
 def min_norm_point(
     gramian: Gramian, mask: Mask | None = None
 ) -> tuple[Weights, SolverStatus]:
@@ -50,7 +51,8 @@ def min_norm_point(
     largest = jax.lax.stop_gradient(jnp.max(solution.x))
     x = solution.x / jnp.maximum(largest, jnp.finfo(dtype).tiny)
     weights = x / jnp.maximum(x.sum(), jnp.finfo(dtype).tiny)
-    weights = jnp.where(zero.any(), zero / jnp.maximum(zero.sum(), 1), weights)
+    share = zero.astype(dtype) / jnp.maximum(zero.sum(), 1).astype(dtype)
+    weights = jnp.where(zero.any(), share, weights)
     weights = jnp.where(mask, weights, 0)
     gramian, fixed = jax.lax.stop_gradient((gramian, weights))
     slope = jnp.matmul(gramian, fixed, precision="highest")

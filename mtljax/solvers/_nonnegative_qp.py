@@ -89,6 +89,7 @@ def unit_lengths(gramian: Gramian, mask: Mask) -> tuple[Weights, Mask]:
     return jnp.where(active, lengths, shortest), active
 
 
+@jax.jit
 def nonnegative_qp(
     quadratic: Gramian,
     linear: Weights,

@@ -115,7 +115,9 @@ def test_opposed_tasks_get_the_projection_on_the_cone_instead_of_0_over_0():
 @pytest.mark.usefixtures("as_users")
 def test_errors():
     for c in (-0.1, float("nan")):
-        with pytest.raises(ValueError, match=f"c must not be negative, not {c}"):
+        with pytest.raises(
+            ValueError, match=f"c must be a finite number at least 0, not {c}"
+        ):
             mtljax.cagrad(2, c=c)
     with pytest.raises(ValueError, match=r"rescale='c' is not one of 'none', '1\+c'"):
         mtljax.cagrad(2, rescale="c")

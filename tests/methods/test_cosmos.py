@@ -96,7 +96,9 @@ def test_zero_losses_have_no_angle():
 
 @pytest.mark.usefixtures("as_users")
 def test_errors():
-    with pytest.raises(ValueError, match="cosmos: lam must not be negative, not -1"):
+    with pytest.raises(
+        ValueError, match="cosmos: lam must be a finite number at least 0, not -1"
+    ):
         cosmos(2, lam=-1.0)
     with pytest.raises(ValueError, match=r"cosmos: preference has shape \(3,\).*\(2,"):
         cosmos(2, preference=[1.0, 1.0, 1.0])

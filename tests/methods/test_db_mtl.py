@@ -137,9 +137,18 @@ def test_scale(beta, scale, total):
 @pytest.mark.usefixtures("as_users")
 def test_errors():
     for options, message in [
-        ({"beta": 1.0}, r"beta must lie in \[0, 1\), not 1.0"),
-        ({"beta": -0.1}, r"beta must lie in \[0, 1\), not -0.1"),
-        ({"beta_sigma": -0.1}, "beta_sigma must not be negative, not -0.1"),
+        (
+            {"beta": 1.0},
+            r"beta must be a finite number at least 0 and below 1, not 1.0",
+        ),
+        (
+            {"beta": -0.1},
+            r"beta must be a finite number at least 0 and below 1, not -0.1",
+        ),
+        (
+            {"beta_sigma": -0.1},
+            "beta_sigma must be a finite number at least 0, not -0.1",
+        ),
         ({"scale": "big"}, "scale='big' is not one of"),
     ]:
         with pytest.raises(ValueError, match=f"db_mtl: {message}"):

@@ -66,5 +66,7 @@ def test_a_window_counts_the_batches_in_which_a_task_was_present():
 def test_errors():
     with pytest.raises(ValueError, match="window must be at least one step, not 0"):
         mtljax.dwa(2, window=0)
-    with pytest.raises(ValueError, match="temperature must be positive, not 0"):
+    with pytest.raises(
+        ValueError, match="temperature must be a finite number above 0, not 0"
+    ):
         mtljax.dwa(2, temperature=0.0)

@@ -157,7 +157,9 @@ def test_through_value_and_balanced_grad():
 
 @pytest.mark.usefixtures("as_users")
 def test_errors():
-    with pytest.raises(ValueError, match="excess_mtl: step_size must be positive"):
+    with pytest.raises(
+        ValueError, match="excess_mtl: step_size must be a finite number above 0"
+    ):
         excess_mtl(2, step_size=0.0)
     with pytest.raises(ValueError, match="compat='libmtl' is not one of 'official'"):
         excess_mtl(2, compat="libmtl")

@@ -89,5 +89,7 @@ def test_scales():
 @pytest.mark.usefixtures("as_users")
 def test_errors():
     for alpha in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="fairgrad: alpha must be positive"):
+        with pytest.raises(
+            ValueError, match="fairgrad: alpha must be a finite number above 0"
+        ):
             mtljax.fairgrad(2, alpha=alpha)

@@ -131,14 +131,14 @@ def test_losses_below_the_bound_stay_finite_under_jit():
 
 @pytest.mark.usefixtures("as_users")
 def test_errors():
-    with pytest.raises(ValueError, match="learning_rate must be positive, not 0"):
+    with pytest.raises(
+        ValueError, match="learning_rate must be a finite number above 0, not 0"
+    ):
         mtljax.famo(2, learning_rate=0.0)
-    with pytest.raises(ValueError, match="weight_decay must not be negative: -1"):
+    with pytest.raises(
+        ValueError, match="weight_decay must be a finite number at least 0, not -1"
+    ):
         mtljax.famo(2, weight_decay=-1.0)
-    for bound in (0.0, 0):
-        balancer = mtljax.famo(2, min_losses=bound)
-        with pytest.raises(ValueError, match="loss of task 0 is 0"):
-            balancer.update({"w": jnp.eye(2)}, balancer.init({}), losses=jnp.zeros(2))
     balancer = mtljax.famo(2)
     with pytest.raises(ValueError, match=r"losses has shape \(3,\)"):
         mtljax.observe(balancer, balancer.init({}), losses=jnp.ones(3))

@@ -132,9 +132,12 @@ def test_errors():
     key = jax.random.key(0)
     with pytest.raises(TypeError, match="key"):
         graddrop(2)
-    with pytest.raises(ValueError, match=r"leak must lie in \[0, 1\], not 1.5"):
+    with pytest.raises(
+        ValueError,
+        match=r"leak must be a finite number at least 0 and at most 1, not 1.5",
+    ):
         graddrop(2, key=key, leak=1.5)
-    with pytest.raises(ValueError, match="leak has 3 entries for num_tasks=2"):
+    with pytest.raises(ValueError, match=r"leak has shape \(3,\)"):
         graddrop(2, key=key, leak=[0.0, 0.0, 0.0])
     with pytest.raises(ValueError, match="scale='big' is not one of"):
         graddrop(2, key=key, scale="big")

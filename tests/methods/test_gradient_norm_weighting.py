@@ -30,7 +30,9 @@ def test_a_zero_gradient_keeps_its_weight_and_leaves_the_mean():
 
 @pytest.mark.usefixtures("as_users")
 def test_bad_options_are_named():
-    with pytest.raises(ValueError, match=r"decay must lie in \[0, 1\), not 1"):
+    with pytest.raises(
+        ValueError, match=r"decay must be a finite number at least 0 and below 1, not 1"
+    ):
         gradient_norm_weighting(3, decay=1)
     with pytest.raises(ValueError, match="update_every must be positive, not 0"):
         gradient_norm_weighting(3, update_every=0)

@@ -1,5 +1,6 @@
 """GradNorm: the golden slope, and runs against the algorithm written in float64."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -153,20 +154,38 @@ def test_an_absent_task_keeps_its_share(compat):
         np.testing.assert_allclose(state.learned.value.sum(), 3, rtol=1e-5)
 
 
-def test_losses_of_zero_are_finite():
-    balancer = make(gradnorm, 3)
-    state = None
-    for losses in (np.zeros(3), np.array([0.0, 1.0, -2.0]), np.zeros(3)):
+def test_the_reference_is_the_first_positive_loss():
+    balancer, state = make(gradnorm, 3), None
+    for losses in (np.zeros(3), np.array([0.0, 1.0, 2.0])):
         update, weights, state = step(balancer, J3, losses, state=state)
-        for leaf in (update, weights, state.learned.value, state.initial):
-            assert np.isfinite(leaf).all()
+        assert np.isfinite(update).all()
+        np.testing.assert_array_equal(weights, np.ones(3))
+        np.testing.assert_array_equal(state.learned.value, np.ones(3))
+    assert state.steps.tolist() == [0, 1, 1]
+    _, _, state = step(balancer, J3, [4.0, 1.0, 2.0], state=state)
+    assert state.initial.tolist() == [4.0, 1.0, 2.0]
+    assert (state.learned.value != 1).any()
+
+
+@pytest.mark.parametrize("compat", ["paper", "libmtl"])
+def test_one_present_task_teaches_nothing(compat):
+    balancer, state = make(gradnorm, 3, compat=compat), None
+    for _ in range(2):  # the second step moves Adam
+        _, _, state = step(balancer, J3, LOSSES3, state=state)
+    mask = np.array([False, True, False])
+    new = step(balancer, J3, 0.3 * LOSSES3, state=state, mask=mask).state
+    chex.assert_trees_all_equal(new.learned, state.learned)
 
 
 @pytest.mark.usefixtures("as_users")
 def test_errors():
-    with pytest.raises(ValueError, match="gradnorm: alpha must not be negative"):
+    with pytest.raises(
+        ValueError, match="gradnorm: alpha must be a finite number at least 0"
+    ):
         gradnorm(2, alpha=-1.0)
-    with pytest.raises(ValueError, match="learning_rate must be positive, not 0"):
+    with pytest.raises(
+        ValueError, match="learning_rate must be a finite number above 0, not 0"
+    ):
         gradnorm(2, learning_rate=0.0)
     with pytest.raises(ValueError, match="reference_steps must be at least 1, not 0"):
         gradnorm(2, reference_steps=0)

@@ -84,5 +84,7 @@ def test_a_scale_without_bound_stays_finite():
 
 @pytest.mark.usefixtures("as_users")
 def test_errors():
-    with pytest.raises(ValueError, match="imtl_l: learning_rate must be positive"):
+    with pytest.raises(
+        ValueError, match="imtl_l: learning_rate must be a finite number above 0"
+    ):
         imtl_l(2, learning_rate=0.0)

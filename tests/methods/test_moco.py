@@ -119,12 +119,18 @@ def test_scale():
 @pytest.mark.usefixtures("as_users")
 def test_errors():
     for options, message in [
-        ({"beta": 0.0}, r"beta must lie in \(0, 1\], not 0.0"),
-        ({"beta": 1.5}, r"beta must lie in \(0, 1\], not 1.5"),
-        ({"gamma": 0.0}, "gamma must be positive, not 0.0"),
-        ({"beta_sigma": -1.0}, "beta_sigma must not be negative, not -1.0"),
-        ({"gamma_sigma": -1.0}, "gamma_sigma must not be negative, not -1.0"),
-        ({"rho": float("nan")}, "rho must not be negative, not nan"),
+        ({"beta": 0.0}, r"beta must be a finite number above 0 and at most 1, not 0.0"),
+        ({"beta": 1.5}, r"beta must be a finite number above 0 and at most 1, not 1.5"),
+        ({"gamma": 0.0}, "gamma must be a finite number above 0, not 0.0"),
+        (
+            {"beta_sigma": -1.0},
+            "beta_sigma must be a finite number at least 0, not -1.0",
+        ),
+        (
+            {"gamma_sigma": -1.0},
+            "gamma_sigma must be a finite number at least 0, not -1.0",
+        ),
+        ({"rho": float("nan")}, "rho must be a finite number at least 0, not nan"),
         ({"compat": "torchjd"}, "compat='torchjd' is not one of 'paper', 'libmtl'"),
         ({"scale": "big"}, "scale='big' is not one of"),
     ]:

@@ -87,9 +87,11 @@ def test_cross_gramian_under_a_mask_and_when_it_is_not_finite():
 @pytest.mark.usefixtures("as_users")
 def test_errors():
     for gamma in (0.0, float("nan")):
-        with pytest.raises(ValueError, match=f"modo: gamma .* positive, not {gamma}"):
+        with pytest.raises(ValueError, match=f"modo: gamma .* above 0, not {gamma}"):
             modo(2, gamma=gamma)
-    with pytest.raises(ValueError, match="modo: rho must not be negative, not -1"):
+    with pytest.raises(
+        ValueError, match="modo: rho must be a finite number at least 0, not -1"
+    ):
         modo(2, rho=-1.0)
     balancer, grads = modo(2), {"w": jnp.eye(2)}
     with pytest.raises(ValueError, match=r"modo: cross_gramian has shape \(3, 3\)"):

@@ -63,7 +63,9 @@ def test_an_absent_task_keeps_what_it_gathered():
 def test_bad_options_are_named():
     with pytest.raises(ValueError, match="main=5"):
         ol_aux(3, main=5)
-    with pytest.raises(ValueError, match="learning_rate must be positive, not 0"):
+    with pytest.raises(
+        ValueError, match="learning_rate must be a finite number above 0, not 0"
+    ):
         ol_aux(3, learning_rate=0)
     with pytest.raises(ValueError, match="update_every must be positive, not 0"):
         ol_aux(3, update_every=0)

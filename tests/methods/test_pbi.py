@@ -101,7 +101,9 @@ def test_scale_is_a_constant_and_keeps_the_direction():
 
 @pytest.mark.usefixtures("as_users")
 def test_errors():
-    with pytest.raises(ValueError, match="pbi: theta must not be negative, not -1"):
+    with pytest.raises(
+        ValueError, match="pbi: theta must be a finite number at least 0, not -1"
+    ):
         pbi(2, theta=-1.0)
     with pytest.raises(ValueError, match=r"pbi: ideal has shape \(3,\)"):
         pbi(2, ideal=[0.0, 0.0, 0.0])

@@ -47,19 +47,12 @@ def test_the_unit_of_a_loss_does_not_matter():
     np.testing.assert_allclose(scaled, plain, rtol=1e-5)
 
 
-def test_a_loss_of_zero_saturates_under_jit():
-    _, weights, _ = step(make(mtljax.scale_invariant, 3), J3, [0.5, 0.0, 1.0])
-    assert np.isfinite(weights).all()
-    assert weights[1] > 1e30
-
-
 @pytest.mark.usefixtures("as_users")
 def test_errors():
-    with pytest.raises(ValueError, match="offset must not be negative, not -1"):
+    with pytest.raises(
+        ValueError, match="offset must be a finite number at least 0, not -1"
+    ):
         mtljax.scale_invariant(2, offset=-1.0)
-    balancer = mtljax.scale_invariant(2)
-    with pytest.raises(ValueError, match=r"logarithm.*loss of task 0 is 0"):
-        balancer.update({"w": jnp.eye(2)}, balancer.init({}), losses=jnp.zeros(2))
     shifted = mtljax.scale_invariant(2, offset=1.0)
     update, _ = shifted.update({"w": jnp.eye(2)}, shifted.init({}), losses=jnp.zeros(2))
     np.testing.assert_allclose(update["w"], [1.0, 1.0])

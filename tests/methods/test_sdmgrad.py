@@ -161,10 +161,16 @@ def test_reference_converges_to_the_exact_solution_with_a_small_step():
 @pytest.mark.usefixtures("as_users")
 def test_errors():
     for options, message in [
-        ({"lamda": -0.1}, "lamda must not be negative, not -0.1"),
+        ({"lamda": -0.1}, "lamda must be a finite number at least 0, not -0.1"),
         ({"inner": "sgd"}, "inner='sgd' is not one of 'exact', 'reference'"),
-        ({"learning_rate": 0.0}, "learning_rate must be positive, not 0.0"),
-        ({"momentum": 1.0}, r"momentum must lie in \[0, 1\), not 1.0"),
+        (
+            {"learning_rate": 0.0},
+            "learning_rate must be a finite number above 0, not 0.0",
+        ),
+        (
+            {"momentum": 1.0},
+            r"momentum must be a finite number at least 0 and below 1, not 1.0",
+        ),
         ({"steps": 0}, "steps must be positive, not 0"),
     ]:
         with pytest.raises(ValueError, match=f"sdmgrad: {message}"):

@@ -124,7 +124,9 @@ def test_default_length_of_the_recording_is_a_quarter_of_the_warm_up():
 
 @pytest.mark.usefixtures("as_users")
 def test_errors():
-    with pytest.raises(ValueError, match="stch: mu must be positive, not 0"):
+    with pytest.raises(
+        ValueError, match="stch: mu must be a finite number above 0, not 0"
+    ):
         stch(2, mu=0.0)
     with pytest.raises(ValueError, match="form='soft' is not one of 'set', 'mtl'"):
         stch(2, form="soft")
@@ -138,6 +140,3 @@ def test_errors():
         stch(2, form="mtl", warmup_steps=4, preference=[1.0, 1.0])
     with pytest.raises(ValueError, match=r"stch: ideal has shape \(3,\)"):
         stch(2, ideal=[0.0, 0.0, 0.0])
-    balancer = stch(2, form="mtl", warmup_steps=1)
-    with pytest.raises(ValueError, match="stch takes the logarithm"):
-        balancer.update({"w": jnp.eye(2)}, balancer.init({}), losses=jnp.zeros(2))

@@ -8,7 +8,8 @@ large product of two matrices, which every backend runs fast.
 
 Inside a mapped region a device holds its own positions, and the gradients are sums over
 the devices. ``axes`` names the mapped axes. The Gramian of a sum is not the sum of
-Gramians, so either one side is gathered or the gradients are summed first.
+Gramians, so either one side is gathered or the gradients are summed first. The sum of
+the results over the axes is the Gramian: one sum for all leaves.
 """
 
 import functools
@@ -60,7 +61,7 @@ def inner(left: Side, right: Side, axes: Axes = ()) -> Array:
     others = (placement.gathered(a, axes, 1) for a in (y, right.delta))
     y, delta2 = map(wide, others)
     x, delta = placement.cast((x, wide(left.delta)), axes)
-    return placement.total(_over_batch(one, x, delta, y, delta2), axes)
+    return _over_batch(one, x, delta, y, delta2)
 
 
 def formed(left: Side, right: Side, axes: Axes = ()) -> Array:
@@ -79,10 +80,11 @@ def formed(left: Side, right: Side, axes: Axes = ()) -> Array:
         size = max(_LIVE // delta[0].size, 1)
         return _in_parts(some, size, x.T, y.T)
 
-    return _total(
+    whole = _total(
         _over_batch(one, wide(x), wide(left.delta), wide(y), wide(right.delta))
         for x, y in zip(left.blocks, right.blocks, strict=True)
     )
+    return whole / placement.size(axes)
 
 
 def looked_up(left: Side, right: Side, axes: Axes = ()) -> Array:
@@ -112,8 +114,7 @@ def looked_up(left: Side, right: Side, axes: Axes = ()) -> Array:
     num_slots = slots.size
     a = rows(x, slots[: x.size], left.delta)
     b = a if same else rows(y, slots[x.size :], right.delta)
-    # Equal on all devices, which only a reduction can tell the type system.
-    return placement.total(_products(a, b), axes) / placement.size(axes)
+    return _products(a, b) / placement.size(axes)
 
 
 def _over_batch(function, x: Array, delta: Array, y: Array, delta2: Array) -> Array:

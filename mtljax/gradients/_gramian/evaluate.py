@@ -206,8 +206,7 @@ def _stack(
     zeros = jnp.zeros_like(value)
     rows = [copy.get(ref, zeros) for copy in of_copies]
     if of_entry is not None:
-        diagonal = jnp.eye(len(rows), dtype=of_entry.dtype) * of_entry
-        rows = [r + e for r, e in zip(rows, diagonal, strict=True)]
+        rows = [r + e for r, e in zip(rows, jnp.diag(of_entry), strict=True)]
     return jnp.stack(rows, task_axis(value.ndim + 1))
 
 
@@ -286,8 +285,8 @@ def _side(factored: Factored, rows: tuple[list[Array], list[Array]]) -> contract
 
 def _contracted(
     factored: Factored, leaf: Array, left: Rows, right: Rows, axes: Axes
-) -> Gramian:
-    """The part of one factored leaf."""
+) -> tuple[Gramian, Axes]:
+    """This device's part of one factored leaf, and the axes to sum it over."""
     uses = factored.uses
     parts = [
         ([r.sources[u.source] for u in uses], [r.deltas[u.op.outs[0]] for u in uses])
@@ -300,7 +299,7 @@ def _contracted(
         sides = [_side(factored, part) for part in parts]
         return factored.contract(sides[0], sides[-1], mapped)
 
-    return placement.free(run, *parts)
+    return placement.free(run, *parts), mapped
 
 
 def _joined(parts: Sequence[Array]) -> Array:
@@ -309,36 +308,56 @@ def _joined(parts: Sequence[Array]) -> Array:
 
 
 def products(
-    plan: Plan, leaves: Sequence[Any], left: Rows, right: Rows, axes: Axes
+    plan: Plan,
+    leaves: Sequence[Any],
+    left: Rows,
+    right: Rows,
+    *,
+    sums: dict[Leaf, Axes],
+    axes: Axes,
 ) -> Gramian:
-    """``<g_s, g'_t>`` over all shared leaves."""
+    """``<g_s, g'_t>`` over all shared leaves.
+
+    Args:
+      plan: The plan.
+      leaves: The parameters.
+      left: Gradients of one batch.
+      right: Those of the other, or of the same.
+      sums: Mapped axes over which the gradient of a leaf is summed. Over other axes of
+        the region the leaf is split, and a device has a part of its gradient.
+      axes: All mapped axes of the region.
+    """
+    splits = {i: tuple(a for a in axes if a not in over) for i, over in sums.items()}
     refs = [plan.program.leaves[leaf] for leaf in plan.shared]
     dtypes = [plan.program.avals[ref].dtype for ref in refs]
     dtype = functools.reduce(jnp.promote_types, dtypes, jnp.float32)
-    total = jnp.zeros((plan.num_tasks, plan.num_tasks), dtype)
+    # Parts of the Gramian by the axes over which they are summed: one sum for all.
+    parts: dict[Axes, list[Gramian]] = {}
     for leaf, factored in plan.factored.items():
-        total = total + _contracted(factored, leaves[leaf], left, right, axes)
+        part, mapped = _contracted(factored, leaves[leaf], left, right, sums[leaf])
+        parts.setdefault(mapped, []).append(part)
     for leaf, whole in left.whole.items():
         part = stack.cross_gramian(whole, right.whole[leaf])
-        total = total + placement.total(part, _splits(leaves[leaf], axes))
+        parts.setdefault(splits[leaf], []).append(part)
     # Leaves that the heads of the same tasks read make one block of the matrix.
     groups: dict[tuple[Any, ...], list[Leaf]] = {}
     for leaf, rows in left.partial.items():
-        groups.setdefault((*rows, _splits(leaves[leaf], axes)), []).append(leaf)
+        groups.setdefault((*rows, splits[leaf]), []).append(leaf)
+    zeros = jnp.zeros((plan.num_tasks, plan.num_tasks), dtype)
     for (*tasks, split), members in groups.items():
         if tasks:
             sides = (
                 [_stacked(s.partial[leaf]) for leaf in members] for s in (left, right)
             )
             at = jnp.array(tasks)
-            part = placement.total(stack.cross_gramian(*sides), split)
-            total = total.at[at[:, None], at[None]].add(part)
-    return total
-
-
-def _splits(leaf: Any, axes: Axes) -> Axes:
-    """The mapped axes over which a parameter is split, so that a device has a part."""
-    return tuple(axis for axis in axes if axis in placement.varying(leaf))
+            block = stack.cross_gramian(*sides)
+            part = placement.cast(zeros, split).at[at[:, None], at[None]].add(block)
+            parts.setdefault(split, []).append(part)
+    total = [
+        placement.total(functools.reduce(jnp.add, some), mapped)
+        for mapped, some in parts.items()
+    ]
+    return functools.reduce(jnp.add, total, zeros)
 
 
 def _stacked(rows: dict[int, Array]) -> Array:
