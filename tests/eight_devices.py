@@ -92,8 +92,8 @@ def difference(got: Any, expected: Any) -> float:
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     worst = 0.0
     pairs = zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
-    for have, want in pairs:
-        have, want = np.asarray(have, np.float64), np.asarray(want, np.float64)
+    for pair in pairs:
+        have, want = (np.asarray(x, np.float64) for x in pair)
         assert have.shape == want.shape
         assert np.isfinite(have).all()
         scale = np.abs(want).max(initial=0) + 1e-30

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from mtljax import stack
+from mtljax import placement, stack
 
 Moments: TypeAlias = Literal["full", "bfloat16"]
 
@@ -184,7 +184,8 @@ def after(index: Int[Array, ""], done: Any) -> Int[Array, ""]:
     added here is zero.
     """
     for leaf in jax.tree.leaves(done):
-        if leaf.size:
+        # Where a device has a part of a leaf, an entry of it would have to be sent.
+        if leaf.size and placement.plain(leaf):
             first = leaf[(0,) * leaf.ndim].real.astype(jnp.float32)
             bits = jax.lax.bitcast_convert_type(first, jnp.int32)
             zero = jnp.minimum(bits, 0) ^ jnp.maximum(bits, 0) ^ bits

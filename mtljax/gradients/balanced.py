@@ -8,6 +8,7 @@ import optax
 
 from mtljax import placement, stack
 from mtljax.balancer import check_choice, commit
+from mtljax.gradients.gramian import LinearizedUses, choose, linearize_uses
 from mtljax.gradients.linearized import (
     AxisName,
     Linearized,
@@ -17,7 +18,6 @@ from mtljax.gradients.linearized import (
     own_weights,
 )
 from mtljax.gradients.scatter import scattered_step
-from mtljax.gradients.gramian import LinearizedUses, choose, linearize_uses
 from mtljax.gradients.task_grads import task_rows
 from mtljax.placement import Backward
 from mtljax.types import Heads

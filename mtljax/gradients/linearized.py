@@ -18,9 +18,9 @@ from jaxtyping import Array
 
 from mtljax import placement, stack
 from mtljax.balancer import as_mask, check_choice
+from mtljax.gradients._pullback import pullback
 from mtljax.gradients.labels import resolve_labels
 from mtljax.gradients.passes import Body, Passes
-from mtljax.gradients._pullback import pullback
 from mtljax.placement import Axes, Backward
 from mtljax.types import Gramian, Losses, Mask, Params
 

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+
 class Passes(NamedTuple):
     """How T backward passes run."""
 

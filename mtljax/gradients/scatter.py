@@ -10,7 +10,6 @@ from mtljax.gradients.linearized import Linearized
 from mtljax.gradients.passes import Passes
 from mtljax.gradients.task_grads import local_rows
 
-
 # Entries of a part from which on a leaf travels alone, without a copy into a buffer.
 _LARGE = 1 << 12
 

@@ -26,6 +26,7 @@ from mtljax.sharpness._sam_grads import SamGrads, as_trees, merge_own, own_tree
 from mtljax.sharpness._schedule import Schedule, check_schedule
 
 NAME = "value_and_flat_grad"
+ALWAYS = Schedule()
 
 
 class FlatGradState(NamedTuple):
@@ -184,7 +185,7 @@ def value_and_flat_grad(
     rho: ArrayLike | Ball,
     perturb: Perturb = "local",
     mode: Mode = "split",
-    schedule: Schedule = Schedule(),
+    schedule: Schedule = ALWAYS,
     gramians: bool = False,
     key: PRNGKeyArray | None = None,
     labels: Any = None,

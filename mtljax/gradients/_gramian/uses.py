@@ -19,7 +19,6 @@ from mtljax.gradients._gramian.stages import View
 from mtljax.gradients._primitives import CONVOLUTION, DOT, GATHER, understood
 from mtljax.gradients._program import Op, Program, Ref, is_float
 
-
 Axes: TypeAlias = tuple[int, ...]
 
 

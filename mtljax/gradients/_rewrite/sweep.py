@@ -16,7 +16,7 @@ Convolutions and max pooling also take other forms (``cpu``). The result is that
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
