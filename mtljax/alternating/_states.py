@@ -101,9 +101,16 @@ def copies(
 
     Copies of a random state draw from keys of their own.
     """
-    states = jax.vmap(lambda _, p: init(p), in_axes=(0, axis))(
-        jnp.arange(count), params
-    )
+    if axis is None:
+        # Not by vmap, so that moments lie as their parameters do.
+        states = jax.tree.map(
+            lambda x: jnp.broadcast_to(jnp.asarray(x)[None], (count, *jnp.shape(x))),
+            init(params),
+        )
+    else:
+        states = jax.jit(jax.vmap(lambda _, p: init(p), in_axes=(0, axis)))(
+            jnp.arange(count), params
+        )
 
     def leaf(path, x):
         old_kind = x.dtype == jnp.uint32 and "key" in stack.path_name(path[-1:])

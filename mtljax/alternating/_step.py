@@ -130,7 +130,6 @@ class Run(NamedTuple):
             return None
         return jax.random.fold_in(draw_key(self.key, stream, self.number), step)
 
-
     def dropout(self, step: Array) -> PRNGKeyArray | None:
         """The key of the task loss, another one on every device."""
         key, axes = self.draw(DROPOUT, step), self.rule.gradients.axes

@@ -91,8 +91,8 @@ def arml(
         return jnp.maximum(alpha + (helpers - total) / helpers, 0)
 
     def init():
-        ones = jnp.ones(num_tasks, jnp.float32)
-        return ARMLState(ones, jnp.int32(0), ones)
+        learned, used = (jnp.ones(num_tasks, jnp.float32) for _ in "12")
+        return ARMLState(learned, jnp.int32(0), used)
 
     def weigh(state, *, losses, gramian, mask):
         del losses

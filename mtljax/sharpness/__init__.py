@@ -26,4 +26,4 @@ from mtljax.sharpness._perturbation import Samo as Samo
 from mtljax.sharpness._sam_grads import SamGrads as SamGrads
 from mtljax.sharpness._sam_grads import merge_own as merge_own
 from mtljax.sharpness._sam_grads import sam_task_grads as sam_task_grads
-from mtljax.sharpness._schedule import Schedule as Schedule
+from mtljax.sharpness._schedule import SamSchedule as SamSchedule

@@ -23,10 +23,10 @@ from mtljax.sharpness._passes import Passes, first_pass
 from mtljax.sharpness._perturbation import Ball, Perturb
 from mtljax.sharpness._rows import Engine, check_key, common_point, make_engine
 from mtljax.sharpness._sam_grads import SamGrads, as_trees, merge_own, own_tree
-from mtljax.sharpness._schedule import Schedule, check_schedule
+from mtljax.sharpness._schedule import SamSchedule, check_schedule
 
 NAME = "value_and_flat_grad"
-ALWAYS = Schedule()
+ALWAYS = SamSchedule()
 
 
 class FlatGradState(NamedTuple):
@@ -59,7 +59,7 @@ class FlatGrad:
     inner: Any
     balancer: Balancer
     engine: Engine
-    schedule: Schedule
+    schedule: SamSchedule
     gramians: bool
     split: bool
     key: Any
@@ -185,7 +185,7 @@ def value_and_flat_grad(
     rho: ArrayLike | Ball,
     perturb: Perturb = "local",
     mode: Mode = "split",
-    schedule: Schedule = ALWAYS,
+    schedule: SamSchedule = ALWAYS,
     gramians: bool = False,
     key: PRNGKeyArray | None = None,
     labels: Any = None,
@@ -216,7 +216,7 @@ def value_and_flat_grad(
       rho: ρ ≥ 0, or a :class:`Ball`, see :func:`sam_task_grads`.
       perturb: ``"local"``, ``"global"``, ``"samo"`` or :class:`Samo`.
       mode: See :func:`flat_split`.
-      schedule: Which steps have a second pass, see :class:`Schedule`.
+      schedule: Which steps have a second pass, see :class:`SamSchedule`.
       gramians: Whether ``state.gramians`` holds the :class:`FlatGramians` of the step,
         for :func:`flat_conflicts`; needs both parts, so it undoes the savings of
         ``mode="direct"`` in passes.

@@ -75,9 +75,7 @@ class Passes(NamedTuple):
         """The pass at another point."""
         params = self.tree(shared, own)
         options = self.first.options
-        return linearize(
-            self.function, params, options, mask=self.mask, name=self.name
-        )
+        return linearize(self.function, params, options, mask=self.mask, name=self.name)
 
     def local_losses_at(self, shared: Leaves, own: Leaves) -> Losses:
         """This device's losses at another point."""

@@ -32,9 +32,7 @@ class Rows(NamedTuple):
     own: Leaves
 
 
-def plain_rows(
-    passes: Passes, *, split: bool, at: Linearized | None = None
-) -> Rows:
+def plain_rows(passes: Passes, *, split: bool, at: Linearized | None = None) -> Rows:
     """Gradients at one point, without a second pass; the flat part is zero."""
 
     def single(row, task):

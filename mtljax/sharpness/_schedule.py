@@ -26,7 +26,7 @@ class Kept(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Schedule:
+class SamSchedule:
     """When :func:`value_and_flat_grad` makes the second pass.
 
     In the steps ``start, start + every, ...``.
@@ -107,7 +107,7 @@ class Schedule:
         return stack.select(shared, present), own, Kept(shared, heads)
 
 
-def check_schedule(name: str, schedule: Schedule) -> None:
+def check_schedule(name: str, schedule: SamSchedule) -> None:
     """Raises unless the schedule makes sense."""
     check_choice(name, "between", schedule.between, Between)
     every, start = schedule.every, schedule.start

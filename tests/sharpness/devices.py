@@ -13,7 +13,7 @@ import mtljax
 from mtljax.gradients import Mapped
 from mtljax.sharpness import (
     Ball,
-    Schedule,
+    SamSchedule,
     merge_own,
     sam_task_grads,
     surrogate_sharpness,
@@ -107,7 +107,7 @@ VARIANTS = {
     "joint": (sam, {"rho": Ball(0.3, norm="joint"), "strategy": "unrolled"}),
     "global": (sam, {"perturb": "global"}),
     "samo": (sam, {"perturb": "samo", "strategy": "map"}),
-    "flat": (flat, {"schedule": Schedule(2, 1)}),
+    "flat": (flat, {"schedule": SamSchedule(2, 1)}),
     "flat, gramians": (flat, {"gramians": True, "strategy": "map"}),
     "surrogate": (surrogate, {"strategy": "map"}),
 }
@@ -225,9 +225,7 @@ PARTS = (
 )
 
 # Every device lacks the second task, four of them the third as well.
-MASKS = jnp.stack(
-    [jnp.array([True, False, i % 2 == 0]) for i in range(8)]
-)
+MASKS = jnp.stack([jnp.array([True, False, i % 2 == 0]) for i in range(8)])
 
 
 def split_masks():

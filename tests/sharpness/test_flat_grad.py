@@ -13,7 +13,7 @@ from gradients.problem import LABELS, batch, close, params, task_losses
 import mtljax
 from mtljax.sharpness import (
     Ball,
-    Schedule,
+    SamSchedule,
     flat_gramians,
     flat_split,
     merge_own,
@@ -160,7 +160,7 @@ def plain_and_sam():
 
 def test_sam_in_some_steps_only():
     """Every second step from the first on: 1, 3, 5, ..."""
-    function, run = stepper("imtl_g", schedule=Schedule(2, 1))
+    function, run = stepper("imtl_g", schedule=SamSchedule(2, 1))
     state, reference = function.init(PARAMS), plain_and_sam()
     for step in range(4):
         _, grad, state = run(PARAMS, state, BATCHES[step], mask=ALL)
@@ -171,7 +171,7 @@ def test_sam_in_some_steps_only():
 
 @pytest.mark.deep
 def test_flat_parts_are_used_again_in_between():
-    function, run = stepper("imtl_g", schedule=Schedule(2, 1, "reuse"))
+    function, run = stepper("imtl_g", schedule=SamSchedule(2, 1, "reuse"))
     state, reference = function.init(PARAMS), plain_and_sam()
     balancer = flat_split(built("imtl_g"))
     kept = None
@@ -201,7 +201,7 @@ def test_flat_parts_are_used_again_in_between():
 
 @pytest.mark.deep
 def test_a_task_absent_from_the_step_with_sam_keeps_its_flat_part():
-    function, run = stepper("imtl_g", schedule=Schedule(2, between="reuse"))
+    function, run = stepper("imtl_g", schedule=SamSchedule(2, between="reuse"))
     state = function.init(PARAMS)
     kept = []
     for step, mask in enumerate([ALL, ALL, SOME, ALL]):
@@ -217,7 +217,7 @@ def test_one_program_in_a_scan_with_adam():
         built("imtl_g"),
         rho=0.1,
         labels=LABELS,
-        schedule=Schedule(2),
+        schedule=SamSchedule(2),
         gramians=True,
     )
     counted = chex.assert_max_traces(function.__call__, n=1)
@@ -332,14 +332,17 @@ def test_observe_finds_the_balancer_in_the_state():
     ("options", "message"),
     [
         ({"rho": -1}, "value_and_flat_grad: rho must be a finite number >= 0"),
-        ({"schedule": lambda: Schedule(0)}, "every must be an integer >= 1, not 0"),
-        ({"schedule": lambda: Schedule(True)}, "every must be an integer >= 1, not T"),
-        ({"schedule": lambda: Schedule(start=-1)}, "start must be an integer >= 0"),
+        ({"schedule": lambda: SamSchedule(0)}, "every must be an integer >= 1, not 0"),
         (
-            {"schedule": lambda: Schedule(between="again")},
+            {"schedule": lambda: SamSchedule(True)},
+            "every must be an integer >= 1, not T",
+        ),
+        ({"schedule": lambda: SamSchedule(start=-1)}, "start must be an integer >= 0"),
+        (
+            {"schedule": lambda: SamSchedule(between="again")},
             "between='again' is not one of 'plain', 'reuse'",
         ),
-        ({"schedule": lambda: Schedule(between="reuse")}, "every=1 leaves none"),
+        ({"schedule": lambda: SamSchedule(between="reuse")}, "every=1 leaves none"),
         ({"perturb": "samo"}, "draws random directions; pass key="),
         ({"mode": "twice"}, "mode='twice' is not one of 'split'"),
     ],

@@ -84,9 +84,7 @@ def test_without_split_the_rows_are_sam_gradients():
     chex.assert_trees_all_close(own, same, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "strategy", ["map", pytest.param(2, marks=pytest.mark.deep)]
-)
+@pytest.mark.parametrize("strategy", ["map", pytest.param(2, marks=pytest.mark.deep)])
 def test_an_absent_task_has_no_rows_and_moves_nothing(strategy):
     """Its loss may be NaN; the others are as if it were not there."""
 
@@ -94,9 +92,7 @@ def test_an_absent_task_has_no_rows_and_moves_nothing(strategy):
         return task_losses(p, data) + jnp.array([0, jnp.nan, 0])
 
     mask = jnp.array([True, False, True])
-    function = sam_task_grads(
-        broken, rho=0.1, labels=LABELS, strategy=strategy
-    )
+    function = sam_task_grads(broken, rho=0.1, labels=LABELS, strategy=strategy)
     losses, grads, own = jax.jit(function)(PARAMS, BATCH, mask=mask)
     assert np.isnan(losses[1])
     expected = reference.sam(0.1)
