@@ -108,9 +108,9 @@ def copies(
             init(params),
         )
     else:
-        states = jax.jit(jax.vmap(lambda _, p: init(p), in_axes=(0, axis)))(
-            jnp.arange(count), params
-        )
+        # Compiled with its arguments, used or not: these say what mesh there is.
+        each = jax.vmap(lambda _, p: init(p), in_axes=(0, axis))
+        states = jax.jit(each, keep_unused=True)(jnp.arange(count), params)
 
     def leaf(path, x):
         old_kind = x.dtype == jnp.uint32 and "key" in stack.path_name(path[-1:])

@@ -11,7 +11,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Scalar
 
 from mtljax import placement
-from mtljax.balancer import check_choice
+from mtljax.balancer import check_choice, check_number
 
 Norm: TypeAlias = Literal["separate", "joint"]
 Compat: TypeAlias = Literal["spsa"]
@@ -62,8 +62,8 @@ class Samo:
         exact derivatives along one z for all tasks, from one forward-mode pass.
     """
 
-    alpha: float = 0.5
-    step: float = 0.01
+    alpha: Any = 0.5
+    step: Any = 0.01
     compat: Compat | None = None
 
 
@@ -118,12 +118,8 @@ def make_perturb(name: str, perturb: Any) -> Any:
     if not isinstance(perturb, Samo):
         check_choice(name, "perturb", perturb, ("local", "global", "samo"))
         return Samo() if perturb == "samo" else perturb
-    if not 0 <= perturb.alpha <= 1:
-        raise ValueError(
-            f"{name}: alpha of Samo must lie in [0, 1], not {perturb.alpha}."
-        )
-    if not perturb.step > 0:
-        raise ValueError(f"{name}: step of Samo must be positive, not {perturb.step}.")
+    check_number(name, "alpha of Samo", perturb.alpha, at_least=0, at_most=1)
+    check_number(name, "step of Samo", perturb.step, above=0)
     if perturb.compat is not None:
         check_choice(name, "compat", perturb.compat, Compat)
     return perturb

@@ -87,8 +87,11 @@ def build(variant, **options):
     )
 
     def run(params, state, x, y, mask=None):
-        for _ in range(2):
-            losses, params, state = steps.step(loss, params, state, (x, y), mask=mask)
+        def batch(carry, _):
+            found, *carry = steps.step(loss, *carry, (x, y), mask=mask)
+            return carry, found
+
+        (params, state), losses = jax.lax.scan(batch, [params, state], None, 2)
         return losses, params, state
 
     return steps, run
