@@ -26,7 +26,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 @functools.cache
-def measure(module: str, timeout: int = 300) -> dict[str, Any]:
+def measure(module: str, timeout: int = 900) -> dict[str, Any]:
     """The result of every case of a module, which is run once."""
     env = {
         **os.environ,
