@@ -116,9 +116,26 @@ def free(function: Callable[..., Any], *args: Any) -> Any:
     return jax.sharding.auto_axes(function, out_sharding=sharding)(*args)
 
 
+def like_first(function: Callable[..., Any], x: Any, *args: Any) -> Any:
+    """``function(x, *args)``, whose result lies as ``x`` does if that is Explicit.
+
+    For indexing along an axis that is not sharded, and writing there.
+    """
+    sharding = _explicit_sharding(x)
+    if sharding is None:
+        return function(x, *args)
+    free_function = jax.sharding.auto_axes(function, out_sharding=sharding)
+    return free_function(x, *args)
+
+
 def total(tree: Any, axes: Axes) -> Any:
     """Sums over mapped axes; every leaf is marked as varying first."""
     return jax.lax.psum(cast(tree, axes), axes) if axes else tree
+
+
+def largest(x: Any, axes: Axes) -> Any:
+    """The largest value over mapped axes."""
+    return jax.lax.pmax(cast(x, axes), axes) if axes else x
 
 
 def agreed(flag: Any, state: Any) -> Any:

@@ -4,6 +4,8 @@ import dataclasses
 import pathlib
 from typing import Any, Literal, NamedTuple
 
+from mtljax.alternating import Groups
+
 SINGLE_TASK = "single_task"
 SETS = ("digits", "faces", "camvid", "tox21", "school")
 TASKS = {"digits": 21, "faces": 5, "camvid": 12, "tox21": 12, "school": 139}
@@ -39,7 +41,7 @@ def _groups(number: int) -> dict[str, Row]:
     }
 
 
-_MEAN: dict[str, Any] = {"groups": 1, "group_loss": "mean"}
+_MEAN: dict[str, Any] = {"groups": Groups(1, loss="mean")}
 
 ROWS: dict[str, Row] = {
     # Plain SGD: the second and third differ by the second-order term alone.
@@ -60,7 +62,7 @@ ROWS: dict[str, Row] = {
     ),
     **{name: row for g in (2, 3, 4, 6, 12, 35) for name, row in _groups(g).items()},
     "groups_4:never": _alternating(
-        "G = 4, slot, fixed partition", groups=4, regroup_every="never"
+        "G = 4, slot, fixed partition", groups=Groups(4, regroup_every="never")
     ),
     "adatask": _alternating("AdaTask", groups=1, state="per_task"),
     "uncertainty": Row("UW", balancer="uncertainty"),

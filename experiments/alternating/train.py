@@ -15,7 +15,7 @@ import mtljax
 from experiments.alternating.config import ROWS, SINGLE_TASK, Config, Row
 from experiments.alternating.problem import SHARES, Batch, Problem
 from mtljax import training
-from mtljax.alternating import Cost, alternate
+from mtljax.alternating import Cost, Groups, alternate
 
 
 class Exploration(NamedTuple):
@@ -230,7 +230,8 @@ def inner_steps(name: str, num_tasks: int) -> int:
     # Side by side, displacements of the tasks' own optimisers add up.
     if options.get("state") == "per_task":
         return num_tasks
-    return options.get("groups", num_tasks)
+    groups = options.get("groups", num_tasks)
+    return groups.number if isinstance(groups, Groups) else groups
 
 
 def runs_of(config: Config, problem: Problem, name: str) -> list[Run]:

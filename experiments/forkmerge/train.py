@@ -1,5 +1,7 @@
 """Resumable runs of a method, for all targets and seeds at once."""
 
+import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -25,11 +27,137 @@ TUNED = ("stl", "ew")
 """Run at every learning rate."""
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Drivers:
+    """The driver of each of G runs, mapped over the runs: all states are ``[G, ...]``.
+
+    Attributes:
+      make: ``make(branch weights [B, T])``, the driver of one run.
+      branch_weights: ν ``[G, B, T]``.
+      strategy: How runs are trained, as for branches.
+    """
+
+    make: Callable[[Array], forkmerge.ForkMerge]
+    branch_weights: Array
+    strategy: str
+
+    @functools.cached_property
+    def first(self) -> forkmerge.ForkMerge:
+        """That of the first run; options are the same in all."""
+        return self.make(self.branch_weights[0])
+
+    @property
+    def interval(self) -> int:
+        """Δt."""
+        return self.first.interval
+
+    def over(self, function: Callable[..., Any], *args: Any, train: bool = False):
+        """``function(driver, *args)`` of every run."""
+
+        def one(xs):
+            return function(self.make(xs[0]), *xs[1:])
+
+        in_turn = self.strategy == "map"
+        if train and self.strategy == "auto":  # XLA runs batched products slowly there
+            in_turn = jax.default_backend() == "cpu"
+        xs = (self.branch_weights, *args)
+        return jax.lax.map(one, xs) if in_turn else jax.vmap(one)(xs)
+
+    def init(self, states: Any, *, key: Array) -> forkmerge.ForkMergeState:
+        """The first states; every run draws from a key of its own."""
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(
+            key, jnp.arange(len(self.branch_weights))
+        )
+        return self.over(lambda d, s, k: d.init(s, key=k), states, keys)
+
+    @functools.cached_property
+    def train(self):
+        """``train(state, batches, data) -> state``, the same batches for all."""
+
+        def train(state, batches, data):
+            step = lambda d, s: d.train(s, batches, data=data)[0]
+            return self.over(step, state, train=True)
+
+        return jax.jit(train)
+
+    @functools.cached_property
+    def evaluate(self):
+        """``evaluate(state, validation) -> state``."""
+
+        def evaluate(state, validation):
+            return self.over(lambda d, s: d.evaluate(s, validation)[0], state)
+
+        return jax.jit(evaluate)
+
+    @functools.cached_property
+    def merge(self):
+        """``merge(state, validation, report) -> (state, info)``."""
+
+        def merge(state, validation, report):
+            return self.over(lambda d, s: d.merge(s, validation, report), state)
+
+        return jax.jit(merge)
+
+    def run(
+        self,
+        state: forkmerge.ForkMergeState,
+        num_steps: int,
+        *,
+        splits: Mapping[str, Split],
+        chunk: int,
+        on_chunk: Callable[[Any], None],
+        on_merge: Callable[[Any, Any], None],
+    ) -> forkmerge.ForkMergeState:
+        """:meth:`mtljax.forkmerge.ForkMerge.run` of all runs."""
+        source, every = self.first.merge_source, None
+        if isinstance(source, forkmerge.Snapshots):
+            every = source.evaluate_every
+        periods = [p for p in (self.interval, every, chunk) if p]
+        while True:
+            step = step_of(state)
+            fresh = step > int(state.merged_at[0])
+            if fresh and (step % self.interval == 0 or step >= num_steps):
+                state, info = self.merge(state, splits["val"], splits.get("report"))
+                on_merge(state, info)
+            elif fresh and every and step % every == 0:
+                state = self.evaluate(state, splits["val"])
+            if step >= num_steps:
+                return state
+            n = min(num_steps - step, *(p - step % p for p in periods))
+            state = self.train(state, jnp.arange(step, step + n), splits["train"])
+            on_chunk(state)
+
+    def prune(
+        self, state: forkmerge.ForkMergeState, *, keep: int, targets: tuple[int, ...]
+    ) -> tuple["Drivers", forkmerge.ForkMergeState]:
+        """Goes on with the best branches of every run, equally many in all."""
+        info = state.info
+        kept = forkmerge.prune_groups(
+            info.weights,
+            info.branch_scores,
+            self.branch_weights,
+            targets=targets,
+            keep=keep,
+        )
+        select = lambda d, s, rows: d.select(s, rows)
+        return self.restrict(kept), self.over(select, state, jnp.array(kept))
+
+    def restrict(self, kept: Any) -> "Drivers":
+        """With some of the branches."""
+        rows = jax.vmap(lambda nu, rows: nu[rows])(self.branch_weights, jnp.array(kept))
+        return dataclasses.replace(self, branch_weights=rows)
+
+
+def step_of(state: forkmerge.ForkMergeState) -> int:
+    """Steps that every branch of every run has taken."""
+    return int(state.step[0])
+
+
 class Job(NamedTuple):
     """A method for all its runs."""
 
     name: str  # of the folder
-    driver: forkmerge.ForkMerge
+    driver: Drivers
     states: Any  # the first train states, [G, ...]
     runs: list[dict[str, Any]]  # what tells the G runs apart
     targets: tuple[int, ...]  # the target's index in ν, a run
@@ -110,21 +238,27 @@ def make_driver(
     *,
     drawn: bool,
     interval: int,
-) -> forkmerge.ForkMerge:
+) -> Drivers:
     """The branches ν ``[G, B, T]`` of a method."""
-    last = config.merge_source == "last"
-    return forkmerge.ForkMerge(
-        step,
-        lambda state, split, _: score(state, split),
-        nu,
-        interval=interval,
-        targets=jnp.arange(len(nu)),
-        realisation="sample" if drawn else "sum",
-        strategy=config.strategy,
-        policies={"opt_state": "keep"},
-        merge_source=config.merge_source,
-        evaluate_every=None if last else min(config.eval_every, interval),
-    )
+    source: Any = config.merge_source
+    if source != "last":
+        every = min(config.eval_every, interval)
+        source = forkmerge.Snapshots(source, every)
+
+    def make(nu):
+        return forkmerge.ForkMerge(
+            step,
+            score,
+            nu,
+            interval=interval,
+            training=forkmerge.BranchTraining(
+                "sample" if drawn else "sum", strategy=config.strategy
+            ),
+            policies={"opt_state": "keep"},
+            merge_source=source,
+        )
+
+    return Drivers(make, nu, config.strategy)
 
 
 def make_job(
@@ -260,7 +394,7 @@ class Run:
     def fresh(self) -> forkmerge.ForkMergeState:
         """The state before the first step."""
         key = jax.random.key(self.config.first_seed)
-        return self.driver.init(self.job.states, key=key, per_target=True)
+        return self.driver.init(self.job.states, key=key)
 
     def finish(self) -> list[dict[str, Any]]:
         """Trains what is left to train; the rows of all evaluations."""
@@ -292,7 +426,7 @@ class Run:
 
     def _save(self, state: forkmerge.ForkMergeState) -> None:
         meta = {"config": self.config, "rows": self.rows}
-        step = int(state.step)
+        step = step_of(state)
         due = step % self.config.save_every == 0 or step >= self.config.steps
         if due and step not in self._saver.steps():
             self._saver.save(step, state, training.to_json(meta))
@@ -300,11 +434,10 @@ class Run:
     def _train(self, state: forkmerge.ForkMergeState) -> None:
         """Branches that never meet: every other method."""
         every, steps = self.config.eval_every, self.config.steps
-        while (step := int(state.step)) < steps:
+        while (step := step_of(state)) < steps:
             n = min(every - step % every, steps - step)
-            state, _ = self.driver.train(
-                state, jnp.arange(step, step + n), data=self.job.splits["train"]
-            )
+            batches = jnp.arange(step, step + n)
+            state = self.driver.train(state, batches, self.job.splits["train"])
             self._record(state.branches, step + n, {})
             self._save(state)
 
@@ -316,26 +449,23 @@ class Run:
             if config.held_out:
                 more = info._asdict()
             one = jax.tree.map(lambda x: x[:, None], state.merged)
-            self._record(one, int(state.step), jax.device_get(more))
+            self._record(one, step_of(state), jax.device_get(more))
 
         def run(state, steps):
             return self.driver.run(
                 state,
-                lambda step, n: jnp.arange(step, step + n),
                 steps,
-                validation=splits["val"],
-                report=splits.get("report"),
-                data=splits["train"],
+                splits=splits,
                 chunk=min(config.eval_every, interval),
-                on_chunk=lambda state, _: self._save(state),
+                on_chunk=self._save,
                 on_merge=merged,
             )
 
-        if self.job.keep is not None and int(state.step) <= interval:
+        if self.job.keep is not None and step_of(state) <= interval:
             state = run(state, min(interval, config.steps))
             before = self.driver
             self.driver, state = self.driver.prune(
-                state, keep=self.job.keep, target=self.job.targets
+                state, keep=self.job.keep, targets=self.job.targets
             )
             kept = positions(before.branch_weights, self.driver.branch_weights)
             # No checkpoint may have been due yet.

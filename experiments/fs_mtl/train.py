@@ -66,13 +66,12 @@ def build_gradient(
     return sharpness.value_and_flat_grad(
         problem.task_losses,
         build_balancer(config, entry, len(problem.names), balancer_key),
-        rho=0.0 if plain else config.rho,
-        adaptive=config.adaptive,
-        norm=config.norm,
-        perturb="samo" if samo else "local",
+        rho=sharpness.Ball(
+            0.0 if plain else config.rho, adaptive=config.adaptive, norm=config.norm
+        ),
+        perturb=sharpness.Samo(config.samo_alpha) if samo else "local",
         mode=mode,
         key=samo_key if samo else None,
-        samo_alpha=config.samo_alpha,
         labels=LABELS,
         has_aux=True,
         strategy=config.strategy,
@@ -86,9 +85,7 @@ def make_probe(config: Config, problem: Problem) -> Callable[[State], dict[str, 
     """
     function = sharpness.sam_task_grads(
         problem.task_losses,
-        rho=config.rho,
-        adaptive=config.adaptive,
-        norm=config.norm,
+        rho=sharpness.Ball(config.rho, adaptive=config.adaptive, norm=config.norm),
         labels=LABELS,
         has_aux=True,
         strategy=config.strategy,

@@ -16,8 +16,10 @@ from mtljax.alternating._alternate import Cost as Cost
 from mtljax.alternating._alternate import alternate as alternate
 from mtljax.alternating._gradients import indexed as indexed
 from mtljax.alternating._parts import check_owners as check_owners
+from mtljax.alternating._schedule import Groups as Groups
 from mtljax.alternating._schedule import Order as Order
 from mtljax.alternating._schedule import Plan as Plan
 from mtljax.alternating._schedule import Regroup as Regroup
 from mtljax.alternating._schedule import Schedule as Schedule
 from mtljax.alternating._schedule import balanced_groups as balanced_groups
+from mtljax.alternating._step import StepOptions as StepOptions

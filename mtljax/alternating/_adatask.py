@@ -10,7 +10,13 @@ from jaxtyping import Array, Int, PRNGKeyArray
 from mtljax import stack
 from mtljax.alternating import _states as states
 from mtljax.alternating._schedule import ROUNDING, draw_key
-from mtljax.balancer import Balancer, as_mask, check_choice, check_num_tasks
+from mtljax.balancer import (
+    Balancer,
+    as_mask,
+    check_choice,
+    check_num_tasks,
+    commit,
+)
 
 
 class AdaTaskState(NamedTuple):
@@ -106,25 +112,21 @@ def adatask(
         values = jnp.zeros(num_tasks) if losses is None else jnp.asarray(losses)
         each, new = jax.vmap(one)(updates, state.tasks, values)
         each = stack.select(each, present)
-
-        def total(u, g):
-            return jnp.where(healthy, u.sum(0), jnp.nan).astype(g.dtype)
-
+        healthy &= jnp.isfinite(jnp.where(present, values, 0)).all()
         rounding = state.key
         if rounding is not None:
             rounding = draw_key(rounding, ROUNDING, state.batch)
         new = states.narrow(new, state.tasks, rounding)
-        keep = healthy & present
 
         def kept(n, o):
-            return jnp.where(keep.reshape((-1,) + (1,) * (n.ndim - 1)), n, o)
+            return jnp.where(present.reshape((-1,) + (1,) * (n.ndim - 1)), n, o)
 
-        moved = healthy & present.any()
-        state = AdaTaskState(
-            state.batch + moved.astype(jnp.int32),
+        moved = AdaTaskState(
+            state.batch + present.any().astype(jnp.int32),
             state.key,
             jax.tree.map(kept, new, state.tasks),
         )
-        return jax.tree.map(total, each, updates), state
+        update = jax.tree.map(lambda u, g: u.sum(0).astype(g.dtype), each, updates)
+        return commit(healthy, update, moved, state)
 
     return Balancer(init, update, name=name, num_tasks=num_tasks, needs="grads")

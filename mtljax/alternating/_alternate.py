@@ -1,19 +1,20 @@
 """Alternating independent task steps, as one pure step per batch."""
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PRNGKeyArray
 
+from mtljax import placement
 from mtljax.alternating import _states as states
 from mtljax.alternating._parts import make_parts
 from mtljax.alternating._schedule import (
+    Groups,
     Order,
     Plan,
-    Regroup,
     Rounds,
     Schedule,
     make_plan,
@@ -24,14 +25,24 @@ from mtljax.alternating._step import (
     Keep,
     Rule,
     Run,
+    StepOptions,
     decay_once,
     inner_step,
 )
-from mtljax.balancer import Balancer, as_mask, check_choice, check_num_tasks
+from mtljax.balancer import (
+    Balancer,
+    as_mask,
+    check_choice,
+    check_num_tasks,
+    check_number,
+)
+from mtljax.gradients import AxisName
+from mtljax.gradients.linearized import make_options
 from mtljax.types import Losses, Mask, Params
 from mtljax.wrappers import fold_keys
 
 NAME = "alternate"
+DEFAULTS = StepOptions()
 
 
 class AlternatingState(NamedTuple):
@@ -46,7 +57,6 @@ class AlternatingState(NamedTuple):
       owned: Those of the leaves that a task number owns, one per owner.
       balancer: States of the balancer, ``[groups, ...]``; () without one.
       decay: State of ``decay``.
-      average: Moving average of the parameters; None without ``ema_decay``.
       losses: The last loss of every task, 0 before the first.
       counts: Steps that every task has made.
       active: Tasks that stepped in the last batch.
@@ -60,7 +70,6 @@ class AlternatingState(NamedTuple):
     owned: tuple[Any, ...]
     balancer: Any
     decay: Any
-    average: Any
     losses: Losses
     counts: Int[Array, " tasks"]
     active: Mask
@@ -96,31 +105,40 @@ class Alternating(NamedTuple):
     cost: Cost
 
 
-def _check_groups(num_tasks: int, groups: int | None) -> int:
+def _check_groups(num_tasks: int, groups: int | Groups | None) -> tuple[Groups, int]:
+    """The checked options, and G."""
     check_num_tasks(NAME, num_tasks)
-    if groups is None:
-        return num_tasks
-    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
-        raise ValueError(f"{NAME}: groups must be a positive integer, not {groups!r}.")
-    if groups > num_tasks:
+    found = groups if isinstance(groups, Groups) else Groups(groups)
+    check_choice(NAME, "loss", found.loss, ("sum", "mean"))
+    if isinstance(found.regroup_every, str):
+        check_choice(NAME, "regroup_every", found.regroup_every, ("batch", "never"))
+    else:
+        check_number(NAME, "regroup_every", found.regroup_every, at_least=1)
+    count = found.number
+    if count is None:
+        return found, num_tasks
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"{NAME}: groups must be a positive integer, not {count!r}.")
+    if count > num_tasks:
         raise ValueError(
-            f"{NAME}: groups={groups} is more than num_tasks={num_tasks}; every group "
+            f"{NAME}: groups={count} is more than num_tasks={num_tasks}; every group "
             "needs a task."
         )
-    return groups
+    return found, count
 
 
-def _regroup_batches(regroup_every: Regroup, batches: int | None) -> int | None:
-    """Batches between two partitions."""
-    check_choice(NAME, "regroup_every", regroup_every, Regroup)
-    if (regroup_every == "epoch") != (batches is not None):
+def _check_options(options: StepOptions, axis_name: Any) -> None:
+    check_choice(NAME, "batch_norm", options.batch_norm, BatchNorm)
+    check_choice(NAME, "moments", options.moments, states.Moments)
+    check_number(NAME, "batch_norm_decay", options.batch_norm_decay, above=0, below=1)
+    if options.clip_norm is not None:
+        check_number(NAME, "clip_norm", options.clip_norm, above=0)
+    if options.grad_fn is not None and axis_name is not None:
         raise ValueError(
-            f"{NAME}: regroup_every='epoch' and batches_per_epoch go together; got "
-            f"regroup_every={regroup_every!r}, batches_per_epoch={batches}."
+            f"{NAME}: a grad_fn sees the losses of this device only, so that it cannot "
+            "be averaged inside; leave out axis_name and return jax.lax.pmean of the "
+            "loss from the task loss."
         )
-    if batches is not None and batches < 1:
-        raise ValueError(f"{NAME}: batches_per_epoch={batches} must be positive.")
-    return {"batch": 1, "epoch": batches, "never": None}[regroup_every]
 
 
 def _check_balancer(balancer: Any, rounds: Rounds, state: Keep) -> None:
@@ -149,26 +167,15 @@ def _check_balancer(balancer: Any, rounds: Rounds, state: Keep) -> None:
         )
 
 
-def _check_numbers(**numbers: Any) -> None:
-    clip_norm, unroll = numbers.pop("clip_norm"), numbers.pop("unroll")
-    if clip_norm is not None and not clip_norm > 0:
-        raise ValueError(f"{NAME}: clip_norm={clip_norm} must be positive.")
-    if unroll < 1:
-        raise ValueError(f"{NAME}: unroll={unroll} must be at least 1.")
-    for argument, value in numbers.items():
-        if value is not None and not 0 < value < 1:
-            raise ValueError(f"{NAME}: {argument}={value} must lie between 0 and 1.")
-
-
 def _cost(rule: Rule) -> Cost:
     rounds, balancer = rule.rounds, rule.balancer
     together = rounds.steps
     apart = rounds.num_tasks if rounds.schedule == "same_batch" else rounds.size
     by_member = rule.by_member or (balancer and balancer.needs != "losses")
-    if balancer is not None and rule.grad_fn is not None:
+    if balancer is not None and rule.options.grad_fn is not None:
         by_member = True
     backward = apart if by_member else together
-    forward = backward if rule.grad_fn is not None else together
+    forward = backward if rule.options.grad_fn is not None else together
     return Cost(forward, backward, rule.slots)
 
 
@@ -191,17 +198,16 @@ def _init(rule: Rule, labels: Any, key: Any, params: Params) -> AlternatingState
     if rule.balancer is not None:
         balancer = states.copies(rule.balancer.init, shared, rounds.groups)
     return AlternatingState(
-        key=key,
+        key=None if key is None else jnp.copy(key),  # the caller's is not donated
         batch=jnp.zeros((), jnp.int32),
         order=jnp.arange(rounds.groups, dtype=jnp.int32),
         shared=states.shrink(
-            states.copies(rule.optimizer.init, shared, rule.slots), rule.moments
+            states.copies(rule.optimizer.init, shared, rule.slots), rule.options.moments
         ),
         rows=rows,
         owned=tuple(owned),
         balancer=balancer,
-        decay=() if rule.decay is None else rule.decay.init(params),
-        average=None if rule.ema_decay is None else jax.tree.map(jnp.asarray, params),
+        decay=() if rule.options.decay is None else rule.options.decay.init(params),
         losses=jnp.zeros(num_tasks),
         counts=jnp.zeros(num_tasks, jnp.int32),
         active=jnp.zeros(num_tasks, bool),
@@ -222,14 +228,15 @@ def _carry(params: Params, state: AlternatingState, batch_stats: Any) -> Carry:
         owned=state.owned,
         balancer=state.balancer,
         losses=state.losses,
+        seen=state.losses,
         counts=state.counts,
         active=jnp.zeros_like(state.active),
         batch_stats=batch_stats,
     )
 
 
-def _step(run: Run, state: AlternatingState) -> tuple[Any, Any, AlternatingState]:
-    """``(batch_stats, params, state)`` after a batch."""
+def _step(run: Run, state: AlternatingState) -> tuple[Carry, Any, AlternatingState]:
+    """What inner steps left, the parameters and the state after a batch."""
     rule, carry = run.rule, run.before
     plan, order = _plan(rule, state)
     steps = (plan.members, plan.groups, jnp.arange(rule.rounds.steps))
@@ -240,12 +247,8 @@ def _step(run: Run, state: AlternatingState) -> tuple[Any, Any, AlternatingState
             lambda c, at: (inner_step(run, c, at), None),
             carry,
             steps,
-            unroll=min(rule.unroll, rule.rounds.steps),
         )
     params, decay = decay_once(run, carry.params, state.decay, carry.active)
-    average = state.average
-    if rule.ema_decay is not None:
-        average = optax.incremental_update(params, average, 1 - rule.ema_decay)
     state = AlternatingState(
         key=state.key,
         batch=state.batch + 1,
@@ -255,12 +258,11 @@ def _step(run: Run, state: AlternatingState) -> tuple[Any, Any, AlternatingState
         owned=carry.owned,
         balancer=carry.balancer,
         decay=decay,
-        average=average,
         losses=carry.losses,
         counts=carry.counts,
         active=carry.active,
     )
-    return carry.batch_stats, params, state
+    return carry, params, state
 
 
 def alternate(
@@ -270,22 +272,13 @@ def alternate(
     schedule: Schedule = "same_batch",
     order: Order = "random",
     state: Keep | None = None,
-    groups: int | None = None,
-    regroup_every: Regroup = "batch",
-    batches_per_epoch: int | None = None,
-    group_loss: Literal["sum", "mean"] = "sum",
+    groups: int | Groups | None = None,
     key: PRNGKeyArray | None = None,
     labels: Any = None,
     own_optimizer: optax.GradientTransformation | None = None,
     balancer: Balancer | None = None,
-    grad_fn: Callable[..., Any] | None = None,
-    clip_norm: float | None = None,
-    decay: optax.GradientTransformation | None = None,
-    ema_decay: float | None = None,
-    batch_norm: BatchNorm = "last",
-    batch_norm_decay: float = 0.99,
-    moments: states.Moments = "full",
-    unroll: int = 1,
+    options: StepOptions = DEFAULTS,
+    axis_name: AxisName = None,
 ) -> Alternating:
     """Independent optimiser steps on one task (or group of tasks) after another.
 
@@ -311,14 +304,14 @@ def alternate(
     bit as they are: fed with the zero gradients of an inactive head, Adam would go on
     moving it, √T times as far in all. What belongs to a batch happens once a batch:
     schedules inside the optimisers (learning rates, ``optax.inject_hyperparams``) read
-    the number of the batch, ``decay`` and ``ema_decay`` act after the last inner step.
+    the number of the batch, ``decay`` acts after the last inner step.
     Bias corrections count the steps of their own state.
 
     Args:
       optimizer: Any optax optimiser whose state is made of arrays. It gets
         ``value=loss``. It sees the shared parameters and those of every task apart:
-        clip with ``clip_norm``, not inside. Weight decay inside it (``optax.adamw``)
-        acts at every inner step: use ``decay``.
+        clip with ``StepOptions(clip_norm=...)``, not inside. Weight decay inside it
+        (``optax.adamw``) acts at every inner step: use ``StepOptions(decay=...)``.
       num_tasks: T.
       schedule: ``"same_batch"``: all steps on every batch. ``"per_batch"``: one step a
         batch, so that G batches form a round; natural when tasks have data of their
@@ -330,13 +323,8 @@ def alternate(
         and the displacements add up (G = 1 is AdaTask, see :func:`adatask`).
         ``"slot"``: one for each of the G groups, whoever is in it; ``"shared"``: a
         single one. Default: per task for G = T, else slot.
-      groups: G, from 1 (one step on all tasks) to T (the default).
-      regroup_every: When a new random partition is drawn, sizes differing by at most
-        one: ``"batch"`` (every round, with ``"per_batch"``), ``"epoch"`` or
-        ``"never"``. Never compiles anything anew.
-      batches_per_epoch: For ``regroup_every="epoch"``.
-      group_loss: Of the members' losses: ``"sum"`` keeps a task's weight whatever the
-        size of its group.
+      groups: G, from 1 (one step on all tasks) to T (the default), or :class:`Groups`
+        with the options of random partitions.
       key: Seeds orders, partitions, the ``key`` of the task loss and the rounding of
         ``moments``. Needed where one of them is drawn.
       labels: ``"shared"``; ``"own"``, a leaf ``[T, ...]`` with a row for every task, of
@@ -346,29 +334,13 @@ def alternate(
       own_optimizer: For own parameters; ``optimizer`` by default.
       balancer: Combines the members' gradients of shared parameters within a group; of
         as many tasks as the largest group. Own parameters follow their own loss, and
-        ``group_loss`` is not read.
-      grad_fn: Called like ``jax.value_and_grad(loss, has_aux=True)(params)`` in its
-        place at every inner step, e.g. for sharpness-aware gradients. Stacked own
-        leaves of ``params`` have rows of the members only.
-      clip_norm: Bound on the global norm of an inner step's gradient, own parameters
-        included (of each member's, for ``"per_task"`` within groups).
-      decay: Run on zero gradients once a batch, on the parameters that were active:
-        ``optax.chain(optax.add_decayed_weights(1e-2),
-        optax.scale_by_learning_rate(schedule))`` is decoupled weight decay.
-      ema_decay: Of the moving average of the parameters in ``state.average``.
-      batch_norm: How running averages move. ``"last"``: once a batch, from the last
-        forward pass. ``"scaled"``: in every pass, by as much as makes
-        ``batch_norm_decay`` in all. They must not depend on the task. ``"batch"``: not
-        at all, for models that use the batch's own statistics everywhere.
-      batch_norm_decay: The decay that the model makes its averages with
-        (``"scaled"``).
-      moments: ``"bfloat16"`` keeps the arrays in the shared parameters' optimiser
-        states in 16 bits, rounded at random so that slow averages go on moving. Half
-        the memory; for less, use an optimiser with factored second moments
-        (``optax.scale_by_factored_rms``).
-      unroll: Inner steps per iteration of the loop; compile time grows with it. With
-        a ``grad_fn`` around ``jax.grad`` it is worth it for convolutions on a CPU
-        (:func:`mtljax.training.loop.prefers_host_loop` says why).
+        ``Groups.loss`` is not read.
+      options: See :class:`StepOptions`.
+      axis_name: The mapped axis of ``jax.pmap`` or ``jax.shard_map``, if the task loss
+        is that of this device's part of the batch, see
+        :func:`mtljax.value_and_task_grads`. Every inner step is then made with losses,
+        gradients and running averages that are means over the devices; parameters and
+        state stay equal on all of them. ``key=`` differs by device, and so may masks.
 
     Returns:
       ``init`` and ``step``, see :class:`Alternating`. ``task_loss(params, task,
@@ -378,6 +350,8 @@ def alternate(
       returns ``((losses, batch_stats), params, state)``. For a function of all losses
       see :func:`indexed`. ``losses`` ``[T]`` are those that each task last stepped on.
       Tasks absent by ``mask`` ``[T]`` do not step, nor does a group of absent tasks.
+      An inner step whose losses, gradients or updates are not finite is skipped:
+      parameters and states are those before it, and only ``losses`` shows it.
 
       Cost per batch: G passes forward and backward; T backward for ``"per_task"``
       within groups and for a balancer that reads gradients; a G-th of it with
@@ -414,29 +388,15 @@ def alternate(
       <https://arxiv.org/abs/2109.11678>`_, 2021; Yang et al., `AdaTask
       <https://arxiv.org/abs/2211.15055>`_, 2022.
     """
-    count = _check_groups(num_tasks, groups)
+    grouping, count = _check_groups(num_tasks, groups)
     check_choice(NAME, "schedule", schedule, Schedule)
     check_choice(NAME, "order", order, Order)
     kept = ("per_task" if count == num_tasks else "slot") if state is None else state
     check_choice(NAME, "state", kept, Keep)
-    check_choice(NAME, "group_loss", group_loss, ("sum", "mean"))
-    check_choice(NAME, "batch_norm", batch_norm, BatchNorm)
-    check_choice(NAME, "moments", moments, states.Moments)
-    _check_numbers(
-        clip_norm=clip_norm,
-        unroll=unroll,
-        ema_decay=ema_decay,
-        batch_norm_decay=batch_norm_decay,
-    )
-    rounds = Rounds(
-        num_tasks,
-        count,
-        schedule,
-        order,
-        _regroup_batches(regroup_every, batches_per_epoch),
-    )
+    _check_options(options, axis_name)
+    rounds = Rounds(num_tasks, count, schedule, order, grouping.batches)
     _check_balancer(balancer, rounds, kept)
-    if key is None and (rounds.draws or moments == "bfloat16"):
+    if key is None and (rounds.draws or options.moments == "bfloat16"):
         raise ValueError(
             f"{NAME}: orders, groups or roundings are drawn at random here; pass "
             "key=jax.random.key(...)."
@@ -446,16 +406,10 @@ def alternate(
         own_optimizer=optimizer if own_optimizer is None else own_optimizer,
         rounds=rounds,
         state=kept,
-        mean=group_loss == "mean",
+        mean=grouping.loss == "mean",
         balancer=balancer,
-        grad_fn=grad_fn,
-        clip_norm=clip_norm,
-        decay=decay,
-        ema_decay=ema_decay,
-        batch_norm=batch_norm,
-        batch_norm_decay=batch_norm_decay,
-        moments=moments,
-        unroll=unroll,
+        options=options,
+        gradients=make_options(NAME, axis_name=axis_name),
     )
 
     def init(params):
@@ -469,6 +423,11 @@ def alternate(
                 f"{NAME}: with_key=True needs a key; pass key=jax.random.key(...) to "
                 f"{NAME}."
             )
+        local = None if mask is None else as_mask(NAME, num_tasks, mask)
+        axes = rule.gradients.axes
+        shared_mask = local
+        if local is not None and axes:
+            shared_mask = placement.total(local.astype(jnp.int32), axes) > 0
         run = Run(
             rule=rule,
             parts=make_parts(NAME, labels, params, num_tasks),
@@ -476,12 +435,15 @@ def alternate(
             task_loss=task_loss,
             batch=batch,
             number=state.batch,
-            mask=None if mask is None else as_mask(NAME, num_tasks, mask),
+            mask=shared_mask,
+            local_mask=local,
             key=state.key,
             with_key=with_key,
         )
-        stats, params, state = _step(run, state)
-        losses = state.losses
-        return (losses if batch_stats is None else (losses, stats)), params, state
+        carry, params, state = _step(run, state)
+        losses = carry.seen
+        if batch_stats is not None:
+            losses = losses, carry.batch_stats
+        return losses, params, state
 
     return Alternating(init, step, lambda s: _plan(rule, s)[0], _cost(rule))

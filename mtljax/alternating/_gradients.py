@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from mtljax import placement
 from mtljax.alternating._parts import Parts
 from mtljax.gradients import pullback
+from mtljax.gradients.linearized import Options, Region, make_region
 
 
 def indexed(task_losses: Callable[..., Any]) -> Callable[..., Any]:
@@ -53,6 +55,8 @@ class Group(NamedTuple):
     present: Bool[Array, " members"]
     has_stats: bool
     full: bool  # every member is present, known before anything runs
+    here: Bool[Array, " members"]  # those present on this device
+    options: Options
 
     def _one(self, params: Any, task: Array) -> tuple[Array, Any]:
         out = self.task_loss(params, task)
@@ -98,20 +102,65 @@ class Group(NamedTuple):
         return (seen * self.weights(mean).astype(losses.dtype)).sum()
 
 
+class Linearized(NamedTuple):
+    """One forward pass of a group, and the gradients of its losses."""
+
+    losses: Array
+    stats: Any
+    region: Region
+    pull: Callable[..., Any]
+    params: Any
+
+    def gradient(self, weights: Array) -> Any:
+        """That of a weighted sum, averaged over the devices of a mapped region."""
+        weights = weights.astype(self.losses.dtype)
+        (local,) = self.pull(self.region.seeded(weights))
+        return jax.tree.map(
+            lambda g, leaf: placement.total(g, self.region.sums(leaf)),
+            local,
+            self.params,
+        )
+
+
+def linearize(group: Group, params: Any) -> Linearized:
+    """Runs the members at ``params``."""
+    options = group.options
+    point = placement.cast(params, options.axes)
+    local, pull, stats = pullback(group.losses, point, has_aux=True)
+    mask = None if group.full else group.here
+    region = make_region(local, mask, options, "alternate")
+    stats = averaged(stats, options.axes)
+    return Linearized(region.losses, stats, region, pull, params)
+
+
+def averaged(stats: Any, axes: tuple[str, ...]) -> Any:
+    """Running averages: the means over the devices. Counts are equal on all of them."""
+    if not axes:
+        return stats
+    count = placement.size(axes)
+
+    def leaf(x):
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            return placement.total(x / count, axes)
+        return placement.largest(x, axes)
+
+    return jax.tree.map(leaf, stats)
+
+
 def group_gradient(
     group: Group, params: Any, mean: bool, grad_fn: Callable[..., Any] | None
 ):
     """``(losses, stats, gradient of the group's loss)``: one pass."""
+    if grad_fn is None:
+        found = linearize(group, params)
+        return found.losses, found.stats, found.gradient(group.weights(mean))
 
     def objective(params):
         losses, stats = group.losses(params)
         return group.total(losses, mean), (losses, stats)
 
-    if grad_fn is not None:
-        (_, (losses, stats)), grad = grad_fn(objective, has_aux=True)(params)
-        return losses, stats, grad
-    total, pull, (losses, stats) = pullback(objective, params, has_aux=True)
-    return losses, stats, pull(jnp.ones(total.shape, total.dtype))[0]
+    (_, (losses, stats)), grad = grad_fn(objective, has_aux=True)(params)
+    return losses, stats, grad
 
 
 def each_member(
@@ -143,14 +192,14 @@ def each_member(
     numbers = jnp.arange(group.tasks.shape[0])
     weights = group.weights(mean)
     if grad_fn is None:
-        losses, pull, stats = pullback(group.losses, params, has_aux=True)
+        found = linearize(group, params)
 
         def body(carry, number):
-            seed = jnp.where(numbers == number, weights, 0).astype(losses.dtype)
-            return visit(carry, number, losses[number], pull(seed)[0])
+            grad = found.gradient(jnp.where(numbers == number, weights, 0))
+            return visit(carry, number, found.losses[number], grad)
 
         carry, outs = jax.lax.scan(body, carry, numbers, reverse=True)
-        return losses, stats, carry, outs
+        return found.losses, found.stats, carry, outs
 
     def call(carry, number):
         def objective(params):

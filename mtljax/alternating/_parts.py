@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Int
 
-from mtljax import stack
+from mtljax import placement, stack
 from mtljax.balancer import check_num_tasks
 from mtljax.types import Params
 
@@ -150,7 +150,20 @@ class Parts:
 
     def view(self, params: Params, tasks: Int[Array, " members"]) -> Params:
         """The parameters with the rows of some tasks only."""
-        return self.map_rows(lambda x: x[tasks], params)
+        return self.map_rows(lambda x: take_rows(x, tasks), params)
+
+
+def take_rows(x: Array, tasks: Int[Array, " members"]) -> Array:
+    """The rows of some tasks."""
+    return placement.like_first(lambda x, tasks: x[tasks], x, tasks)
+
+
+def put_rows(x: Array, tasks: Int[Array, " members"], new: Array) -> Array:
+    """The stack with some rows replaced; one past the last is dropped."""
+    new = new if new.dtype == x.dtype else new.astype(x.dtype)
+    return placement.like_first(
+        lambda x, tasks, new: x.at[tasks].set(new, mode="drop"), x, tasks, new
+    )
 
 
 def make_parts(name: str, labels: Any, params: Params, num_tasks: int) -> Parts:

@@ -5,6 +5,7 @@ batches as there are groups (``"per_batch"``). All draws are pure functions of a
 the number of the batch, so a resumed run goes on with the same ones.
 """
 
+import dataclasses
 from typing import Literal, NamedTuple, TypeAlias
 
 import jax
@@ -13,10 +14,34 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, Scalar
 
 Schedule: TypeAlias = Literal["same_batch", "per_batch"]
 Order: TypeAlias = Literal["random", "fixed", "largest_loss_first"]
-Regroup: TypeAlias = Literal["batch", "epoch", "never"]
+Regroup: TypeAlias = Literal["batch", "never"] | int
 
 # What is drawn from the key; dropout and rounding are drawn elsewhere.
 PARTITION, ORDER, DROPOUT, ROUNDING = range(4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Which tasks step together, for :func:`alternate`.
+
+    Attributes:
+      number: G, from 1 (one step on all tasks) to T (the default).
+      regroup_every: When a new random partition is drawn, sizes differing by at most
+        one: ``"batch"`` (every round, with ``"per_batch"``), after so many batches (an
+        integer, such as those of an epoch) or ``"never"``. Never compiles again.
+      loss: Of the members' losses: ``"sum"`` keeps a task's weight whatever the size of
+        its group; or ``"mean"``.
+    """
+
+    number: int | None = None
+    regroup_every: Regroup = "batch"
+    loss: Literal["sum", "mean"] = "sum"
+
+    @property
+    def batches(self) -> int | None:
+        """Batches between two partitions."""
+        every = self.regroup_every
+        return {"batch": 1, "never": None}[every] if isinstance(every, str) else every
 
 
 class Plan(NamedTuple):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from mtljax import stack
+from mtljax import placement, stack
 
 Moments: TypeAlias = Literal["full", "bfloat16"]
 
@@ -101,9 +101,16 @@ def copies(
 
     Copies of a random state draw from keys of their own.
     """
-    states = jax.vmap(lambda _, p: init(p), in_axes=(0, axis))(
-        jnp.arange(count), params
-    )
+    if axis is None:
+        # Not by vmap, so that moments lie as their parameters do.
+        states = jax.tree.map(
+            lambda x: jnp.broadcast_to(jnp.asarray(x)[None], (count, *jnp.shape(x))),
+            init(params),
+        )
+    else:
+        # Compiled with its arguments, used or not: these say what mesh there is.
+        each = jax.vmap(lambda _, p: init(p), in_axes=(0, axis))
+        states = jax.jit(each, keep_unused=True)(jnp.arange(count), params)
 
     def leaf(path, x):
         old_kind = x.dtype == jnp.uint32 and "key" in stack.path_name(path[-1:])
@@ -184,7 +191,8 @@ def after(index: Int[Array, ""], done: Any) -> Int[Array, ""]:
     added here is zero.
     """
     for leaf in jax.tree.leaves(done):
-        if leaf.size:
+        # Where a device has a part of a leaf, an entry of it would have to be sent.
+        if leaf.size and placement.plain(leaf):
             first = leaf[(0,) * leaf.ndim].real.astype(jnp.float32)
             bits = jax.lax.bitcast_convert_type(first, jnp.int32)
             zero = jnp.minimum(bits, 0) ^ jnp.maximum(bits, 0) ^ bits

@@ -1,5 +1,6 @@
 """One inner step, and what happens once a batch."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -8,16 +9,56 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
+from mtljax import placement, stack
 from mtljax.alternating import _states as states
-from mtljax.alternating._gradients import Group, each_member, group_gradient
-from mtljax.alternating._parts import Parts
+from mtljax.alternating._gradients import (
+    Group,
+    averaged,
+    each_member,
+    group_gradient,
+)
+from mtljax.alternating._parts import Parts, put_rows, take_rows
 from mtljax.alternating._schedule import DROPOUT, ROUNDING, Rounds, draw_key
 from mtljax.balancer import Balancer
 from mtljax.gradients import value_and_balanced_grad
+from mtljax.gradients.linearized import Options
 from mtljax.types import Losses, Mask
 
 Keep: TypeAlias = Literal["per_task", "slot", "shared"]
 BatchNorm: TypeAlias = Literal["last", "scaled", "batch"]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOptions:
+    """Rarer options of :func:`alternate`.
+
+    Attributes:
+      clip_norm: Bound on the global norm of an inner step's gradient, own parameters
+        included (of each member's, for ``"per_task"`` within groups).
+      grad_fn: Called like ``jax.value_and_grad(loss, has_aux=True)(params)`` in its
+        place at every inner step, e.g. for sharpness-aware gradients. Stacked own
+        leaves of ``params`` have rows of the members only.
+      decay: Run on zero gradients once a batch, on the parameters that were active:
+        ``optax.chain(optax.add_decayed_weights(1e-2),
+        optax.scale_by_learning_rate(schedule))`` is decoupled weight decay.
+      batch_norm: How running averages move. ``"last"``: once a batch, from the last
+        forward pass. ``"scaled"``: in every pass, by as much as makes
+        ``batch_norm_decay`` in all. They must not depend on the task. ``"batch"``: not
+        at all, for models that use the batch's own statistics everywhere.
+      batch_norm_decay: The decay that the model makes its averages with
+        (``"scaled"``).
+      moments: ``"bfloat16"`` keeps the arrays in the shared parameters' optimiser
+        states in 16 bits, rounded at random so that slow averages go on moving. Half
+        the memory; for less, use an optimiser with factored second moments
+        (``optax.scale_by_factored_rms``).
+    """
+
+    clip_norm: Any = None
+    grad_fn: Callable[..., Any] | None = None
+    decay: optax.GradientTransformation | None = None
+    batch_norm: BatchNorm = "last"
+    batch_norm_decay: Any = 0.99
+    moments: states.Moments = "full"
 
 
 class Rule(NamedTuple):
@@ -29,14 +70,8 @@ class Rule(NamedTuple):
     state: Keep
     mean: bool
     balancer: Balancer | None
-    grad_fn: Callable[..., Any] | None
-    clip_norm: float | None
-    decay: optax.GradientTransformation | None
-    ema_decay: float | None
-    batch_norm: BatchNorm
-    batch_norm_decay: float
-    moments: states.Moments
-    unroll: int
+    options: StepOptions
+    gradients: Options
 
     @property
     def num_tasks(self) -> int:
@@ -51,7 +86,7 @@ class Rule(NamedTuple):
 
     @property
     def by_member(self) -> bool:
-        """Whether a group's tasks step on their own, side by side."""
+        """Whether a group's tasks step on their own, all from one point."""
         return self.state == "per_task" and self.rounds.size > 1
 
 
@@ -63,7 +98,8 @@ class Carry(NamedTuple):
     rows: Any  # those of stacked own parameters, [T, ...]
     owned: tuple[Any, ...]  # those of the leaves of each owner
     balancer: Any  # [groups, ...]
-    losses: Losses
+    losses: Losses  # of the steps that were made
+    seen: Losses  # also of those that were skipped
     counts: Int[Array, " tasks"]
     active: Mask
     batch_stats: Any
@@ -83,7 +119,8 @@ class Run(NamedTuple):
     task_loss: Callable[..., Any]
     batch: Any
     number: Int[Array, ""]  # of the batch
-    mask: Mask | None
+    mask: Mask | None  # tasks that are present on some device
+    local_mask: Mask | None  # on this one
     key: PRNGKeyArray | None
     with_key: bool
 
@@ -93,11 +130,17 @@ class Run(NamedTuple):
             return None
         return jax.random.fold_in(draw_key(self.key, stream, self.number), step)
 
+    def dropout(self, step: Array) -> PRNGKeyArray | None:
+        """The key of the task loss, another one on every device."""
+        key, axes = self.draw(DROPOUT, step), self.rule.gradients.axes
+        return jax.random.fold_in(key, jax.lax.axis_index(axes)) if axes else key
+
 
 class Outcome(NamedTuple):
     """Losses of the members, and what moved but for own parameters."""
 
     losses: Array
+    healthy: Bool[Array, " members"]  # whose losses and gradients are finite
     stats: Any
     own_grad: Any  # its shared leaves are not read
     params: Any  # the shared ones
@@ -115,11 +158,26 @@ def _where(keep: Any, new: Any, old: Any) -> Any:
     return jax.tree.map(leaf, new, old)
 
 
-def _clip(rule: Rule, grad: Any) -> Any:
-    if rule.clip_norm is None:
+def _healthy(run: Run, present: Any, loss: Any, *trees: Any) -> Array:
+    """Whether a loss and all that follows from it is finite, on all devices."""
+    found = jnp.isfinite(jnp.where(present, loss, 0)).all() & stack.all_finite(
+        [x for x in jax.tree.leaves(trees) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    )
+    return placement.agreed(found, run.before.counts)
+
+
+def _clip(rule: Rule, grad: Any, params: Any) -> Any:
+    bound = rule.options.clip_norm
+    if bound is None:
         return grad
-    clip = optax.clip_by_global_norm(rule.clip_norm)
-    return clip.update(grad, optax.EmptyState())[0]
+    axes = frozenset(rule.gradients.axes)
+    squares = []
+    for g, leaf in zip(jax.tree.leaves(grad), jax.tree.leaves(params), strict=True):
+        split = tuple(sorted(axes & placement.varying(leaf)))
+        squares.append(placement.total(jnp.square(g).sum(), split))
+    norm = jnp.sqrt(sum(squares))
+    factor = jnp.where(norm > bound, bound / norm, 1)
+    return jax.tree.map(lambda g: (g * factor).astype(g.dtype), grad)
 
 
 def _add(tree: Any, other: Any) -> Any:
@@ -132,14 +190,16 @@ def _together(run: Run, group: Group, view: Any, carry: Carry, at: Any) -> Outco
     rule, parts = run.rule, run.parts
     balancer = carry.balancer
     if rule.balancer is None:
-        losses, stats, grad = group_gradient(group, view, rule.mean, rule.grad_fn)
+        losses, stats, grad = group_gradient(
+            group, view, rule.mean, rule.options.grad_fn
+        )
     else:
         held = states.read(run.before.balancer, slot)
         losses, stats, grad, new = _balanced(rule, group, view, held)
         balancer = states.write(balancer, slot, new)
     index = group.tasks[0] if rule.state == "per_task" else slot
     held = states.read(carry.shared, index)
-    grad = _clip(rule, grad)
+    grad = _clip(rule, grad, view)
     shared = parts.shared(carry.params)
     updates, new = states.step(
         rule.optimizer,
@@ -149,12 +209,16 @@ def _together(run: Run, group: Group, view: Any, carry: Carry, at: Any) -> Outco
         batch=run.number,
         value=group.total(losses, rule.mean),
     )
+    keep = _healthy(run, group.present, losses, grad, updates, new)
     new = states.narrow(new, held, run.draw(ROUNDING, number))
-    keep = None if run.mask is None else group.present.any()
+    healthy = jnp.broadcast_to(keep, group.present.shape)
+    if run.mask is not None:
+        keep &= group.present.any()
     moved = _where(keep, optax.apply_updates(shared, updates), shared)
     place = states.after(index, moved)
     return Outcome(
         losses,
+        healthy,
         stats,
         grad,
         moved,
@@ -168,12 +232,18 @@ def _balanced(rule: Rule, group: Group, view: Any, state: Any):
     parts, balancer = group.parts, rule.balancer
     assert balancer is not None
     mask = None if group.full else group.present
-    if rule.grad_fn is None:
+    if rule.options.grad_fn is None:
+        axes = rule.gradients.axes
         gradient = value_and_balanced_grad(
-            group.losses, balancer, labels=parts.marks(), has_aux=True
+            group.losses,
+            balancer,
+            labels=parts.marks(),
+            has_aux=True,
+            axis_name=axes or None,
         )
-        (losses, stats), grad, state = gradient(view, state, mask=mask)
-        return losses, stats, grad, state
+        local = None if group.full else group.here
+        (losses, stats), grad, state = gradient(view, state, mask=local)
+        return losses, averaged(stats, axes), grad, state
 
     def visit(total, number, loss, grad):
         del number, loss
@@ -181,7 +251,7 @@ def _balanced(rule: Rule, group: Group, view: Any, state: Any):
 
     zeros = jax.tree.map(jnp.zeros_like, parts.own(view))
     losses, stats, own, rows = each_member(
-        group, view, visit, zeros, mean=False, grad_fn=rule.grad_fn
+        group, view, visit, zeros, mean=False, grad_fn=rule.options.grad_fn
     )
     update, state = balancer.update(rows, state, losses=losses, mask=mask)
     return losses, stats, parts.merge(update, own), state
@@ -196,9 +266,8 @@ def _side_by_side(run: Run, group: Group, view: Any, carry: Carry, at: Any) -> O
 
     def visit(state, member, loss, grad):
         moved, slots, own = state
-        grad = _clip(rule, grad)
+        grad = _clip(rule, grad, view)
         task, here = group.tasks[member], group.present[member]
-        keep = None if group.full else here
         held = states.read(slots, task)
         updates, new = states.step(
             rule.optimizer,
@@ -208,56 +277,61 @@ def _side_by_side(run: Run, group: Group, view: Any, carry: Carry, at: Any) -> O
             batch=run.number,
             value=jnp.where(here, loss, 0),
         )
+        healthy = _healthy(run, here, loss, grad, updates, new)
+        keep = healthy if group.full else healthy & here
         folded = None if key is None else jax.random.fold_in(key, member)
         new = _where(keep, states.narrow(new, held, folded), held)
         zeros = jax.tree.map(jnp.zeros_like, moved)
         moved = _add(moved, _where(keep, updates, zeros))
         slots = states.write(slots, states.after(task, moved), new)
-        return (moved, slots, _add(own, parts.own(grad))), None
+        zeros = jax.tree.map(jnp.zeros_like, own)
+        own = _add(own, _where(healthy, parts.own(grad), zeros))
+        return (moved, slots, own), healthy
 
     zeros = jax.tree.map(jnp.zeros_like, (shared, parts.own(view)))
-    losses, stats, (moved, slots, own), _ = each_member(
+    losses, stats, (moved, slots, own), healthy = each_member(
         group,
         view,
         visit,
         (zeros[0], carry.shared, zeros[1]),
         mean=rule.mean,
-        grad_fn=rule.grad_fn,
+        grad_fn=rule.options.grad_fn,
     )
     params = _where(None, optax.apply_updates(shared, moved), shared)
-    return Outcome(losses, stats, own, params, slots, carry.balancer)
+    return Outcome(losses, healthy, stats, own, params, slots, carry.balancer)
 
 
-def _step_rows(run: Run, group: Group, grad: Any, carry: Carry, losses: Array):
+def _step_rows(run: Run, group: Group, out: Outcome, carry: Carry):
     """Own parameters that are stacked: the rows of the members, and no other."""
     rule, parts = run.rule, run.parts
     old = parts.rows(parts.view(run.before.params, group.tasks))
 
     def one(grad, opt_state, params, value):
-        return states.step(
+        found = states.step(
             rule.own_optimizer, grad, opt_state, params, batch=run.number, value=value
         )
+        return *found, _healthy(run, True, 0.0, found)
 
-    updates, new = jax.vmap(one)(
-        parts.rows(grad),
-        jax.tree.map(lambda x: x[group.tasks], run.before.rows),
+    updates, new, healthy = jax.vmap(one)(
+        parts.rows(out.own_grad),
+        jax.tree.map(lambda x: take_rows(x, group.tasks), run.before.rows),
         old,
-        losses,
+        out.losses,
     )
-    # Absent members have no row T, and what is written there is dropped.
-    write = jnp.where(group.present, group.tasks, rule.num_tasks)
+    # There is no row T, and what absent members would write there is dropped.
+    keep = group.present & out.healthy & healthy
+    write = jnp.where(keep, group.tasks, rule.num_tasks)
 
-    def leaf(x, n):
-        n = n if n.dtype == x.dtype else n.astype(x.dtype)
-        return x.at[write].set(n, mode="drop")
+    def put(x, n):
+        return put_rows(x, write, n)
 
     params = jax.tree.map(
-        leaf, parts.rows(carry.params), optax.apply_updates(old, updates)
+        put, parts.rows(carry.params), optax.apply_updates(old, updates)
     )
-    return params, jax.tree.map(leaf, carry.rows, new)
+    return params, jax.tree.map(put, carry.rows, new)
 
 
-def _step_owned(run: Run, group: Group, grad: Any, carry: Carry, losses: Array):
+def _step_owned(run: Run, group: Group, out: Outcome, carry: Carry):
     """Own parameters of any shape: those of members, where the others stay bit by bit.
 
     A zero gradient would not leave them alone: momentum would move them on.
@@ -265,36 +339,38 @@ def _step_owned(run: Run, group: Group, grad: Any, carry: Carry, losses: Array):
     rule, parts = run.rule, run.parts
     trees, new_states = [], []
     for task, opt_state in zip(parts.owners, carry.owned, strict=True):
-        here = (group.tasks == task) & group.present
+        here = (group.tasks == task) & group.present & out.healthy
         old = parts.owned(carry.params, task)
         updates, new = states.step(
             rule.own_optimizer,
-            parts.owned(grad, task),
+            parts.owned(out.own_grad, task),
             opt_state,
             old,
             batch=run.number,
-            value=jnp.where(here, losses, 0).sum(),
+            value=jnp.where(here, out.losses, 0).sum(),
         )
+        keep = here.any() & _healthy(run, True, 0.0, updates, new)
         new = states.narrow(new, opt_state, None)
-        trees.append(_where(here.any(), optax.apply_updates(old, updates), old))
-        new_states.append(_where(here.any(), new, opt_state))
+        trees.append(_where(keep, optax.apply_updates(old, updates), old))
+        new_states.append(_where(keep, new, opt_state))
     return trees, tuple(new_states)
 
 
-def _next_stats(run: Run, new: Any, old: Any, present: Bool[Array, " members"]) -> Any:
+def _next_stats(run: Run, new: Any, old: Any, moved: Bool[Array, " members"]) -> Any:
     """Running averages after an inner step."""
     rule = run.rule
-    if old is None or rule.batch_norm == "batch":
+    options = rule.options
+    if old is None or options.batch_norm == "batch":
         return old
-    if rule.batch_norm == "scaled":
-        decay, steps = rule.batch_norm_decay, rule.rounds.steps
+    if options.batch_norm == "scaled":
+        decay, steps = options.batch_norm_decay, rule.rounds.steps
         share = (1 - decay ** (1 / steps)) / (1 - decay)
 
         def leaf(n, o):
             return o + share * (n - o) if jnp.issubdtype(o.dtype, jnp.floating) else n
 
         new = jax.tree.map(leaf, new, old)
-    return _where(None if run.mask is None else present.any(), new, old)
+    return _where(moved.any(), new, old)
 
 
 def inner_step(run: Run, carry: Carry, at: Any) -> Carry:
@@ -304,11 +380,13 @@ def inner_step(run: Run, carry: Carry, at: Any) -> Carry:
     present = members < rule.num_tasks
     # What fills a row up computes what the first member does, and counts for nothing.
     tasks = jnp.where(present, members, members[0])
+    here = present
     if run.mask is not None:
-        present &= run.mask[tasks]
-    options = {"key": run.draw(DROPOUT, number)} if run.with_key else {}
+        present = present & run.mask[tasks]
+        here = run.local_mask[tasks]
+    options = {"key": run.dropout(number)} if run.with_key else {}
     if carry.batch_stats is not None:
-        scaled = rule.batch_norm == "scaled"
+        scaled = rule.options.batch_norm == "scaled"
         stats = carry.batch_stats if scaled else run.before.batch_stats
         options["batch_stats"] = stats
     group = Group(
@@ -318,6 +396,8 @@ def inner_step(run: Run, carry: Carry, at: Any) -> Carry:
         present=present,
         has_stats=carry.batch_stats is not None,
         full=run.mask is None and rule.num_tasks % rule.rounds.groups == 0,
+        here=here if run.mask is not None else jnp.ones_like(present),
+        options=rule.gradients,
     )
     view = parts.merge(
         parts.rows(parts.view(run.before.params, tasks)),
@@ -328,11 +408,18 @@ def inner_step(run: Run, carry: Carry, at: Any) -> Carry:
     out = move(run, group, view, carry, (slot, number))
     trees, rows = [], carry.rows
     if parts.has_rows:
-        tree, rows = _step_rows(run, group, out.own_grad, carry, out.losses)
+        tree, rows = _step_rows(run, group, out, carry)
         trees.append(tree)
-    owned_trees, owned = _step_owned(run, group, out.own_grad, carry, out.losses)
-    write = jnp.where(present, tasks, rule.num_tasks)
+    owned_trees, owned = _step_owned(run, group, out, carry)
+    varying = placement.varying(out.losses) - placement.varying(carry.losses)
+    if varying:
+        raise ValueError(
+            "alternate: the losses differ between the devices of "
+            f"{tuple(sorted(varying))}, but the state does not; pass axis_name."
+        )
     seen = out.losses.astype(carry.losses.dtype)
+    moved = present & out.healthy
+    write = jnp.where(moved, tasks, rule.num_tasks)
     return Carry(
         params=parts.merge(out.params, *trees, *owned_trees),
         shared=out.shared,
@@ -340,17 +427,21 @@ def inner_step(run: Run, carry: Carry, at: Any) -> Carry:
         owned=owned,
         balancer=out.balancer,
         losses=carry.losses.at[write].set(seen, mode="drop"),
+        seen=carry.seen.at[jnp.where(present, tasks, rule.num_tasks)].set(
+            seen, mode="drop"
+        ),
         counts=carry.counts.at[write].add(1, mode="drop"),
         active=carry.active.at[write].set(True, mode="drop"),
-        batch_stats=_next_stats(run, out.stats, carry.batch_stats, present),
+        batch_stats=_next_stats(run, out.stats, carry.batch_stats, moved),
     )
 
 
 def decay_once(run: Run, params: Any, opt_state: Any, active: Mask) -> tuple[Any, Any]:
     """What belongs to a batch and not to a step: decoupled weight decay."""
-    if run.rule.decay is None:
+    decay = run.rule.options.decay
+    if decay is None:
         return params, opt_state
     zeros = jax.tree.map(jnp.zeros_like, params)
-    updates, new = run.rule.decay.update(zeros, opt_state, params)
+    updates, new = decay.update(zeros, opt_state, params)
     decayed = _where(None, optax.apply_updates(params, updates), params)
     return run.parts.where(active, decayed, params), new

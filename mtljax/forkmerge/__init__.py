@@ -49,13 +49,15 @@ from mtljax.forkmerge._branches import branch_mesh as branch_mesh
 from mtljax.forkmerge._branches import fork as fork
 from mtljax.forkmerge._branches import take_branches as take_branches
 from mtljax.forkmerge._branches import train_branches as train_branches
-from mtljax.forkmerge._cost import Cost as Cost
+from mtljax.forkmerge._cost import ForkMergeCost as ForkMergeCost
 from mtljax.forkmerge._cost import forkmerge_cost as forkmerge_cost
 from mtljax.forkmerge._cost import merge_passes as merge_passes
+from mtljax.forkmerge._driver import BranchTraining as BranchTraining
 from mtljax.forkmerge._driver import ForkMerge as ForkMerge
 from mtljax.forkmerge._driver import ForkMergeState as ForkMergeState
 from mtljax.forkmerge._driver import MergeInfo as MergeInfo
 from mtljax.forkmerge._driver import MergeSource as MergeSource
+from mtljax.forkmerge._driver import Snapshots as Snapshots
 from mtljax.forkmerge._merge import Policy as Policy
 from mtljax.forkmerge._merge import merge as merge
 from mtljax.forkmerge._merge import refork as refork
@@ -67,6 +69,7 @@ from mtljax.forkmerge._realise import take_task as take_task
 from mtljax.forkmerge._realise import task_orders as task_orders
 from mtljax.forkmerge._realise import weighted_sum as weighted_sum
 from mtljax.forkmerge._search import Method as Method
+from mtljax.forkmerge._search import Search as Search
 from mtljax.forkmerge._search import SearchResult as SearchResult
 from mtljax.forkmerge._search import search_merge as search_merge
 from mtljax.forkmerge._search import split_validation as split_validation

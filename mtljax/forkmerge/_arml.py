@@ -3,9 +3,16 @@
 from typing import Literal, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
-from mtljax.balancer import Balancer, check_choice, check_num_tasks, from_weights
+from mtljax.balancer import (
+    Balancer,
+    check_choice,
+    check_num_tasks,
+    check_number,
+    from_weights,
+)
 from mtljax.forkmerge._checks import check_target
 from mtljax.solvers import project_simplex
 from mtljax.types import Scale, Weights
@@ -25,7 +32,7 @@ def arml(
     num_tasks: int,
     *,
     main: int = 0,
-    learning_rate: float = 0.05,
+    learning_rate: ArrayLike = 0.05,
     update_every: int = 20,
     projection: Projection = "exact",
     scale: Scale = "native",
@@ -77,8 +84,7 @@ def arml(
     check_target("arml", num_tasks, main)
     if num_tasks < 2:
         raise ValueError("arml: with num_tasks=1 there is no auxiliary task.")
-    if not learning_rate > 0:
-        raise ValueError(f"arml: learning_rate must be positive, not {learning_rate}.")
+    check_number("arml", "learning_rate", learning_rate, above=0)
     if update_every < 1:
         raise ValueError(f"arml: update_every must be positive, not {update_every}.")
     check_choice("arml", "projection", projection, Projection)
@@ -91,8 +97,8 @@ def arml(
         return jnp.maximum(alpha + (helpers - total) / helpers, 0)
 
     def init():
-        ones = jnp.ones(num_tasks, jnp.float32)
-        return ARMLState(ones, jnp.int32(0), ones)
+        learned, used = (jnp.ones(num_tasks, jnp.float32) for _ in "12")
+        return ARMLState(learned, jnp.int32(0), used)
 
     def weigh(state, *, losses, gramian, mask):
         del losses

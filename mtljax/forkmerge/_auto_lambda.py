@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
+from mtljax.balancer import check_number, commit
 from mtljax.gradients import check_losses
 from mtljax.types import Losses, Weights
 
@@ -92,8 +94,8 @@ def auto_lambda(
     optimizer: optax.GradientTransformation,
     *,
     primary: int | Sequence[int] = 0,
-    learning_rate: float = 1e-4,
-    initial: float = 0.1,
+    learning_rate: ArrayLike = 1e-4,
+    initial: ArrayLike = 0.1,
     weight_optimizer: optax.GradientTransformation | None = None,
 ) -> AutoLambda:
     """Auto-λ: learns task weights by looking one step ahead (bi-level, one step).
@@ -148,15 +150,14 @@ def auto_lambda(
             )
     if not chosen:
         raise ValueError("auto_lambda: primary names no task.")
-    if not learning_rate > 0:
-        raise ValueError(
-            f"auto_lambda: learning_rate must be positive, not {learning_rate}."
-        )
+    check_number("auto_lambda", "learning_rate", learning_rate, above=0)
+    check_number("auto_lambda", "initial", initial)
     inner = optax.adam(learning_rate) if weight_optimizer is None else weight_optimizer
 
     def init() -> AutoLambdaState:
         weights = jnp.full(num_tasks, initial)
-        return AutoLambdaState(weights, inner.init(weights), jnp.zeros(num_tasks))
+        state = AutoLambdaState(weights, inner.init(weights), jnp.zeros(num_tasks))
+        return jax.tree.map(jnp.copy, state)  # no buffer twice: donation is safe
 
     def update(
         state: AutoLambdaState,
@@ -179,6 +180,8 @@ def auto_lambda(
         found = found.astype(state.weights.dtype)
         updates, moments = inner.update(found, state.optimizer, state.weights)
         weights: Any = optax.apply_updates(state.weights, updates)
-        return AutoLambdaState(weights, moments, found)
+        # Where a loss or a gradient is not finite, the weights stay.
+        new = AutoLambdaState(weights, moments, found)
+        return commit(True, (), new, state)[1]
 
     return AutoLambda(init, update)

@@ -4,10 +4,10 @@ import math
 from typing import NamedTuple
 
 from mtljax.forkmerge._checks import check_positive
-from mtljax.forkmerge._search import Method
+from mtljax.forkmerge._search import Method, Search
 
 
-class Cost(NamedTuple):
+class ForkMergeCost(NamedTuple):
     """Counts of :func:`forkmerge_cost`, for all targets together."""
 
     branch_steps: int  # steps of training, one gradient each
@@ -19,9 +19,7 @@ class Cost(NamedTuple):
 def merge_passes(
     num_branches: int,
     *,
-    method: Method = "auto",
-    levels: int = 5,
-    num_samples: int = 32,
+    method: Method | Search = "auto",
 ) -> int:
     """Validation passes of one :func:`search_merge`.
 
@@ -32,13 +30,15 @@ def merge_passes(
       [6, 21, 56, 252]
     """
     check_positive("merge_passes", "num_branches", num_branches)
+    search = method if isinstance(method, Search) else Search(method)
+    method = search.method
     if method == "auto":
         method = "grid" if num_branches <= 2 else "greedy"
     if method == "greedy":
-        return num_branches + levels * (num_branches - 1)
+        return num_branches + search.levels * (num_branches - 1)
     if method == "random":
-        return num_branches + num_samples
-    return math.comb(levels + num_branches - 1, num_branches - 1)
+        return num_branches + search.num_samples
+    return math.comb(search.levels + num_branches - 1, num_branches - 1)
 
 
 def forkmerge_cost(
@@ -50,9 +50,8 @@ def forkmerge_cost(
     ranking_steps: int = 0,
     num_auxiliaries: int = 0,
     num_targets: int = 1,
-    method: Method = "auto",
-    levels: int = 5,
-) -> Cost:
+    method: Method | Search = "auto",
+) -> ForkMergeCost:
     """Training steps, merges, validation passes and memory of a run.
 
     Every target needs a run (and gets a model) of its own, unlike a balancer that
@@ -67,7 +66,6 @@ def forkmerge_cost(
       num_auxiliaries: Pairs there.
       num_targets: G.
       method: See :func:`search_merge`.
-      levels: See there.
 
     Returns:
       The counts. For ``num_steps=50_000`` and one branch: those of training alone.
@@ -86,11 +84,11 @@ def forkmerge_cost(
     first = min(interval, num_steps)
     steps = num_branches * first + later * (num_steps - first)
     merges = math.ceil(num_steps / interval)
-    passes = merge_passes(num_branches, method=method, levels=levels)
-    passes += (merges - 1) * merge_passes(later, method=method, levels=levels)
+    passes = merge_passes(num_branches, method=method)
+    passes += (merges - 1) * merge_passes(later, method=method)
     ranking = ranking_steps * num_auxiliaries
     passes += num_auxiliaries if ranking else 0
-    return Cost(
+    return ForkMergeCost(
         branch_steps=num_targets * (steps + ranking),
         merges=num_targets * merges,
         validation_passes=num_targets * passes,

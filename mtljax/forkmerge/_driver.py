@@ -34,14 +34,14 @@ from mtljax.forkmerge._merge import (
     plan,
     refork_leaves,
 )
-from mtljax.forkmerge._prune import prune, prune_groups
+from mtljax.forkmerge._prune import prune
 from mtljax.forkmerge._realise import Realisation
 from mtljax.forkmerge._search import (
-    Evaluation,
     Inputs,
     Method,
+    Plan,
     Search,
-    make_search,
+    make_plan,
     merged_state,
     run_search,
     validate,
@@ -51,10 +51,47 @@ MergeSource: TypeAlias = Literal["last", "best_in_round", "best_ever"]
 Final: TypeAlias = Literal["last", "best"]
 
 
-class MergeInfo(NamedTuple):
-    """What a merge found; every field has a first axis ``[G]`` with several targets."""
+@dataclasses.dataclass(frozen=True)
+class BranchTraining:
+    """How :class:`ForkMerge` trains branches; see :func:`train_branches`.
 
-    weights: Float[Array, "..."]  # Λ* [B]
+    Attributes:
+      realisation: ``"sum"`` or ``"sample"``.
+      per_branch: Batches differ by branch: ``[n, B, ...]``.
+      strategy: ``"vmap"``, ``"map"``, ``"shard"`` or ``"auto"``.
+      mesh: For ``"shard"``.
+    """
+
+    realisation: Realisation = "sum"
+    per_branch: bool = False
+    strategy: Strategy = "auto"
+    mesh: Mesh | None = None
+
+
+TRAINING = BranchTraining()
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshots:
+    """Which parameters of the branches are merged.
+
+    Attributes:
+      source: ``"last"``: those at t + Δt, as the paper writes; ``"best_in_round"``: the
+        best of each branch by validation since the last merge; ``"best_ever"``: since
+        the beginning, even from before earlier merges, which is what the released codes
+        do, probably by mistake: for comparisons only.
+      evaluate_every: Steps between the evaluations for the latter two; they also
+        happen right before a merge.
+    """
+
+    source: MergeSource = "last"
+    evaluate_every: int | None = None
+
+
+class MergeInfo(NamedTuple):
+    """What a merge found."""
+
+    weights: Float[Array, " branches"]  # Λ*
     branch_scores: Float[Array, "..."]  # [B], on the set that was searched
     score: Float[Array, "..."]  # of the merged model, on the same set
     report_score: Float[Array, "..."]  # on the held-out part; NaN without one
@@ -65,7 +102,7 @@ class MergeInfo(NamedTuple):
 class ForkMergeState(NamedTuple):
     """Everything that changes in a run: a pytree to be saved and restored as it is."""
 
-    branches: Any  # the train state, leaves [B, ...] or [G, B, ...]
+    branches: Any  # the train state, leaves [B, ...]
     merged: Any  # the model to be used: of the last merge, or of the best
     merged_score: Float[Array, "..."]  # the larger the better
     snapshots: Any  # the best leaves of every branch; () with merge_source="last"
@@ -93,37 +130,25 @@ class ForkMerge:
     from the host. :meth:`advance` is one step of training with the merge inside, for
     ``scan`` and for :func:`mtljax.training.fit`.
 
-    Several targets (or seeds) train at once with branch weights ``[G, B, T]`` and
-    ``targets``: a second axis before that of branches, each entry of it with its own
-    score, merge and model.
+    For several targets or seeds, map a function that builds the driver from its branch
+    weights and calls these pieces (``jax.vmap`` or ``jax.lax.map``).
 
     Args:
       step: One optimiser step of one model; see :func:`train_branches`.
       score: P̂, the target's validation performance: ``score(state)``, with
-        ``validation`` as its next argument if there is one, and an entry of
-        ``targets`` as the last with several.
-      branch_weights: ν ``[B, T]`` or ``[G, B, T]``.
+        ``validation`` as its next argument if there is one.
+      branch_weights: ν ``[B, T]``.
       interval: Δt, steps between merges. 12 500 on DomainNet, 10 epochs on NYUv2.
-      targets: With ``[G, B, T]`` only: a pytree of arrays ``[G, ...]``, such as the
-        indices of the targets.
-      realisation: See :func:`train_branches`.
-      per_branch: Batches differ by branch: ``[n, B, ...]`` (``[n, G, B, ...]``).
-      strategy: See :func:`train_branches`.
-      mesh: See :func:`train_branches`; a first fork is placed on it.
-      method: See :func:`search_merge`; also the next five.
+      training: How branches are trained, see :class:`BranchTraining`; with a mesh, a
+        first fork is placed on it.
+      method: See :func:`search_merge`, or a :class:`Search`.
       direction: Whether a large or a small score is good.
-      levels: L, 5 in the paper.
-      evaluation: How candidates are scored.
-      num_samples: Draws of ``"random"``.
       refresh: Applied to every candidate.
       policies: See :func:`merge`. The released codes: ``{"opt_state": "keep"}``.
       heads: See :func:`merge`.
       merge_source: ``"last"`` merges the parameters at t + Δt, as the paper writes;
-        ``"best_in_round"`` the best of each branch by validation since the last merge;
-        ``"best_ever"`` since the beginning, even from before earlier merges, which is
-        what the released codes do, probably by mistake: for comparisons only.
-      evaluate_every: Steps between the evaluations for the latter two; they also
-        happen right before a merge.
+        ``"best_in_round"`` and ``"best_ever"`` the best of each branch by validation,
+        see :class:`Snapshots`.
       final: The model that counts: of the ``"last"`` merge, or of the ``"best"`` by
         its validation score, as in the released NYUv2 code.
 
@@ -154,21 +179,13 @@ class ForkMerge:
     branch_weights: Any
     _: dataclasses.KW_ONLY
     interval: int
-    targets: Any = None
-    realisation: Realisation = "sum"
-    per_branch: bool = False
-    strategy: Strategy = "auto"
-    mesh: Mesh | None = None
-    method: Method = "auto"
+    training: BranchTraining = TRAINING
+    method: Method | Search = "auto"
     direction: Direction = "max"
-    levels: int = 5
-    evaluation: Evaluation = "map"
-    num_samples: int = 32
     refresh: Callable[[Any], Any] | None = None
     policies: Mapping[str, Policy] | None = None
     heads: Mapping[str, Head] | None = None
-    merge_source: MergeSource = "last"
-    evaluate_every: int | None = None
+    merge_source: MergeSource | Snapshots = "last"
     final: Final = "last"
 
     def __post_init__(self):
@@ -176,28 +193,21 @@ class ForkMerge:
         weights = jnp.asarray(self.branch_weights)
         object.__setattr__(self, "branch_weights", weights)
         check_positive(name, "interval", self.interval)
-        check_choice(name, "realisation", self.realisation, Realisation)
-        check_choice(name, "strategy", self.strategy, Strategy)
-        check_choice(name, "merge_source", self.merge_source, MergeSource)
+        check_choice(name, "realisation", self.training.realisation, Realisation)
+        check_choice(name, "strategy", self.training.strategy, Strategy)
+        check_choice(name, "merge_source", self._source.source, MergeSource)
         check_choice(name, "final", self.final, Final)
-        wanted = 2 if self.targets is None else 3
-        if weights.ndim != wanted:
-            what = "(branches, tasks)" if wanted == 2 else "(targets, branches, tasks)"
+        if weights.ndim != 2:
             raise ValueError(
-                f"{name}: branch_weights has shape {weights.shape}; it must be {what}"
-                + ("." if wanted == 3 else ", or with targets= have one axis more.")
+                f"{name}: branch_weights has shape {weights.shape}; it must be "
+                "(branches, tasks)."
             )
-        for leaf in jax.tree.leaves(self.targets):
-            if jnp.shape(leaf)[:1] != weights.shape[:1]:
+        every = self._source.evaluate_every
+        if every is not None:
+            check_positive(name, "evaluate_every", every)
+            if self._source.source == "last":
                 raise ValueError(
-                    f"{name}: targets has an array of shape {jnp.shape(leaf)}, but "
-                    f"branch_weights is of {weights.shape[0]} targets."
-                )
-        if self.evaluate_every is not None:
-            check_positive(name, "evaluate_every", self.evaluate_every)
-            if self.merge_source == "last":
-                raise ValueError(
-                    f"{name}: evaluate_every={self.evaluate_every} has no use with "
+                    f"{name}: evaluate_every={every} has no use with "
                     "merge_source='last'."
                 )
         _ = self._search  # its options are checked there
@@ -209,88 +219,64 @@ class ForkMerge:
         """B."""
         return self.branch_weights.shape[-2]
 
-    @property
-    def num_targets(self) -> int | None:
-        """G, None without that axis."""
-        return None if self.targets is None else self.branch_weights.shape[0]
-
     @functools.cached_property
-    def _search(self) -> Search:
-        return make_search(
+    def _search(self) -> Plan:
+        return make_plan(
             self.score,
             self.num_branches,
-            method=self.method,
+            self.method,
             direction=self.direction,
-            levels=self.levels,
-            evaluation=self.evaluation,
-            num_samples=self.num_samples,
             policies=self.policies,
             heads=self.heads,
             refresh=self.refresh,
         )
 
-    @property
-    def _lead(self) -> tuple[int, ...]:
-        return () if self.num_targets is None else (self.num_targets,)
+    @functools.cached_property
+    def _source(self) -> Snapshots:
+        found = self.merge_source
+        return found if isinstance(found, Snapshots) else Snapshots(found)
 
-    def _over_targets(self, function: Callable[..., Any], *args: Any) -> Any:
-        """``function(target args, *args)``, for every target if there are several."""
-        if self.targets is None:
-            return function((), *args)
-        if self.strategy == "map":
-            return lax.map(
-                lambda xs: function((xs[0],), *xs[1:]), (self.targets, *args)
-            )
-        return jax.vmap(lambda target, *xs: function((target,), *xs))(
-            self.targets, *args
-        )
+    @property
+    def _remembers(self) -> bool:
+        return self._source.source != "last"
+
+    @property
+    def _draws(self) -> bool:
+        return self.training.realisation == "sample"
 
     # The state.
 
-    def init(
-        self, state: Any, *, key: Any = None, per_target: bool = False
-    ) -> ForkMergeState:
+    def init(self, state: Any, *, key: Any = None) -> ForkMergeState:
         """Forks a train state.
 
         Args:
           state: Any pytree; see :func:`fork`.
           key: For ``realisation="sample"`` and ``method="random"``.
-          per_target: The leaves have a first axis ``[G]``, a state for each target.
 
         Returns:
-          The state of a run. Memory: B + 1 train states (a target), and B times the
-          merged leaves more unless ``merge_source="last"``.
+          The state of a run, whose arrays may be donated. Memory: B + 1 train states,
+          and B times the merged leaves more unless ``merge_source="last"``.
 
         Raises:
           ValueError: If a key is missing, or a policy's path matches nothing.
         """
-        draws = self.realisation == "sample" or self._search.method == "random"
+        draws = self._draws or self._search.search.method == "random"
         if draws and key is None:
             raise ValueError(
                 "ForkMerge.init: key= is needed, for tasks or candidates are drawn."
             )
-        if per_target and self.targets is None:
-            raise ValueError("ForkMerge.init: per_target=True needs targets=.")
-        merged = jax.tree.map(jnp.asarray, state)
-        if self._lead and not per_target:
-            merged = jax.tree.map(
-                lambda x: jnp.broadcast_to(x[None], (*self._lead, *x.shape)), merged
-            )
-        split = functools.partial(fork, num_branches=self.num_branches)
-        branches = jax.vmap(split)(merged) if self._lead else split(merged)
-        if self.mesh is not None and not self._lead:
-            branches = place(branches, self.num_branches, self.mesh)
-        rules = self._search.rules
+        branches = fork(state, self.num_branches)
+        if self.training.mesh is not None:
+            branches = place(branches, self.num_branches, self.training.mesh)
+        merged, rules = jax.tree.map(jnp.asarray, state), self._search.rules
         kinds = {policy for policy, _ in plan("ForkMerge.init", merged, rules)}
-        nothing = jnp.full((*self._lead,), jnp.nan)
-        each = jnp.full((*self._lead, self.num_branches), jnp.nan)
+        nothing, each = jnp.full((), jnp.nan), jnp.full(self.num_branches, jnp.nan)
         info = MergeInfo(each, each, nothing, nothing, nothing, nothing)
-        last = self.merge_source == "last"
-        return ForkMergeState(
+        found = ForkMergeState(
             branches=branches,
             merged=merged,
             merged_score=jnp.full_like(nothing, -jnp.inf),
-            snapshots=() if last else keep_only(branches, rules, "merge"),
+            snapshots=keep_only(branches, rules, "merge") if self._remembers else (),
             snapshot_scores=jnp.full_like(each, -jnp.inf),
             initial=keep_only(merged, rules, "reset") if "reset" in kinds else (),
             key=key if draws else (),
@@ -299,9 +285,11 @@ class ForkMerge:
             round=jnp.int32(0),
             info=info,
         )
+        # No array of the caller, and none twice: donation is safe.
+        return jax.tree.map(jnp.copy, found)
 
     def result(self, state: ForkMergeState) -> Any:
-        """The merged train state that counts (``[G, ...]`` with several targets)."""
+        """The merged train state that counts."""
         return state.merged
 
     # The three pieces of a round.
@@ -317,7 +305,7 @@ class ForkMerge:
           data: Passed to the step as it is.
 
         Returns:
-          The state, and the metrics ``[B, n, ...]`` (``[G, B, n, ...]``).
+          The state, and the metrics ``[B, n, ...]``.
         """
         return self._jit_train(state, batches, data)
 
@@ -331,7 +319,7 @@ class ForkMerge:
           validation: Passed to the score.
 
         Returns:
-          The state, and the scores ``[B]`` (``[G, B]``). Cost: B validation passes.
+          The state, and the scores ``[B]``. Cost: B validation passes.
           Again at the same step, it changes nothing.
         """
         self._check("evaluate", validation)
@@ -367,8 +355,7 @@ class ForkMerge:
         """One step of all branches, and the merge if it is due: for ``scan``.
 
         Not compiled by itself. The merge stands in a ``lax.cond``; under a ``vmap``
-        over runs that would be computed in every step: use ``targets`` for such an
-        axis instead.
+        over runs that would be computed in every step: use ``jax.lax.map`` there.
 
         Args:
           state: The state of the run.
@@ -378,16 +365,15 @@ class ForkMerge:
           data: As for :meth:`train`.
 
         Returns:
-          The state, and the metrics ``[B, ...]`` (``[G, B, ...]``).
+          The state, and the metrics ``[B, ...]``.
         """
         self._check("advance", validation, report)
         batches = jax.tree.map(lambda x: jnp.asarray(x)[None], batch)
         state, metrics = self._train(state, batches, data)
-        axis = len(self._lead) + 1
-        metrics = jax.tree.map(lambda m: jnp.squeeze(m, axis), metrics)
-        if self.evaluate_every is not None:
+        metrics = jax.tree.map(lambda m: jnp.squeeze(m, 1), metrics)
+        if self._source.evaluate_every is not None:
             state = lax.cond(
-                state.step % self.evaluate_every == 0,
+                state.step % self._source.evaluate_every == 0,
                 lambda s: self._evaluate(s, validation)[0],
                 lambda s: s,
                 state,
@@ -439,7 +425,8 @@ class ForkMerge:
         check_positive("ForkMerge.run", "num_steps", num_steps)
         if chunk is not None:
             check_positive("ForkMerge.run", "chunk", chunk)
-        periods = [p for p in (self.interval, self.evaluate_every, chunk) if p]
+        every = self._source.evaluate_every
+        periods = [p for p in (self.interval, every, chunk) if p]
         while True:
             step = int(state.step)
             fresh = step > int(state.merged_at)
@@ -447,7 +434,7 @@ class ForkMerge:
                 state, info = self.merge(state, validation, report)
                 if on_merge is not None:
                     on_merge(state, info)
-            elif fresh and self.evaluate_every and step % self.evaluate_every == 0:
+            elif fresh and every and step % every == 0:
                 state, _ = self.evaluate(state, validation)
             if step >= num_steps:
                 return state
@@ -463,7 +450,7 @@ class ForkMerge:
         state: ForkMergeState,
         *,
         keep: int,
-        target: int | Sequence[int] = 0,
+        target: int = 0,
         drop_zeros: bool = True,
         keep_target_only: bool = True,
     ) -> tuple["ForkMerge", ForkMergeState]:
@@ -471,9 +458,9 @@ class ForkMerge:
 
         Args:
           state: The state after a merge.
-          keep: K′, the most branches to keep (a target).
-          target: Index of the target task; with several, one each.
-          drop_zeros: See :func:`prune`; with several targets all keep equally many.
+          keep: K′, the most branches to keep.
+          target: Index of the target task.
+          drop_zeros: See :func:`prune`.
           keep_target_only: See :func:`prune`.
 
         Returns:
@@ -484,54 +471,35 @@ class ForkMerge:
         """
         if int(state.round) == 0:
             raise ValueError("ForkMerge.prune: there was no merge yet to prune by.")
-        info, tasks = state.info, self.branch_weights.shape[-1]
-        if isinstance(target, int):
-            if self.num_targets is not None:
-                raise ValueError(
-                    f"ForkMerge.prune: target={target} is one task; name one for each "
-                    f"of the {self.num_targets} targets."
-                )
-            check_target("ForkMerge.prune", tasks, target)
-            kept = prune(
-                info.weights,
-                info.branch_scores,
-                self.branch_weights,
-                keep=keep,
-                target=target,
-                direction=self.direction,
-                drop_zeros=drop_zeros,
-                keep_target_only=keep_target_only,
-            )
-        else:
-            for each in target:
-                check_target("ForkMerge.prune", tasks, each)
-            kept = prune_groups(
-                info.weights,
-                info.branch_scores,
-                self.branch_weights,
-                targets=target,
-                keep=keep,
-                direction=self.direction,
-                keep_target_only=keep_target_only,
-            )
+        info = state.info
+        check_target("ForkMerge.prune", self.branch_weights.shape[-1], target)
+        kept = prune(
+            info.weights,
+            info.branch_scores,
+            self.branch_weights,
+            keep=keep,
+            target=target,
+            direction=self.direction,
+            drop_zeros=drop_zeros,
+            keep_target_only=keep_target_only,
+        )
         return self.restrict(kept), self.select(state, kept)
 
-    def restrict(self, kept: Sequence[Any]) -> "ForkMerge":
+    def restrict(self, kept: Sequence[int]) -> "ForkMerge":
         """The driver of some of the branches; also to restore a pruned run.
 
         Args:
-          kept: Indices of the branches; with several targets, one tuple each.
+          kept: Indices of the branches.
 
         Returns:
           A driver with the other branches left out.
         """
-        return dataclasses.replace(
-            self, branch_weights=self._take(self.branch_weights, kept)
-        )
+        rows = take_branches(self.branch_weights, kept)
+        return dataclasses.replace(self, branch_weights=rows)
 
-    def select(self, state: ForkMergeState, kept: Sequence[Any]) -> ForkMergeState:
+    def select(self, state: ForkMergeState, kept: Sequence[int]) -> ForkMergeState:
         """The state of :meth:`restrict`: some of the branches of a state."""
-        take = functools.partial(self._take, kept=kept)
+        take = functools.partial(take_branches, indices=kept)
         info = state.info._replace(
             weights=take(state.info.weights),
             branch_scores=take(state.info.branch_scores),
@@ -542,13 +510,6 @@ class ForkMerge:
             snapshot_scores=take(state.snapshot_scores),
             info=info,
         )
-
-    def _take(self, tree: Any, kept: Sequence[Any]) -> Any:
-        if self.num_targets is None:
-            return take_branches(tree, kept)
-        rows = jnp.array(kept, jnp.int32)
-        pick = jax.vmap(lambda x, row: x[row])
-        return jax.tree.map(lambda x: pick(x, rows), tree)
 
     # The pure functions that are compiled.
 
@@ -569,53 +530,33 @@ class ForkMerge:
             if found is not None:
                 check_validation(f"ForkMerge.{what}", found)
 
-    def _flat(self, tree: Any, axis: int = 0) -> Any:
-        """Targets and branches as one axis: to train, they are all the same."""
-        if not self._lead:
-            return tree
-        size = self._lead[0] * self.num_branches
-
-        def leaf(x):
-            return x.reshape(*x.shape[:axis], size, *x.shape[axis + 2 :])
-
-        return jax.tree.map(leaf, tree)
-
-    def _unflat(self, tree: Any) -> Any:
-        if not self._lead:
-            return tree
-        shape = (*self._lead, self.num_branches)
-        return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), tree)
-
     def _train(self, state: ForkMergeState, batches: Any, data: Any):
+        training = self.training
         branches, metrics = train_branches(
             self.step,
-            self._flat(state.branches),
-            self._flat(self.branch_weights),
-            self._flat(batches, axis=1) if self.per_branch else batches,
+            state.branches,
+            self.branch_weights,
+            batches,
             data=data,
-            per_branch=self.per_branch,
-            realisation=self.realisation,
-            key=state.key if self.realisation == "sample" else None,
+            per_branch=training.per_branch,
+            realisation=training.realisation,
+            key=state.key if self._draws else None,
             start_step=state.step,
-            strategy=self.strategy,
-            mesh=self.mesh,
+            strategy=training.strategy,
+            mesh=training.mesh,
         )
-        taken = jnp.int32(jax.tree.leaves(batches)[0].shape[0])
-        state = state._replace(branches=self._unflat(branches), step=state.step + taken)
-        return state, self._unflat(metrics)
+        steps = jax.tree.leaves(batches)[0].shape[0]
+        return state._replace(branches=branches, step=state.step + steps), metrics
 
     def _evaluate(self, state: ForkMergeState, validation: Any):
         search = self._search
-
-        def one(target, branches):
-            args = (() if validation is None else (validation,)) + target
-            score = lambda s: search.sign * validate(self.score, s, args)
-            if self.strategy == "map":
-                return lax.map(score, branches)
-            return jax.vmap(score)(branches)
-
-        scores = self._over_targets(one, state.branches)
-        if self.merge_source != "last":
+        args = () if validation is None else (validation,)
+        score = lambda s: search.sign * validate(self.score, s, args)
+        if self.training.strategy == "map":
+            scores = lax.map(score, state.branches)
+        else:
+            scores = jax.vmap(score)(state.branches)
+        if self._remembers:
             better = scores > state.snapshot_scores  # NaN never is
             new = keep_only(state.branches, search.rules, "merge")
             state = state._replace(
@@ -626,56 +567,39 @@ class ForkMerge:
 
     def _merge(self, state: ForkMergeState, validation: Any, report: Any):
         search = self._search
-        if self.merge_source != "last":
+        source = state.branches
+        if self._remembers:
             state, _ = self._evaluate(state, validation)
+            source = overlay(source, state.snapshots, search.rules, "merge")
         key = None
-        if search.method == "random":
+        if search.search.method == "random":
             key = jax.random.fold_in(state.key, state.step)
             key = jax.random.fold_in(key, 2**31 - 1)  # no branch draws tasks from it
-
-        def one(target, branches, snapshots, nu, initial):
-            source = branches
-            if self.merge_source != "last":
-                source = overlay(branches, snapshots, search.rules, "merge")
-            args = (() if validation is None else (validation,)) + target
-            inputs = Inputs(source, args, key, nu, initial)
-            found = run_search(search, inputs)
-            nan = jnp.full((), jnp.nan, found.score.dtype)
-            held_out = single = nan
-            if report is not None:
-                args = (report, *target)
-                held_out = validate(self.score, found.state, args)
-                at = jnp.argmax(search.sign * found.branch_scores)
-                alone = merged_state(
-                    search, inputs, jax.nn.one_hot(at, self.num_branches)
-                )
-                single = validate(self.score, alone, args)
-            info = MergeInfo(
-                found.weights,
-                found.branch_scores,
-                found.score,
-                held_out,
-                single,
-                search.sign * (found.score - held_out),
-            )
-            forked = refork_leaves(branches, found.state, search.rules)
-            return forked, found.state, info
-
-        branches, merged, info = self._over_targets(
-            one, state.branches, state.snapshots, self.branch_weights, state.initial
+        args = () if validation is None else (validation,)
+        inputs = Inputs(source, args, key, self.branch_weights, state.initial)
+        found = run_search(search, inputs)
+        held_out = single = jnp.full((), jnp.nan, found.score.dtype)
+        if report is not None:
+            held_out = validate(self.score, found.state, (report,))
+            at = jnp.argmax(search.sign * found.branch_scores)
+            alone = jax.nn.one_hot(at, self.num_branches)
+            alone = merged_state(search, inputs, alone)
+            single = validate(self.score, alone, (report,))
+        gap = search.sign * (found.score - held_out)
+        info = MergeInfo(
+            found.weights, found.branch_scores, found.score, held_out, single, gap
         )
         info = jax.tree.map(lambda new, old: new.astype(old.dtype), info, state.info)
-        score = search.sign * info.score
+        merged, score = found.state, search.sign * info.score
         if self.final == "best":
             better = score > state.merged_score
-
             merged = _where(better, merged, state.merged)
             score = jnp.where(better, score, state.merged_score)
         scores = state.snapshot_scores
-        if self.merge_source == "best_in_round":
+        if self._source.source == "best_in_round":
             scores = jnp.full_like(scores, -jnp.inf)
         state = state._replace(
-            branches=branches,
+            branches=refork_leaves(state.branches, found.state, search.rules),
             merged=merged,
             merged_score=score,
             snapshot_scores=scores,

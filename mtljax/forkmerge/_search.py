@@ -1,5 +1,6 @@
 """The merge weights Λ that a validation score likes best."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -40,15 +41,30 @@ class SearchResult(NamedTuple):
     scores: Float[Array, " n"]
 
 
-class Search(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """How merge weights are searched, see :func:`search_merge`.
+
+    Attributes:
+      method: ``"auto"`` is the paper's: the grid for two branches, greedy for more.
+      levels: L, 5 in the paper.
+      num_samples: Draws of ``"random"``.
+      evaluation: Scores candidates one by one (``"map"``) or in one batch
+        (``"vmap"``), with the memory of all of them.
+    """
+
+    method: Method = "auto"
+    levels: int = 5
+    num_samples: int = 32
+    evaluation: Evaluation = "map"
+
+
+class Plan(NamedTuple):
     """All that is static in a search; hashable, so that it is compiled once."""
 
     score: Callable[..., Any]
-    method: Method
+    search: Search  # its method is not "auto"
     sign: int
-    levels: int
-    evaluation: Evaluation
-    num_samples: int
     rules: Rules
     refresh: Callable[[Any], Any] | None
 
@@ -107,38 +123,38 @@ def validate(score: Callable[..., Any], state: Any, args: tuple[Any, ...]) -> Ar
     return found.astype(jnp.promote_types(jnp.result_type(found), jnp.float32))
 
 
-def merged_state(search: Search, inputs: Inputs, weights: Array) -> Any:
+def merged_state(plan: Plan, inputs: Inputs, weights: Array) -> Any:
     """The candidate of one Λ, as it is scored and returned."""
     state = merge_leaves(
         "search_merge",
         inputs.branches,
         weights,
-        search.rules,
+        plan.rules,
         branch_weights=inputs.branch_weights,
         initial=inputs.initial,
     )
-    return state if search.refresh is None else search.refresh(state)
+    return state if plan.refresh is None else plan.refresh(state)
 
 
-def _score_all(search: Search, inputs: Inputs, candidates: Array) -> Array:
+def _score_all(plan: Plan, inputs: Inputs, candidates: Array) -> Array:
     """Scores ``[n]``, the larger the better; a NaN is the worst there is."""
 
     def one(weights):
-        state = merged_state(search, inputs, weights)
-        found = search.sign * validate(search.score, state, inputs.args)
+        state = merged_state(plan, inputs, weights)
+        found = plan.sign * validate(plan.score, state, inputs.args)
         return jnp.where(jnp.isnan(found), -jnp.inf, found)
 
-    if search.evaluation == "vmap":
+    if plan.search.evaluation == "vmap":
         return jax.vmap(one)(candidates)
     return lax.map(one, candidates)
 
 
-def _greedy(search: Search, inputs: Inputs, num_branches: int):
+def _greedy(plan: Plan, inputs: Inputs, num_branches: int):
     """Algorithm 3: the best branch, then as much of each of the others as helps."""
     corners = jnp.eye(num_branches)
-    single = _score_all(search, inputs, corners)
+    single = _score_all(plan, inputs, corners)
     order = jnp.argsort(-single)
-    shares = jnp.arange(1, search.levels + 1) / search.levels
+    shares = jnp.arange(1, plan.search.levels + 1) / plan.search.levels
 
     def add(carry, place):
         raw, best = carry  # unnormalised, by rank
@@ -147,7 +163,7 @@ def _greedy(search: Search, inputs: Inputs, num_branches: int):
         tried = raw[None] + shares[:, None] * mean * more[None]
         normal = tried / tried.sum(1, keepdims=True)
         candidates = jnp.zeros_like(normal).at[:, order].set(normal)
-        scores = _score_all(search, inputs, candidates)
+        scores = _score_all(plan, inputs, candidates)
         # The share zero is the incumbent itself, already scored.
         at = jnp.argmax(scores)
         better = scores[at] > best
@@ -162,77 +178,75 @@ def _greedy(search: Search, inputs: Inputs, num_branches: int):
     return weights, best, single, candidates, jnp.concatenate([single, scores.ravel()])
 
 
-def _candidates(search: Search, inputs: Inputs, num_branches: int) -> Array:
+def _candidates(plan: Plan, inputs: Inputs, num_branches: int) -> Array:
     """Vertices first, so that of equal scores a single branch wins."""
-    if search.method == "random":
+    if plan.search.method == "random":
         mixed = jax.random.dirichlet(
-            inputs.key, jnp.ones(num_branches), (search.num_samples,)
+            inputs.key, jnp.ones(num_branches), (plan.search.num_samples,)
         )
         return jnp.concatenate([jnp.eye(num_branches), mixed])
-    return jnp.array(simplex_points(num_branches, search.levels))
+    return jnp.array(simplex_points(num_branches, plan.search.levels))
 
 
-def run_search(search: Search, inputs: Inputs) -> SearchResult:
+def run_search(plan: Plan, inputs: Inputs) -> SearchResult:
     """The search, as one function to be compiled."""
     num_branches = jax.tree.leaves(inputs.branches)[0].shape[0]
-    if search.method == "greedy":
-        weights, best, single, candidates, scores = _greedy(
-            search, inputs, num_branches
-        )
+    if plan.search.method == "greedy":
+        weights, best, single, candidates, scores = _greedy(plan, inputs, num_branches)
     else:
-        candidates = _candidates(search, inputs, num_branches)
-        scores = _score_all(search, inputs, candidates)
+        candidates = _candidates(plan, inputs, num_branches)
+        scores = _score_all(plan, inputs, candidates)
         at = jnp.argmax(scores)
         weights, best = candidates[at], scores[at]
         single = scores[:num_branches]
     return SearchResult(
-        merged_state(search, inputs, weights),
+        merged_state(plan, inputs, weights),
         weights,
-        search.sign * best,
-        search.sign * single,
+        plan.sign * best,
+        plan.sign * single,
         candidates,
-        search.sign * scores,
+        plan.sign * scores,
     )
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _compiled(search: Search, inputs: Inputs) -> SearchResult:
-    return run_search(search, inputs)
+def _compiled(plan: Plan, inputs: Inputs) -> SearchResult:
+    return run_search(plan, inputs)
 
 
-def make_search(
+def make_plan(
     score: Callable[..., Any],
     num_branches: int,
+    method: Method | Search,
     *,
-    method: Method,
     direction: Direction,
-    levels: int,
-    evaluation: Evaluation,
-    num_samples: int,
     policies: Mapping[str, Policy] | None,
     heads: Mapping[str, Head] | None,
     refresh: Callable[[Any], Any] | None,
-) -> Search:
+) -> Plan:
     """Checks the options of a search and resolves ``"auto"``."""
     name = "search_merge"
-    check_choice(name, "method", method, Method)
-    check_choice(name, "evaluation", evaluation, Evaluation)
+    search = method if isinstance(method, Search) else Search(method)
+    chosen = search.method
+    check_choice(name, "method", chosen, Method)
+    check_choice(name, "evaluation", search.evaluation, Evaluation)
     sign = sign_of(name, direction)
-    check_positive(name, "levels", levels)
-    check_positive(name, "num_samples", num_samples)
-    if method == "auto":
-        method = "simplex" if num_branches <= 2 else "greedy"  # the grid, for two
-    if method == "grid":
+    check_positive(name, "levels", search.levels)
+    check_positive(name, "num_samples", search.num_samples)
+    if chosen == "auto":
+        chosen = "simplex" if num_branches <= 2 else "greedy"  # the grid, for two
+    if chosen == "grid":
         if num_branches != 2:
             raise ValueError(
                 f"{name}: method='grid' is the search of Algorithm 1, for 2 branches, "
                 f"not {num_branches}; use 'greedy' or 'simplex'."
             )
-        method = "simplex"  # the same points
-    if method == "simplex":
-        simplex_points(num_branches, levels)  # not too many
+        chosen = "simplex"  # the same points
+    if chosen == "simplex":
+        simplex_points(num_branches, search.levels)  # not too many
     rules = make_rules(name, policies, heads)
-    return Search(score, method, sign, levels, evaluation, num_samples, rules, refresh)
+    search = dataclasses.replace(search, method=chosen)
+    return Plan(score, search, sign, rules, refresh)
 
 
 def search_merge(
@@ -240,11 +254,8 @@ def search_merge(
     score: Callable[..., Any],
     validation: Any = None,
     *,
-    method: Method = "auto",
+    method: Method | Search = "auto",
     direction: Direction = "max",
-    levels: int = 5,
-    evaluation: Evaluation = "map",
-    num_samples: int = 32,
     key: Any = None,
     policies: Mapping[str, Policy] | None = None,
     heads: Mapping[str, Head] | None = None,
@@ -275,14 +286,10 @@ def search_merge(
         ``validation``. A NaN is the worst score. Pure: it is compiled, once for every
         function object and set of options.
       validation: Arrays of the validation set, not empty.
-      method: As above; ``"auto"`` is the paper's: the grid for two branches, greedy
-        for more.
+      method: As above, or a :class:`Search` with all options; ``"auto"`` is the
+        paper's: the grid for two branches, greedy for more.
       direction: Whether a large (``"max"``: accuracy) or a small (``"min"``: error)
         score is good.
-      levels: L.
-      evaluation: Scores candidates one by one (``"map"``) or in one batch
-        (``"vmap"``), with the memory of all of them.
-      num_samples: Draws of ``"random"``.
       key: For ``"random"``.
       policies: As for :func:`merge`.
       heads: As for :func:`merge`.
@@ -313,19 +320,16 @@ def search_merge(
     """
     name = "search_merge"
     num_branches = count_branches(name, branches)
-    search = make_search(
+    plan = make_plan(
         score,
         num_branches,
-        method=method,
+        method,
         direction=direction,
-        levels=levels,
-        evaluation=evaluation,
-        num_samples=num_samples,
         policies=policies,
         heads=heads,
         refresh=refresh,
     )
-    if search.method == "random" and key is None:
+    if plan.search.method == "random" and key is None:
         raise ValueError(f"{name}: method='random' draws candidates and needs key=.")
     if validation is not None:
         check_validation(name, validation)
@@ -338,7 +342,7 @@ def search_merge(
         branch_weights,
         initial,
     )
-    return _compiled(search, inputs)
+    return _compiled(plan, inputs)
 
 
 def split_validation(

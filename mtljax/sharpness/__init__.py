@@ -19,8 +19,11 @@ from mtljax.sharpness._flat_grad import value_and_flat_grad as value_and_flat_gr
 from mtljax.sharpness._flat_split import FlatSplitState as FlatSplitState
 from mtljax.sharpness._flat_split import Mode as Mode
 from mtljax.sharpness._flat_split import flat_split as flat_split
+from mtljax.sharpness._perturbation import Ball as Ball
 from mtljax.sharpness._perturbation import Norm as Norm
 from mtljax.sharpness._perturbation import Perturb as Perturb
+from mtljax.sharpness._perturbation import Samo as Samo
 from mtljax.sharpness._sam_grads import SamGrads as SamGrads
 from mtljax.sharpness._sam_grads import merge_own as merge_own
 from mtljax.sharpness._sam_grads import sam_task_grads as sam_task_grads
+from mtljax.sharpness._schedule import SamSchedule as SamSchedule

@@ -8,16 +8,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mtljax import stack
-from mtljax.gradients import Strategy
+from mtljax.gradients import AxisName, Strategy
 from mtljax.metrics import conflict_rate
 from mtljax.sharpness._passes import first_pass, only, over_tasks
-from mtljax.sharpness._perturbation import (
-    Norm,
-    ascend,
-    check_radius,
-    make_radius,
-    shifted,
-)
+from mtljax.sharpness._perturbation import Ball, Norm, check_radius
+from mtljax.sharpness._rows import make_engine
 from mtljax.sharpness._sam_grads import SamGrads
 from mtljax.types import Gramian, Mask, Weights
 
@@ -121,8 +116,8 @@ def surrogate_sharpness(
     norm: Norm = "separate",
     has_aux: bool = False,
     labels: Any = None,
-    strategy: Strategy = "auto",
-    chunk_size: int = 4,
+    strategy: Strategy | int = "auto",
+    axis_name: AxisName = None,
 ) -> Callable[..., Any]:
     """How much each loss rises in the direction of its own gradient.
 
@@ -134,11 +129,11 @@ def surrogate_sharpness(
         measure a trained network: running averages then normalise everywhere.
       radii: The R radii.
       adaptive: Distances relative to the weights, as in ASAM.
-      norm: ``"separate"`` or ``"joint"``, see :func:`sam_task_grads`.
+      norm: ``"separate"`` or ``"joint"``, see :class:`Ball`.
       has_aux: ``task_losses`` returns ``(losses, aux)``; aux is dropped.
       labels: Marks parameters ``"shared"`` or ``"own"``.
       strategy: How the tasks run.
-      chunk_size: Tasks in a chunk.
+      axis_name: The mapped axis, see :func:`sam_task_grads`.
 
     Returns:
       ``function(params, *args, mask=None, **kwargs) -> (losses[T], gaps[R, T])``; gaps
@@ -162,35 +157,40 @@ def surrogate_sharpness(
         raise ValueError(f"{name}: radii is empty; give at least one.")
     for value in radii:
         check_radius(name, "a radius", value)
-    balls = [
-        make_radius(name, r, None, adaptive=adaptive, norm=norm, labels=labels)
-        for r in radii
+    engines = [
+        make_engine(
+            name,
+            Ball(value, adaptive=adaptive, norm=norm),
+            "local",
+            has_aux=has_aux,
+            labels=labels,
+            strategy=strategy,
+            axis_name=axis_name,
+        )
+        for value in radii
     ]
 
     def function(params, *args, mask=None, **kwargs):
         passes = first_pass(
             lambda p: task_losses(p, *args, **kwargs),
             params,
-            has_aux=has_aux,
-            labels=labels,
+            engines[0].options,
             mask=mask,
             name=name,
         )
-        parts, losses = passes.parts, passes.pull.losses
 
         def single(row, task):
             del task
-            directions = passes.pull.gradients(row)
+            directions = passes.gradients(row)
 
             def rise(ball):
-                eps, delta, moved = ascend(parts.shared, parts.own, directions, ball)
-                point = shifted(parts.shared, eps), shifted(parts.own, delta)
-                gap = only(passes.losses_at(point) - losses, row)
-                return jnp.where(moved, gap, 0)
+                eps, delta, moved = passes.climb(directions, ball)
+                found = passes.losses_at(*passes.moved(eps, delta))
+                return jnp.where(moved, only(found - passes.losses, row), 0)
 
-            return jnp.stack([rise(ball) for ball in balls]), []
+            return jnp.stack([rise(engine.ball) for engine in engines]), []
 
-        gaps, _ = over_tasks(single, jax.vmap(single), passes, strategy, chunk_size)
-        return losses, gaps.T
+        gaps, _ = over_tasks(single, jax.vmap(single), passes, [])
+        return passes.losses, gaps.T
 
     return function

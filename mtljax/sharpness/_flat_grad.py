@@ -10,17 +10,23 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from mtljax.balancer import Balancer, as_mask
-from mtljax.gradients import Strategy, shared_params, value_and_balanced_grad
+from mtljax.balancer import Balancer, commit
+from mtljax.gradients import (
+    AxisName,
+    Strategy,
+    shared_params,
+    value_and_balanced_grad,
+)
 from mtljax.sharpness._diagnostics import FlatGramians, flat_gramians
 from mtljax.sharpness._flat_split import FlatSplitState, Mode, flat_split
 from mtljax.sharpness._passes import Passes, first_pass
-from mtljax.sharpness._perturbation import Compat, Norm, Perturb
+from mtljax.sharpness._perturbation import Ball, Perturb
 from mtljax.sharpness._rows import Engine, check_key, common_point, make_engine
-from mtljax.sharpness._sam_grads import SamGrads, as_trees, merge_own
-from mtljax.sharpness._schedule import Between, Schedule, make_schedule
+from mtljax.sharpness._sam_grads import SamGrads, as_trees, merge_own, own_tree
+from mtljax.sharpness._schedule import SamSchedule, check_schedule
 
 NAME = "value_and_flat_grad"
+ALWAYS = SamSchedule()
 
 
 class FlatGradState(NamedTuple):
@@ -44,7 +50,7 @@ class FlatGrad:
       engine: How gradients are taken.
       schedule: When.
       gramians: Whether the state holds Gramians.
-      split: Whether the loss gradients are taken beside the SAM gradients.
+      split: Whether the loss gradients are taken in addition to the SAM gradients.
       key: Of the first state.
       plain: The step for a radius of zero.
     """
@@ -53,7 +59,7 @@ class FlatGrad:
     inner: Any
     balancer: Balancer
     engine: Engine
-    schedule: Schedule
+    schedule: SamSchedule
     gramians: bool
     split: bool
     key: Any
@@ -66,16 +72,16 @@ class FlatGrad:
 
     def init(self, params: Any) -> FlatGradState:
         """The first state, for these parameters."""
-        labels = self.engine.labels
+        labels = self.engine.options.labels
         seen = params if labels is None else shared_params(params, labels)
         products: Any = ()
         if self.gramians:
-            square = jnp.zeros((self.num_tasks, self.num_tasks), jnp.float32)
-            products = FlatGramians(square, square, square)
+            square = (self.num_tasks, self.num_tasks)
+            products = FlatGramians(*(jnp.zeros(square, jnp.float32) for _ in "123"))
         return FlatGradState(
             balancer=self.balancer.init(seen),  # pyright: ignore[reportArgumentType]
             step=jnp.zeros((), jnp.int32),
-            key=self.key,
+            key=jax.tree.map(jnp.copy, self.key),  # the caller's may be donated
             kept=self.schedule.first_kept(params, labels, self.num_tasks),
             gramians=products,
         )
@@ -90,48 +96,56 @@ class FlatGrad:
         **kwargs: Any,
     ) -> tuple[Any, Any, FlatGradState]:
         """Losses, gradient and state; see :func:`value_and_flat_grad`."""
-        if self.engine.radius.zero and not self.gramians:
+        has_aux = self.engine.options.has_aux
+        if self.engine.zero and not self.gramians:
             # Every mode is then A(g), which the cheapest engine gives exactly.
             out, grad, loss = self.plain(
                 params, state.balancer.loss, *args, mask=mask, side=side, **kwargs
             )
-            balanced = state.balancer._replace(loss=loss)
-            new = state._replace(balancer=balanced)
+            new = state._replace(balancer=state.balancer._replace(loss=loss))
+            healthy = True
         else:
             passes = first_pass(
                 lambda p: self.task_losses(p, *args, **kwargs),
                 params,
-                has_aux=self.engine.has_aux,
-                labels=self.engine.labels,
+                self.engine.options,
                 mask=mask,
                 name=NAME,
             )
-            grad, new = self._step(passes, state, mask, side or {})
-            losses = passes.pull.losses
-            out = (losses, passes.pull.aux) if self.engine.has_aux else losses
-        return out, grad, new._replace(step=state.step + 1)
+            grad, new = self._step(passes, state, side or {})
+            losses, mask = passes.losses, passes.first.region.mask
+            seen = losses if mask is None else jnp.where(mask, losses, 0)
+            healthy = jnp.isfinite(seen).all()
+            out = (losses, passes.first.aux) if has_aux else losses
+        grad, state = commit(healthy, grad, new._replace(step=new.step + 1), state)
+        return out, grad, state
 
     def _step(
-        self, passes: Passes, state: FlatGradState, mask: Any, side: dict[str, Any]
+        self, passes: Passes, state: FlatGradState, side: dict[str, Any]
     ) -> tuple[Any, FlatGradState]:
-        losses = passes.pull.losses
+        losses = passes.losses
         found = losses.shape[0]
         if self.num_tasks and found != self.num_tasks:
             raise ValueError(
                 f"task_losses returns {found} losses, but {self.inner.name} was built "
                 f"with num_tasks={self.num_tasks}."
             )
-        mask = None if mask is None else as_mask(NAME, found, mask)
-        inputs = {"losses": losses, "mask": mask, **side}
+        if any(passes.splits[0]):
+            raise ValueError(
+                f"{NAME}: a shared parameter is split over axis_name, so that a device "
+                "has a part of every gradient; outside of jax.shard_map, parameters "
+                "may be sharded in any way."
+            )
+        inputs = {"losses": losses, "mask": passes.first.region.mask, **side}
         draw = None
-        if self.engine.perturb == "samo":
+        if self.engine.draws:
             next_key, draw = jax.random.split(state.key)
             state = state._replace(key=next_key)
         if self._weighs_at_common_point():
             return self._weigh_at_common_point(passes, state, inputs)
         active = self.schedule.active(state.step)
         rows = self.engine.rows(passes, draw, active, split=self.split)
-        grads, own = as_trees(passes, rows, mask)
+        grads, own = as_trees(passes, rows)
         if self.schedule.between == "reuse":
             flat, own, kept = self.schedule.reuse(
                 passes, grads.flat, own, state.kept, state.step
@@ -155,12 +169,12 @@ class FlatGrad:
         )
 
     def _weigh_at_common_point(self, passes: Passes, state: Any, inputs: Any):
-        pull, _ = common_point(passes, self.engine.radius)
+        point, _ = common_point(passes, self.engine.ball)
         weights, loss = self.inner.weigh(state.balancer.loss, **inputs)
-        shared, _ = pull.gradients(weights.astype(passes.pull.losses.dtype))
-        _, own = pull.gradients(passes.basis.sum(0))
-        tree_of = passes.parts.tree_of
-        grad = merge_own(tree_of("shared", shared), tree_of("own", own))
+        shared, _ = passes.gradients(weights.astype(passes.losses.dtype), point)
+        _, own = passes.gradients(passes.present, point)
+        leaves = passes.first.leaves
+        grad = merge_own(leaves.shared_tree(shared), own_tree(passes, own))
         return grad, state._replace(balancer=state.balancer._replace(loss=loss))
 
 
@@ -168,24 +182,16 @@ def value_and_flat_grad(
     task_losses: Callable[..., Any],
     balancer: optax.GradientTransformationExtraArgs,
     *,
-    rho: ArrayLike,
-    rho_own: ArrayLike | None = None,
-    adaptive: bool = False,
-    norm: Norm = "separate",
+    rho: ArrayLike | Ball,
     perturb: Perturb = "local",
     mode: Mode = "split",
-    every: int = 1,
-    start: int = 0,
-    between: Between = "plain",
-    key: PRNGKeyArray | None = None,
+    schedule: SamSchedule = ALWAYS,
     gramians: bool = False,
+    key: PRNGKeyArray | None = None,
     labels: Any = None,
     has_aux: bool = False,
-    strategy: Strategy = "auto",
-    chunk_size: int = 4,
-    samo_alpha: float = 0.5,
-    samo_step: float = 0.01,
-    compat: Compat | None = None,
+    strategy: Strategy | int = "auto",
+    axis_name: AxisName = None,
 ) -> FlatGrad:
     """Losses and the sharpness-aware balanced gradient: one step of FS-MTL.
 
@@ -201,40 +207,33 @@ def value_and_flat_grad(
     G-SAM                        ``mode="direct", perturb="global"``
     SAMO-X                       ``mode="direct", perturb="samo", key=...``
     F-LS (SAM of every loss)     ``balancer=mtljax.linear(T)``
-    SAM of the mean loss         that, ``mode="direct", perturb="global", norm="joint"``
+    SAM of the mean loss         that, ``mode="direct", perturb="global"``, joint norm
     ===========================  ====================================================
 
     Args:
       task_losses: As for :func:`sam_task_grads`.
       balancer: As for :func:`flat_split`.
-      rho: ρ ≥ 0, see :func:`sam_task_grads`.
-      rho_own: Radius of own parameters; None is ``rho``.
-      adaptive: ASAM.
-      norm: ``"separate"`` or ``"joint"``.
-      perturb: ``"local"``, ``"global"`` or ``"samo"``.
+      rho: ρ ≥ 0, or a :class:`Ball`, see :func:`sam_task_grads`.
+      perturb: ``"local"``, ``"global"``, ``"samo"`` or :class:`Samo`.
       mode: See :func:`flat_split`.
-      every: SAM in every so many steps.
-      start: SAM from this step on (0-based), e.g. only late in training.
-      between: What steps without SAM do after ``start``: ``"plain"``, as if ρ = 0, or
-        ``"reuse"``, with the flat parts of the last step that had it (LookSAM's idea;
-        how the paper reuses them is not known). Either costs the plain passes only.
-      key: Seeds SAMO's directions; lives in the state. Only for ``perturb="samo"``.
+      schedule: Which steps have a second pass, see :class:`SamSchedule`.
       gramians: Whether ``state.gramians`` holds the :class:`FlatGramians` of the step,
         for :func:`flat_conflicts`; needs both parts, so it undoes the savings of
         ``mode="direct"`` in passes.
-      labels: Marks parameters ``"shared"`` or ``"own"``.
+      key: Seeds SAMO's directions; lives in the state. Only for ``perturb="samo"``.
+      labels: Marks parameters ``"shared"``, ``"own"`` or ``"frozen"``.
       has_aux: ``task_losses`` returns ``(losses, aux)``.
       strategy: How the tasks run.
-      chunk_size: Tasks in a chunk.
-      samo_alpha: See :func:`sam_task_grads`.
-      samo_step: Likewise.
-      compat: Likewise.
+      axis_name: The mapped axis, see :func:`sam_task_grads`; the balancer sees means
+        over the devices.
 
     Returns:
       A :class:`FlatGrad`: ``init(params)`` gives the first state, and calling it with
       ``(params, state, *args, mask=None, side=None, **kwargs)`` gives ``(losses[T],
       grad, state)``, or ``((losses[T], aux), grad, state)``. ``grad`` is shaped like
-      ``params``; ``side`` is a dict of further keywords for the balancer.
+      ``params``; ``side`` is a dict of further keywords for the balancer. If a loss or
+      gradient of a present task, or the result, is not finite, ``grad`` is NaN
+      everywhere and the state is unchanged.
 
       Cost: that of :func:`sam_task_grads` in steps with SAM, of
       :func:`mtljax.value_and_task_grads` in others. ``mode="direct"`` with
@@ -267,24 +266,17 @@ def value_and_flat_grad(
       Sharpness-Aware Minimization <https://arxiv.org/abs/2203.02714>`_, 2022, for the
       reuse.
     """
-    engine = make_engine(
-        NAME,
-        rho=rho,
-        rho_own=rho_own,
-        adaptive=adaptive,
-        norm=norm,
-        perturb=perturb,
-        has_aux=has_aux,
-        labels=labels,
-        strategy=strategy,
-        chunk_size=chunk_size,
-        samo_alpha=samo_alpha,
-        samo_step=samo_step,
-        compat=compat,
-    )
+    options = {
+        "labels": labels,
+        "has_aux": has_aux,
+        "strategy": strategy,
+        "axis_name": axis_name,
+    }
+    engine = make_engine(NAME, rho, perturb, **options)
     check_key(NAME, engine, key, "pass key=jax.random.key(...)")
-    schedule = make_schedule(NAME, every, start, between)
-    if (gramians or between == "reuse") and not isinstance(balancer, Balancer):
+    check_schedule(NAME, schedule)
+    reuses = schedule.between == "reuse"
+    if (gramians or reuses) and not isinstance(balancer, Balancer):
         raise ValueError(
             f"{NAME}: gramians=True and between='reuse' keep arrays [T, ...] in the "
             "state, so they take a mtljax.Balancer, which knows T."
@@ -296,13 +288,7 @@ def value_and_flat_grad(
         engine,
         schedule,
         gramians,
-        split=mode != "direct" or gramians or between == "reuse",
-        key=key if perturb == "samo" else (),
-        plain=value_and_balanced_grad(
-            task_losses,
-            balancer,
-            labels=labels,
-            has_aux=has_aux,
-            strategy=chunk_size if strategy == "chunked" else strategy,
-        ),
+        split=mode != "direct" or gramians or reuses,
+        key=key if engine.draws else (),
+        plain=value_and_balanced_grad(task_losses, balancer, **options),
     )

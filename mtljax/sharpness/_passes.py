@@ -2,113 +2,150 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array
 
-from mtljax.balancer import as_mask
-from mtljax.gradients import Strategy, pullback, resolve_labels
-from mtljax.gradients.linearized import checked_losses
-from mtljax.gradients.passes import Body
-from mtljax.gradients.passes import Passes as Runs
+from mtljax import placement
+from mtljax.gradients import pullback
+from mtljax.gradients.linearized import (
+    Linearized,
+    Options,
+    checked_losses,
+    linearize,
+    make_region,
+)
 from mtljax.gradients.passes import pick
-from mtljax.sharpness._perturbation import Leaves
+from mtljax.sharpness._perturbation import Ball, Leaves, Splits, ascend, shifted
 from mtljax.types import Losses, Params
-
-Part: TypeAlias = Literal["shared", "own"]
-
-
-class Parts(NamedTuple):
-    """Parameters as two lists of leaves, and the way back."""
-
-    shared: Leaves
-    own: Leaves
-    merge: Callable[[Leaves, Leaves], Params]
-    tree_of: Callable[[Part, Leaves], Any]  # the rest is MaskedNode
-
-
-class Point(NamedTuple):
-    """The losses at one point, and their gradients."""
-
-    losses: Losses
-    aux: Any
-    pull: Callable[..., Any]
-
-    @property
-    def body(self) -> Body:
-        """The size of one backward pass."""
-        return self.pull.body  # pyright: ignore[reportFunctionMemberAccess]
-
-    def gradients(self, cotangent: Array) -> tuple[Leaves, Leaves]:
-        """Those of the shared and of the own leaves."""
-        return self.pull(cotangent)[0]
 
 
 class Passes(NamedTuple):
-    """What both parts of a step are computed from."""
+    """What both parts of a step are computed from.
 
-    pull: Point  # its aux is that of the first pass
-    losses_at: Callable[[tuple[Leaves, Leaves]], Losses]
-    again: Callable[[tuple[Leaves, Leaves]], Point]
-    parts: Parts
+    In a mapped region all gradients are averaged over the devices before they are used,
+    so that the perturbations are those of the whole batch.
+    """
+
+    first: Linearized
+    function: Callable[[Params], Any]  # the local losses (and an auxiliary output)
+    mask: Any  # as the user gave it: of this device
+    name: str
     basis: Array  # [T, T], rows of absent tasks zero
 
+    @property
+    def shared(self) -> Leaves:
+        """The shared leaves."""
+        return self.first.leaves.of("shared")
 
-def partition(params: Params, labels: Any) -> Parts:
-    """Splits the parameters by their labels; without labels all are shared."""
-    leaves, treedef = jax.tree.flatten(params)
-    marks = ["shared"] * len(leaves)
-    if labels is not None:
-        marks = resolve_labels(labels, params)
+    @property
+    def own(self) -> Leaves:
+        """The own leaves."""
+        return self.first.leaves.of("own")
 
-    def pick(part):
-        return [x for x, mark in zip(leaves, marks, strict=True) if mark == part]
+    @property
+    def losses(self) -> Losses:
+        """The losses at the parameters."""
+        return self.first.losses
 
-    def fill(shared, own):
-        sources = {"shared": iter(shared), "own": iter(own)}
-        return jax.tree.unflatten(treedef, [next(sources[mark]) for mark in marks])
+    @property
+    def present(self) -> Array:
+        """Ones for the tasks that are present."""
+        return self.basis.sum(0)
 
-    def tree_of(part, found):
-        rest = [optax.MaskedNode()] * (len(leaves) - len(found))
-        return fill(found, rest) if part == "shared" else fill(rest, found)
+    @property
+    def splits(self) -> tuple[Splits, Splits]:
+        """The mapped axes over which shared and own leaves are split."""
+        region = self.first.region
 
-    return Parts(pick("shared"), pick("own"), fill, tree_of)
+        def split(leaf):
+            sums = region.sums(leaf)
+            return tuple(axis for axis in region.axes if axis not in sums)
+
+        return [split(x) for x in self.shared], [split(x) for x in self.own]
+
+    def tree(self, shared: Leaves, own: Leaves) -> Params:
+        """The parameters with other shared and own leaves."""
+        leaves = self.first.leaves
+        return leaves.tree(shared, own, leaves.of("frozen"))
+
+    def again(self, shared: Leaves, own: Leaves) -> Linearized:
+        """The pass at another point."""
+        params = self.tree(shared, own)
+        options = self.first.options
+        return linearize(self.function, params, options, mask=self.mask, name=self.name)
+
+    def local_losses_at(self, shared: Leaves, own: Leaves) -> Losses:
+        """This device's losses at another point."""
+        out = self.function(self.tree(shared, own))
+        return checked_losses(out, self.first.options.has_aux)[0]
+
+    def losses_at(self, shared: Leaves, own: Leaves) -> Losses:
+        """The losses at another point."""
+        local = self.local_losses_at(shared, own)
+        options = self.first.options
+        return make_region(local, self.mask, options, self.name).losses
+
+    def gradients(
+        self, cotangent: Array, at: Linearized | None = None
+    ) -> tuple[Leaves, Leaves]:
+        """Those of shared and own leaves, at the parameters or at another point."""
+        found = self.first if at is None else at
+        shared, own = found.pull(found.region.seeded(cotangent))
+        return self._summed(shared, own)
+
+    def together(self, rows: Array, shared: Leaves, own: Leaves):
+        """Gradients of the tasks of some rows, each at its own shared leaves.
+
+        ``shared`` are stacked like the rows; ``own`` are not, as each serves one task,
+        and neither are their gradients.
+        """
+        region = self.first.region
+
+        def losses(shared, own):
+            def at(shared, row):
+                return only(self.local_losses_at(shared, own), row)
+
+            return jax.vmap(at)(shared, rows)
+
+        point = placement.cast((shared, own), region.axes)
+        _, pull, _ = pullback(losses, *point, backward="jax")
+        shared, own = pull(region.seeded(jnp.ones_like(rows) * (rows != 0)).sum(1))
+        return self._summed(shared, own)
+
+    def _summed(self, shared: Leaves, own: Leaves) -> tuple[Leaves, Leaves]:
+        """The sums over the mapped axes."""
+        leaves, axes = self.first.leaves, self.first.region.axes
+        return leaves.summed(shared, axes), leaves.summed(own, axes, "own")
+
+    def climb(
+        self, directions: tuple[Leaves, Leaves], ball: Ball
+    ) -> tuple[Leaves, Leaves, Array]:
+        """See :func:`ascend`."""
+        return ascend((self.shared, self.own), directions, ball, self.splits)
+
+    def moved(self, eps: Leaves, delta: Leaves) -> tuple[Leaves, Leaves]:
+        """The point of a perturbation."""
+        return shifted(self.shared, eps), shifted(self.own, delta)
 
 
 def first_pass(
     function: Callable[[Params], Any],
     params: Params,
+    options: Options,
     *,
-    has_aux: bool,
-    labels: Any,
     mask: Any,
     name: str,
 ) -> Passes:
     """One forward pass at the parameters; all else is computed from what it returns."""
-    parts = partition(params, labels)
-
-    def of_parts(both):
-        return function(parts.merge(*both))
-
-    def again(both):
-        losses, pull, aux = pullback(
-            lambda p: checked_losses(of_parts(p), has_aux), both, has_aux=True
-        )
-        return Point(losses, aux, pull)
-
-    def losses_at(both):
-        out = of_parts(both)
-        return out[0] if has_aux else out
-
-    pull = again((parts.shared, parts.own))
-    num_tasks = pull.losses.shape[0]
-    basis = jnp.eye(num_tasks, dtype=pull.losses.dtype)
-    if mask is not None:
-        basis = jnp.where(as_mask(name, num_tasks, mask)[:, None], basis, 0)
-    return Passes(pull, losses_at, again, parts, basis)
+    first = linearize(function, params, options, mask=mask, name=name)
+    num_tasks = first.losses.shape[0]
+    basis = jnp.eye(num_tasks, dtype=first.losses.dtype)
+    if first.region.mask is not None:
+        basis = jnp.where(first.region.mask[:, None], basis, 0)
+    return Passes(first, function, mask, name, basis)
 
 
 def only(losses: Losses, basis: Array) -> Array:
@@ -117,6 +154,7 @@ def only(losses: Losses, basis: Array) -> Array:
 
 
 def add(left: Leaves, right: Leaves) -> Leaves:
+    """Leaf by leaf."""
     return [a + b for a, b in zip(left, right, strict=True)]
 
 
@@ -124,8 +162,7 @@ def over_tasks(
     single: Callable[[Array, Array], tuple[Any, Leaves]],
     many: Callable[[Array, Array], tuple[Any, Leaves]],
     passes: Passes,
-    strategy: Strategy,
-    chunk_size: int,
+    sums: Leaves,
 ) -> tuple[Any, Leaves]:
     """Runs every task: stacks the first result, adds up the second.
 
@@ -133,15 +170,14 @@ def over_tasks(
       single: ``single(row of the basis, task) -> (rows, sums)``.
       many: The same for ``c`` tasks at once.
       passes: The first pass.
-      strategy: As in :func:`mtljax.value_and_task_grads`.
-      chunk_size: Tasks in a chunk.
+      sums: Leaves like those that are added up.
 
     Returns:
       Stacks ``[T, ...]`` and sums.
     """
     basis, num_tasks = passes.basis, passes.basis.shape[0]
-    asked = Runs(strategy, chunk_size)
-    strategy, chunk_size, together = pick(asked, num_tasks, passes.pull.body)
+    asked = passes.first.options.passes
+    strategy, chunk_size, together = pick(asked, num_tasks, passes.first.body)
     tasks = jnp.arange(num_tasks)
     if strategy == "vmap":
         return many(basis, tasks)
@@ -151,9 +187,9 @@ def over_tasks(
         return rows, functools.reduce(add, [sums for _, sums in found])
     size = min(chunk_size, num_tasks) if strategy == "chunked" else 1
     blocks = -(-num_tasks // size)
-    spare = blocks * size - num_tasks  # rows of zeros: tasks that are absent
-    basis = jnp.pad(basis, ((0, spare), (0, 0))).reshape(blocks, size, num_tasks)
-    tasks = jnp.pad(tasks, (0, spare)).reshape(blocks, size)
+    padding = blocks * size - num_tasks  # rows of zeros: tasks that are absent
+    basis = jnp.pad(basis, ((0, padding), (0, 0))).reshape(blocks, size, num_tasks)
+    tasks = jnp.pad(tasks, (0, padding)).reshape(blocks, size)
 
     def block(sums, at):
         if strategy == "map":
@@ -163,8 +199,7 @@ def over_tasks(
             rows, more = many(*at)
         return add(sums, more), rows
 
-    _, sums = jax.eval_shape(single, basis[0, 0], tasks[0, 0])
-    zeros = [jnp.zeros(x.shape, x.dtype) for x in sums]
+    zeros = [placement.zeros(x) for x in sums]
     sums, rows = jax.lax.scan(block, zeros, (basis, tasks), unroll=together)
     rows = jax.tree.map(
         lambda x: x.reshape(blocks * size, *x.shape[2:])[:num_tasks], rows

@@ -8,19 +8,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from mtljax.balancer import check_choice
-from mtljax.gradients import Strategy
-from mtljax.sharpness._passes import Passes, Point, add, only, over_tasks
+from mtljax.gradients.linearized import Linearized, Options, make_options
+from mtljax.sharpness._passes import Passes, add, only, over_tasks
 from mtljax.sharpness._perturbation import (
-    Compat,
+    Ball,
     Leaves,
-    Norm,
     Perturb,
-    Radius,
-    ascend,
+    Samo,
     draw_like,
     lean,
-    make_radius,
+    make_ball,
+    make_perturb,
     shifted,
     widen,
 )
@@ -34,31 +32,26 @@ class Rows(NamedTuple):
     own: Leaves
 
 
-def plain_rows(
-    passes: Passes, strategy: Strategy, chunk_size: int, *, split: bool
-) -> Rows:
-    """Gradients without a second pass; the flat part is zero."""
-    pull = passes.pull
+def plain_rows(passes: Passes, *, split: bool, at: Linearized | None = None) -> Rows:
+    """Gradients at one point, without a second pass; the flat part is zero."""
 
     def single(row, task):
         del task
-        return pull.gradients(row)[0], []
+        return passes.gradients(row, at)[0], []
 
     def many(rows, tasks):
         del tasks
-        return jax.vmap(lambda row: pull.gradients(row)[0])(rows), []
+        return jax.vmap(lambda row: passes.gradients(row, at)[0])(rows), []
 
-    loss, _ = over_tasks(single, many, passes, strategy, chunk_size)
-    own = pull.gradients(passes.basis.sum(0))[1]
+    loss, _ = over_tasks(single, many, passes, [])
+    own = passes.gradients(passes.present, at)[1]
     flat = [jnp.zeros_like(widen(g)) for g in loss] if split else None
     return Rows(loss, flat, own)
 
 
 def local_rows(
     passes: Passes,
-    radius: Radius,
-    strategy: Strategy,
-    chunk_size: int,
+    ball: Ball,
     *,
     split: bool,
     direction: Callable[[Array, Array], Leaves] | None = None,
@@ -67,19 +60,16 @@ def local_rows(
 
     Args:
       passes: The first pass.
-      radius: The ball.
-      strategy: How the tasks run.
-      chunk_size: Tasks in a chunk.
-      split: Whether the loss gradients are wanted beside the SAM gradients.
+      ball: The ball.
+      split: Whether the loss gradients are wanted in addition to the SAM gradients.
       direction: ``direction(row, task)``, where the shared parameters are moved
         instead of along the task's gradient.
     """
-    pull, parts = passes.pull, passes.parts
 
     def climb(row, task):
-        g, q = pull.gradients(row)
+        g, q = passes.gradients(row)
         towards = g if direction is None else direction(row, task)
-        eps, delta, moved = ascend(parts.shared, parts.own, (towards, q), radius)
+        eps, delta, moved = passes.climb((towards, q), ball)
         return g, q, eps, delta, moved & (row != 0).any()
 
     def difference(g, sam, moved):
@@ -96,8 +86,8 @@ def local_rows(
 
     def single(row, task):
         g, q, eps, delta, moved = climb(row, task)
-        point = shifted(parts.shared, eps), shifted(parts.own, delta)
-        sam, sam_own = passes.again(point).gradients(row)
+        point = passes.again(*passes.moved(eps, delta))
+        sam, sam_own = passes.gradients(row, point)
         own = [jnp.where(moved, b, a) for a, b in zip(q, sam_own, strict=True)]
         return result(g, sam, moved), own
 
@@ -105,67 +95,50 @@ def local_rows(
         g, _, eps, delta, moved = jax.vmap(climb)(rows, tasks)
         # A head serves one task, so all heads may be moved at once: each task reads
         # its own, and the gradients of heads are never stacked.
-        own = shifted(parts.own, [d.sum(0) for d in delta])
-
-        def losses(shared, own):
-            def at(shared, row):
-                return only(passes.losses_at((shared, own)), row)
-
-            return jax.vmap(at)(shared, rows)
-
-        found, vjp = jax.vjp(losses, shifted(parts.shared, eps), own)
-        sam, sam_own = vjp(jnp.ones_like(found))
+        point = passes.moved(eps, [d.sum(0) for d in delta])
+        sam, sam_own = passes.together(rows, *point)
         return result(g, sam, moved), sam_own
 
-    rows, own = over_tasks(single, many, passes, strategy, chunk_size)
+    rows, own = over_tasks(single, many, passes, passes.own)
     loss, flat = rows if split else (rows, None)
     return Rows(loss, flat, own)
 
 
-def common_point(passes: Passes, radius: Radius) -> tuple[Point, Any]:
+def common_point(passes: Passes, ball: Ball) -> tuple[Linearized, Any]:
     """The second pass where one ε serves all tasks, and whether it is elsewhere.
 
     ε follows the gradient of the mean loss of the present tasks. With separate norms a
     head still follows its own task; with a joint norm it is one ball around everything,
     that is SAM of the mean loss.
     """
-    pull, parts = passes.pull, passes.parts
-    present = passes.basis.sum(0)
-    mean, mean_own = pull.gradients(present / jnp.maximum(present.sum(), 1))
-    if radius.norm == "joint" or not parts.own:
-        eps, delta, moved = ascend(parts.shared, parts.own, (mean, mean_own), radius)
+    present = passes.present
+    mean, mean_own = passes.gradients(present / jnp.maximum(present.sum(), 1))
+    if ball.norm == "joint" or not passes.own:
+        eps, delta, moved = passes.climb((mean, mean_own), ball)
     else:
-        nothing = [jnp.zeros_like(w) for w in parts.shared]
-        eps, _, moved = ascend(parts.shared, [], (mean, []), radius)
+        still = [jnp.zeros_like(q) for q in passes.own]
+        eps, _, moved = passes.climb((mean, still), ball)
+        nothing = [jnp.zeros_like(w) for w in passes.shared]
 
         def heads(row):
-            q = pull.gradients(row)[1]
-            _, delta, far = ascend(parts.shared, parts.own, (nothing, q), radius)
+            _, delta, far = passes.climb((nothing, passes.gradients(row)[1]), ball)
             return delta, far
 
         # Backward passes through the heads alone: the trunk's half is never computed.
         found = [heads(row) for row in passes.basis]
         delta = functools.reduce(add, [d for d, _ in found])
         moved = functools.reduce(jnp.logical_or, [far for _, far in found], moved)
-    point = shifted(parts.shared, eps), shifted(parts.own, delta)
-    return passes.again(point), moved & (present != 0).any()
+    point = passes.again(*passes.moved(eps, delta))
+    return point, moved & (present != 0).any()
 
 
-def global_rows(
-    passes: Passes,
-    radius: Radius,
-    strategy: Strategy,
-    chunk_size: int,
-    *,
-    split: bool,
-) -> Rows:
+def global_rows(passes: Passes, ball: Ball, *, split: bool) -> Rows:
     """One perturbation for all tasks: a single second forward pass."""
-    pull, moved = common_point(passes, radius)
-    sam = plain_rows(passes._replace(pull=pull), strategy, chunk_size, split=False)
-    plain = functools.partial(plain_rows, passes, strategy, chunk_size)
+    point, moved = common_point(passes, ball)
+    sam = plain_rows(passes, split=False, at=point)
     if not split:
         return sam
-    loss = plain(split=True)
+    loss = plain_rows(passes, split=True)
     flat = [
         jnp.where(moved, widen(b) - widen(a), 0)
         for a, b in zip(loss.loss, sam.loss, strict=True)
@@ -175,32 +148,34 @@ def global_rows(
 
 
 def samo_direction(
-    passes: Passes, key: Array, alpha: float, step: float, compat: Compat | None
+    passes: Passes, key: Array, samo: Samo
 ) -> Callable[[Array, Array], Leaves]:
     """SAMO's ``direction(row, task)`` for :func:`local_rows`."""
-    pull, parts = passes.pull, passes.parts
-    present = passes.basis.sum(0)
-    mean, _ = pull.gradients(present / jnp.maximum(present.sum(), 1))
+    present, splits = passes.present, passes.splits[0]
+    mean, _ = passes.gradients(present / jnp.maximum(present.sum(), 1))
 
     def losses(shared):
-        return passes.losses_at((shared, parts.own))
+        return passes.losses_at(shared, passes.own)
 
-    if compat is None:
-        noise = draw_like(key, parts.shared)
-        tangent = [z.astype(w.dtype) for z, w in zip(noise, parts.shared, strict=True)]
-        _, slopes = jax.jvp(losses, (parts.shared,), (tangent,))
+    if samo.compat is None:
+        noise = draw_like(key, passes.shared, splits)
+        pairs = zip(noise, passes.shared, strict=True)
+        tangent = [z.astype(w.dtype) for z, w in pairs]
+        _, slopes = jax.jvp(losses, (passes.shared,), (tangent,))
 
         def exact(row, task):
             del task
-            return lean(mean, noise, jnp.sign(only(slopes, row)), alpha)
+            sign = jnp.sign(only(slopes, row))
+            return lean(mean, noise, splits, sign, samo.alpha)
 
         return exact
 
     def sampled(row, task):
-        noise = draw_like(jax.random.fold_in(key, task), parts.shared)
-        ahead = losses(shifted(parts.shared, [step * z for z in noise]))
-        behind = losses(shifted(parts.shared, [-step * z for z in noise]))
-        return lean(mean, noise, jnp.sign(only(ahead - behind, row)), alpha)
+        noise = draw_like(jax.random.fold_in(key, task), passes.shared, splits)
+        ahead = losses(shifted(passes.shared, [samo.step * z for z in noise]))
+        behind = losses(shifted(passes.shared, [-samo.step * z for z in noise]))
+        sign = jnp.sign(only(ahead - behind, row))
+        return lean(mean, noise, splits, sign, samo.alpha)
 
     return sampled
 
@@ -208,91 +183,50 @@ def samo_direction(
 class Engine(NamedTuple):
     """The options of :func:`sam_task_grads`, checked."""
 
-    radius: Radius
-    perturb: Perturb
-    has_aux: bool
-    labels: Any
-    strategy: Strategy
-    chunk_size: int
-    alpha: float
-    step: float
-    compat: Compat | None
+    ball: Ball
+    zero: bool  # the ball is known to be a point while tracing
+    perturb: Any  # "local", "global" or Samo
+    options: Options
+
+    @property
+    def draws(self) -> bool:
+        """Whether random directions are drawn."""
+        return isinstance(self.perturb, Samo)
 
     def rows(self, passes: Passes, key: Any, active: Any, *, split: bool) -> Rows:
         """Both parts, or the plain gradients where SAM is not active."""
-        runs = self.strategy, self.chunk_size
 
         def plain():
-            return plain_rows(passes, *runs, split=split)
+            return plain_rows(passes, split=split)
 
         def perturbed():
             if self.perturb == "global":
-                return global_rows(passes, self.radius, *runs, split=split)
+                return global_rows(passes, self.ball, split=split)
             direction = None
-            if self.perturb == "samo":
-                direction = samo_direction(
-                    passes, key, self.alpha, self.step, self.compat
-                )
-            return local_rows(
-                passes, self.radius, *runs, split=split, direction=direction
-            )
+            if self.draws:
+                direction = samo_direction(passes, key, self.perturb)
+            return local_rows(passes, self.ball, split=split, direction=direction)
 
-        if self.radius.zero:
+        if self.zero:
             return plain()
         if active is None:
             return perturbed()
         return jax.lax.cond(jnp.asarray(active, bool), perturbed, plain)
 
 
-def make_engine(
-    name: str,
-    *,
-    rho: Any,
-    rho_own: Any,
-    adaptive: bool,
-    norm: Norm,
-    perturb: Perturb,
-    has_aux: bool,
-    labels: Any,
-    strategy: Strategy,
-    chunk_size: int,
-    samo_alpha: float,
-    samo_step: float,
-    compat: Compat | None,
-) -> Engine:
+def make_engine(name: str, rho: Any, perturb: Perturb, **options: Any) -> Engine:
     """Checks the options on behalf of a public function."""
-    check_choice(name, "perturb", perturb, Perturb)
-    check_choice(name, "strategy", strategy, Strategy)
-    radius = make_radius(
-        name, rho, rho_own, adaptive=adaptive, norm=norm, labels=labels
-    )
-    if chunk_size < 1:
-        raise ValueError(f"{name}: chunk_size must be at least 1, not {chunk_size}.")
-    if not 0 <= samo_alpha <= 1:
-        raise ValueError(f"{name}: samo_alpha must lie in [0, 1], not {samo_alpha}.")
-    if not samo_step > 0:
-        raise ValueError(f"{name}: samo_step must be positive, not {samo_step}.")
-    if compat is not None:
-        check_choice(name, "compat", compat, Compat)
-        if perturb != "samo":
-            raise ValueError(
-                f"{name}: compat={compat!r} belongs to perturb='samo', not to "
-                f"perturb={perturb!r}."
-            )
-    return Engine(
-        radius,
-        perturb,
-        has_aux,
-        labels,
-        strategy,
-        chunk_size,
-        samo_alpha,
-        samo_step,
-        compat,
-    )
+    found = make_options(name, **options)
+    if found.exchange != "all":
+        raise ValueError(
+            f"{name}: exchange={found.exchange!r} is for value_and_balanced_grad; "
+            "perturbations are made from averaged gradients: use exchange='all'."
+        )
+    ball, zero = make_ball(name, rho, found.labels)
+    return Engine(ball, zero, make_perturb(name, perturb), found)
 
 
 def check_key(name: str, engine: Engine, key: Any, how: str) -> None:
     """Raises where SAMO has no key to draw from."""
-    if engine.perturb == "samo" and key is None:
+    if engine.draws and key is None:
         raise ValueError(f"{name}: perturb='samo' draws random directions; {how}.")

@@ -4,13 +4,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from mtljax import stack
-from mtljax.gradients import Strategy
+from mtljax import placement, stack
+from mtljax.gradients import AxisName, Strategy
+from mtljax.placement import Backward
 from mtljax.sharpness._passes import Passes, first_pass
-from mtljax.sharpness._perturbation import Compat, Norm, Perturb
+from mtljax.sharpness._perturbation import Ball, Perturb
 from mtljax.sharpness._rows import Rows, check_key, make_engine
 
 
@@ -28,16 +30,35 @@ class SamGrads(NamedTuple):
     flat: Any
 
 
-def as_trees(passes: Passes, rows: Rows, mask: Any) -> tuple[SamGrads, Any]:
-    """Rows of absent tasks cleared, leaves back in trees like the parameters."""
+def _placed(passes: Passes, values: Any, label: str) -> Any:
+    """Gradients with the shardings that the user asked for; shared ones are stacked."""
+    found = passes.first
+    if found.options.shardings is None:
+        return values
+    wanted = jax.tree.leaves(found.options.shardings)
+    wanted = [wanted[i] for i in found.leaves.numbers(label)]
+    return placement.constrain(values, wanted, stacked=label == "shared")
 
-    def tree(leaves):
-        if mask is not None:
-            leaves = stack.select(leaves, passes.basis.sum(0) != 0)
-        return passes.parts.tree_of("shared", leaves)
+
+def own_tree(passes: Passes, own: Any) -> Any:
+    """Gradients of own leaves, zeros for frozen ones and holes for shared ones."""
+    leaves = passes.first.leaves
+    holes = [optax.MaskedNode()] * len(passes.shared)
+    frozen = [jnp.zeros_like(x) for x in leaves.of("frozen")]
+    return leaves.tree(holes, _placed(passes, own, "own"), frozen)
+
+
+def as_trees(passes: Passes, rows: Rows) -> tuple[SamGrads, Any]:
+    """Rows of absent tasks cleared, leaves back in trees like the parameters."""
+    found = passes.first
+
+    def tree(rows):
+        if found.region.mask is not None:
+            rows = stack.select(rows, found.region.mask)
+        return found.leaves.shared_tree(_placed(passes, rows, "shared"))
 
     flat = None if rows.flat is None else tree(rows.flat)
-    return SamGrads(tree(rows.loss), flat), passes.parts.tree_of("own", rows.own)
+    return SamGrads(tree(rows.loss), flat), own_tree(passes, rows.own)
 
 
 def merge_own(update: Any, own_grads: Any) -> Any:
@@ -72,19 +93,15 @@ def merge_own(update: Any, own_grads: Any) -> Any:
 def sam_task_grads(
     task_losses: Callable[..., Any],
     *,
-    rho: ArrayLike,
-    rho_own: ArrayLike | None = None,
-    adaptive: bool = False,
-    norm: Norm = "separate",
+    rho: ArrayLike | Ball,
     perturb: Perturb = "local",
-    has_aux: bool = False,
-    labels: Any = None,
     split: bool = True,
-    strategy: Strategy = "auto",
-    chunk_size: int = 4,
-    samo_alpha: float = 0.5,
-    samo_step: float = 0.01,
-    compat: Compat | None = None,
+    labels: Any = None,
+    has_aux: bool = False,
+    strategy: Strategy | int = "auto",
+    axis_name: AxisName = None,
+    grad_shardings: Any = None,
+    backward: Backward = "auto",
 ) -> Callable[..., Any]:
     """Per-task gradients and their flat parts, as FS-MTL takes them apart.
 
@@ -104,38 +121,32 @@ def sam_task_grads(
         as one of them, or h is noise. Running averages of batch normalisation belong
         in ``aux``, which is that of the first pass; the batch's own statistics
         normalise in both.
-      rho: ρ ≥ 0, radius of the ball around the shared parameters: in the units of the
-        parameters, or relative to them if adaptive. May be a traced scalar. A plain 0
+      rho: ρ ≥ 0, radius of the ball around the shared and around the own parameters,
+        or a :class:`Ball` for the rarer options. May be a traced scalar. A plain 0
         costs no second pass and gives ``flat = 0`` exactly.
-      rho_own: Radius for own parameters; None is ``rho``. Needs ``labels``.
-      adaptive: ASAM: ``ε = ρ w²⊙g/‖|w|⊙g‖`` over all parameters, biases and
-        normalisation included. The reference code switches it on for its experiments
-        (ρ = 2 on Multi-MNIST); the paper does not mention it.
-      norm: ``"separate"``: one norm over the whole trunk and one over the task's head,
-        as in the paper; ``"joint"``: one over both with one radius, as in the
-        reference code for Multi-MNIST.
       perturb: ``"local"``: ``ε_i`` for every task, the paper's. ``"global"``: one ε
         along the mean gradient for all tasks (each head still follows its own loss;
-        with ``norm="joint"`` the heads join in, and it is SAM of the mean loss).
-        ``"samo"``: along ``α g_0 + (1 − α) ĝ_i`` with ``g_0`` the mean gradient and
-        ``ĝ_i = <∇L_i, z> z``, scaled leaf by leaf to the length of ``g_0``, for normal
-        z; heads follow their own loss.
-      has_aux: ``task_losses`` returns ``(losses, aux)``.
-      labels: Marks parameters ``"shared"`` or ``"own"``, see
-        :func:`mtljax.value_and_task_grads`. An own leaf must serve one task only
-        (:func:`mtljax.check_labels`).
+        with a joint norm the heads join in, and it is SAM of the mean loss).
+        ``"samo"``, or :class:`Samo` with its options: a mixture of both.
       split: With False only the SAM gradients are kept, ``SamGrads(g^SAM, None)``:
         enough for ``flat_split(balancer, "direct")``, and cheaper where ε needs no
         ``g_i`` (``"global"``, ``"samo"``).
+      labels: Marks parameters ``"shared"``, ``"own"`` or ``"frozen"``, see
+        :func:`mtljax.value_and_task_grads`. An own leaf must serve one task only
+        (:func:`mtljax.check_labels`); a frozen one is not perturbed.
+      has_aux: ``task_losses`` returns ``(losses, aux)``.
       strategy: How the tasks run, see :func:`mtljax.value_and_task_grads`; both passes
         of a task run together. All give the same numbers up to rounding. Gradients of
-        own parameters are summed, not stacked, but for the first pass of ``"vmap"``.
-      chunk_size: Tasks in a chunk.
-      samo_alpha: α of SAMO.
-      samo_step: Step of its finite differences (``compat="spsa"``).
-      compat: ``"spsa"``: central differences ``(L_i(θ + μz) − L_i(θ − μz))/2μ`` with a
-        z for every task, as SAMO's code (there in evaluation mode); by default the
-        exact derivatives along one z for all tasks, from one forward-mode pass.
+        own parameters are summed, not stacked, except those of the first pass of
+        ``"vmap"``.
+      axis_name: The mapped axis, see :func:`mtljax.value_and_task_grads`. Losses and
+        gradients are averaged over it in both passes, and every ε is made from the
+        averaged gradient: the numbers are those of the whole batch on one device.
+        (Perturbations from each device's own gradient are another algorithm,
+        "m-sharpness", which this is not.)
+      grad_shardings: Shardings of the gradients, see
+        :func:`mtljax.value_and_task_grads`.
+      backward: See :func:`mtljax.value_and_task_grads`.
 
     Returns:
       ``function(params, *args, mask=None, sam_key=None, sam_active=None, **kwargs) ->
@@ -155,7 +166,7 @@ def sam_task_grads(
 
     Raises:
       ValueError: If a radius is negative or not finite, an option is unknown or
-        meaningless beside another, labels are wrong, or the losses are not a vector.
+        in conflict with another, labels are wrong, or the losses are not a vector.
 
     Examples:
       On a quadratic ``h = H ε``; here ``H_1 = diag(2, 0)``, ``ε_1 = (0.1, 0)``.
@@ -179,18 +190,14 @@ def sam_task_grads(
     name = "sam_task_grads"
     engine = make_engine(
         name,
-        rho=rho,
-        rho_own=rho_own,
-        adaptive=adaptive,
-        norm=norm,
-        perturb=perturb,
-        has_aux=has_aux,
+        rho,
+        perturb,
         labels=labels,
+        has_aux=has_aux,
         strategy=strategy,
-        chunk_size=chunk_size,
-        samo_alpha=samo_alpha,
-        samo_step=samo_step,
-        compat=compat,
+        axis_name=axis_name,
+        grad_shardings=grad_shardings,
+        backward=backward,
     )
 
     def function(params, *args, mask=None, sam_key=None, sam_active=None, **kwargs):
@@ -198,14 +205,13 @@ def sam_task_grads(
         passes = first_pass(
             lambda p: task_losses(p, *args, **kwargs),
             params,
-            has_aux=has_aux,
-            labels=labels,
+            engine.options,
             mask=mask,
             name=name,
         )
         rows = engine.rows(passes, sam_key, sam_active, split=split)
-        grads, own = as_trees(passes, rows, mask)
-        losses = passes.pull.losses
-        return ((losses, passes.pull.aux) if has_aux else losses), grads, own
+        grads, own = as_trees(passes, rows)
+        losses = passes.losses
+        return ((losses, passes.first.aux) if has_aux else losses), grads, own
 
     return function

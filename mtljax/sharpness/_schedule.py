@@ -1,5 +1,6 @@
 """When the second pass is made, and what the steps without it do."""
 
+import dataclasses
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -12,6 +13,7 @@ from mtljax.balancer import check_choice
 from mtljax.gradients import shared_params
 from mtljax.sharpness._passes import Passes
 from mtljax.sharpness._perturbation import widen
+from mtljax.sharpness._sam_grads import own_tree
 
 Between: TypeAlias = Literal["plain", "reuse"]
 
@@ -23,12 +25,23 @@ class Kept(NamedTuple):
     own: Any  # q^SAM − q
 
 
-class Schedule(NamedTuple):
-    """SAM in the steps ``start, start + every, ...``."""
+@dataclasses.dataclass(frozen=True)
+class SamSchedule:
+    """When :func:`value_and_flat_grad` makes the second pass.
 
-    every: int
-    start: int
-    between: Between
+    In the steps ``start, start + every, ...``.
+
+    Attributes:
+      every: SAM in every so many steps.
+      start: SAM from this step on (0-based), e.g. only late in training.
+      between: What steps without SAM do after ``start``: ``"plain"``, as if ρ = 0, or
+        ``"reuse"``, with the flat parts of the last step that had it (LookSAM's idea;
+        how the paper reuses them is not known). Either costs the plain passes only.
+    """
+
+    every: int = 1
+    start: int = 0
+    between: Between = "plain"
 
     @property
     def always(self) -> bool:
@@ -68,8 +81,8 @@ class Schedule(NamedTuple):
         """
         active = self.active(step)
         assert active is not None
-        present = passes.basis.sum(0) != 0
-        plain = passes.parts.tree_of("own", passes.pull.gradients(passes.basis.sum(0))[1])
+        present = passes.present != 0
+        plain = own_tree(passes, passes.gradients(passes.present)[1])
 
         def remember(new, old):
             seen = present.reshape((-1,) + (1,) * (new.ndim - 1))
@@ -94,17 +107,17 @@ class Schedule(NamedTuple):
         return stack.select(shared, present), own, Kept(shared, heads)
 
 
-def make_schedule(name: str, every: Any, start: Any, between: Between) -> Schedule:
-    """The checked schedule of the arguments that users write."""
-    check_choice(name, "between", between, Between)
+def check_schedule(name: str, schedule: SamSchedule) -> None:
+    """Raises unless the schedule makes sense."""
+    check_choice(name, "between", schedule.between, Between)
+    every, start = schedule.every, schedule.start
     for argument, value, least in (("every", every, 1), ("start", start, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(
                 f"{name}: {argument} must be an integer >= {least}, not {value!r}."
             )
-    if between == "reuse" and every == 1:
+    if schedule.between == "reuse" and every == 1:
         raise ValueError(
             f"{name}: between='reuse' keeps flat parts for the steps between those "
             "with SAM, but every=1 leaves none; set every."
         )
-    return Schedule(every, start, between)

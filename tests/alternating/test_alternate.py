@@ -13,7 +13,7 @@ from alternating.problem import LABELS, LR, TASKS, XS, start, task_loss
 from precision import enable_x64
 
 import mtljax
-from mtljax.alternating import adatask, alternate
+from mtljax.alternating import Groups, StepOptions, adatask, alternate
 
 KEY = jax.random.key(0)
 
@@ -23,12 +23,12 @@ CONFIGS = [
     ("adam", {}, False),
     ("adam", {"state": "shared"}, True),
     ("momentum", {"groups": 2, "state": "per_task"}, False),  # 3 + 2 tasks
-    ("adam", {"groups": 2, "state": "per_task", "group_loss": "mean"}, True),
+    ("adam", {"groups": Groups(2, loss="mean"), "state": "per_task"}, True),
     ("adam", {"groups": 3}, False),
 ]
 DEEP = [
     ("momentum", {"groups": 2, "schedule": "per_batch"}, True),
-    ("momentum", {"groups": 3, "group_loss": "mean"}, True),
+    ("momentum", {"groups": Groups(3, loss="mean")}, True),
     ("adam", {"schedule": "per_batch", "order": "fixed"}, False),
     ("adam", {"groups": 2, "state": "per_task", "schedule": "per_batch"}, False),
     ("momentum", {"groups": 4, "state": "shared", "order": "largest_loss_first"}, True),
@@ -47,7 +47,7 @@ def test_it_is_the_algorithm(kind, options, masked):
             state_name = options.get("state", "slot")
         else:
             state_name = options.get("state", "per_task")
-        mean = options.get("group_loss") == "mean"
+        mean = getattr(options.get("groups"), "loss", "sum") == "mean"
         reference = problem.Reference(reference_kind, state=state_name, mean=mean)
 
         @jax.jit
@@ -95,7 +95,7 @@ def baseline(optimizer, params, batches, loss=summed):
 @pytest.mark.parametrize("group_loss", ["sum", "mean"])
 def test_one_group_is_the_joint_step(group_loss):
     optimizer = optax.chain(optax.trace(0.9), optax.scale_by_learning_rate(0.02))
-    one = alternate(optimizer, TASKS, groups=1, labels=LABELS, group_loss=group_loss)
+    one = alternate(optimizer, TASKS, groups=Groups(1, loss=group_loss), labels=LABELS)
     factor = 1 / TASKS if group_loss == "mean" else 1
     expected = baseline(
         optimizer, start(), XS, lambda params, x: factor * summed(params, x)
@@ -110,7 +110,11 @@ def test_clip_norm_is_that_of_trunk_and_heads_together():
     clipped = optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(LR, momentum=0.9))
     expected = baseline(clipped, start(), XS)
     one = alternate(
-        optax.sgd(LR, momentum=0.9), TASKS, groups=1, labels=LABELS, clip_norm=0.5
+        optax.sgd(LR, momentum=0.9),
+        TASKS,
+        groups=1,
+        labels=LABELS,
+        options=StepOptions(clip_norm=0.5),
     )
     params, _, _ = problem.run(one, start(), XS)
     chex.assert_trees_all_close(params, expected, rtol=1e-5)

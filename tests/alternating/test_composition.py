@@ -10,7 +10,7 @@ from alternating import problem
 from alternating.problem import LABELS, LR, TASKS, XS, start, task_loss
 
 import mtljax
-from mtljax.alternating import alternate
+from mtljax.alternating import Groups, StepOptions, alternate
 from mtljax.alternating._states import round_randomly
 
 KEY = jax.random.key(2)
@@ -48,7 +48,7 @@ def test_equal_weights_within_random_groups_are_no_balancer():
             optax.adam(LR),
             TASKS,
             balancer=mtljax.linear(3),
-            grad_fn=grad_fn,
+            options=StepOptions(grad_fn=grad_fn),
             **options,
         )
         params, state, losses = problem.run(linear, start(), XS)
@@ -77,7 +77,11 @@ def sam(rho):
 def test_sharpness_aware_inner_steps():
     """Alternating SGD with SAM, task by task, in plain numpy."""
     steps = alternate(
-        optax.sgd(LR), TASKS, order="fixed", labels=LABELS, grad_fn=sam(0.1)
+        optax.sgd(LR),
+        TASKS,
+        order="fixed",
+        labels=LABELS,
+        options=StepOptions(grad_fn=sam(0.1)),
     )
     params, _, losses = problem.run(steps, start(), XS[:3])
     theta, phi = (np.array(start()[k], np.float64) for k in ("theta", "phi"))
@@ -106,7 +110,8 @@ def test_grad_fn_per_member(options):
     """The default, given as a grad_fn: other code, the same numbers."""
     options = {"groups": 2, "key": KEY, "labels": LABELS, **options}
     by_pullback = alternate(optax.adam(LR), TASKS, **options)
-    by_call = alternate(optax.adam(LR), TASKS, grad_fn=jax.value_and_grad, **options)
+    call = StepOptions(grad_fn=jax.value_and_grad)
+    by_call = alternate(optax.adam(LR), TASKS, options=call, **options)
     got = problem.run(by_call, start(), XS[:3])
     want = problem.run(by_pullback, start(), XS[:3])
     chex.assert_trees_all_close(got[0], want[0], rtol=1e-4)
@@ -134,7 +139,11 @@ def test_16_bit_moments_go_on_moving():
         return params @ jnp.ones(256) * batch * (task + 1)
 
     steps = alternate(
-        optax.scale_by_adam(), 2, key=KEY, order="fixed", moments="bfloat16"
+        optax.scale_by_adam(),
+        2,
+        key=KEY,
+        order="fixed",
+        options=StepOptions(moments="bfloat16"),
     )
     params = jnp.zeros(256)
     full = alternate(optax.scale_by_adam(), 2, order="fixed")
@@ -181,18 +190,31 @@ def test_factored_second_moments_are_smaller():
         ({"state": "none"}, "state='none' is not one of 'per_task', 'slot', 'shared'"),
         ({"groups": 4}, "groups=4 is more than num_tasks=3"),
         ({"groups": 0}, "groups must be a positive integer, not 0"),
-        ({"group_loss": "max"}, "group_loss='max' is not one of 'sum', 'mean'"),
-        ({"regroup_every": "epoch"}, "batches_per_epoch go together.*=None"),
-        ({"batches_per_epoch": 3}, "regroup_every='batch', batches_per_epoch=3"),
-        ({"regroup_every": "epoch", "batches_per_epoch": 0}, "=0 must be positive"),
-        ({"moments": "int8"}, "moments='int8' is not one of 'full', 'bfloat16'"),
-        ({"batch_norm": "first"}, "batch_norm='first' is not one of 'last'"),
-        ({"clip_norm": 0.0}, "clip_norm=0.0 must be positive"),
-        ({"ema_decay": 1.0}, "ema_decay=1.0 must lie between 0 and 1"),
-        ({"unroll": 0}, "unroll=0 must be at least 1"),
+        ({"groups": lambda: Groups(2, loss="max")}, "loss='max' is not one of 'sum'"),
+        (
+            {"groups": lambda: Groups(2, regroup_every="epoch")},
+            "regroup_every='epoch' is not one of 'batch', 'never'",
+        ),
+        ({"groups": lambda: Groups(2, 0)}, "regroup_every must be .* at least 1"),
+        (
+            {"options": lambda: StepOptions(moments="int8")},
+            "moments='int8' is not one of 'full', 'bfloat16'",
+        ),
+        (
+            {"options": lambda: StepOptions(batch_norm="first")},
+            "batch_norm='first' is not one of 'last'",
+        ),
+        (
+            {"options": lambda: StepOptions(clip_norm=0.0)},
+            "clip_norm must be a finite number above 0",
+        ),
+        (
+            {"options": StepOptions(grad_fn=jax.value_and_grad), "axis_name": "d"},
+            "a grad_fn sees the losses of this device only",
+        ),
         ({"order": "random"}, r"pass key=jax.random.key\(...\)"),
         ({"groups": 2}, r"pass key=jax.random.key\(...\)"),
-        ({"moments": "bfloat16"}, r"pass key=jax.random.key\(...\)"),
+        ({"options": StepOptions(moments="bfloat16")}, r"pass key=jax.random.key"),
         ({"groups": 1, "balancer": mtljax.mgda(2)}, "num_tasks=2, but the .* has 3"),
         (
             {"groups": 1, "state": "per_task", "balancer": mtljax.mgda(3)},
@@ -203,6 +225,7 @@ def test_factored_second_moments_are_smaller():
     ],
 )
 def test_options_that_do_not_fit(options, message):
+    options = {k: v() if callable(v) else v for k, v in options.items()}
     with pytest.raises(ValueError, match=message):
         alternate(optax.sgd(LR), 3, **{"order": "fixed", **options})
 

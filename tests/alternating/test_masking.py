@@ -1,12 +1,13 @@
 """What takes no part in a step stays as it is, bit by bit."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from alternating import problem
-from alternating.problem import LABELS, LR, TASKS, XS, start
+from alternating.problem import LABELS, LR, TASKS, XS, start, task_loss
 
 from mtljax.alternating import alternate, check_owners, indexed
 
@@ -211,3 +212,31 @@ def test_labels_that_fit_nothing(labels, message):
         steps.init(PARAMS)
     with pytest.raises(ValueError, match=message):
         steps.step(by_index, PARAMS, None, 1.0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"groups": 1, "state": "shared"}, {"groups": 1, "state": "per_task"}],
+    ids=["alternating", "one step", "side by side"],
+)
+def test_a_step_that_is_not_finite_is_skipped(options):
+    """As if the broken task, or the whole joint step, had been absent."""
+    steps = alternate(optax.adam(LR), TASKS, order="fixed", labels=LABELS, **options)
+
+    def broken(params, task, batch):
+        x, bad = batch
+        return task_loss(params, task, x) + jnp.where(bad & (task == 1), jnp.nan, 0)
+
+    @jax.jit
+    def step(params, state, x, bad, mask):
+        return steps.step(broken, params, state, (x, bad), mask=mask)
+
+    params, everyone = start(), jnp.ones(TASKS, bool)
+    _, params, state = step(params, steps.init(params), XS[0], False, everyone)
+    losses, got, new = step(params, state, XS[1], True, everyone)
+    assert np.isnan(losses).tolist() == [task == 1 for task in range(TASKS)]
+    joint = options.get("state") == "shared"
+    mask = everyone & False if joint else everyone.at[1].set(False)
+    _, want, want_state = step(params, state, XS[1], False, mask)
+    chex.assert_trees_all_equal(got, want)
+    chex.assert_trees_all_equal(new, want_state)

@@ -9,7 +9,12 @@ import pytest
 from alternating import problem
 from alternating.problem import LABELS, LR, TASKS, XS, start
 
-from mtljax.alternating import alternate, balanced_groups
+from mtljax.alternating import (
+    Groups,
+    StepOptions,
+    alternate,
+    balanced_groups,
+)
 
 KEY = jax.random.key(3)
 
@@ -65,7 +70,7 @@ def as_sets(plan):
 
 def planned(**options):
     """The same for random orders, which do not depend on what happened before."""
-    steps = alternate(optax.sgd(LR), TASKS, groups=2, key=KEY, **options)
+    steps = alternate(optax.sgd(LR), TASKS, groups=Groups(2, **options), key=KEY)
     state = steps.init(jnp.zeros(1))
     plan = jax.vmap(lambda batch: steps.plan(state._replace(batch=batch)))
     return list(np.asarray(jax.jit(plan)(jnp.arange(12)).members))
@@ -74,7 +79,7 @@ def planned(**options):
 def test_regrouping_every_batch_epoch_or_never():
     often = planned()
     assert len({tuple(as_sets(p)) for p in often}) > 4
-    epochs = planned(regroup_every="epoch", batches_per_epoch=4)
+    epochs = planned(regroup_every=4)
     by_epoch = [{tuple(as_sets(p)) for p in epochs[i : i + 4]} for i in (0, 4, 8)]
     assert [len(partitions) for partitions in by_epoch] == [1, 1, 1]
     assert len(set.union(*by_epoch)) > 1
@@ -137,11 +142,9 @@ def from_disk(saved, like):
 def test_resuming_within_an_epoch_gives_the_same_bits(schedule):
     options = {
         "schedule": schedule,
-        "groups": 2,
+        "groups": Groups(2, regroup_every=4),
         "labels": LABELS,
-        "regroup_every": "epoch",
-        "batches_per_epoch": 4,
-        "moments": "bfloat16",
+        "options": StepOptions(moments="bfloat16"),
     }
     batches = np.concatenate([XS, XS[:2]])
     whole = alternate(optax.adam(LR), TASKS, key=KEY, **options)

@@ -60,7 +60,7 @@ def main():
         score,
         nu,
         interval=3,
-        mesh=mesh,
+        training=forkmerge.BranchTraining(mesh=mesh),
         policies={"opt_state": "keep"},
     )
     plain = forkmerge.ForkMerge(

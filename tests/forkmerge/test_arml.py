@@ -89,7 +89,7 @@ def test_it_chains():
     ("options", "message"),
     [
         ({"main": 3}, "target=3 is not the index"),
-        ({"learning_rate": 0}, "learning_rate must be positive, not 0"),
+        ({"learning_rate": 0}, "learning_rate must be a finite number above 0"),
         ({"update_every": 0}, "update_every must be positive, not 0"),
         ({"projection": "none"}, "projection='none' is not one of"),
     ],

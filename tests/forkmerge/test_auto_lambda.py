@@ -89,7 +89,7 @@ def test_errors():
             build(primary=primary)
     with pytest.raises(ValueError, match="names no task"):
         build(primary=())
-    with pytest.raises(ValueError, match="learning_rate must be positive, not 0"):
+    with pytest.raises(ValueError, match="learning_rate must be a finite number"):
         build(learning_rate=0)
     method = build()
     w = jnp.array(1.0)

@@ -121,11 +121,9 @@ def drawing_driver():
         score,
         forkmerge.target_plus_each(3),
         interval=4,
-        realisation="sample",
-        method="random",
-        num_samples=8,
-        merge_source="best_in_round",
-        evaluate_every=2,
+        training=forkmerge.BranchTraining("sample"),
+        method=forkmerge.Search("random", num_samples=8),
+        merge_source=forkmerge.Snapshots("best_in_round", 2),
         final="best",
         policies={"momentum": "reset"},
     )
@@ -180,31 +178,45 @@ def test_a_step_for_scan():
     equal(state, run(d, d.init(START), 8), exact=False)
 
 
-def test_targets_are_separate_runs():
+@pytest.mark.parametrize("over", ["vmap", "map"])
+def test_several_targets_are_a_mapped_axis(over):
+    """A driver for each row of branch weights, made inside the mapped function."""
     nu = jnp.stack([forkmerge.target_vs_all(3, target=t) for t in (0, 2)])
     goals = jnp.asarray(CENTRES[[0, 2]], jnp.float32)
 
-    def toward(state, goal):
-        return -jnp.square(state.w - goal - 0.3).sum()
+    def toward(goal):
+        return lambda state: -jnp.square(state.w - goal - 0.3).sum()
 
-    both = forkmerge.ForkMerge(step, toward, nu, interval=3, targets=goals)
-    state = both.run(both.init(START), batches, 6)
-    assert both.result(state).w.shape == (2, 3)
-    assert state.branches.w.shape == (2, 2, 3)
-    g = 1
-    one = forkmerge.ForkMerge(step, lambda s: toward(s, goals[g]), nu[g], interval=3)
-    alone = one.run(one.init(START), batches, 6)
-    close(both.result(state).w[g], one.result(alone).w)
-    close(state.info.weights[g], alone.info.weights)
-    close(state.info.score[g], alone.info.score)
+    def trained(args):
+        nu, goal = args
+        d = forkmerge.ForkMerge(step, toward(goal), nu, interval=3)
+        state = d.init(START)
+        for start in (0, 3):
+            state, _ = d.train(state, batches(start, 3))
+            state, info = d.merge(state)
+        return state, info
+
+    mapped = jax.vmap(trained) if over == "vmap" else lambda x: jax.lax.map(trained, x)
+    state, info = jax.jit(mapped)((nu, goals))
+    for g in range(2):
+        one = forkmerge.ForkMerge(step, toward(goals[g]), nu[g], interval=3)
+        alone = one.run(one.init(START), batches, 6)
+        close(state.merged.w[g], alone.merged.w)
+        close(info.weights[g], alone.info.weights)
+        close(info.score[g], alone.info.score)
     assert np.abs(state.merged.w[0] - state.merged.w[1]).max() > 0.1
-    # One state for each, and fewer branches.
-    states = jax.tree.map(lambda x: jnp.stack([x, x + 1]), START)
-    each = both.init(states, per_target=True)
-    assert each.branches.w[:, 0, 0].tolist() == [-1, 0]
-    fewer, rest = both.prune(state, keep=1, target=(0, 2))
-    assert rest.branches.w.shape == (2, 1, 3)
-    np.testing.assert_array_equal(fewer.branch_weights[:, 0], np.eye(3)[[0, 2]])
+
+
+def test_a_new_state_may_be_donated():
+    """No buffer twice, and none of the caller's."""
+    d = drawing_driver()
+    start, key = jax.tree.map(jnp.copy, START), jax.random.key(1)
+    state = d.init(start, key=key)
+    leaves = [x for x in jax.tree.leaves(state) if not is_key(x)]
+    pointers = [x.unsafe_buffer_pointer() for x in leaves]
+    pointers += [x.unsafe_buffer_pointer() for x in jax.tree.leaves(start)]
+    assert len(set(pointers)) == len(pointers)
+    assert state.key is not key
 
 
 def scripted(source, **options):
@@ -214,7 +226,7 @@ def scripted(source, **options):
         lambda w: -jnp.abs(w - 1),
         forkmerge.target_vs_all(2),
         interval=3,
-        per_branch=True,
+        training=forkmerge.BranchTraining(per_branch=True),
         merge_source=source,
         **options,
     )
@@ -229,8 +241,7 @@ SCRIPT = jnp.array([[0.0, 5], [1, 6], [3, 7], [2, 9], [2, 9], [2.5, 9]])
     [("last", 3, 2.5), ("best_in_round", 1, 2), ("best_ever", 1, 1)],
 )
 def test_what_is_merged(source, first, second):
-    every = None if source == "last" else 1
-    d = scripted(source, evaluate_every=every)
+    d = scripted(source if source == "last" else forkmerge.Snapshots(source, 1))
     found = []
     script = lambda step, n: SCRIPT[step : step + n]
     keep = lambda state, info: found.append(float(d.result(state)))
@@ -322,13 +333,11 @@ def test_pruning():
             {"branch_weights": [1.0, 1.0]},
             r"shape \(2,\); it must be \(branches, tasks\)",
         ),
-        ({"branch_weights": np.ones((2, 3, 3))}, "or with targets= have one axis more"),
-        ({"targets": np.ones(2)}, r"it must be \(targets, branches, tasks\)"),
+        ({"branch_weights": np.ones((2, 3, 3))}, r"must be \(branches, tasks\)"),
         (
-            {"branch_weights": np.ones((2, 3, 3)), "targets": np.ones(3)},
-            r"targets has an array of shape \(3,\), but branch_weights is of 2",
+            {"merge_source": forkmerge.Snapshots("last", 2)},
+            "has no use with merge_source='last'",
         ),
-        ({"evaluate_every": 2}, "has no use with merge_source='last'"),
         ({"method": "grid"}, "for 2 branches, not 3"),
         ({"policies": {"w": "average"}}, r"policies\['w'\]='average'"),
     ],
@@ -360,8 +369,6 @@ def test_errors_of_calls():
         d.prune(d.init(START), keep=2)
     with pytest.raises(ValueError, match="key= is needed"):
         drawing_driver().init(START)
-    with pytest.raises(ValueError, match="needs targets="):
-        d.init(START, per_target=True)
     with pytest.raises(ValueError, match="'opt' matches no leaf"):
         dataclasses.replace(d, policies={"opt": "keep"}).init(START)
     with pytest.raises(ValueError, match="num_steps must be a positive"):

@@ -136,7 +136,10 @@ def test_methods_on_a_network():
 def test_random_candidates():
     branches = jnp.array([0.0, 1.0, 3.0])
     run = lambda seed: forkmerge.search_merge(
-        branches, near(0.8), method="random", num_samples=20, key=jax.random.key(seed)
+        branches,
+        near(0.8),
+        method=forkmerge.Search("random", num_samples=20),
+        key=jax.random.key(seed),
     )
     found = run(0)
     np.testing.assert_array_equal(found.candidates[:3], np.eye(3))
@@ -180,7 +183,10 @@ def test_batched_passes_and_refresh():
     worth = lambda s: -jnp.square(s["w"] - 0.8) - jnp.square(s["mean"] - 1.6)
     for evaluation in ("map", "vmap"):
         found = forkmerge.search_merge(
-            branches, worth, refresh=refresh, evaluation=evaluation
+            branches,
+            worth,
+            refresh=refresh,
+            method=forkmerge.Search(evaluation=evaluation),
         )
         np.testing.assert_allclose(found.weights, [0.2, 0.8], atol=1e-6)
         np.testing.assert_allclose(found.state["mean"], 1.6, rtol=1e-6)
@@ -241,7 +247,9 @@ def test_splits_of_the_validation_set():
             "needs key=",
         ),
         (
-            lambda b: forkmerge.search_merge(b, near(0), method="simplex", levels=500),
+            lambda b: forkmerge.search_merge(
+                b, near(0), method=forkmerge.Search("simplex", levels=500)
+            ),
             "has 125751 points",
         ),
         (

@@ -12,6 +12,8 @@ from gradients.problem import LABELS, batch, close, params, task_losses
 
 import mtljax
 from mtljax.sharpness import (
+    Ball,
+    SamSchedule,
     flat_gramians,
     flat_split,
     merge_own,
@@ -158,7 +160,7 @@ def plain_and_sam():
 
 def test_sam_in_some_steps_only():
     """Every second step from the first on: 1, 3, 5, ..."""
-    function, run = stepper("imtl_g", every=2, start=1)
+    function, run = stepper("imtl_g", schedule=SamSchedule(2, 1))
     state, reference = function.init(PARAMS), plain_and_sam()
     for step in range(4):
         _, grad, state = run(PARAMS, state, BATCHES[step], mask=ALL)
@@ -169,7 +171,7 @@ def test_sam_in_some_steps_only():
 
 @pytest.mark.deep
 def test_flat_parts_are_used_again_in_between():
-    function, run = stepper("imtl_g", every=2, start=1, between="reuse")
+    function, run = stepper("imtl_g", schedule=SamSchedule(2, 1, "reuse"))
     state, reference = function.init(PARAMS), plain_and_sam()
     balancer = flat_split(built("imtl_g"))
     kept = None
@@ -199,7 +201,7 @@ def test_flat_parts_are_used_again_in_between():
 
 @pytest.mark.deep
 def test_a_task_absent_from_the_step_with_sam_keeps_its_flat_part():
-    function, run = stepper("imtl_g", every=2, between="reuse")
+    function, run = stepper("imtl_g", schedule=SamSchedule(2, between="reuse"))
     state = function.init(PARAMS)
     kept = []
     for step, mask in enumerate([ALL, ALL, SOME, ALL]):
@@ -211,7 +213,12 @@ def test_a_task_absent_from_the_step_with_sam_keeps_its_flat_part():
 
 def test_one_program_in_a_scan_with_adam():
     function = value_and_flat_grad(
-        task_losses, built("imtl_g"), rho=0.1, labels=LABELS, every=2, gramians=True
+        task_losses,
+        built("imtl_g"),
+        rho=0.1,
+        labels=LABELS,
+        schedule=SamSchedule(2),
+        gramians=True,
     )
     counted = chex.assert_max_traces(function.__call__, n=1)
     opt = optax.adam(1e-2)
@@ -259,7 +266,7 @@ def test_forward_passes():
 @pytest.mark.deep
 def test_one_weighted_pass_where_the_losses_are_all_it_reads():
     """SAM of the mean loss, for RLW too: two forward and two backward passes."""
-    options = {"rho": 0.1, "mode": "direct", "perturb": "global", "norm": "joint"}
+    options = {"rho": Ball(0.1, norm="joint"), "mode": "direct", "perturb": "global"}
     function, run = stepper("linear", **options)
     data = BATCHES[0]
     for mask in (ALL, SOME):
@@ -325,16 +332,23 @@ def test_observe_finds_the_balancer_in_the_state():
     ("options", "message"),
     [
         ({"rho": -1}, "value_and_flat_grad: rho must be a finite number >= 0"),
-        ({"every": 0}, "every must be an integer >= 1, not 0"),
-        ({"every": 1.5}, "every must be an integer >= 1, not 1.5"),
-        ({"start": -1}, "start must be an integer >= 0, not -1"),
-        ({"between": "again"}, "between='again' is not one of 'plain', 'reuse'"),
-        ({"between": "reuse"}, "every=1 leaves none"),
+        ({"schedule": lambda: SamSchedule(0)}, "every must be an integer >= 1, not 0"),
+        (
+            {"schedule": lambda: SamSchedule(True)},
+            "every must be an integer >= 1, not T",
+        ),
+        ({"schedule": lambda: SamSchedule(start=-1)}, "start must be an integer >= 0"),
+        (
+            {"schedule": lambda: SamSchedule(between="again")},
+            "between='again' is not one of 'plain', 'reuse'",
+        ),
+        ({"schedule": lambda: SamSchedule(between="reuse")}, "every=1 leaves none"),
         ({"perturb": "samo"}, "draws random directions; pass key="),
         ({"mode": "twice"}, "mode='twice' is not one of 'split'"),
     ],
 )
 def test_bad_options(options, message):
+    options = {k: v() if callable(v) else v for k, v in options.items()}
     with pytest.raises(ValueError, match=message):
         value_and_flat_grad(task_losses, built("mgda"), **{"rho": 0.1, **options})
 

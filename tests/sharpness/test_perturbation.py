@@ -5,16 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtljax.sharpness._perturbation import (
-    Radius,
-    ascend,
-    check_radius,
-    draw_like,
-    lean,
-    length,
-    make_radius,
-    shifted,
-)
+from mtljax.sharpness import Ball, _perturbation
+from mtljax.sharpness._perturbation import check_radius, make_ball, shifted
 
 RNG = np.random.default_rng(0)
 W = [jnp.asarray(RNG.normal(size=s), jnp.float32) for s in ((3, 4), (4,))]
@@ -27,14 +19,32 @@ def total(leaves):
     return np.sqrt(sum(np.square(np.asarray(x, np.float64)).sum() for x in leaves))
 
 
-def ball(rho, rho_own=None, *, adaptive=False, norm="separate"):
-    return Radius(rho, rho if rho_own is None else rho_own, adaptive, norm, False)
+def whole(leaves):
+    """No leaf is split over devices."""
+    return [()] * len(leaves)
+
+
+def ascend(shared, own, directions, ball):
+    splits = whole(shared), whole(own)
+    return _perturbation.ascend((shared, own), directions, ball, splits)
+
+
+def length(leaves):
+    return _perturbation.length(leaves, whole(leaves))
+
+
+def draw_like(key, leaves):
+    return _perturbation.draw_like(key, leaves, whole(leaves))
+
+
+def lean(mean, noise, sign, alpha):
+    return _perturbation.lean(mean, noise, whole(mean), sign, alpha)
 
 
 @pytest.mark.parametrize("factor", [1e-30, 1.0, 1e30])
 def test_the_step_has_the_length_of_the_radius_whatever_the_gradient(factor):
     big = [factor * g for g in G], [factor * q for q in Q]
-    eps, delta, moved = ascend(W, V, big, ball(0.3, 0.7))
+    eps, delta, moved = ascend(W, V, big, Ball(0.3, 0.7))
     assert moved
     np.testing.assert_allclose(total(eps), 0.3, rtol=1e-5)
     np.testing.assert_allclose(total(delta), 0.7, rtol=1e-5)
@@ -42,7 +52,7 @@ def test_the_step_has_the_length_of_the_radius_whatever_the_gradient(factor):
 
 
 def test_an_adaptive_step_is_relative_to_the_weights():
-    eps, delta, _ = ascend(W, V, (G, Q), ball(2.0, adaptive=True))
+    eps, delta, _ = ascend(W, V, (G, Q), Ball(2.0, adaptive=True))
     relative = [e / np.abs(w) for e, w in zip(eps, W, strict=True)]
     np.testing.assert_allclose(total(relative), 2.0, rtol=1e-5)
     np.testing.assert_allclose(total([delta[0] / np.abs(V[0])]), 2.0, rtol=1e-5)
@@ -53,14 +63,14 @@ def test_an_adaptive_step_is_relative_to_the_weights():
 
 def test_a_weight_of_zero_is_not_moved_by_an_adaptive_step():
     weights = [W[0].at[0].set(0.0), W[1]]
-    eps, _, _ = ascend(weights, V, (G, Q), ball(2.0, adaptive=True))
+    eps, _, _ = ascend(weights, V, (G, Q), Ball(2.0, adaptive=True))
     assert (eps[0][0] == 0).all()
     assert (eps[0][1] != 0).all()
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_a_joint_step_shares_one_radius(adaptive):
-    eps, delta, _ = ascend(W, V, (G, Q), ball(0.5, adaptive=adaptive, norm="joint"))
+    eps, delta, _ = ascend(W, V, (G, Q), Ball(0.5, adaptive=adaptive, norm="joint"))
     steps = eps + delta
     if adaptive:
         steps = [e / np.abs(w) for e, w in zip(steps, W + V, strict=True)]
@@ -70,19 +80,19 @@ def test_a_joint_step_shares_one_radius(adaptive):
 
 def test_no_direction_is_no_step():
     zero = [jnp.zeros_like(g) for g in G]
-    eps, delta, moved = ascend(W, [], (zero, []), ball(0.5))
+    eps, delta, moved = ascend(W, [], (zero, []), Ball(0.5))
     assert all((e == 0).all() for e in eps)
     assert delta == []
     assert not moved
-    _, delta, moved = ascend(W, V, (zero, Q), ball(0.5))
+    _, delta, moved = ascend(W, V, (zero, Q), Ball(0.5))
     assert moved  # by the head
     np.testing.assert_allclose(total(delta), 0.5, rtol=1e-5)
-    assert not ascend(W, V, (G, Q), ball(jnp.zeros(())))[2]
+    assert not ascend(W, V, (G, Q), Ball(jnp.zeros(())))[2]
 
 
 def test_nan_is_not_mistaken_for_zero():
     bad = [G[0].at[0, 0].set(jnp.nan), G[1]]
-    eps, _, moved = ascend(W, [], (bad, []), ball(0.5))
+    eps, _, moved = ascend(W, [], (bad, []), Ball(0.5))
     assert moved
     assert np.isnan(eps[1]).all()
 
@@ -118,7 +128,7 @@ def test_samos_direction():
 @pytest.mark.usefixtures("as_users")
 def test_a_radius_is_finite_and_not_negative(bad):
     with pytest.raises(ValueError, match=r"name: rho must be a finite number >= 0"):
-        make_radius("name", bad, None, adaptive=False, norm="separate", labels=None)
+        make_ball("name", bad, None)
 
 
 def test_a_radius_may_be_an_array_or_traced():
@@ -140,9 +150,9 @@ def test_a_radius_may_be_an_array_or_traced():
 @pytest.mark.usefixtures("as_users")
 def test_options_that_exclude_each_other():
     with pytest.raises(ValueError, match=r"rho_own=0.1 .* without labels"):
-        make_radius("n", 0.1, 0.1, adaptive=False, norm="separate", labels=None)
+        make_ball("n", Ball(0.1, 0.1), None)
     labels = {"trunk": "shared", "heads": "own"}
     with pytest.raises(ValueError, match=r"norm='joint' .* leave rho_own=0.1 out"):
-        make_radius("n", 0.1, 0.1, adaptive=False, norm="joint", labels=labels)
+        make_ball("n", Ball(0.1, 0.1, norm="joint"), labels)
     with pytest.raises(ValueError, match="norm='both' is not one of 'separate'"):
-        make_radius("n", 0.1, None, adaptive=False, norm="both", labels=labels)
+        make_ball("n", Ball(0.1, norm="both"), labels)

@@ -15,7 +15,7 @@ from sharpness import reference
 from sharpness.reference import BATCH, PARAMS
 
 import mtljax
-from mtljax.sharpness import SamGrads, merge_own, sam_task_grads
+from mtljax.sharpness import Ball, SamGrads, Samo, merge_own, sam_task_grads
 
 KEY = jax.random.key(0)
 TRACES = collections.Counter()
@@ -50,8 +50,8 @@ VARIANTS = {
         {"adaptive": True, "joint": True},
     ),
 }
-STRATEGIES = ["unrolled", "vmap", "map", "chunked"]
-USUAL = [("two radii", "unrolled"), ("adaptive, joint", "chunked")]
+STRATEGIES = ["unrolled", "vmap", "map", 2]
+USUAL = [("two radii", "unrolled"), ("adaptive, joint", 2)]
 PAIRS = [
     pytest.param(
         variant,
@@ -65,9 +65,7 @@ PAIRS = [
 @pytest.mark.parametrize(("variant", "strategy"), PAIRS)
 def test_against_float64(variant, strategy):
     options, theirs = VARIANTS[variant]
-    losses, grads, own = jitted(strategy=strategy, chunk_size=2, **options)(
-        PARAMS, BATCH
-    )
+    losses, grads, own = jitted(Ball(**options), strategy=strategy)(PARAMS, BATCH)
     radii = {k: v for k, v in options.items() if k.startswith("rho")}
     expected = reference.sam(**radii, **theirs)
     reference.close(grads, own, expected)
@@ -86,9 +84,7 @@ def test_without_split_the_rows_are_sam_gradients():
     chex.assert_trees_all_close(own, same, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "strategy", ["map", pytest.param("chunked", marks=pytest.mark.deep)]
-)
+@pytest.mark.parametrize("strategy", ["map", pytest.param(2, marks=pytest.mark.deep)])
 def test_an_absent_task_has_no_rows_and_moves_nothing(strategy):
     """Its loss may be NaN; the others are as if it were not there."""
 
@@ -96,9 +92,7 @@ def test_an_absent_task_has_no_rows_and_moves_nothing(strategy):
         return task_losses(p, data) + jnp.array([0, jnp.nan, 0])
 
     mask = jnp.array([True, False, True])
-    function = sam_task_grads(
-        broken, rho=0.1, labels=LABELS, strategy=strategy, chunk_size=2
-    )
+    function = sam_task_grads(broken, rho=0.1, labels=LABELS, strategy=strategy)
     losses, grads, own = jax.jit(function)(PARAMS, BATCH, mask=mask)
     assert np.isnan(losses[1])
     expected = reference.sam(0.1)
@@ -139,7 +133,7 @@ def quadratics(x):
 
 @pytest.mark.parametrize(("rho", "adaptive"), [(0.01, False), (1.0, True)])
 def test_on_quadratics_the_flat_part_is_the_hessian_times_the_step(rho, adaptive):
-    function = sam_task_grads(quadratics, rho=rho, adaptive=adaptive)
+    function = sam_task_grads(quadratics, rho=Ball(rho, adaptive=adaptive))
     _, grads, own = jax.jit(function)(jnp.asarray(POINT, jnp.float32))
     for task in range(3):
         g = HESSIANS[task] @ (POINT - CENTRES[task])
@@ -342,7 +336,7 @@ def moved(wide, eps, deltas):
     "norm", ["separate", pytest.param("joint", marks=pytest.mark.deep)]
 )
 def test_one_step_along_the_mean_gradient(norm):
-    run = jitted(rho=0.2, perturb="global", norm=norm)
+    run = jitted(Ball(0.2, norm=norm), perturb="global")
     _, grads, own = run(PARAMS, BATCH)
     wide, rows = point_rows()
     mean = jax.tree.map(lambda g: g.mean(0), rows["trunk"])
@@ -366,7 +360,7 @@ def test_one_step_along_the_mean_gradient(norm):
 @pytest.mark.deep
 @pytest.mark.parametrize("norm", ["separate", "joint"])
 def test_without_split_one_point_is_enough(norm):
-    options = {"rho": 0.2, "perturb": "global", "norm": norm}
+    options = {"rho": Ball(0.2, norm=norm), "perturb": "global"}
     _, both, own = jitted(**options)(PARAMS, BATCH)
     _, one, same = jitted(**options, split=False)(PARAMS, BATCH)
     total = jax.tree.map(jnp.add, both.loss, both.flat)
@@ -375,7 +369,7 @@ def test_without_split_one_point_is_enough(norm):
 
 
 def test_samo_leans_on_the_sign_of_an_exact_derivative():
-    run = jitted(rho=0.2, perturb="samo", samo_alpha=0.3)
+    run = jitted(rho=0.2, perturb=Samo(0.3))
     _, grads, own = run(PARAMS, BATCH, sam_key=KEY)
     wide, rows = point_rows()
     leaves, treedef = jax.tree.flatten(wide["trunk"])
@@ -425,14 +419,14 @@ def test_spsa_takes_finite_differences_with_noise_of_its_own_for_every_task():
         calls.append(0)
         return task_losses(p, data)
 
-    options = {"rho": 0.2, "perturb": "samo", "samo_alpha": 0.3}
-    exact = sam_task_grads(one, **options)
-    sampled = sam_task_grads(one, compat="spsa", **options)
+    spsa = Samo(0.3, compat="spsa")
+    exact = sam_task_grads(one, rho=0.2, perturb=Samo(0.3))
+    sampled = sam_task_grads(one, rho=0.2, perturb=spsa)
     key = jax.random.fold_in(KEY, 0)  # the key of task 0
     want = jax.jit(exact)(PARAMS, BATCH, sam_key=key)
     got = jax.jit(sampled)(PARAMS, BATCH, sam_key=KEY)
     chex.assert_trees_all_close(got[1], want[1], rtol=1e-4, atol=1e-4)
-    function = sam_task_grads(counted, compat="spsa", **options)
+    function = sam_task_grads(counted, rho=0.2, perturb=spsa)
     jax.eval_shape(function, PARAMS, BATCH, sam_key=KEY)
     assert len(calls) == 1 + 3 * 2 + 3  # first pass, 2 T differences, T second passes
 
@@ -536,16 +530,21 @@ def test_parts_are_a_pytree():
     [
         ({"rho": -1.0}, "sam_task_grads: rho must be a finite number >= 0, not -1.0"),
         ({"rho": float("nan")}, "rho must be a finite number >= 0, not nan"),
-        ({"rho": 0.1, "rho_own": -2, "labels": LABELS}, "rho_own must be a finite"),
+        ({"rho": Ball(0.1, -2), "labels": LABELS}, "rho_own must be a finite"),
         ({"rho": 0.1, "perturb": "lokal"}, "perturb='lokal' is not one of 'local'"),
         ({"rho": 0.1, "strategy": "pmap"}, "strategy='pmap' is not one of"),
-        ({"rho": 0.1, "compat": "spsa"}, "compat='spsa' belongs to perturb='samo'"),
-        ({"rho": 0.1, "samo_alpha": 1.5}, r"samo_alpha must lie in \[0, 1\], not 1.5"),
-        ({"rho": 0.1, "samo_step": 0.0}, "samo_step must be positive, not 0.0"),
-        ({"rho": 0.1, "chunk_size": 0}, "chunk_size must be at least 1, not 0"),
+        ({"rho": 0.1, "perturb": lambda: Samo(1.5)}, "alpha of Samo .* at most 1"),
+        ({"rho": 0.1, "perturb": lambda: Samo(step=0.0)}, "step of Samo .* above 0"),
+        ({"rho": 0.1, "perturb": lambda: Samo(compat="x")}, "compat='x' is not one of"),
+        ({"rho": 0.1, "strategy": 0}, "must be at least 1"),
+        (
+            {"rho": 0.1, "axis_name": mtljax.gradients.Mapped("d", "scatter")},
+            "made from averaged gradients: use exchange='all'",
+        ),
     ],
 )
 def test_bad_options(options, message):
+    options = {k: v() if callable(v) else v for k, v in options.items()}
     with pytest.raises(ValueError, match=message):
         sam_task_grads(task_losses, **options)
 
