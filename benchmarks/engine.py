@@ -32,8 +32,7 @@ import numpy as np
 
 import mtljax
 from mtljax.balancer import Balancer, from_weights
-from mtljax.gradients._engine._passes import Passes
-from mtljax.gradients._gramian_engine import choose
+from mtljax.gradients.gramian import choose
 
 OUT = pathlib.Path(__file__).parent / "results" / "engine.json"
 LABELS = {"trunk": "shared", "heads": "own"}
@@ -315,9 +314,7 @@ def default_of(case: Case) -> str:
                 "auto",
                 lambda p: case.task_losses(p, batch),
                 params,
-                Passes("auto", 4),
-                has_aux=False,
-                labels=LABELS,
+                Options(labels=LABELS),
             )
         )
 

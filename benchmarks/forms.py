@@ -3,7 +3,7 @@
 ``python -m benchmarks.forms`` (two minutes on two idle CPU cores) times T = 24 passes
 from one forward pass, made by ``jax.lax.map`` over their cotangents and one after the
 other, with the function that ``jax.vjp`` returns and with the rewritten one, as the
-Gramian engine uses it (``mtljax.gradients._engine._sweep``; other backward passes do
+Gramian engine uses it (``mtljax.gradients._rewrite``; other backward passes do
 not lay out the patches that the gradients of kernels are made of). In a loop
 XLA:CPU runs the convolutions of ``jax.vjp`` with code of its own; the rewritten ones
 have their axes in the order for which it calls a library. What is searched or laid out
@@ -25,7 +25,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.alternating import cpu_model
-from mtljax.gradients._engine._sweep import sweep
 
 OUT = pathlib.Path(__file__).parent / "results" / "forms.json"
 PASSES = 24
@@ -84,7 +83,7 @@ def passes(case: Case, *, rewritten: bool, loop: bool) -> Callable[..., jax.Arra
     def run(x, other, cotangents):
         out, pull = jax.vjp(lambda x: case(x, other), x)
         if rewritten:
-            pull = sweep(pull, out, len(cotangents))
+            pull = rewritten(pull, out, len(cotangents))
         mix = jnp.cos(jnp.arange(x.shape[-1] ** 2.0)).reshape(x.shape[-1], -1)
 
         def one(cotangent):

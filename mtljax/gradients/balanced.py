@@ -115,9 +115,10 @@ def value_and_balanced_grad(
       ``mask`` ``[T]``, or a dict with the names of the tasks, marks the tasks present
       in the batch. The losses are a dict if ``task_losses`` returns one. The loss of an
       absent task may be NaN, but must be differentiable to finite numbers (0 · NaN is
-      NaN in any backward pass): write ``where``-safe losses. ``side`` is a dict of further
-      keywords for the balancer's update. If a loss or gradient of a present task, or
-      the result, is not finite, ``grad`` is NaN everywhere and the state is unchanged.
+      NaN in any backward pass): write ``where``-safe losses. ``side`` is a dict of
+      further keywords for the balancer's update. If a loss or gradient of a present
+      task, or the result, is not finite, ``grad`` is NaN everywhere and the state is
+      unchanged.
 
     Raises:
       ValueError: If the balancer was built for another number of tasks, the losses are

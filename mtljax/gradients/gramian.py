@@ -17,6 +17,7 @@ from mtljax.gradients._program import Program, is_float, trace
 from mtljax.gradients.linearized import (
     AxisName,
     Leaves,
+    Linearized,
     Options,
     Region,
     Strategy,

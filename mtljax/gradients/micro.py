@@ -134,8 +134,8 @@ def accumulate(
         raise ValueError(f"{name}: micro_batches must be a positive integer.")
     if isinstance(task_losses, Separate):
         raise ValueError(
-            f"{name}: micro_batches does not support mtljax.separate; split the batches "
-            "of the tasks in the loss."
+            f"{name}: micro_batches does not support mtljax.separate; split the "
+            "batches of the tasks in the loss."
         )
     batches = split_batch(list(call.args), count)
 

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 
-
 class Passes(NamedTuple):
     """How T backward passes run."""
 

@@ -55,8 +55,9 @@ def through(encode: Callable[..., Any], losses: Callable[..., Any]) -> Through:
 
     Examples:
       >>> import jax.numpy as jnp, mtljax
-      >>> task_losses = mtljax.through(
-      ...     lambda p, x: x @ p["trunk"], lambda p, z, x: (z @ p["heads"]).mean(0) ** 2)
+      >>> def losses(p, z, x):
+      ...     return (z @ p["heads"]).mean(0) ** 2
+      >>> task_losses = mtljax.through(lambda p, x: x @ p["trunk"], losses)
       >>> params = {"trunk": jnp.ones((3, 2)), "heads": jnp.eye(2)}
       >>> task_losses(params, jnp.ones((4, 3))).tolist()
       [9.0, 9.0]

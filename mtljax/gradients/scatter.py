@@ -84,7 +84,7 @@ class Scattered(NamedTuple):
 
 
 def scatter(found: Linearized) -> Scattered:
-    """Raises if a shared parameter is split over the axis: its rows are parts already."""
+    """Raises if a shared parameter is split over the axis, so that rows are parts."""
     region = found.region
     if any(region.sums(leaf) != region.axes for leaf in found.leaves.of("shared")):
         raise ValueError(

@@ -55,8 +55,8 @@ class Separate:
         axes = self.in_axes
         if isinstance(axes, int) or len(axes) != len(args) + 1:
             raise ValueError(
-                f"separate: in_axes={axes!r} must have an entry for params and for each "
-                f"of the {len(args)} further arguments."
+                f"separate: in_axes={axes!r} must have an entry for params and for "
+                f"each of the {len(args)} further arguments."
             )
         return tuple(axes)
 
@@ -249,8 +249,8 @@ def _labelled(
     for (path, _), mark, axis in zip(paths, marks, axes, strict=True):
         if axis == 0 and mark == "shared":
             raise ValueError(
-                f"separate: parameter {stack.path_name(path)!r} has a slice per task by "
-                "in_axes, but labels mark it as 'shared'."
+                f"separate: parameter {stack.path_name(path)!r} has a slice per task "
+                "by in_axes, but labels mark it as 'shared'."
             )
     return Leaves(values, treedef, marks, True), axes
 

@@ -68,11 +68,11 @@ def value_and_task_grads(
 
     Returns:
       A function of the same arguments, and of ``mask=`` ``[T]`` (the tasks that are
-      present; a vector, or a dict with the names of the tasks), that returns ``(losses[T], grads)``, or ``((losses[T], aux), grads)``;
-      every shared leaf of ``grads`` has shape ``[T, *leaf]``. Rows and own gradients of
-      absent tasks are zero. A task whose loss has no finite derivative makes the rows of
-      the others non-finite too (0 · NaN is NaN): write ``where``-safe losses for absent
-      tasks.
+      present; a vector, or a dict with the names of the tasks), that returns
+      ``(losses[T], grads)``, or ``((losses[T], aux), grads)``. Every shared leaf of
+      ``grads`` has shape ``[T, *leaf]``. Rows and own gradients of absent tasks are
+      zero. A task whose loss has no finite derivative makes the rows of the others
+      non-finite too (0 · NaN is NaN): write ``where``-safe losses for absent tasks.
 
     Raises:
       ValueError: If the losses are not a vector, a label is unknown or marks nothing.
@@ -103,8 +103,8 @@ def value_and_task_grads(
         micro_batches is not None or isinstance(task_losses, Separate)
     ):
         raise ValueError(
-            f"{name}: micro_batches and mtljax.separate go with a single differentiated "
-            "argument (argnums)."
+            f"{name}: micro_batches and mtljax.separate go with a single "
+            "differentiated argument (argnums)."
         )
     indices = (argnums,) if isinstance(argnums, int) else argnums
 

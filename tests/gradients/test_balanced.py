@@ -281,7 +281,9 @@ def test_errors():
         mtljax.value_and_balanced_grad(task_losses, mtljax.linear(3), heads="none")
     with pytest.raises(ValueError, match="engine='fast' is not one of 'auto'"):
         mtljax.value_and_balanced_grad(task_losses, mtljax.linear(3), engine="fast")
-    with pytest.raises(ValueError, match=r"engine='losses' does not support mgda.*gramian"):
+    with pytest.raises(
+        ValueError, match=r"engine='losses' does not support mgda.*gramian"
+    ):
         mtljax.value_and_balanced_grad(task_losses, mtljax.mgda(3), engine="losses")
     with pytest.raises(ValueError, match=r"cannot serve the transformation.*grads"):
         mtljax.value_and_balanced_grad(task_losses, opt, engine="losses")

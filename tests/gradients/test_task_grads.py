@@ -250,7 +250,9 @@ def test_other_errors():
         mtljax.value_and_task_grads(lambda p: p, has_aux=True)(p)
     with pytest.raises(ValueError, match="strategy='loop' is not one of 'auto'"):
         mtljax.value_and_task_grads(lambda p: p, strategy="loop")(p)
-    with pytest.raises(ValueError, match="strategy=0 is the number of tasks in a chunk"):
+    with pytest.raises(
+        ValueError, match="strategy=0 is the number of tasks in a chunk"
+    ):
         mtljax.value_and_task_grads(lambda p: p, strategy=0)(p)
     with pytest.raises(ValueError, match="labels go with a single differentiated"):
         mtljax.value_and_task_grads(lambda p: p, argnums=(0,), labels=LABELS)
