@@ -19,8 +19,8 @@ def masked_task_means(values: Any, present: Any) -> tuple[Any, Any]:
 
     Args:
       values: Losses of the examples ``[N, T]`` (or ``[N, ..., T]``), or a dict of
-        arrays by task. Values of examples without a label are ignored, but they must have
-        finite derivatives: 0 · NaN is NaN in any backward pass.
+        arrays by task. Values of examples without a label are ignored, but they must
+        have finite derivatives: 0 · NaN is NaN in any backward pass.
       present: Booleans of the same shape, or a dict of these.
 
     Returns:
@@ -77,7 +77,7 @@ def skip_absent(
     Args:
       optimizer: Any optax optimizer.
       owner: ``owner(path) -> task``, the number or the name of the task that a
-        parameter belongs to, None for a shared one. Paths are written ``heads/0/kernel``.
+        parameter belongs to, None for a shared one. A path is ``heads/0/kernel``.
       names: Names of the tasks, if ``owner`` returns names or the mask is a dict.
 
     Returns:

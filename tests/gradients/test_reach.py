@@ -15,6 +15,8 @@ TASKS, EXAMPLES, WIDTH = 4, 8, 6
 NAMES = ("seg", "depth", "normal", "edge")
 LABELS = {"trunk": "shared", "heads": "own"}
 MASK = [True, True, False, True]
+SHAPES = [(5, WIDTH), (WIDTH, WIDTH), (WIDTH, TASKS), (EXAMPLES, 5), (EXAMPLES, TASKS)]
+SHAPES += [(TASKS, EXAMPLES, 5), (TASKS, EXAMPLES), (TASKS, WIDTH)]
 
 
 @pytest.fixture(autouse=True)
@@ -29,9 +31,7 @@ def problem():
         jax.random.normal(key, shape, jnp.float64)
         for key, shape in zip(
             keys,
-            [(5, WIDTH), (WIDTH, WIDTH), (WIDTH, TASKS), (EXAMPLES, 5)]
-            + [(EXAMPLES, TASKS), (TASKS, EXAMPLES, 5), (TASKS, EXAMPLES)]
-            + [(TASKS, WIDTH)],
+            SHAPES,
             strict=True,
         )
     ]
