@@ -12,6 +12,9 @@ Arrays are numpy arrays; scikit-learn, tensorflow-datasets and grain are importe
 the functions that need them.
 """
 
+from mtljax.data._digit_domains import DOMAINS as DIGIT_DOMAINS
+from mtljax.data._domainnet import DOMAINS as DOMAINNET_DOMAINS
+from mtljax.data._domainnet import domainnet
 from mtljax.data._multidigits import multidigits
 from mtljax.data._multimnist import multi_fashion, multi_fashion_mnist, multi_mnist
 from mtljax.data._stream import stream
@@ -45,6 +48,9 @@ __all__ = [
     "multi_mnist",
     "multi_fashion",
     "multi_fashion_mnist",
+    "domainnet",
+    "DIGIT_DOMAINS",
+    "DOMAINNET_DOMAINS",
     # what a set is
     "Dataset",
     "Task",

@@ -31,7 +31,7 @@ def camvid(*, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
 
     Returns:
       Images ``[N, 72, 96, 3]`` uint8 and the task ``class`` ``[N, 72, 96]`` int32 of 11
-      classes, -1 where a pixel has none.
+      classes, -1 where a pixel has none. ``origin["classes"]["names"]`` names them.
 
     Raises:
       MissingDataError: If the file is not there.
@@ -62,6 +62,7 @@ def camvid(*, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
         name="camvid",
         tasks=(Task("class", "segmentation", len(CLASSES)),),
         input_shape=(72, 96, 3),
+        origin={"classes": {"names": np.array(CLASSES)}},
         notes="CamVid (CC BY-NC 4.0), averages of 5 x 5 pixels",
         **splits,
     )

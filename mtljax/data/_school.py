@@ -11,9 +11,7 @@ from mtljax.data.types import SPLITS, DataError, Dataset, Task
 SCHOOLS = 139
 
 
-def school(
-    *, data_dir: str | os.PathLike[str] | None = None, seed: int = 0
-) -> Dataset:
+def school(*, data_dir: str | os.PathLike[str] | None = None, seed: int = 0) -> Dataset:
     """Exam scores of 15,362 pupils from 27 features, a task for each of 139 schools.
 
     Every pupil is an example of one task, and the targets of the other 138 are missing.

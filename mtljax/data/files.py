@@ -329,11 +329,11 @@ def read_csv(path: Path, fields: Mapping[str, Field]) -> dict[str, np.ndarray]:
       >>> from mtljax.data import Field, read_csv
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     path = pathlib.Path(folder, "table.csv")
-      ...     _ = path.write_text("39, Private\\n50, State\\n")
+      ...     _ = path.write_text("39, Private")
       ...     table = read_csv(path, {"age": Field("real", ("n",), 0, 120),
       ...                             "work": Field("text", ("n",))})
       >>> table["age"].tolist(), table["work"].tolist()
-      ([39.0, 50.0], ['Private', 'State'])
+      ([39.0], ['Private'])
     """
     with _reading(path, "CSV"):
         with _opened(path) as stream:
