@@ -25,8 +25,8 @@ class Arrays(NamedTuple):
 def _make(dataset: data.Dataset, split, tasks: tuple[str, ...] | None = None) -> Arrays:
     """``split(arrays, part)`` of every part."""
     tasks = tasks or tuple(task.name for task in dataset.tasks)
-    parts = (split(getattr(dataset, part), part) for part in data.types.SPLITS)
-    return Arrays(tasks, *parts, dataset)
+    train, val, test = (split(getattr(dataset, part), part) for part in data.SPLITS)
+    return Arrays(tasks, train, val, test, dataset)
 
 
 def digits(config: Config) -> Arrays:

@@ -90,7 +90,7 @@ class Scorer:
 
     def __init__(self, dataset: data.Dataset, task: data.Task):
         self.task = task
-        parts = [getattr(dataset, part)[task.name] for part in data.types.SPLITS]
+        parts = [getattr(dataset, part)[task.name] for part in data.SPLITS]
         self.masked = any(not self._known(np.asarray(part)).all() for part in parts)
         self.columns = [f"{task.name}_{kind}" for kind in SCORES[task.kind]]
 

@@ -67,7 +67,7 @@ def load(config: Config, name: str) -> Splits:
     See :func:`mtljax.data.multi_mnist` for the construction; the generator of the
     paper's files is not published.
     """
-    sizes = {f"{s}_size": getattr(config, f"{s}_size") for s in data.types.SPLITS}
+    sizes = {f"{s}_size": getattr(config, f"{s}_size") for s in data.SPLITS}
     seed = config.data_seed if name in OVERLAYS else None
     found = common.load(config, name, seed=seed, **sizes)
     tasks = tuple(task for task in found.tasks if task.kind == "classification")

@@ -69,7 +69,7 @@ class Run(NamedTuple):
 
 def make_problem(config: Config) -> Problem:
     """Loads the data and binds model, losses and metrics."""
-    options = {"train_size": config.train_size}
+    options: dict[str, Any] = {"train_size": config.train_size}
     if config.source == "tfds":
         options |= {"source": config.source, "download": config.download}
     dataset = load(config, config.data, **options)

@@ -141,7 +141,7 @@ def named(config: Config, name: str, scale: Scale) -> Problem:
     """A set of classes whose tasks share their images, such as ``cmu_faces``."""
     sizes = {}
     if name == "cmu_faces":
-        parts = data.types.SPLITS
+        parts = data.SPLITS
         sizes = {f"{part}_size": getattr(scale, f"{part}_size") for part in parts}
     found = common.load(config, name, ("classification",), **sizes)
     tasks = [task.name for task in found.tasks]
@@ -159,7 +159,7 @@ def named(config: Config, name: str, scale: Scale) -> Problem:
         tuple(tasks),
         classes,
         True,
-        *map(split, data.types.SPLITS),
+        *map(split, data.SPLITS),
         width=max(classes),
         image_max=found.image_max,
     )

@@ -31,6 +31,7 @@ from mtljax.data.files import (
 from mtljax.data.registry import available, load, register
 from mtljax.data.types import (
     MISSING,
+    SPLITS,
     DataError,
     Dataset,
     MissingDataError,
@@ -55,6 +56,7 @@ __all__ = [
     "Dataset",
     "Task",
     "MISSING",
+    "SPLITS",
     "DataError",
     "MissingDataError",
     "checksum",

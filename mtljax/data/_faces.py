@@ -87,8 +87,10 @@ def cmu_faces(
         name="cmu_faces",
         tasks=tuple(Task(k, "classification", classes[k]) for k in named),
         input_shape=(30, 32, 1),
+        train=splits["train"],
+        val=splits["val"],
+        test=splits["test"],
         notes=f"CMU Face Images (CC BY 4.0), persons {persons}",
-        **splits,
     )
 
 

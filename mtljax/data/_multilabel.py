@@ -1,6 +1,7 @@
 """mulan_multilabel: small real tables with several yes-or-no labels."""
 
 import os
+from typing import Any
 
 from mtljax.data import _tables
 from mtljax.data._mulan import task_names
@@ -65,7 +66,7 @@ def mulan_multilabel(
     _, scale = _tables.standardise(wide, order["train"])
     names = task_names(found["y_names"])
 
-    def split(part, rows=slice(None)):
+    def split(part: str, rows: Any = slice(None)):
         x = ((found[f"x_{part}"][rows] - scale["mean"]) / scale["std"]).astype("f4")
         y = found[f"y_{part}"][rows].astype("int32")
         return {"image": x[..., None, None]} | {k: y[:, i] for i, k in enumerate(names)}

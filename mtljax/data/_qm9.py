@@ -100,7 +100,7 @@ def qm9_subset(
       molecules <https://doi.org/10.1038/sdata.2014.22>`_, 2014 (CC0).
     """
     atom = files.Field("integer", ("molecules", "atoms"), -1, 255)
-    fields = dict.fromkeys(ATOM_COLUMNS, atom)
+    fields: dict[str, files.Field] = dict.fromkeys(ATOM_COLUMNS, atom)
     fields["adj"] = files.Field("integer", ("molecules", "atoms", "atoms"), 0, 4)
     arrays = _tables.read_npz(
         data_dir, "qm9_subset", "qm9_graphs.npz", fields | _TARGET_FIELDS

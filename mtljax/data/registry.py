@@ -4,7 +4,7 @@ import importlib
 import inspect
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from mtljax.data._adult import adult
 from mtljax.data._camvid import camvid
@@ -93,7 +93,7 @@ def _loader(name: str) -> Callable[..., Dataset]:
         ) from error
     if not callable(found):
         raise DataError(f"Data set {name!r} is no function.")
-    return found
+    return cast(Callable[..., Dataset], found)
 
 
 def available() -> tuple[str, ...]:
