@@ -20,7 +20,7 @@ def write(
     """``results.jsonl``, ``table.md`` and the figures."""
     groups = analysis.group(lines)
     written = [
-        common.write_rows(config.out / "results.jsonl", config, lines),
+        common.write_rows(config.out / "results.jsonl", config, lines, command=command),
         common.write_table(
             config.out / "table.md", make_table(config, groups, command)
         ),
