@@ -393,7 +393,14 @@ def read_png(path: Path, field: Field) -> np.ndarray:
     from PIL import Image
 
     where = f"File {str(path)!r}"
-    with _reading(path, "PNG"), Image.open(path, formats=["PNG"]) as image:
+    with _reading(path, "PNG"):
+        with Image.open(path, formats=["PNG"]) as image:
+            image.verify()  # the checksums of its chunks, which decoding skips
+        return _pixels(Image.open(path, formats=["PNG"]), where, field)
+
+
+def _pixels(opened: Any, where: str, field: Field) -> np.ndarray:
+    with opened as image:
         wide = image.mode.startswith("I")
         shape = (image.height, image.width, *([3] if image.mode == "RGB" else []))
         dtype = np.dtype(np.int32 if wide else np.uint8)
