@@ -24,7 +24,7 @@ def npz_sets() -> dict[str, tuple[str, dict, dict[str, np.ndarray]]]:
     for part in ("train", "val", "test"):
         scenes[f"x_{part}"] = image(2, 72, 96, 3)
         scenes[f"seg_{part}"] = rng.integers(0, 12, (2, 72, 96)).astype(np.uint8)
-    person = (np.arange(200) % 20).astype(np.uint8)
+    person = (np.arange(400) % 20).astype(np.uint8)
     return {
         "digit_domains": (
             "usps/usps.npz",
@@ -79,7 +79,7 @@ def npz_sets() -> dict[str, tuple[str, dict, dict[str, np.ndarray]]]:
             "cmu_faces/cmu_faces_q.npz",
             {"persons": "mixed"},
             {
-                "x": image(200, 30, 32),
+                "x": image(400, 30, 32),
                 "person": person,
                 "pose": person % 4,
                 "expression": person // 4 % 4,

@@ -38,7 +38,7 @@ def rows_of(table, **more):
             "lr": lr,
             "seed": seed,
             "step": step,
-            "val_score": value,
+            "val_score": v,
             **more,
         }
         for lr, seeds in table.items()
