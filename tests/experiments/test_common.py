@@ -192,8 +192,8 @@ def shapes(domain="a"):
 NUMBERS = MINE.replace("shapes", "sums").replace('classification", 2', 'regression", 1')
 NUMBERS = NUMBERS.replace("> 0 for", "* 2 for").replace("int)", "np.float32)")
 SMALL = {
-    "multidigits": {"methods": ("mgda",), "steps": 4, "probe_size": 16},
-    "fs_mtl": {"analysis_size": 32, "train_size": None, "val_size": None},
+    "multidigits": {"methods": ("mgda",), "steps": 4, "train_size": None},
+    "fs_mtl": {"analysis_size": 32},
     "igb": {},
     "alternating": {},
     "trajectories": {},
