@@ -85,7 +85,7 @@ def test_keeps_best_and_last(tmp_path):
         eval_fn=evaluate,
         eval_every=2,
         select="acc",
-        select_mode="max",
+        mode="max",
         checkpoint_every=2,
     )
     assert result.best is not None
@@ -112,7 +112,7 @@ def test_the_best_survives_a_resume(tmp_path):
 def test_an_existing_run_is_not_touched(tmp_path):
     toy.run(4, run_dir=tmp_path)
     before = sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*"))
-    with pytest.raises(training.RunExistsError, match="--resume to go on"):
+    with pytest.raises(training.RunExistsError, match="--resume to continue"):
         toy.run(8, run_dir=tmp_path)
     assert sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*")) == before
 
