@@ -188,12 +188,12 @@ def _open_run(
 
     def open_folder() -> bool:
         """Whether to resume."""
-        stack.enter_context(lock_run(folder))
         if not (options.resume or options.overwrite) and holds_run(folder):
             raise RunExistsError(
                 f"{folder} already holds a run: add --resume to continue it or "
                 "--overwrite to start again."
             )
+        stack.enter_context(lock_run(folder))
         if options.resume != "auto":
             return bool(options.resume)
         return bool(checkpoints.saved_steps(folder / "checkpoints"))

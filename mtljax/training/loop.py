@@ -93,12 +93,12 @@ def _take(data: PyTree, rows: Array, placement: Placement | None = None) -> PyTr
     return lax.with_sharding_constraint(batch, placement.batch)
 
 
-def _replicated(metrics: Metrics, placement: Placement | None) -> Metrics:
-    """Metrics whose types say that they lie on every device, to be collected."""
+def _replicated(arrays: PyTree, placement: Placement | None) -> PyTree:
+    """Arrays whose types say that they lie on every device, where types say it."""
     if placement is None or not placement.explicit:
-        return metrics
+        return arrays
     return jax.tree.map(
-        lambda m: jax.sharding.reshard(m, placement.replicated), metrics
+        lambda a: jax.sharding.reshard(a, placement.replicated), arrays
     )
 
 
@@ -207,6 +207,7 @@ def make_chunk(
             lambda s: step(s, _take(data, first_rows, placement))[1], state
         )
         buffers = jax.tree.map(lambda m: jnp.zeros((chunk, *m.shape), m.dtype), shapes)
+        buffers = _replicated(buffers, placement)
         n = jnp.minimum(n, chunk)
 
         def within_epoch(carry):
@@ -214,6 +215,7 @@ def make_chunk(
             offset = (start_step + i) % per_epoch
             epoch = (start_step + i) // per_epoch
             order = epoch_order(order_key, epoch, size, batch_size)
+            order = _replicated(order, placement)
 
             def body(j, carry):
                 state, metrics = carry
