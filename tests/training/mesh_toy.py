@@ -96,3 +96,24 @@ def run(num_steps=20, **settings):
 
 def losses(result):
     return np.array([row["losses"] for row in result.rows if "losses" in row])
+
+
+class Stream:
+    """Batches of 24, of which a process gives its part."""
+
+    def __init__(self, part=0, parts=1, shift=0, examples=72):
+        self.at, self.part, self.parts, self.shift = 0, part, parts, shift
+        self.data = make_data(examples)
+        self.size = examples
+
+    def __next__(self):
+        rows = (np.arange(24) + 8 * self.at + self.shift) % self.size
+        self.at += 1
+        mine = np.array_split(rows, self.parts)[self.part]
+        return {name: values[mine] for name, values in self.data.items()}
+
+    def get_state(self):
+        return {"at": self.at}
+
+    def set_state(self, state):
+        self.at = state["at"]

@@ -306,10 +306,6 @@ def test_arguments_are_checked():
         toy.run(4, run_dir="x", resume=True, overwrite=True)
     with pytest.raises(ValueError, match=r"Logging\.every=0 must be at least 1"):
         toy.run(4, log_every=0)
-    with pytest.raises(ValueError, match=r"Evaluation\.mode='best' must be 'min' or"):
-        toy.run(4, mode="best")
-    with pytest.raises(ValueError, match=r"Execution\.loop_on='gpu' must be 'device'"):
-        toy.run(4, loop_on="gpu")
     with pytest.raises(ValueError, match="needs batch_size= and order_key="):
         toy.run(4, order_key=None)
     with pytest.raises(ValueError, match="There are 3 task_names but 2 losses"):

@@ -162,6 +162,7 @@ def main():
     )
     if not result.interrupted:
         print("digest", training.tree_digest(result.state))
+    sys.exit(result.exit_status)
 
 
 if __name__ == "__main__":
