@@ -141,6 +141,7 @@ def main():
     parser.add_argument("run_dir", type=pathlib.Path)
     parser.add_argument("--num-steps", type=int, default=60)
     parser.add_argument("--slow", type=float, default=0.0)
+    parser.add_argument("--overwrite", action="store_true")
     parser.add_argument("--resume", default=False, const=True, nargs="?")
     args = parser.parse_args()
 
@@ -150,16 +151,20 @@ def main():
         time.sleep(args.slow)
         return evaluate(state)
 
-    result = run(
-        args.num_steps,
-        run_dir=args.run_dir,
-        resume=args.resume,
-        checkpoint_every=4,
-        eval_fn=slow_eval,
-        eval_every=2,
-        progress=True,
-        title="toy",
-    )
+    try:
+        result = run(
+            args.num_steps,
+            run_dir=args.run_dir,
+            resume=args.resume,
+            overwrite=args.overwrite,
+            checkpoint_every=4,
+            eval_fn=slow_eval,
+            eval_every=2,
+            progress=True,
+            title="toy",
+        )
+    except training.TrainingError as error:
+        sys.exit(f"error: {error}")
     if not result.interrupted:
         print("digest", training.tree_digest(result.state))
     sys.exit(result.exit_status)
