@@ -1,6 +1,5 @@
 """Training the runs of a row: keys, files, and what happens when one is stopped."""
 
-import contextlib
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -109,21 +108,27 @@ def train(
         order_key=order,
         seeds=plan.labels,
         task_names=None if plan.task_names is None else list(plan.task_names),
-        eval_fn=plan.evaluate,
-        eval_every=plan.eval_every,
-        eval_at_start=plan.eval_at_start,
-        select=plan.select,
-        select_mode="max",
-        log_every=plan.log_every,
-        run_dir=plan.folder,
-        checkpoint_every=plan.checkpoint_every,
-        resume="auto" if config.resume else False,
-        overwrite=config.overwrite,
-        config=plan.about,
-        may_differ=(*plan.may_differ, "data_dir", "quick_compile"),
-        tensorboard=config.tensorboard,
-        title=plan.title,
-        positive_losses=plan.positive_losses,
+        evaluation=training.Evaluation(
+            plan.evaluate,
+            every=plan.eval_every,
+            at_start=plan.eval_at_start,
+            select=plan.select,
+            mode="max",
+        ),
+        checkpointing=training.Checkpointing(
+            plan.folder,
+            every=plan.checkpoint_every,
+            resume="auto" if config.resume else False,
+            overwrite=config.overwrite,
+            config=plan.about,
+            may_differ=(*plan.may_differ, "data_dir", "quick_compile"),
+        ),
+        logging=training.Logging(
+            plan.log_every, tensorboard=config.tensorboard, title=plan.title
+        ),
+        execution=training.Execution(
+            loop_on="auto", positive_losses=plan.positive_losses
+        ),
     )
     if result.interrupted:
         raise Interrupted
@@ -134,15 +139,16 @@ def prepare(config: Common, folders: Iterable[pathlib.Path], extra=()) -> None:
     """With --overwrite removes the files of earlier runs; call it after reading data.
 
     Only files that a run wrote are removed, and ``extra`` names in the folder.
+
+    Raises:
+      RunLockedError: If a process is working in a folder.
     """
-    if not config.overwrite:
-        return
-    for folder in folders:
-        remove_run(folder)
-        for name in extra:
-            (folder / name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # absent, or not empty
-            folder.rmdir()
+    for folder in folders if config.overwrite else ():
+        if folder.is_dir():
+            with training.lock_run(folder):
+                remove_run(folder)
+                for name in extra:
+                    (folder / name).unlink(missing_ok=True)
 
 
 def finished(folder: pathlib.Path, steps: int) -> list[dict[str, Any]]:

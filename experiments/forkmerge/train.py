@@ -263,7 +263,10 @@ class Run:
     def finish(self) -> list[dict[str, Any]]:
         """Trains what is left to train; the rows of all evaluations."""
         prepare(self.config, [self.folder], extra=(BRANCHES,))
-        with training.Checkpointer(self.folder / "checkpoints") as self._saver:
+        with (
+            training.lock_run(self.folder),
+            training.Checkpointer(self.folder / "checkpoints") as self._saver,
+        ):
             self._saver.clean()
             state = self._restored() if self._saver.steps() else jax.jit(self.fresh)()
             if self.job.merges:

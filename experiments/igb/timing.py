@@ -20,7 +20,12 @@ class Stopwatch:
         one = jax.tree.map(lambda x: x[0], state)
         batch = {k: v[: settings.batch_size] for k, v in problem.train.items()}
         self._run = training.make_runner(  # the program that training compiled
-            program.step, one, batch, batch_size=settings.batch_size, seeds=True
+            program.step,
+            one,
+            batch,
+            batch_size=settings.batch_size,
+            seeds=True,
+            loop_on="auto",
         )
         self._state = jax.tree.map(jax.numpy.copy, state)  # the runner donates it
         self._data, self._order = problem.train, order_key

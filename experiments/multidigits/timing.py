@@ -24,7 +24,12 @@ def step_times(
         one = jax.tree.map(lambda x: x[0], state)
         batch = jax.tree.map(lambda a: a[: config.batch_size], problem.train)
         run = training.make_runner(
-            program.step, one, batch, batch_size=config.batch_size, seeds=True
+            program.step,
+            one,
+            batch,
+            batch_size=config.batch_size,
+            seeds=True,
+            loop_on="auto",
         )
         runs[method] = (run, state, order)
 

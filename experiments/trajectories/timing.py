@@ -39,7 +39,7 @@ def timed(config: Config, problem: data.Problem, rounds: int) -> dict[str, Any]:
     single = jax.tree.map(lambda x: x[0], state)
     batch = jax.tree.map(lambda x: x[: scale.batch_size], arrays)
     run = training.make_runner(
-        step, single, batch, batch_size=scale.batch_size, seeds=True
+        step, single, batch, batch_size=scale.batch_size, seeds=True, loop_on="auto"
     )
     period = config.sharpness_every  # after so many probes, all have been measured
     chunk = 200

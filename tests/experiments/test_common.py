@@ -23,6 +23,7 @@ from experiments.common.statistics import (
     minimum_detectable,
     paired,
 )
+from mtljax import training
 from mtljax.data import MISSING, Dataset, Task
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -145,11 +146,16 @@ def test_overwriting_leaves_the_files_of_others(tmp_path):
     folder = tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)
     for name in ("metrics.jsonl", "analysis.json", "notes.txt"):
-        (folder / name).write_text("{}")
+        (folder / name).write_text('{"kind": "header"}')
     runs.prepare(Common(overwrite=False), [folder], extra=("analysis.json",))
     assert len(list(folder.iterdir())) == 4
     runs.prepare(Common(overwrite=True), [folder], extra=("analysis.json",))
-    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    assert {path.name for path in folder.iterdir()} == {".lock", "notes.txt"}
+    with (
+        training.lock_run(folder),
+        pytest.raises(training.RunLockedError, match="is in use by process"),
+    ):
+        runs.prepare(Common(overwrite=True), [folder])
 
 
 def environment():

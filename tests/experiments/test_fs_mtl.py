@@ -277,8 +277,8 @@ def test_every_variant_learns(variant):
         batch_size=config.batch_size,
         order_key=order,
         seeds=[0],
-        eval_fn=program.evaluate,
-        progress=False,
+        evaluation=training.Evaluation(program.evaluate),
+        logging=training.Logging(progress=False),
     )
     assert result.rows[-1]["test_score"] > 0.3  # chance is 0.1
 
