@@ -317,21 +317,25 @@ def write(config: Config, runs: Runs, command: str, notes: str) -> pathlib.Path:
     return common.write_table(set_folder(config, runs.name) / "table.md", parts)
 
 
-def write_rows(config: Config, runs: Runs) -> pathlib.Path:
-    """``<set>/results.jsonl``: a line per entry and seed, with the configuration."""
+def result_lines(runs: Runs) -> list[dict[str, Any]]:
+    """A line per entry and seed."""
     lines = []
     for entry, rows in runs.rows.items():
         measured = {row["seed"]: row for row in runs.analysis.get(entry, ())}
+        about = {"set": runs.name, "entry": entry.name, "label": entry.label}
         for row in chosen(rows):
             extra = dict(measured.get(row["seed"], {}))
             for field in ("entry", "seed", "step", "landscape"):
                 extra.pop(field, None)
-            line = {"set": runs.name, "entry": entry.name, "label": entry.label}
-            lines.append(
-                {**line, **row, **extra, "backward_passes": entry.backward_passes}
-            )
+            cost = {"backward_passes": entry.backward_passes}
+            lines.append(about | row | extra | cost)
+    return lines
+
+
+def write_rows(config: Config, runs: Runs) -> pathlib.Path:
+    """``<set>/results.jsonl``: a line per entry and seed."""
     path = set_folder(config, runs.name) / "results.jsonl"
-    return common.write_rows(path, config, lines)
+    return common.write_rows(path, config, result_lines(runs))
 
 
 def summary(runs: Runs) -> list[str]:
