@@ -2,8 +2,8 @@
 
 ``python -m experiments.common.replay --data-dir DIR [--experiments NAME ...]``. Every
 ``experiments/NAME/replay.py`` names the committed file, says what identifies a line of
-it and how many lines are trained, and trains lines of the same form. The command exits with 1 if a number differs by
-more than ``--tolerance`` or a line is absent.
+it and how many lines are trained, and trains lines of the same form. The command exits
+with 1 if a number differs by more than ``--tolerance`` or a line is absent.
 """
 
 import dataclasses

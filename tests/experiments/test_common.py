@@ -180,6 +180,43 @@ def test_a_signal_while_importing_is_one_line(name, number, status):
     assert len(printed.splitlines()) <= 1
 
 
+@pytest.mark.deep
+@pytest.mark.parametrize(
+    ("command", "number"),
+    [
+        (["multidigits", "smoke", "--steps", "100000"], signal.SIGTERM),
+        (["forkmerge", "smoke", "--parts", "shared"], signal.SIGINT),
+    ],
+)
+def test_a_signal_while_training_ends_with_its_status(command, number, tmp_path):
+    name, *options = command
+    run = subprocess.Popen(
+        [
+            sys.executable,
+            "-u",
+            "-m",
+            f"experiments.{name}",
+            *options,
+            "--out",
+            tmp_path,
+        ],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        text=True,
+    )
+    assert run.stdout is not None
+    while "writing to" not in run.stdout.readline():
+        assert run.poll() is None
+    time.sleep(1)
+    run.send_signal(number)
+    _, printed = run.communicate(timeout=300)
+    assert run.returncode == 128 + number
+    assert "Traceback" not in printed
+    assert "Stopped by" in printed
+
+
 # --- data sets of users ---------------------------------------------------------------
 
 MINE = """
