@@ -57,7 +57,11 @@ def replay(name: str, data_dir: pathlib.Path | None, out: pathlib.Path) -> list[
     folder = pathlib.Path(str(module.__file__)).parent / "results"
     config = dataclasses.replace(module.CONFIG, data_dir=data_dir, out=out)
     label = lambda row: tuple(str(row.get(key)) for key in module.KEYS)
-    committed = {label(row): row for row in read_rows(folder / module.RESULTS)[1]}
+    derived = getattr(module, "DERIVED", ())  # numbers that need other rows as well
+    committed = {
+        label(row): {name: row[name] for name in row if name not in derived}
+        for row in read_rows(folder / module.RESULTS)[1]
+    }
     from mtljax import training
 
     pairs = [(committed.get(label(row)), row) for row in module.rows(config)]

@@ -8,7 +8,7 @@ import numpy as np
 
 from experiments.common import figures
 from experiments.common.figures import line
-from experiments.fs_mtl import paper, report
+from experiments.fs_mtl import paper
 from experiments.fs_mtl.config import STL, Config, Entry, set_folder
 from experiments.fs_mtl.report import Runs
 from mtljax.training import plots
@@ -129,27 +129,6 @@ def conflict(config: Config, runs: Runs, kind: str):
     )  # fmt: skip
 
 
-def calibration(runs: Runs):
-    """ECE and Brier score of every line, with one standard deviation."""
-    groups = report.lines(runs)
-    figure, axes = _panels(2, columns=2)
-    figure.set_size_inches(9.0, 0.22 * len(groups) + 1.2)
-    for axis, metric in zip(axes, ("ece", "brier"), strict=True):
-        for at, (label, group) in enumerate(groups.items()):
-            each = [report.column(runs, group, metric, task) for task in (0, 1)]
-            values = np.mean(each, axis=0)
-            sd = values.std(ddof=1) if len(values) > 1 else 0.0
-            colour, _ = _look(group[0])
-            axis.barh(at, values.mean(), xerr=sd, color=colour, height=0.7)
-            del label
-        axis.set_yticks(range(len(groups)), list(groups), fontsize=7)
-        axis.invert_yaxis()
-        axis.set_xlabel(
-            {"ece": "expected calibration error", "brier": "Brier score"}[metric]
-        )
-    return figure
-
-
 def noise(config: Config, runs: Runs):
     """Accuracy under weight noise: a panel a balancer."""
     methods = _by_method(runs)
@@ -206,9 +185,8 @@ def write(config: Config, runs: Runs) -> list[pathlib.Path]:
     made: dict[str, Any] = {
         "accuracy_over_epochs": accuracy_over_epochs(runs),
         "accuracy_over_cost": accuracy_over_cost(runs),
-        "calibration": calibration(runs),
     }
-    for kind in ("inter_loss", "inter_flat", "intra"):
+    for kind in ("inter_loss", "inter_flat"):
         made[f"conflict_{kind}"] = conflict(config, runs, kind)
     if runs.analysis:
         made["noise"] = noise(config, runs)

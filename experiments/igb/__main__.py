@@ -26,7 +26,8 @@ def main(config: Config, command: str) -> None:
 
 def run_problem(config: Config, problem, command: str, screen) -> None:
     """One data set."""
-    from experiments.igb import report, timing, train
+    from experiments.common import timing
+    from experiments.igb import report, train
 
     settings = problem.settings
     rows, times, reference = {}, {}, None
@@ -36,7 +37,14 @@ def run_problem(config: Config, problem, command: str, screen) -> None:
         rows[method] = result.rows
         if settings.time_steps and method != SINGLE_TASK:
             _, order = train.initial_state(config, problem, method, program)
-            watch = timing.Stopwatch(problem, program, result.state, order)
+            watch = timing.Stopwatch(  # from the end of training: the buffer is full
+                program.step,
+                result.state,
+                problem.train,
+                order,
+                batch_size=settings.batch_size,
+                steps=settings.time_steps,
+            )
             if method == "linear":
                 watch.measure()
                 reference = watch

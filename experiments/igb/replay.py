@@ -6,7 +6,7 @@ from experiments.igb import train
 from experiments.igb.config import PRESETS, Config
 
 CONFIG, KEYS, LINES = PRESETS["cpu"][1], ("method", "seed", "step", "task"), 3
-RESULTS = "mulan_mtr-wq/results.jsonl"
+RESULTS, DERIVED = "mulan_mtr-wq/results.jsonl", ("val_delta",)
 
 
 def rows(config: Config) -> list[dict[str, Any]]:

@@ -9,7 +9,8 @@ def main(config: Config, command: str) -> None:
     check(config)
     # Here, so that --help and mistyped options answer at once.
     from experiments.common.report import Screen
-    from experiments.multidigits import report, timing, train
+    from experiments.common.timing import step_times
+    from experiments.multidigits import report, train
 
     screen = Screen()
     problem = train.make_problem(config)
@@ -23,7 +24,11 @@ def main(config: Config, command: str) -> None:
     programs = {m: train.make_program(config, problem, m) for m in methods}
     rows = {m: train.run_method(config, problem, m, programs[m]).rows for m in methods}
     programs.pop(SINGLE_TASK)
-    times = timing.step_times(config, problem, programs) if config.time_steps else {}
+    times = {}
+    if config.time_steps:
+        times = step_times(
+            {m: train.stopwatch(config, problem, m, p) for m, p in programs.items()}
+        )
     table = report.make_report(rows, problem.columns, names, times)
     written = [
         report.write_rows(rows, times, config),

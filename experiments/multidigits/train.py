@@ -13,6 +13,7 @@ from experiments.common import runs as common
 from experiments.common.config import check_batch
 from experiments.common.problem import LOWER, Scorer, load, model_of
 from experiments.common.runs import LABELS
+from experiments.common.timing import Stopwatch
 from experiments.multidigits.config import SINGLE_TASK, Config
 from mtljax import data, metrics, models, training
 
@@ -239,6 +240,21 @@ def initial_state(config: Config, problem: Problem, method: str, program: Progra
     lrs = jnp.array([run.lr for run in runs])
     state = jax.jit(jax.vmap(program.init))(variables, keys.method, lrs, constants)
     return state, keys.order
+
+
+def stopwatch(
+    config: Config, problem: Problem, method: str, program: Program
+) -> Stopwatch:
+    """Measures the steps of a method, from its first state."""
+    state, order = initial_state(config, problem, method, program)
+    return Stopwatch(
+        program.step,
+        state,
+        problem.train,
+        order,
+        batch_size=config.batch_size,
+        steps=config.time_steps,
+    )
 
 
 def make_train(

@@ -1,6 +1,5 @@
 """The PNGs, from groups of runs."""
 
-import math
 import pathlib
 
 import numpy as np
@@ -21,8 +20,6 @@ LOOKS = {
 }
 """Name, colour and marker of the rows of Figures 1 and 3."""
 
-BY_SIZE = ("#4477AA", "#EE6677", "#228833", "#AA3377", "#CCBB44")
-
 
 def write(config: Config, groups: Groups) -> list[pathlib.Path]:
     """All figures for which there are runs."""
@@ -30,8 +27,6 @@ def write(config: Config, groups: Groups) -> list[pathlib.Path]:
         "gap": gap_figure(groups),
         "factors": factor_figure(groups),
         "optimisers": optimiser_figure(config, groups),
-        "similarity_factors": similarity_figure(config, groups, FACTORS),
-        "similarity_score": similarity_figure(config, groups, ("score",)),
     }
     return common.save(made, config.out, config)
 
@@ -157,40 +152,4 @@ def optimiser_figure(config: Config, groups: Groups):
         "A factor explains a method whose points are all upper left or lower right.",
         fontsize=9.5,
     )
-    return figure
-
-
-def similarity_figure(config: Config, groups: Groups, names: tuple[str, ...]):
-    """Figures 5 and 6: similarity against factors or the score, by number of tasks."""
-    found = analysis.scatters(config, groups)[:6]
-    if not found:
-        return None
-    if len(names) == 1:
-        figure, axes = panels(1, len(found), 3.2, 3.2)
-        cells = [(axes[0, i], s, names[0]) for i, s in enumerate(found)]
-    else:
-        figure, axes = panels(len(found), len(names), 3.5, 2.5)
-        cells = [
-            (axes[i, j], s, name)
-            for i, s in enumerate(found)
-            for j, name in enumerate(names)
-        ]
-    sizes = sorted({int(k) for s in found for k in s.sizes})
-    for axis, scatter, name in cells:
-        factor = 100 if name == "score" else 1
-        for k in sorted(set(scatter.sizes.tolist())):
-            at = scatter.sizes == k
-            colour = BY_SIZE[sizes.index(k) % len(BY_SIZE)]
-            x, y = scatter.values["similarity"][at], factor * scatter.values[name][at]
-            axis.plot(x.ravel(), y.ravel(), "o", color=colour, alpha=0.35,
-                      markersize=4, markeredgewidth=0)  # fmt: skip
-            axis.plot(x.mean(1), y.mean(1), plots.MARKERS[sizes.index(k)],
-                      color=colour, markersize=8, linestyle="none",
-                      markeredgecolor="white", label=f"K = {k}")  # fmt: skip
-            axis.axvline(1 / math.sqrt(k), color=colour, linewidth=1, linestyle="--",
-                         label=f"1/√{k}: orthogonal")  # fmt: skip
-        axis.set_xlabel("mean similarity to the sum")
-        axis.set_ylabel("test accuracy, %" if name == "score" else FACTOR_NAMES[name])
-        axis.set_title(f"{scatter.setting}: {scatter.target}", fontsize=9.5)
-    legend(figure, axes, min(6, 2 * axes.shape[1]))  # no wider than the panels
     return figure

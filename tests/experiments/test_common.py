@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from experiments.common import report, runs
+from experiments.common import replay, report, runs
 from experiments.common.config import Common
 from experiments.common.problem import Scorer
 from experiments.common.selection import edge_notes, select, select_each
@@ -295,3 +295,32 @@ def test_missing_labels_are_masked():
     np.testing.assert_allclose(size.loss(predicted, target), 0.5, rtol=1e-6)
     np.testing.assert_allclose(size.scores(predicted, target)["size_mae"], 0.5)
     np.testing.assert_allclose(size.scores(predicted, target)["size_r2"], 0.5)
+
+
+def test_every_experiment_names_a_committed_row_to_replay():
+    for name in replay.NAMES:
+        module = importlib.import_module(f"experiments.{name}.replay")
+        folder = ROOT / "experiments" / name / "results"
+        head, rows = report.read_rows(folder / module.RESULTS)
+        assert head["kind"] == "about"
+        assert head["config"]["seeds"] == module.CONFIG.seeds
+        labels = {tuple(str(row.get(key)) for key in module.KEYS) for row in rows}
+        assert len(labels) == len(rows) >= module.LINES > 0
+
+
+def test_a_replay_sees_every_number():
+    old = {"a": [1.0, [2.0, None]], "kind": "eval", "seconds": 3.0}
+    assert replay.difference(old, old | {"seconds": 9.0, "b": 1}) == 0
+    assert replay.difference(old, old | {"a": [1.0, [2.25, None]]}) == 0.25
+    for other in ([1.0, [2.0, 3.0]], [1.0, [2.0]], None):
+        assert replay.difference(old, old | {"a": other}) == math.inf
+
+
+@pytest.mark.data
+@pytest.mark.deep
+@pytest.mark.parametrize("name", replay.NAMES)
+def test_a_committed_row_comes_again(name, tmp_path):
+    folder = pathlib.Path(os.environ.get("MTLJAX_DATA_DIR", "nowhere"))
+    if not folder.is_dir():
+        pytest.skip("no real data sets: set MTLJAX_DATA_DIR")
+    assert max(replay.replay(name, folder, tmp_path)) <= 1e-6
