@@ -5,7 +5,7 @@ from typing import Any
 from experiments.alternating import problem, report, train
 from experiments.alternating.config import PRESETS, Config
 
-CONFIG, KEYS, LINES = PRESETS["cpu"][1], ("study", "row", "seed"), 3
+CONFIG, KEYS, LINES = PRESETS["cpu"][1], ("study", "row", "seed", "task", "scale"), 3
 RESULTS = "faces/results.jsonl"
 
 

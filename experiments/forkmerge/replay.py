@@ -6,7 +6,7 @@ from experiments.forkmerge import problem, report, train
 from experiments.forkmerge.config import PRESETS, Config
 
 CONFIG, RESULTS = PRESETS["cpu"][1], "results.jsonl"
-KEYS, LINES = ("part", "method", "target", "aux", "seed"), 25
+KEYS, LINES = ("part", "method", "target", "aux", "seed", "interval"), 25
 
 
 def rows(config: Config) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from experiments.multidigits import train
 from experiments.multidigits.config import PRESETS, Config
 
 CONFIG, RESULTS = PRESETS["demo"][1], "results.jsonl"
-KEYS, LINES = ("method", "seed"), 3
+KEYS, LINES = ("method", "seed", "task"), 3
 
 
 def rows(config: Config) -> list[dict[str, Any]]:
