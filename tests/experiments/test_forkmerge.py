@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from experiments.forkmerge import __main__ as command
-from experiments.forkmerge import problem, report, shared, train
+from experiments.forkmerge import figures, problem, report, shared, train
 from experiments.forkmerge.config import LABELS, PRESETS, Config
 
 SMOKE = PRESETS["smoke"][1]
@@ -334,7 +334,7 @@ def test_what_is_reported():
         row("lambda_grid", 2, v, 0, csd=c) | {"lambda": lam}
         for lam, v, c in ((0.5, 0.6, 0.2), (1.0, 0.4, 0.3))
     ]
-    found = report.transfer(rows, config)
+    found = figures.transfer(rows, config)
     np.testing.assert_allclose(found["gain"], [[0, 0.1, -0.1]], atol=1e-6)
     np.testing.assert_allclose(found["csd"], [[0.1, 0.2, 0.3]])
     assert not found["strong"][0]
