@@ -27,7 +27,7 @@ class Signals:
         return None if self.number is None else signal.Signals(self.number).name
 
     def __enter__(self):
-        global _current  # noqa: PLW0603 signal handlers belong to the process
+        global _current
         if threading.current_thread() is not threading.main_thread():
             return self
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -61,11 +61,9 @@ class Patient:
     """
 
     def __enter__(self) -> Signals:
-        outer = _current
         main = threading.current_thread() is threading.main_thread()
-        self._own = None if outer is not None and main else Signals()
-        self._signals = outer if self._own is None else self._own
-        assert self._signals is not None
+        self._own = Signals() if _current is None or not main else None
+        self._signals = self._own or _current or Signals()
         self._signals._patience += 1
         if self._own is not None:
             self._own.__enter__()

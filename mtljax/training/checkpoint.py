@@ -6,13 +6,17 @@ is read, and the fall-back to an older step.
 """
 
 import contextlib
+import functools
 import gc
 import hashlib
 import json
 import logging
+import os
 import pathlib
+import re
 import shutil
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -46,15 +50,22 @@ class Restored(NamedTuple):
     meta: dict[str, Any]  # as given to save
 
 
+@functools.cache
 def _orbax():
     """Imports Orbax (0.6 s to 2.4 s) when it is first needed, and keeps it quiet."""
     import orbax.checkpoint as ocp
 
     for name in ("absl", "asyncio"):
-        logger = logging.getLogger(name)
-        if not any(isinstance(f, _QuietOrbax) for f in logger.filters):
-            logger.addFilter(_QuietOrbax())
+        logging.getLogger(name).addFilter(_QuietOrbax())
+    sys.excepthook = functools.partial(_quiet_hook, sys.excepthook)
     return ocp
+
+
+def _quiet_hook(hook: Callable[..., None], kind: Any, error: Any, trace: Any) -> None:
+    """Drops what a thread of TensorStore prints after a failed save."""
+    closed = kind is RuntimeError and str(error) == "Event loop is closed"
+    if not closed or threading.current_thread() is threading.main_thread():
+        hook(kind, error, trace)
 
 
 class _QuietOrbax(logging.Filter):
@@ -80,6 +91,8 @@ def _reason(error: Exception) -> str:
         error = error.__cause__
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if found := re.search(r"os_error_code='?(\d+)", str(error)):
+        return os.strerror(int(found[1]))  # TensorStore's errors
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:120]
 
@@ -173,7 +186,9 @@ class Checkpointer:
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         return self._manager
 
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    def should_preserve(
+        self, checkpoints: Sequence[Any], *, context: Any
+    ) -> list[bool]:
         """Orbax's question which checkpoints stay: the last and the best."""
         del context
         ours = sorted(self._load_scores())

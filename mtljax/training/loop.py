@@ -97,9 +97,7 @@ def _replicated(arrays: PyTree, placement: Placement | None) -> PyTree:
     """Arrays whose types say that they lie on every device, where types say it."""
     if placement is None or not placement.explicit:
         return arrays
-    return jax.tree.map(
-        lambda a: jax.sharding.reshard(a, placement.replicated), arrays
-    )
+    return jax.tree.map(lambda a: jax.sharding.reshard(a, placement.replicated), arrays)
 
 
 def check_step(step: Step, state: PyTree, batch: PyTree) -> PyTree:

@@ -8,6 +8,7 @@ that has imported everything and started nothing; a session that ended without a
 followed by the next in the same process.
 """
 
+# ruff: noqa: E402 the flags come before jax
 import argparse
 import collections
 import json
@@ -47,7 +48,9 @@ class Interruption:
 
     def __init__(self, end, moment, rng):
         self.end, self.moment = end, moment
-        self.count = {"time": 0, "file": rng.randrange(60)}.get(moment, rng.randrange(4))
+        self.count = {"time": 0, "file": rng.randrange(60)}.get(
+            moment, rng.randrange(4)
+        )
         self.delay, self.pause = rng.uniform(0, 1.2), rng.uniform(0, 0.03)
         self.sent = False
         if moment == "time":
@@ -142,7 +145,7 @@ def evaluate(state):
 
 
 def sessions(kind, numbers, root, seed):
-    """Sessions of the runs ``numbers``, until this process is killed or all are done."""
+    """Sessions of the runs ``numbers``, until a kill, or until all are done."""
     jax.config.update("jax_compilation_cache_dir", str(root / "programs"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
