@@ -341,9 +341,10 @@ class Checkpointer:
                 state = io.restore(self.path(step) / "state", target)
         except Exception as error:
             reason = _reason(error)
-        if reason:
+        if any(reasons := _hosts.gather(reason)):
             _collect_quietly()
-            raise CheckpointError(f"its arrays are unreadable ({reason})")
+            found = next(filter(None, reasons))
+            raise CheckpointError(f"its arrays are unreadable ({found})")
         if tree_digest(state) != digest:
             raise CheckpointError("its arrays do not match their digest")
         return state
