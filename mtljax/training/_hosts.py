@@ -132,7 +132,7 @@ def on_main(function: Callable[[], T]) -> T:
 
 
 def boundary(signal: int | None, limit: int) -> tuple[int | None, int]:
-    """A signal that any process heard, and the main process's length of a chunk."""
+    """The signal of any process, and the main process's length of a chunk."""
     if jax.process_count() == 1:
         return signal, limit
     from jax.experimental import multihost_utils

@@ -17,7 +17,7 @@ class Signals:
 
     def __init__(self):
         self.number: int | None = None
-        self.reported = False  # somebody acts on it: it need not be delivered again
+        self.reported = False  # the caller handles it: it need not be delivered again
         self._patience = 0
         self._old: dict[int, Any] = {}
 
@@ -43,7 +43,7 @@ class Signals:
         for number, handler in self._old.items():
             signal.signal(number, handler)
         if exc_info[0] is None and self.number is not None and not self.reported:
-            signal.raise_signal(self.number)  # it came when nobody asked any more
+            signal.raise_signal(self.number)  # too late for the result: deliver it
 
     def _handle(self, number: int, frame: Any) -> None:
         del frame

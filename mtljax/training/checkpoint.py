@@ -62,21 +62,21 @@ def _orbax():
 
 
 def _quiet_hook(hook: Callable[..., None], kind: Any, error: Any, trace: Any) -> None:
-    """Drops what a thread of TensorStore prints after a failed save."""
+    """Drops the traceback that TensorStore prints in a thread after a failed save."""
     closed = kind is RuntimeError and str(error) == "Event loop is closed"
     if not closed or threading.current_thread() is threading.main_thread():
         hook(kind, error, trace)
 
 
 class _QuietOrbax(logging.Filter):
-    """Drops what Orbax logs: its errors are raised, and said in one sentence."""
+    """Drops the messages of Orbax; this module raises its errors in one sentence."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return "orbax" not in f"{record.pathname} {record.getMessage()}"
 
 
 def _collect_quietly() -> None:
-    """Frees what a failure left, whose coroutines complain when they go."""
+    """Frees the coroutines of a failed call, which warn when they are collected."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
         for _ in range(3):  # its threads may still hold some
@@ -189,7 +189,7 @@ class Checkpointer:
     def should_preserve(
         self, checkpoints: Sequence[Any], *, context: Any
     ) -> list[bool]:
-        """Orbax's question which checkpoints stay: the last and the best."""
+        """Orbax's retention policy: the last checkpoints and the best one stay."""
         del context
         ours = sorted(self._load_scores())
         keep = {*ours[-self._keep_last :], self.best_step()}
@@ -363,7 +363,7 @@ class Checkpointer:
 
         Args:
           target: A state of the right structure (its values are not read), or its
-            shapes (:func:`jax.eval_shape`). Its shardings say where the arrays go; a
+            shapes (:func:`jax.eval_shape`). Its shardings give the place of the arrays; a
             leaf without one goes to the default device.
           step: A step, ``"best"``, or ``"latest"``, which falls back to the newest
             undamaged one, with a warning for each it passes over.
@@ -439,7 +439,7 @@ class Checkpointer:
             self.wait()
         finally:
             self._manager = None
-            with contextlib.suppress(Exception):  # wait has said it
+            with contextlib.suppress(Exception):  # wait has raised it
                 manager.close()
 
 

@@ -85,7 +85,7 @@ def test_a_signal_saves_and_sets_the_exit_status(
     assert not err
     last = out.splitlines()[-1] if "Stopped" in out.splitlines()[-1] else out
     assert f"Stopped by {number.name} after step" in last
-    assert "the same command with --resume goes on" in last
+    assert "the same command with --resume continues it" in last
     steps = training.Checkpointer(tmp_path / "checkpoints").steps()
     assert f"step {steps[-1]} of 60" in last
     if number == signal.SIGINT:  # the rest is the same
