@@ -70,7 +70,7 @@ def _sums(array):
     sharding = jax.typeof(array).sharding
     if AxisType.Explicit in getattr(sharding.mesh, "axis_types", ()):
         replicated = NamedSharding(sharding.mesh, PartitionSpec())
-        sums = jax.sharding.auto_axes(sums, out_sharding=replicated)
+        return jax.sharding.auto_axes(sums, out_sharding=replicated)(array)
     return sums(array)
 
 

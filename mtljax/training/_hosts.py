@@ -54,9 +54,7 @@ def is_key(leaf: Any) -> bool:
     return jnp.issubdtype(getattr(leaf, "dtype", np.int32), jax.dtypes.prng_key)
 
 
-def place(
-    mesh: Mesh | None, tree: PyTree, spec: PartitionSpec | None = None
-) -> PyTree:
+def place(mesh: Mesh | None, tree: PyTree, spec: PartitionSpec | None = None) -> PyTree:
     """Puts the leaves that lie on no mesh onto ``mesh``, by default replicated.
 
     Every process gives the same values. None puts them on the default device.
@@ -87,9 +85,10 @@ def fetch(tree: PyTree) -> PyTree:
     """Values on the host, also of arrays that lie on devices of other processes."""
 
     def whole(leaf):
-        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
-            return leaf
-        return leaf if leaf.is_fully_replicated else _replicate(leaf.sharding.mesh)(leaf)
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and not leaf.is_fully_addressable:
+            return _replicate(sharding.mesh)(leaf)
+        return leaf
 
     return jax.device_get(jax.tree.map(whole, tree))
 
@@ -133,7 +132,7 @@ def on_main(function: Callable[[], T]) -> T:
 
 
 def boundary(signal: int | None, limit: int) -> tuple[int | None, int]:
-    """A signal that any process heard, and the main process's length of a chunk."""
+    """The signal of any process, and the main process's length of a chunk."""
     if jax.process_count() == 1:
         return signal, limit
     from jax.experimental import multihost_utils

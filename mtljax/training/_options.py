@@ -47,9 +47,7 @@ class Evaluation:
     def __post_init__(self):
         _at_least_one(**{"Evaluation.every": self.every})
         if self.mode not in ("min", "max"):
-            raise ValueError(
-                f"Evaluation.mode={self.mode!r} must be 'min' or 'max'."
-            )
+            raise ValueError(f"Evaluation.mode={self.mode!r} must be 'min' or 'max'.")
 
 
 @dataclasses.dataclass(frozen=True)

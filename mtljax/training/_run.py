@@ -289,7 +289,7 @@ class Run:
             before = time.monotonic()
             state, metrics = self.engine.advance(state, self.done, n)
             elapsed = max(time.monotonic() - before, 1e-9)
-            calls += 1  # the first compiles: its time says nothing about the next
+            calls += 1  # the first compiles: its time does not predict the next
             fits = 8 if calls == 1 else int(CHUNK_SECONDS / elapsed * n)
             limit = max(1, min(self.execution.chunk, 16 * limit, fits))
             self._log(metrics, n)
@@ -450,12 +450,12 @@ class Run:
         self.saved_step = self.done
 
     def say_interrupted(self, signals: Signals) -> None:
-        """One line: what stopped, where it is, how to go on."""
+        """Prints one line: the signal, the checkpoint, and how to continue."""
         text = f"Stopped by {signals.name} after step {self.done} of {self.num_steps}"
         path = self._last_checkpoint()
         if path is None:
             self.screen.note(f"{text}; nothing is saved.")
         else:
             self.screen.note(
-                f"{text}; saved in {path}; the same command with --resume goes on."
+                f"{text}; saved in {path}; the same command with --resume continues it."
             )

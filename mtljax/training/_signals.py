@@ -17,7 +17,7 @@ class Signals:
 
     def __init__(self):
         self.number: int | None = None
-        self.reported = False  # somebody acts on it: it need not be delivered again
+        self.reported = False  # the caller handles it: it need not be delivered again
         self._patience = 0
         self._old: dict[int, Any] = {}
 
@@ -27,7 +27,7 @@ class Signals:
         return None if self.number is None else signal.Signals(self.number).name
 
     def __enter__(self):
-        global _current  # noqa: PLW0603 signal handlers belong to the process
+        global _current
         if threading.current_thread() is not threading.main_thread():
             return self
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -43,7 +43,7 @@ class Signals:
         for number, handler in self._old.items():
             signal.signal(number, handler)
         if exc_info[0] is None and self.number is not None and not self.reported:
-            signal.raise_signal(self.number)  # it came when nobody asked any more
+            signal.raise_signal(self.number)  # too late for the result: deliver it
 
     def _handle(self, number: int, frame: Any) -> None:
         del frame
@@ -61,11 +61,9 @@ class Patient:
     """
 
     def __enter__(self) -> Signals:
-        outer = _current
         main = threading.current_thread() is threading.main_thread()
-        self._own = None if outer is not None and main else Signals()
-        self._signals = outer if self._own is None else self._own
-        assert self._signals is not None
+        self._own = Signals() if _current is None or not main else None
+        self._signals = self._own or _current or Signals()
         self._signals._patience += 1
         if self._own is not None:
             self._own.__enter__()

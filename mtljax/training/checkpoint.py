@@ -6,13 +6,17 @@ is read, and the fall-back to an older step.
 """
 
 import contextlib
+import functools
 import gc
 import hashlib
 import json
 import logging
+import os
 import pathlib
+import re
 import shutil
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -46,26 +50,33 @@ class Restored(NamedTuple):
     meta: dict[str, Any]  # as given to save
 
 
+@functools.cache
 def _orbax():
     """Imports Orbax (0.6 s to 2.4 s) when it is first needed, and keeps it quiet."""
     import orbax.checkpoint as ocp
 
     for name in ("absl", "asyncio"):
-        logger = logging.getLogger(name)
-        if not any(isinstance(f, _QuietOrbax) for f in logger.filters):
-            logger.addFilter(_QuietOrbax())
+        logging.getLogger(name).addFilter(_QuietOrbax())
+    sys.excepthook = functools.partial(_quiet_hook, sys.excepthook)
     return ocp
 
 
+def _quiet_hook(hook: Callable[..., None], kind: Any, error: Any, trace: Any) -> None:
+    """Drops the traceback that TensorStore prints in a thread after a failed save."""
+    closed = kind is RuntimeError and str(error) == "Event loop is closed"
+    if not closed or threading.current_thread() is threading.main_thread():
+        hook(kind, error, trace)
+
+
 class _QuietOrbax(logging.Filter):
-    """Drops what Orbax logs: its errors are raised, and said in one sentence."""
+    """Drops the messages of Orbax; this module raises its errors in one sentence."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return "orbax" not in f"{record.pathname} {record.getMessage()}"
 
 
 def _collect_quietly() -> None:
-    """Frees what a failure left, whose coroutines complain when they go."""
+    """Frees the coroutines of a failed call, which warn when they are collected."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
         for _ in range(3):  # its threads may still hold some
@@ -80,6 +91,8 @@ def _reason(error: Exception) -> str:
         error = error.__cause__
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if found := re.search(r"os_error_code='?(\d+)", str(error)):
+        return os.strerror(int(found[1]))  # TensorStore's errors
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:120]
 
@@ -173,8 +186,10 @@ class Checkpointer:
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         return self._manager
 
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Orbax's question which checkpoints stay: the last and the best."""
+    def should_preserve(
+        self, checkpoints: Sequence[Any], *, context: Any
+    ) -> list[bool]:
+        """Orbax's retention policy: the last checkpoints and the best one stay."""
         del context
         ours = sorted(self._load_scores())
         keep = {*ours[-self._keep_last :], self.best_step()}
@@ -326,9 +341,10 @@ class Checkpointer:
                 state = io.restore(self.path(step) / "state", target)
         except Exception as error:
             reason = _reason(error)
-        if reason:
+        if any(reasons := _hosts.gather(reason)):
             _collect_quietly()
-            raise CheckpointError(f"its arrays are unreadable ({reason})")
+            found = next(filter(None, reasons))
+            raise CheckpointError(f"its arrays are unreadable ({found})")
         if tree_digest(state) != digest:
             raise CheckpointError("its arrays do not match their digest")
         return state
@@ -347,7 +363,7 @@ class Checkpointer:
 
         Args:
           target: A state of the right structure (its values are not read), or its
-            shapes (:func:`jax.eval_shape`). Its shardings say where the arrays go; a
+            shapes (:func:`jax.eval_shape`). Its shardings give the place of the arrays; a
             leaf without one goes to the default device.
           step: A step, ``"best"``, or ``"latest"``, which falls back to the newest
             undamaged one, with a warning for each it passes over.
@@ -423,7 +439,7 @@ class Checkpointer:
             self.wait()
         finally:
             self._manager = None
-            with contextlib.suppress(Exception):  # wait has said it
+            with contextlib.suppress(Exception):  # wait has raised it
                 manager.close()
 
 

@@ -1,6 +1,7 @@
 """The driver of a run: evaluation, rows, checkpoints, progress, and a clean stop."""
 
 import contextlib
+import io
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -157,7 +158,8 @@ def fit(
             num_steps,
             task_names=task_names,
             title=logging.title,
-            enabled=logging.progress and _hosts.is_main(),
+            stream=None if _hosts.is_main() else io.StringIO(),
+            enabled=logging.progress,
         )
         run = Run(
             engine,

@@ -94,16 +94,14 @@ def _take(data: PyTree, rows: Array, placement: Placement | None = None) -> PyTr
 
 
 def _replicated(arrays: PyTree, placement: Placement | None) -> PyTree:
-    """Arrays whose types say that they lie on every device, where types say it."""
+    """Replicates arrays on a mesh with Explicit axes; other arrays are unchanged."""
     if placement is None or not placement.explicit:
         return arrays
-    return jax.tree.map(
-        lambda a: jax.sharding.reshard(a, placement.replicated), arrays
-    )
+    return jax.tree.map(lambda a: jax.sharding.reshard(a, placement.replicated), arrays)
 
 
 def check_step(step: Step, state: PyTree, batch: PyTree) -> PyTree:
-    """Traces one step and says what a loop could not carry.
+    """Traces one step and names what a loop could not carry.
 
     Args:
       step: The step.
@@ -376,7 +374,7 @@ def make_runner(
       batch_size: Examples per step.
       chunk: The most steps of one call.
       seeds: Whether the states to run have a leading axis ``[S]``.
-      loop_on: Where the loop over the steps runs; ``"auto"`` asks
+      loop_on: Where the loop over the steps runs; ``"auto"`` calls
         :func:`prefers_host_loop`.
       placement: Where state and batches lie on a mesh; :func:`fit` fills it in.
 

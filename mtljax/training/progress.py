@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on."""
+"""Progress of a run on a terminal or in a log."""
 
 import sys
 import time

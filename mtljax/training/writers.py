@@ -19,7 +19,7 @@ class Writer(Protocol):
     """Receives the rows of a run; :func:`mtljax.training.fit` calls these in order."""
 
     def open(self, header: Mapping[str, Any], resume_step: int | None) -> None:
-        """Starts a run, or goes on after ``resume_step``, forgetting later rows."""
+        """Starts a run, or continues after ``resume_step`` and drops later rows."""
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Takes one row of plain JSON with at least ``step`` and ``kind``."""
@@ -32,7 +32,7 @@ class Writer(Protocol):
 
 
 def read_jsonl(path: str | pathlib.Path) -> tuple[Row, list[Row]]:
-    """Reads a metrics file, forgiving an unfinished last line.
+    """Reads a metrics file and ignores an unfinished last line.
 
     Args:
       path: The file, or the run directory that holds ``metrics.jsonl``.
@@ -288,7 +288,7 @@ class MemoryWriter:
 
 
 def keeps(row: Mapping[str, Any], resume_step: int) -> bool:
-    """Whether a row belongs to a run that goes on after ``resume_step``."""
+    """Whether a row belongs to a run that continues after ``resume_step``."""
     return row.get("step", 0) <= resume_step and not row.get("final")
 
 

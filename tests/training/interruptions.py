@@ -8,6 +8,7 @@ that has imported everything and started nothing; a session that ended without a
 followed by the next in the same process.
 """
 
+# ruff: noqa: E402 the flags come before jax
 import argparse
 import collections
 import json
@@ -39,6 +40,7 @@ KINDS = ("resident", "stream", "mesh")
 ENDS = {"kill": 3, "term": 6, "int": 6, "int int": 2, "term kill": 2}  # how often
 MOMENTS = ("time", "file", "save", "delete", "row", "torn row", "resume", "last")
 FILE_CALLS = ("rename", "replace", "unlink", "rmdir", "mkdir", "fsync")
+replace = os.replace  # without a hook
 NUMBERS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}
 
 
@@ -47,7 +49,9 @@ class Interruption:
 
     def __init__(self, end, moment, rng):
         self.end, self.moment = end, moment
-        self.count = {"time": 0, "file": rng.randrange(60)}.get(moment, rng.randrange(4))
+        self.count = {"time": 0, "file": rng.randrange(60)}.get(
+            moment, rng.randrange(4)
+        )
         self.delay, self.pause = rng.uniform(0, 1.2), rng.uniform(0, 0.03)
         self.sent = False
         if moment == "time":
@@ -141,8 +145,15 @@ def evaluate(state):
     return {"losses": losses, "loss": losses.mean()}
 
 
+def write(path, value):
+    """Writes JSON so that a kill leaves the old or the new one."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps(value))
+    replace(new, path)
+
+
 def sessions(kind, numbers, root, seed):
-    """Sessions of the runs ``numbers``, until this process is killed or all are done."""
+    """Sessions of the runs ``numbers``, until a kill, or until all are done."""
     jax.config.update("jax_compilation_cache_dir", str(root / "programs"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -153,7 +164,7 @@ def sessions(kind, numbers, root, seed):
         folder = root / str(number)
         if (folder / "done").exists():
             continue
-        (root / "current").write_text(str(number))
+        write(root / "current", number)
         while True:
             plan = json.loads((folder / "plan").read_text())
             came = sum(sent for *_, sent in plan)
@@ -164,7 +175,7 @@ def sessions(kind, numbers, root, seed):
                 end = "kill" if moment == "torn row" else ends[0]
                 hooks.now = Interruption(end, moment, rng)
                 plan.append([end, moment, False])
-                (folder / "plan").write_text(json.dumps(plan))
+                write(folder / "plan", plan)
             result = session(kind, folder / "run", init)
             if hooks.now is None:
                 digest = training.tree_digest(result.state)
@@ -172,7 +183,7 @@ def sessions(kind, numbers, root, seed):
                 break
             plan[-1][2] = hooks.now.sent or result.interrupted
             hooks.now.sent = True  # too late
-            (folder / "plan").write_text(json.dumps(plan))
+            write(folder / "plan", plan)
 
 
 def fork(function, *args):
@@ -196,17 +207,17 @@ def all_sessions(kind, numbers, root):
     """Forks until all runs are done; what went wrong."""
     for number in numbers:
         (root / str(number)).mkdir()
-        (root / str(number) / "plan").write_text("[]")
+        write(root / str(number) / "plan", [])
     for start in range(10 * len(numbers)):
         status = fork(sessions, kind, numbers, root, f"{numbers} {start}")
         if status == 0:
             return []
-        file = root / (root / "current").read_text() / "plan"
+        file = root / (root / "current").read_text() / "plan"  # of the run it was in
         plan = json.loads(file.read_text())
         if status not in (130, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT):
             return [f"status {status} after {plan[-1:]} in run {file.parent.name}"]
         plan[-1][2] = True
-        file.write_text(json.dumps(plan))
+        write(file, plan)
     return ["not finished"]
 
 
@@ -231,12 +242,14 @@ def differences(folder, digest, rows):
     return wrong
 
 
-def main(runs, seed=0):
+def main(runs, seed=0, feeds=KINDS):
     """Prints counts; returns the number of interruptions and of wrong runs."""
     root = Path(tempfile.mkdtemp())
     counts = {name: collections.Counter() for name in ("end", "moment", "feed")}
-    bad = 0
+    bad = done = 0
     for i, kind in enumerate(KINDS):
+        if kind not in feeds:
+            continue
         whole = -1 - i
         assert all_sessions(kind, [whole], root) == []
         digest = (root / str(whole) / "done").read_text()
@@ -244,6 +257,7 @@ def main(runs, seed=0):
         numbers = [seed + number for number in range(i, runs, len(KINDS))]
         for text in all_sessions(kind, numbers, root):
             print(text, flush=True)
+        done += len(numbers)
         for number in numbers:
             wrong = differences(root / str(number), digest, rows)
             bad += bool(wrong)
@@ -258,7 +272,7 @@ def main(runs, seed=0):
                     counts["feed"][kind] += 1
         print(f"{kind}: {len(numbers)} runs", flush=True)
     total = sum(counts["feed"].values())
-    print(f"{runs} runs, {total} interruptions, {bad} runs with another result")
+    print(f"{done} runs, {total} interruptions, {bad} runs with another result")
     for name, found in counts.items():
         print(f"by {name}: {dict(sorted(found.items()))}")
     shutil.rmtree(root)
@@ -269,6 +283,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--feeds", nargs="+", choices=KINDS, default=KINDS)
     args = parser.parse_args()
     assert orbax.checkpoint
-    sys.exit(main(args.runs, args.seed)[1] > 0)
+    sys.exit(main(args.runs, args.seed, args.feeds)[1] > 0)

@@ -25,8 +25,8 @@ def make_data(n=72):
 def init(key):
     key_w, key_v, key = jax.random.split(key, 3)
     params = {
-        "w": 0.1 * jax.random.normal(key_w, (16, 8)),
-        "v": 0.1 * jax.random.normal(key_v, (8, 2)),
+        "w": 0.1 * jax.random.normal(key_w, (16, 64)),
+        "v": 0.1 * jax.random.normal(key_v, (64, 2)),
     }
     return {"params": params, "opt": OPT.init(params), "key": key, "n": jnp.int32(0)}
 

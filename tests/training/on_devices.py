@@ -1,5 +1,6 @@
 """Runs on 8 virtual devices against one; a test starts it and reads what it prints."""
 
+# ruff: noqa: E402 the flags come before jax
 import os
 import sys
 import tempfile
@@ -83,9 +84,7 @@ def main(kind):
             where = tempfile.mkdtemp()
             for i, stop in enumerate(stops):
                 options = {"data": mesh_toy.Stream()} if more else {}
-                last = run(
-                    stop, **fsdp, **more, **options, run_dir=where, resume=i > 0
-                )
+                last = run(stop, **fsdp, **more, **options, run_dir=where, resume=i > 0)
             digests.append((training.tree_digest(last.state), toy.comparable(where)))
         assert digests[0] == digests[1]
         print("ok resumed", name, flush=True)

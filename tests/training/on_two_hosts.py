@@ -1,5 +1,6 @@
 """One of two processes with 4 devices each; a test starts both."""
 
+# ruff: noqa: E402 the flags come before jax
 import argparse
 import os
 import sys
@@ -12,7 +13,6 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 import jax
 import mesh_toy
 import numpy as np
-import toy
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 

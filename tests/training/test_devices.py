@@ -114,6 +114,18 @@ def test_a_signal_to_one_of_two_processes_stops_both(tmp_path, whole):
     assert finish(start_both(tmp_path)) == whole[1]
 
 
+def test_two_processes_fall_back_to_an_older_step(tmp_path, whole):
+    shutil.copytree(whole[0], tmp_path / "run")
+    last = tmp_path / "run" / "checkpoints" / "20"
+    for file in last.glob("state/**/d/*"):
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 0x10
+        file.write_bytes(content)
+    assert finish(start_both(tmp_path / "run")) == whole[1]
+    assert (last.parent / "20.damaged").is_dir()
+    assert toy.comparable(tmp_path / "run") == toy.comparable(whole[0])
+
+
 def test_a_run_of_two_processes_is_resumed_by_one(tmp_path, whole):
     shutil.copytree(whole[0], tmp_path / "run")
     result = mesh_toy.run(

@@ -85,7 +85,7 @@ def test_a_signal_saves_and_sets_the_exit_status(
     assert not err
     last = out.splitlines()[-1] if "Stopped" in out.splitlines()[-1] else out
     assert f"Stopped by {number.name} after step" in last
-    assert "the same command with --resume goes on" in last
+    assert "the same command with --resume continues it" in last
     steps = training.Checkpointer(tmp_path / "checkpoints").steps()
     assert f"step {steps[-1]} of 60" in last
     if number == signal.SIGINT:  # the rest is the same
@@ -110,10 +110,10 @@ def test_two_starts_in_one_directory(tmp_path, uninterrupted, how):
 
 DISK = """
 import resource, sys
-import toy, jax.numpy as jnp
+import jax, toy, jax.numpy as jnp
 from mtljax import training
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
-state = {"w": jnp.zeros(50_000), "n": jnp.int32(0)}
+state = {"w": jax.random.normal(jax.random.key(0), (50_000,)), "n": jnp.int32(0)}
 step = lambda s, b: ({**s, "n": s["n"] + 1}, {"losses": b["x"].mean()[None]})
 try:
     toy.run(20, state=state, step=step, task_names=None, eval_fn=None, select=None,
@@ -128,12 +128,16 @@ def test_a_full_disk_is_one_sentence(tmp_path, limit, what):
     done = subprocess.run(
         [sys.executable, "-c", DISK, tmp_path, str(limit)],
         capture_output=True, text=True, timeout=90, check=True,
-        env={**ENV, "PYTHONPATH": f"{ENV['PYTHONPATH']}:{Path(__file__).parent}"},
+        env={
+            **ENV,
+            "PYTHONPATH": f"{ENV['PYTHONPATH']}:{Path(__file__).parent}",
+            "JAX_ENABLE_COMPILATION_CACHE": "0",
+        },
     )  # fmt: skip
     assert done.stderr == ""
     assert len(done.stdout.splitlines()) == 1, done.stdout
     assert what in done.stdout
-    assert "File too large" in done.stdout or "cannot" in done.stdout, done.stdout
+    assert "File too large" in done.stdout
 
 
 @pytest.mark.deep
