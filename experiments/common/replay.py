@@ -24,7 +24,9 @@ TIMES = ("seconds", "step_ms", "step_ratio", "milliseconds", "megabytes")
 
 
 def numbers(value: Any) -> np.ndarray:
-    """All numbers of nested lists, NaN for None."""
+    """All numbers of nested lists, NaN for None; texts and mappings have none."""
+    if isinstance(value, str | Mapping):
+        return np.zeros(0)
     if isinstance(value, list):
         return np.concatenate([np.zeros(0), *map(numbers, value)])
     return np.array([math.nan if value is None else value], np.float64)
@@ -41,7 +43,7 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> float:
     """
     largest = 0.0
     for name, value in old.items():
-        if isinstance(value, str | Mapping) or name in TIMES:
+        if name in TIMES or not numbers(value).size:
             continue
         one, other = numbers(value), numbers(new.get(name))
         if one.shape != other.shape or (np.isnan(one) != np.isnan(other)).any():
