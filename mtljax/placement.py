@@ -3,7 +3,8 @@
 JAX records two facts in the type of an array: its sharding, if the axes of the mesh are
 Explicit, and the mapped axes over which it varies, inside ``jax.shard_map`` with
 ``check_vma=True``. Cotangents, zeros and contractions have to agree with both. The
-names of these features differ between JAX versions; no other module of mtljax uses them.
+names of these features differ between JAX versions; no other module of mtljax uses
+them.
 """
 
 from collections.abc import Callable

@@ -2,8 +2,18 @@
 
 import dataclasses
 import pathlib
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
+from experiments.common import config as common
+from experiments.common.config import (
+    POSITIVE,
+    ConfigError,
+    Rates,
+    Size,
+    Widths,
+)
+from experiments.common.problem import check_data
+from mtljax import data
 from mtljax.alternating import Groups
 
 SINGLE_TASK = "single_task"
@@ -81,29 +91,25 @@ TABLE = tuple(
 SCALED_ROWS = ("sum", "alternating:shared", "alternating", "adatask", "pcgrad")
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be run; the message is for the user."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Setting:
     """How one data set is trained on."""
 
     rows: tuple[str, ...] = TABLE
     """Rows of the table (ROWS in config.py), in its order; single-task comes first."""
-    hidden: tuple[int, ...] = (64, 32)
+    hidden: Widths = (64, 32)
     """Widths of the trunk that the tasks share; each has a linear head of its own."""
     steps: int = 400
     """Batches of every run."""
     batch_size: int = 32
     """Examples per batch (of every task, for school)."""
-    lrs: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    lrs: Rates = (3e-4, 1e-3, 3e-3)
     """Learning rates of Adam; validation picks one for each row."""
-    sgd_lrs: tuple[float, ...] = (0.01, 0.03, 0.1)
+    sgd_lrs: Rates = (0.01, 0.03, 0.1)
     """The same for SGD."""
     eval_every: int = 40
     """Batches between evaluations (validation picks the one that is reported)."""
-    scales: tuple[float, ...] = ()
+    scales: Annotated[tuple[float, ...], POSITIVE._replace(once=True, empty=True)] = ()
     """Factors of the last task's loss in a study of its own; none, no study."""
     alignment: bool = False
     """Whether to study cosines under plain SGD at eta, and at eta / 4 four times as
@@ -111,22 +117,13 @@ class Setting:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(common.Common):
     """Joint, alternating and grouped steps on tasks of different nature."""
 
-    sets: tuple[Literal["digits", "faces", "camvid", "tox21", "school"], ...] = (
-        "faces",
-        "school",
-        "tox21",
-        "camvid",
-    )
-    """Data sets; digits is embedded, the others are read from --data-dir."""
-    data_dir: pathlib.Path | None = None
-    """Folder that holds cmu_faces/, camvid_72x96/, tox21/ and school/."""
-    seeds: int = 3
-    """Runs of every row, trained together by vmap."""
-    first_seed: int = 0
-    """Seeds are first_seed, first_seed + 1, ..."""
+    sets: tuple[str, ...] = ("faces", "school", "tox21", "camvid")
+    """Data sets; digits is embedded, the others are read from --data-dir. Any set of
+    mtljax.data with classes and numbers as targets, NAME/SUBSET, or module:function of
+    your own is trained by the options --other.*."""
 
     digits: Setting = Setting()
     """Every class of either digit against the rest, and the ink: 21 tasks."""
@@ -138,30 +135,28 @@ class Config:
     """12 assays, a sixth of the labels missing."""
     school: Setting = Setting()
     """Exam scores in 139 schools, every one a task with pupils of its own."""
+    other: Setting = Setting(rows=("mean_T", "sum", "alternating", "groups_2:slot"))
+    """Any other set."""
 
     log_every: int = 20
     """Batches between rows of training losses and measures of exploration."""
     probe_size: int = 128
     """Training examples on which cosines of the gradients are measured."""
-    time_rounds: int = 0
+    time_rounds: Size = 0
     """Rounds of timing a batch, rows taking turns; 0 leaves it out (on an idle machine
     only; benchmarks/alternating.py times the steps by themselves)."""
     out: pathlib.Path = pathlib.Path("results/alternating")
-    """Rows, checkpoints, tables and plots go here."""
-    resume: bool = False
-    """Go on where an interrupted run stopped; what is finished is not run again."""
     report_only: bool = False
     """Train nothing: write the report of the rows that are finished in --out."""
-    overwrite: bool = False
-    """Delete an earlier run in --out first."""
-    plots: bool = True
-    """Write the PNGs."""
-    quick_compile: bool = False
-    """Compile without optimisation: starts sooner and runs slower."""
 
     def setting(self, name: str) -> Setting:
         """That of a data set."""
-        return getattr(self, name)
+        return getattr(self, option_of(name))
+
+
+def option_of(name: str) -> str:
+    """The option that a data set is trained by."""
+    return name if name in SETS else "other"
 
 
 _SCHOOL_CURVE = ("groups_4:slot", "groups_12:slot", "groups_35:slot")
@@ -254,61 +249,41 @@ PRESETS = {
 }
 
 
-def _check_setting(name: str, setting: Setting) -> None:
-    if not setting.rows:
-        raise ConfigError(f"--{name}.rows is empty; name at least one row.")
-    for row in setting.rows:
-        if row not in ROWS:
-            raise ConfigError(
-                f"--{name}.rows: there is no row {row!r}; the rows are "
-                f"{', '.join(ROWS)}."
-            )
+def check_groups(name: str, rows: tuple[str, ...], tasks: int) -> None:
+    """Checks that no row has more groups than there are tasks.
+
+    Raises:
+      ConfigError: One sentence.
+    """
+    for row in rows:
         groups = dict(ROWS[row].options).get("groups", 1)
-        if groups > TASKS[name]:
+        if groups > tasks:
             raise ConfigError(
-                f"--{name}.rows {row} has {groups} groups, but {name} has "
-                f"{TASKS[name]} tasks."
+                f"--{option_of(name)}.rows {row} has {groups} groups, but {name} has "
+                f"{tasks} tasks."
             )
-    for field in ("steps", "batch_size", "eval_every"):
-        if getattr(setting, field) < 1:
-            raise ConfigError(
-                f"--{name}.{field.replace('_', '-')} must be positive, not "
-                f"{getattr(setting, field)}."
-            )
-    for field in ("lrs", "sgd_lrs", "scales"):
-        numbers = getattr(setting, field)
-        if (not numbers and field != "scales") or any(not x > 0 for x in numbers):
-            raise ConfigError(
-                f"--{name}.{field.replace('_', '-')} must be positive numbers, not "
-                f"{numbers}."
-            )
-    needed = [r for r in ("sgd:mean_T", "sgd:alternating") if r not in setting.rows]
-    if setting.alignment and needed:
-        raise ConfigError(f"--{name}.alignment needs the row {needed[0]} too.")
 
 
 def check(config: Config) -> None:
-    """Raises on what only shows later, before anything is written.
+    """Validates the configuration before anything is read.
 
     Raises:
       ConfigError: One sentence that names the field.
     """
-    if not config.sets:
-        raise ConfigError(f"--sets is empty; choose from {', '.join(SETS)}.")
+    common.check_common(config)
+    common.check_some("sets", config.sets)
+    check_data("sets", config.sets, (*SETS, *data.available()))
     for name in config.sets:
-        _check_setting(name, config.setting(name))
-        if name != "digits" and config.data_dir is None:
+        setting, option = config.setting(name), option_of(name)
+        common.check_some(f"{option}.rows", setting.rows)
+        common.check_names(f"{option}.rows", setting.rows, ROWS)
+        if name in TASKS:
+            check_groups(name, setting.rows, TASKS[name])
+        if name in TASKS and name != "digits" and config.data_dir is None:
             raise ConfigError(
                 f"{name} is read from files: pass --data-dir DIR, or --sets digits, "
                 "which needs none."
             )
-    for field in ("seeds", "log_every", "probe_size"):
-        if getattr(config, field) < 1:
-            raise ConfigError(
-                f"--{field.replace('_', '-')} must be positive, "
-                f"not {getattr(config, field)}."
-            )
-    chosen = [f for f in ("resume", "report_only", "overwrite") if getattr(config, f)]
-    if len(chosen) > 1:
-        first, second = (f"--{field.replace('_', '-')}" for field in chosen[:2])
-        raise ConfigError(f"{first} and {second} exclude each other.")
+        needed = [r for r in ("sgd:mean_T", "sgd:alternating") if r not in setting.rows]
+        if setting.alignment and needed:
+            raise ConfigError(f"--{option}.alignment needs the row {needed[0]} too.")

@@ -1,25 +1,24 @@
 """The figures of a set, from rows."""
 
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.figure import Figure
 
-from experiments.alternating.config import ROWS, SINGLE_TASK, TASKS
+from experiments.alternating.config import ROWS, SINGLE_TASK, Config
 from experiments.alternating.report import (
     Columns,
-    Measured,
+    Results,
     Rows,
     chosen_rate,
     chosen_rows,
     columns_of,
 )
 from experiments.alternating.train import inner_steps, row_of
+from experiments.common import figures as common
+from experiments.common.figures import legend, line, panels, series
 from mtljax import metrics
-from mtljax.alternating import Cost
 from mtljax.training import plots
 
 # What every figure with a line per method shows, in this order, hence these colours.
@@ -36,45 +35,7 @@ SHOWN = (
 )
 # A batch takes every coordinate about T steps of Adam's far.
 MATCHED = ("mean_T", "alternating:shared", "alternating", "adatask")
-_STYLE: Any = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#E6E6E6",
-    "legend.frameon": False,
-    "font.size": 9,
-}
 PASSES = "backward passes (log scale)"
-
-
-def _axes(lines: int, columns: int, width: float = 3.0, height: float = 2.7):
-    with mpl.rc_context(_STYLE):
-        figure = Figure(
-            figsize=(columns * width + 0.4, lines * height + 0.7),
-            layout="constrained",
-            dpi=130,
-        )
-        return figure, figure.subplots(lines, columns, squeeze=False)
-
-
-def _legend(figure: Figure, axis: Any) -> None:
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(
-        handles,
-        labels,
-        loc="outside lower center",
-        ncols=max(1, min(len(labels), int(figure.get_figwidth() / 2.1))),
-        frameon=False,
-    )
-
-
-def _line(axis: Any, x: Any, values: Any, look: Mapping[str, Any], **kwargs: Any):
-    """Mean over the leading axis and a band of one standard deviation."""
-    values = np.asarray(values, np.float64)
-    mean = values.mean(0)
-    sd = values.std(0, ddof=1) if len(values) > 1 else np.zeros_like(mean)
-    axis.plot(x, mean, linewidth=1.5, **look, **kwargs)
-    axis.fill_between(x, mean - sd, mean + sd, color=look["color"], alpha=0.13, lw=0)
 
 
 def _shown(rows: Mapping[str, Any]) -> list[str]:
@@ -88,31 +49,23 @@ def _look(name: str) -> dict[str, Any]:
     }
 
 
-def _per_seed(rows: Rows, kind: str, of: Callable[[Mapping[str, Any]], Any]):
-    """Steps ``[P]`` and values ``[S, P, ...]``."""
-    mine = [row for row in rows if row["kind"] == kind]
-    steps = sorted({row["step"] for row in mine})
-    seeds = list(dict.fromkeys(row["seed"] for row in mine))
-    at = {(row["seed"], row["step"]): of(row) for row in mine}
-    return np.array(steps), np.array([[at[s, k] for k in steps] for s in seeds])
-
-
 def _reported(rows: Rows) -> list[Mapping[str, Any]]:
     rate = chosen_rate(rows)
     return [row for row in rows if row["lr"] == rate]
 
 
-def losses(rows: Mapping[str, Rows], columns: Columns, costs: Mapping[str, Cost]):
+def losses(results: Results):
     """Validation losses over batches and over backward passes."""
-    figure, axes = _axes(2, len(columns), width=max(3.0, 6.0 / len(columns)))
+    rows, columns = results.rows, results.problem.columns
+    figure, axes = panels(2, len(columns), width=max(3.0, 6.0 / len(columns)))
     weights = np.array(list(columns.values())).T
     for name in _shown(rows):
         mine = _reported(rows[name])
-        steps, values = _per_seed(mine, "eval", lambda r: r["val_losses"] @ weights)
+        steps, values = series(mine, "eval", lambda r: r["val_losses"] @ weights)
         for k, column in enumerate(columns):
             label = row_of(name).label if k == 0 else None
-            for line, x in enumerate((steps, steps * costs[name].backward)):
-                _line(axes[line, k], x, values[..., k], _look(name), label=label)
+            for place, x in enumerate((steps, steps * results.cost(name).backward)):
+                line(axes[place, k], x, values[..., k], _look(name), label=label)
             axes[0, k].set_title(column.removesuffix(" acc").removesuffix(" R²"))
     for k in range(len(columns)):
         axes[0, k].set_xlabel("batches")
@@ -120,7 +73,7 @@ def losses(rows: Mapping[str, Rows], columns: Columns, costs: Mapping[str, Cost]
         axes[1, k].set_xscale("log")
     for axis in axes[:, 0]:
         axis.set_ylabel("validation loss")
-    _legend(figure, axes[0, 0])
+    legend(figure, axes)
     return figure
 
 
@@ -145,49 +98,45 @@ def group_lines(rows: Mapping[str, Any], tasks: int) -> dict[str, dict[int, str]
     return found
 
 
-def groups(
-    rows: Mapping[str, Rows],
-    columns: Columns,
-    costs: Mapping[str, Cost],
-    measured: Mapping[str, Measured],
-    name: str,
-):
+def groups(results: Results):
     """What groups are worth, and what they cost."""
-    lines = group_lines(rows, TASKS[name])
+    rows, columns = results.rows, results.problem.columns
+    measured = results.measured
+    lines = group_lines(rows, results.problem.num_tasks)
     if not lines:
         return None
-    figure, axes = _axes(1, 2, width=3.8, height=3.0)
+    figure, axes = panels(1, 2, width=3.8, height=3.0)
     baseline = columns_of(columns, chosen_rows(rows[SINGLE_TASK])).mean(0)
     better = [True] * len(baseline)
-    for k, (state, line) in enumerate(lines.items()):
+    for k, (state, members) in enumerate(lines.items()):
         look = {"color": plots.PALETTE[k], "linestyle": "-", "marker": "osD"[k]}
         values = []
-        for row in line.values():
+        for row in members.values():
             found = columns_of(columns, chosen_rows(rows[row]))
             values.append(np.asarray(metrics.delta_m(found, baseline, better)))
         label = f"state: {state.replace('_', ' ')}"
-        _line(axes[0, 0], list(line), np.array(values).T, look, label=label)
+        line(axes[0, 0], list(members), np.array(values).T, look, label=label)
         if measured:
-            cost = [measured[row].milliseconds for row in line.values()]
+            cost = [measured[row].milliseconds for row in members.values()]
         else:
-            cost = [costs[row].backward for row in line.values()]
-        axes[0, 1].plot(list(line), cost, **look)
+            cost = [results.cost(row).backward for row in members.values()]
+        axes[0, 1].plot(list(members), cost, **look)
     for axis in axes[0]:
         axis.set_xlabel("groups G (log scale)")
         axis.set_xscale("log")
-        ticks = sorted({g for line in lines.values() for g in line})
+        ticks = sorted({g for members in lines.values() for g in members})
         axis.set_xticks(ticks, [str(g) for g in ticks])
         axis.minorticks_off()
     axes[0, 0].set_ylabel("Δm % (lower is better)")
     axes[0, 1].set_ylabel("ms per batch" if measured else "backward passes per batch")
     axes[0, 1].set_ylim(bottom=0)
-    _legend(figure, axes[0, 0])
+    legend(figure, axes)
     return figure
 
 
 def rates(rows: Mapping[str, Rows], columns: Columns, tasks: int):
     """The test metric at every rate, by how far a batch may go."""
-    figure, axes = _axes(1, 1, width=6.0, height=3.4)
+    figure, axes = panels(1, 1, width=6.0, height=3.4)
     (axis,) = axes[0]
     for name in _shown(rows):
         points = {}
@@ -197,17 +146,17 @@ def rates(rows: Mapping[str, Rows], columns: Columns, tasks: int):
             points[reach] = columns_of(columns, found).mean(1)
         values = np.array(list(points.values())).T
         look = {**_look(name), "marker": "o", "markersize": 4}
-        _line(axis, list(points), values, look, label=row_of(name).label)
+        line(axis, list(points), values, look, label=row_of(name).label)
     axis.set_xscale("log")
     axis.set_xlabel("learning rate x steps per batch (log scale)")
     axis.set_ylabel("mean of the test metrics")
-    _legend(figure, axis)
+    legend(figure, axes)
     return figure
 
 
 def scale(study: Mapping[str, Rows], columns: Columns):
     """Metrics by the factor of the last task's loss."""
-    figure, axes = _axes(1, 2, width=3.8, height=3.0)
+    figure, axes = panels(1, 2, width=3.8, height=3.0)
     for k, (name, found) in enumerate(study.items()):
         factors = sorted({row["scale"] for row in found})
         values = np.array(
@@ -219,7 +168,7 @@ def scale(study: Mapping[str, Rows], columns: Columns):
         look = {"color": plots.PALETTE[k], "linestyle": "-", "marker": "osD^v"[k]}
         parts = values[..., -1], values[..., :-1].mean(-1)
         for axis, part in zip(axes[0], parts, strict=True):
-            _line(axis, factors, part.T, look, label=row_of(name).label, markersize=4)
+            line(axis, factors, part.T, look, label=row_of(name).label, markersize=4)
     last = list(columns)[-1]
     axes[0, 0].set_title(f"the scaled task: {last}")
     axes[0, 1].set_title("the others: mean of metrics")
@@ -227,13 +176,13 @@ def scale(study: Mapping[str, Rows], columns: Columns):
         axis.set_xscale("log")
         axis.set_xlabel(f"factor of the loss of {last.split()[0]} (log scale)")
     axes[0, 0].set_ylabel("test metric")
-    _legend(figure, axes[0, 0])
+    legend(figure, axes)
     return figure
 
 
 def alignment(study: Mapping[tuple[str, int], Rows]):
     """Agreement of gradients along the way."""
-    figure, axes = _axes(1, 2, width=3.8, height=3.0)
+    figure, axes = panels(1, 2, width=3.8, height=3.0)
     for (name, part), found in study.items():
         lr = found[-1]["lr"]
         look = {
@@ -242,26 +191,25 @@ def alignment(study: Mapping[tuple[str, int], Rows]):
         }
         label = f"{row_of(name).label}, η = {lr:g}"
         for axis, key in zip(axes[0], ("cosine", "conflicts"), strict=True):
-            steps, values = _per_seed(found, "eval", lambda r, key=key: r[key])
-            _line(axis, steps * lr, values, look, label=label)
+            steps, values = series(found, "eval", lambda r, key=key: r[key])
+            line(axis, steps * lr, values, look, label=label)
     axes[0, 0].set_ylabel("mean cosine of pairs of tasks")
     axes[0, 1].set_ylabel("share of pairs with negative cosine")
     for axis in axes[0]:
         axis.set_xlabel("batches x η")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    legend(figure, axes, columns=2)
     return figure
 
 
 def exploration(rows: Mapping[str, Rows]):
     """How the trunk travels where a batch of every row may go equally far."""
     matched = [n for n in MATCHED if n in rows]
-    figure, axes = _axes(1, 3, width=3.4, height=3.0)
+    figure, axes = panels(1, 3, width=3.4, height=3.0)
     rates = sorted({row["lr"] for row in rows[matched[0]]})
     middle = rates[len(rates) // 2]
     for name in matched:
         mine = [row for row in rows[name] if row["lr"] == middle]
-        steps, values = _per_seed(
+        steps, values = series(
             mine,
             "train",
             lambda r: (r["distance"], r["path"], np.mean(r["losses"])),
@@ -269,9 +217,9 @@ def exploration(rows: Mapping[str, Rows]):
         distance, path, loss = np.moveaxis(values, -1, 0)
         label = row_of(name).label
         look = _look(name)
-        _line(axes[0, 0], steps, distance, look, label=label)
+        line(axes[0, 0], steps, distance, look, label=label)
         axes[0, 1].plot(loss.mean(0), distance.mean(0), **look)
-        _line(axes[0, 2], steps, distance / path, look)
+        line(axes[0, 2], steps, distance / path, look)
     axes[0, 0].set_xlabel("batches")
     axes[0, 0].set_ylabel("distance from the start")
     axes[0, 1].set_xlabel("mean training loss (falls to the right)")
@@ -280,7 +228,7 @@ def exploration(rows: Mapping[str, Rows]):
     axes[0, 2].set_xlabel("batches")
     axes[0, 2].set_ylabel("distance / path")
     figure.suptitle(f"η = {middle:g} (x T for the mean)", fontsize=10)
-    _legend(figure, axes[0, 0])
+    legend(figure, axes)
     return figure
 
 
@@ -293,10 +241,10 @@ def order(rows: Mapping[str, Rows], tasks: Sequence[str]):
 
     def last(name):
         mine = [row for row in rows[name] if row["lr"] == lr]
-        _, values = _per_seed(mine, "eval", lambda r: r["test_losses"])
+        _, values = series(mine, "eval", lambda r: r["test_losses"])
         return values[:, -1]
 
-    figure, axes = _axes(1, 1, width=5.4, height=3.2)
+    figure, axes = panels(1, 1, width=5.4, height=3.2)
     (axis,) = axes[0]
     axis.axhline(0, color="#777777", linewidth=1, linestyle="--")
     places = np.arange(1, len(tasks) + 1)
@@ -315,35 +263,25 @@ def order(rows: Mapping[str, Rows], tasks: Sequence[str]):
     axis.set_xticks(places, tasks, rotation=35, ha="right")
     axis.set_xlabel("task, in the fixed order: first to last in a batch")
     axis.set_ylabel("test loss against random order, %")
-    _legend(figure, axis)
+    legend(figure, axes)
     return figure
 
 
-def write(
-    folder: pathlib.Path,
-    name: str,
-    rows: Mapping[str, Rows],
-    columns: Columns,
-    *,
-    tasks: Sequence[str],
-    costs: Mapping[str, Cost],
-    measured: Mapping[str, Measured],
-    scales: Mapping[str, Rows],
-    aligned: Mapping[tuple[str, int], Rows],
-) -> list[pathlib.Path]:
+def write(results: Results, config: Config) -> list[pathlib.Path]:
     """All figures that the rows are enough for."""
-    found: dict[str, Figure | None] = {"losses": losses(rows, columns, costs)}
-    found["groups"] = groups(rows, columns, costs, measured, name)
-    found["rates"] = rates(rows, columns, len(tasks))
-    found["order"] = order(rows, tasks)
+    if not config.plots:
+        return []
+    rows, problem = results.rows, results.problem
+    found: dict[str, Any] = {
+        "losses": losses(results),
+        "groups": groups(results),
+        "rates": rates(rows, problem.columns, problem.num_tasks),
+        "order": order(rows, problem.tasks),
+    }
     if any(row in rows for row in MATCHED):
         found["exploration"] = exploration(rows)
-    if scales:
-        found["scale"] = scale(scales, columns)
-    if aligned:
-        found["alignment"] = alignment(aligned)
-    return [
-        plots.save(figure, folder / f"{title}.png")
-        for title, figure in found.items()
-        if figure is not None
-    ]
+    if results.scales:
+        found["scale"] = scale(results.scales, problem.columns)
+    if results.aligned:
+        found["alignment"] = alignment(results.aligned)
+    return common.save(found, config.out / problem.folder, config)

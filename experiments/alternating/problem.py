@@ -1,6 +1,7 @@
 """Networks, losses and metrics of the five sets, task by task and all at once."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -12,12 +13,15 @@ from jaxtyping import Array
 
 import mtljax
 from experiments.alternating import data
-from experiments.alternating.config import Config
+from experiments.alternating.config import Config, check_groups, option_of
+from experiments.common.config import check_batch
+from experiments.common.problem import Scorer
+from experiments.common.runs import LABELS as SHARES
+from experiments.common.runs import on_device
 from mtljax import metrics, models
 from mtljax.alternating import indexed
 
 Batch = Mapping[str, Array]
-SHARES = {"trunk": "shared", "heads": "own"}
 MANY = 40  # tasks for which cosines of all pairs are left out
 
 
@@ -43,6 +47,11 @@ class Problem:
     def num_tasks(self) -> int:
         """T."""
         return len(self.tasks)
+
+    @property
+    def folder(self) -> str:
+        """Of its files."""
+        return re.sub("[/:]", "-", self.name)
 
     def rows(self, function: Callable[[Array], Array], params: Any) -> Any:
         """``function`` of the stacked heads; nothing where they are not stacked."""
@@ -238,14 +247,13 @@ def _camvid(arrays: data.Arrays, hidden: tuple[int, ...]) -> Parts:
     count, pixels = len(arrays.tasks), data.PATCH**2
     model = _model(hidden, {"task": pixels})
     stack = Stack(model, count, arrays.train["x"][0, 0])
-    unlabelled = count - 1
 
     def patches(batch):
         return batch["x"].reshape(-1, batch["x"].shape[-1])
 
     def targets(batch):
         label = batch["label"].reshape(-1, pixels)
-        return label, label != unlabelled, batch["grey"].reshape(-1, pixels)
+        return label, label != data.MISSING, batch["grey"].reshape(-1, pixels)
 
     def loss(out, task, batch):
         label, known, grey = targets(batch)
@@ -299,35 +307,39 @@ def _school(arrays: data.Arrays, hidden: tuple[int, ...]) -> Parts:
     )
 
 
-def _faces(arrays: data.Arrays, hidden: tuple[int, ...]) -> Parts:
+def _named(arrays: data.Arrays, hidden: tuple[int, ...]) -> Parts:
+    """Tasks with heads of their own sizes; the image itself may be the last one."""
     pixels = int(np.prod(arrays.train["x"].shape[1:]))
-    sizes = dict(zip(data.FACE_LABELS, (13, 4, 4, 2), strict=True))
-    model = _model(hidden, {**sizes, "image": pixels})
+    image = "image" in arrays.tasks
+    tasks = arrays.dataset.tasks
+    scorers = [Scorer(arrays.dataset, task) for task in tasks]
+    sizes = {task.name: task.size for task in tasks}
+    model = _model(hidden, sizes | ({"image": pixels} if image else {}))
     example = jnp.asarray(arrays.train["x"][:1])
 
     def outputs(params, batch):
         return model.apply((params, {}), batch["x"], train=True)[0]
 
-    def image(batch):
+    def flat(batch):
         return batch["x"].reshape(-1, pixels)
 
     def losses_of(out, batch):
-        losses = []
-        for k in sizes:
-            label = jnp.maximum(batch[k], 0)
-            each = optax.softmax_cross_entropy_with_integer_labels(out[k], label)
-            losses.append(mean_known(each, batch[k] != data.MISSING))
-        return jnp.stack([*losses, jnp.square(out["image"] - image(batch)).mean()])
+        losses = [s.loss(out[s.task.name], batch[s.task.name]) for s in scorers]
+        if image:
+            losses.append(jnp.square(out["image"] - flat(batch)).mean())
+        return jnp.stack(losses)
 
     def judge(params, batch):
         out = outputs(params, batch)
         right = [
-            metrics.accuracy(out[k], batch[k], batch[k] != data.MISSING) for k in sizes
+            s.scores(out[s.task.name], batch[s.task.name])[s.columns[0]]
+            for s in scorers
         ]
-        # Of what differs between faces, not between places on a face.
-        centred = image(batch) - image(batch).mean(0)
-        share = jnp.square(out["image"] - image(batch)).mean()
-        right.append(1 - share / jnp.square(centred).mean())
+        if image:
+            # Of what differs between faces, not between places on a face.
+            centred = flat(batch) - flat(batch).mean(0)
+            share = jnp.square(out["image"] - flat(batch)).mean()
+            right.append(1 - share / jnp.square(centred).mean())
         return losses_of(out, batch), jnp.stack(right)
 
     def judge_alone(params, task, batch):
@@ -337,14 +349,13 @@ def _faces(arrays: data.Arrays, hidden: tuple[int, ...]) -> Parts:
     def task_losses(params, batch):
         return losses_of(outputs(params, batch), batch)
 
-    count = len(arrays.tasks)
-    columns = {
-        **{f"{k} acc": _mean_of(count, slice(i, i + 1)) for i, k in enumerate(sizes)},
-        "image R²": _mean_of(count, slice(count - 1, count)),
-    }
+    titles = {"classification": "acc", "regression": "R²"}
+    names = [f"{task.name} {titles[task.kind]}" for task in tasks]
+    names += ["image R²"] if image else []
+    count = len(names)
     heads = {name: i for i, name in enumerate(arrays.tasks)}
     return Parts(
-        columns,
+        {name: _mean_of(count, slice(i, i + 1)) for i, name in enumerate(names)},
         lambda key: model.init(key, example).params,
         indexed(task_losses),
         task_losses,
@@ -356,7 +367,6 @@ def _faces(arrays: data.Arrays, hidden: tuple[int, ...]) -> Parts:
 
 _MAKE = {
     "digits": _digits,
-    "faces": _faces,
     "camvid": _camvid,
     "tox21": _tox21,
     "school": _school,
@@ -367,14 +377,16 @@ def make_problem(config: Config, name: str) -> Problem:
     """Loads a set and binds network, losses and metrics.
 
     Raises:
-      ConfigError: If its file is not there.
+      DataError: If its file is not there, or damaged.
+      ConfigError: If an option does not fit the set.
     """
-    arrays = data.load(name, config.data_dir)
-    parts = _MAKE[name](arrays, config.setting(name).hidden)
-
-    def on_device(split):
-        return {k: jnp.asarray(v) for k, v in split.items()}
-
+    arrays = data.load(name, config)
+    setting = config.setting(name)
+    check_groups(name, setting.rows, len(arrays.tasks))
+    check_batch(
+        f"{option_of(name)}.batch_size", setting.batch_size, len(arrays.train["x"])
+    )
+    parts = _MAKE.get(name, _named)(arrays, setting.hidden)
     return Problem(
         name=name,
         tasks=arrays.tasks,

@@ -1,6 +1,6 @@
 """From rows to the table and the lines of results; no training code."""
 
-import json
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -8,12 +8,14 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from experiments.alternating.config import SINGLE_TASK, Config
-from experiments.alternating.train import row_of
-from mtljax import metrics, training
-from mtljax.alternating import Cost
+from experiments.alternating.problem import Problem
+from experiments.alternating.train import cost_of, row_of
+from experiments.common import report as common
+from experiments.common.report import Report
+from experiments.common.selection import edge_notes, select, select_each
+from mtljax import metrics
 from mtljax.training import tables
 
-BY = ("seed", "lr", "task", "scale")
 MEASURES = ("distance", "straightness", "turning")
 Rows = Sequence[Mapping[str, Any]]
 Columns = Mapping[str, np.ndarray]
@@ -26,33 +28,24 @@ class Measured(NamedTuple):
     megabytes: float  # arguments, results and temporary buffers
 
 
-class Report(NamedTuple):
-    """What is printed and written."""
+class Results(NamedTuple):
+    """What was trained and measured on a set."""
 
-    columns: dict[str, Literal["min", "max", ""]]
-    rows: dict[str, dict[str, Any]]  # label -> column -> values over seeds
-    digits: dict[str, int]
+    problem: Problem
+    rows: Mapping[str, Rows]
+    measured: Mapping[str, Measured]
+    scales: Mapping[str, Rows]
+    aligned: Mapping[tuple[str, int], Rows]
+    steps: int
+
+    def cost(self, name: str) -> Any:
+        """Passes per batch of a row."""
+        return cost_of(name, self.problem.num_tasks)
 
 
-def chosen_rows(rows: Rows, last_step: float = float("inf")) -> list[dict[str, Any]]:
-    """The reported evaluation of every seed: batch and learning rate by validation.
-
-    The learning rate is one for all seeds of a row: that of the best mean. With
-    ``last_step`` nothing later is looked at, the learning rate included.
-    """
-    early = [row for row in rows if row["step"] <= last_step]
-    best = tables.rows_at_best(early, "val_score", "max", by=BY)
-    found = []
-    for task in dict.fromkeys(row["task"] for row in best):
-        mine = [row for row in best if row["task"] == task]
-        rates = {row["lr"] for row in mine}
-
-        def score(rate, mine=mine):
-            return np.mean([row["val_score"] for row in mine if row["lr"] == rate])
-
-        lr = max(sorted(rates), key=score)
-        found += sorted((r for r in mine if r["lr"] == lr), key=lambda r: r["seed"])
-    return found
+def chosen_rows(rows: Rows, last_step: float = math.inf) -> list[dict[str, Any]]:
+    """The reported evaluation of every seed; nothing after ``last_step`` is used."""
+    return select_each(rows, last_step=last_step)
 
 
 def chosen_rate(rows: Rows) -> float:
@@ -79,16 +72,11 @@ def travelled(rows: Rows) -> dict[str, list[float]]:
     return {m: [row[m] for row in train if row["step"] == last] for m in MEASURES}
 
 
-def make_report(
-    rows: Mapping[str, Rows],
-    columns: Columns,
-    costs: Mapping[str, Cost],
-    measured: Mapping[str, Measured],
-    steps: int,
-) -> Report:
+def make_report(results: Results) -> Report:
     """Metrics at equal batches, and their mean at equal backward passes."""
+    rows, measured, columns = results.rows, results.measured, results.problem.columns
     names = [name for name in rows if name != SINGLE_TASK]
-    budget = steps * min(costs[name].backward for name in names)
+    budget = results.steps * min(results.cost(name).backward for name in names)
     baseline = columns_of(columns, chosen_rows(rows[SINGLE_TASK])).mean(0)
     table = {}
     for name, found in rows.items():
@@ -98,10 +86,10 @@ def make_report(
         row["average"] = values.mean(1)
         if name != SINGLE_TASK:
             row["Δm %"] = metrics.delta_m(values, baseline, [True] * len(baseline))
-            early = chosen_rows(found, budget / costs[name].backward)
+            cost = results.cost(name)
+            early = chosen_rows(found, budget / cost.backward)
             if early:
                 row["average, equal passes"] = columns_of(columns, early).mean(1)
-            cost = costs[name]
             row |= {"F": cost.forward, "B": cost.backward, "states": cost.states}
             row |= {"lr / 1e-3": 1e3 * chosen[0]["lr"], **travelled(found)}
         if name in measured:
@@ -117,17 +105,6 @@ def make_report(
     digits = dict.fromkeys(directions, 3)
     digits |= {"Δm %": 1, "F": 0, "B": 0, "states": 0, "distance": 1, "lr / 1e-3": 1}
     return Report(directions, table, digits | {"ms": 2, "MB": 2, "straightness": 2})
-
-
-def _versions() -> list[str]:
-    about = training.environment()
-    about = {**about.pop("versions"), **about}
-    return [
-        "| " + " | ".join(about) + " |",
-        "|" + ":--|" * len(about),
-        "| " + " | ".join(str(v) for v in about.values()) + " |",
-        "",
-    ]
 
 
 def scale_table(study: Mapping[str, Rows], columns: Columns) -> str:
@@ -163,20 +140,21 @@ def alignment_table(study: Mapping[tuple[str, int], Rows]) -> str:
     return tables.markdown_table(shown, dict.fromkeys(columns, ""), digits=4)
 
 
-def write_table(
-    report: Report, name: str, config: Config, command: str, more: Mapping[str, str]
-) -> pathlib.Path:
-    """``table.md``: the command, the versions, the table, and those of studies."""
-    text = tables.markdown_table(
-        report.rows, report.columns, digits=report.digits, exclude=["single task"]
-    )
-    lines = [
+def write(
+    results: Results, table: Report, config: Config, command: str
+) -> list[pathlib.Path]:
+    """``results.jsonl`` and ``table.md`` of a set, with its studies."""
+    name, rows = results.problem.name, results.rows
+    folder = config.out / results.problem.folder
+    choices = {
+        row_of(row).label: select(found)
+        for row, found in rows.items()
+        if row != SINGLE_TASK
+    }
+    parts = [
         f"# Alternating steps, {name}, {config.seeds} seeds",
-        "",
         f"`{command}`",
-        "",
-        text,
-        "",
+        table.markdown(exclude=["single task"]),
         "Mean ± standard deviation over seeds on the test split, at the evaluation and "
         'the learning rate that validation chose (the rate a row of "lr x T" '
         "multiplies is shown before it does). Δm is relative to single-task networks, "
@@ -185,42 +163,31 @@ def write_table(
         "batches as cost what the cheapest row spends on backward passes in its whole "
         "run. Distance, straightness (distance over path) and turning (mean cosine of "
         "successive batches' displacements) are the trunk's, at the end of the run.",
-        "",
+        " ".join(edge_notes(choices)),
     ]
-    for title, table in more.items():
-        lines += [title, "", table, ""]
-    path = config.out / name / "table.md"
-    path.write_text("\n".join([*lines, *_versions()]), encoding="utf-8")
-    return path
-
-
-def write_rows(
-    rows: Mapping[str, Rows],
-    studies: Mapping[str, Mapping[str, Rows]],
-    measured: Mapping[str, Measured],
-    name: str,
-    config: Config,
-) -> pathlib.Path:
-    """``results.jsonl``: the configuration, then a line per row and reported run."""
-    about = {"config": training.to_json(config), **training.environment()}
-    for path in ("data_dir", "out"):  # of a machine
-        about["config"].pop(path)
-    lines: list[Any] = [{"kind": "about", "set": name, **about}]
+    if results.scales:
+        title = f"Test metric by the factor of the loss of {results.problem.tasks[-1]}:"
+        parts += [title, scale_table(results.scales, results.problem.columns)]
+    if results.aligned:
+        title = "Gradients of the tasks on training examples, plain SGD:"
+        parts += [title, alignment_table(results.aligned)]
+    lines: list[Any] = []
     for row_name, found in rows.items():
-        taken = measured.get(row_name)
-        for row in chosen_rows(found):
-            timing = taken._asdict() if taken else {}
-            lines.append({"row": row_name, **row, **timing})
-    for study, by_row in studies.items():
-        for row_name, found in by_row.items():
-            for scale in dict.fromkeys(row["scale"] for row in found):
-                at = [row for row in found if row["scale"] == scale]
-                lines += [
-                    {"study": study, "row": row_name, **row} for row in chosen_rows(at)
-                ]
-    path = config.out / name / "results.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        for line in lines:
-            file.write(json.dumps(training.to_json(line)) + "\n")
-    return path
+        taken = results.measured.get(row_name)
+        timing = taken._asdict() if taken else {}
+        lines += [{"row": row_name, **row, **timing} for row in chosen_rows(found)]
+    studies = [("scale", row, found) for row, found in results.scales.items()]
+    studies += [
+        (f"alignment-{part}", row, found)
+        for (row, part), found in results.aligned.items()
+    ]
+    for study, row_name, found in studies:
+        for scale in dict.fromkeys(row["scale"] for row in found):
+            at = [row for row in found if row["scale"] == scale]
+            lines += [
+                {"study": study, "row": row_name, **row} for row in chosen_rows(at)
+            ]
+    return [
+        common.write_rows(folder / "results.jsonl", config, lines, set=name),
+        common.write_table(folder / "table.md", parts),
+    ]

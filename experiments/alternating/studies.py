@@ -11,10 +11,6 @@ from experiments.alternating.train import Evaluator, Run, run_row
 ALIGNED_ROWS = ("sgd:mean_T", "sgd:alternating")
 
 
-def _seeds(config: Config) -> range:
-    return range(config.first_seed, config.first_seed + config.seeds)
-
-
 def scale(
     config: Config, problem: Problem, rows: Mapping[str, Rows], evaluator: Evaluator
 ) -> dict[str, Rows]:
@@ -26,7 +22,7 @@ def scale(
             runs = [
                 Run(seed, lr, scale=factor)
                 for factor in config.setting(problem.name).scales
-                for seed in _seeds(config)
+                for seed in config.seed_range
             ]
             found[name] = run_row(
                 config, problem, name, evaluator, runs=runs, study="scale"
@@ -46,7 +42,7 @@ def alignment(
     lr = chosen_rate(rows["sgd:alternating"])
     found = {}
     for part in (1, 4):
-        runs = [Run(seed, lr / part) for seed in _seeds(config)]
+        runs = [Run(seed, lr / part) for seed in config.seed_range]
         for name in ALIGNED_ROWS:
             found[name, part] = run_row(
                 config,

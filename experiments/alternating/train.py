@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from jaxtyping import Array, Float, Int
 import mtljax
 from experiments.alternating.config import ROWS, SINGLE_TASK, Config, Row
 from experiments.alternating.problem import SHARES, Batch, Problem
+from experiments.common import runs as common
 from mtljax import training
 from mtljax.alternating import Cost, Groups, alternate
 
@@ -238,7 +238,7 @@ def runs_of(config: Config, problem: Problem, name: str) -> list[Run]:
     """The vmapped axis: seeds x learning rates, and tasks for the baseline."""
     setting = config.setting(problem.name)
     lrs = setting.lrs if row_of(name).optimizer == "adam" else setting.sgd_lrs
-    seeds = range(config.first_seed, config.first_seed + config.seeds)
+    seeds = config.seed_range
     tasks = range(problem.num_tasks) if name == SINGLE_TASK else (-1,)
     return [Run(seed, lr, task) for task in tasks for lr in lrs for seed in seeds]
 
@@ -251,15 +251,13 @@ def _first_models(problem: Problem) -> Callable[[Array], Any]:
 
 def initial_state(problem: Problem, program: Program, runs: Sequence[Run]):
     """The stacked states of all runs of a row, and their keys of data order."""
-    keys = jnp.stack([jax.random.key(run.seed) for run in runs])
-    init_keys, order_keys = training.split_run_key(keys)
-    model_keys, own_keys = jax.vmap(jax.random.split, out_axes=1)(init_keys)
-    params = _first_models(problem)(model_keys)
+    keys = common.keys_of(run.seed for run in runs)
+    params = _first_models(problem)(keys.model)
     columns = [
         jnp.array([getattr(r, f) for r in runs]) for f in ("lr", "task", "scale")
     ]
     start = jax.jit(jax.vmap(program.init))
-    return start(params, own_keys, *columns), order_keys
+    return start(params, keys.method, *columns), keys.order
 
 
 class Evaluator:
@@ -274,24 +272,6 @@ class Evaluator:
         if name == SINGLE_TASK:
             return lambda states: self._alone(states.params, states.task)
         return lambda states: self._all(states.params)
-
-
-class Interrupted(Exception):
-    """The run was told to stop; ``--resume`` goes on."""
-
-
-def _folder(config: Config, problem: Problem, name: str, study: str) -> pathlib.Path:
-    last = "-".join([name.replace(":", "-"), *([study] if study else [])])
-    return config.out / problem.name / "runs" / last
-
-
-def _finished(path: pathlib.Path, steps: int) -> list[dict[str, Any]]:
-    """Rows of a finished run; none of one that is not."""
-    if not (path / "metrics.jsonl").is_file():
-        return []
-    _, rows = training.read_jsonl(path)
-    done = any(row["kind"] == "eval" and row["step"] == steps for row in rows)
-    return rows if done else []
 
 
 def run_row(
@@ -309,45 +289,41 @@ def run_row(
     Returns:
       The rows of the whole run. With ``config.report_only`` what an earlier call wrote,
       or none if it did not come to its end.
-
-    Raises:
-      Interrupted: If it was told to stop.
     """
     setting = config.setting(problem.name)
-    folder = _folder(config, problem, name, study)
+    last = "-".join([name.replace(":", "-"), *([study] if study else [])])
+    folder = config.out / problem.folder / "runs" / last
     if config.report_only:
-        return _finished(folder, setting.steps * longer)
+        return common.finished(folder, setting.steps * longer)
     program = make_program(problem, name)
     runs = runs_of(config, problem, name) if runs is None else runs
     state, order_keys = initial_state(problem, program, runs)
     about = dataclasses.replace(setting, rows=(), scales=(), alignment=False)
-    result = training.fit(
-        state,
-        program.step,
-        problem.train,
-        num_steps=setting.steps * longer,
+    plan = common.Plan(
+        steps=setting.steps * longer,
         batch_size=setting.batch_size,
-        order_key=order_keys,
-        seeds=[run.label() for run in runs],
-        eval_fn=evaluator.of(name),
         eval_every=setting.eval_every * longer,
-        eval_at_start=bool(study),
         log_every=config.log_every * longer,
-        run_dir=folder,
-        resume="auto" if config.resume else False,
-        overwrite=config.overwrite,
-        config={
+        evaluate=evaluator.of(name),
+        labels=[run.label() for run in runs],
+        folder=folder,
+        about={
             "set": problem.name,
             "row": name,
             "setting": training.to_json(about),
             "probe_size": config.probe_size,
         },
-        loop_on="device",
         title=f"{problem.name} {name} {study}".strip(),
+        eval_at_start=bool(study),
     )
-    if result.interrupted:
-        raise Interrupted
-    return result.rows
+    return common.train(
+        config,
+        plan,
+        state=state,
+        step=program.step,
+        data=problem.train,
+        order=order_keys,
+    ).rows
 
 
 def make_train(config: Config, problem: Problem, name: str):

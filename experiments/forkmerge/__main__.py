@@ -5,58 +5,44 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from experiments.common import cli as common
 from experiments.forkmerge.config import LABELS, PRESETS, Config, check
-from mtljax.training.cli import run_cli
 
 
 def main(config: Config, command: str) -> None:
     """Trains everything, then writes and prints the comparison."""
-    # Here, so that --help and mistyped options answer at once.
-    from rich.console import Console
-
-    from experiments.forkmerge import report
-    from mtljax.training import tables
-
     check(config)
-    console = Console()
-    say = lambda text: console.print(text, highlight=False, soft_wrap=True)
-    say(
+    # Here, so that --help and mistyped options answer at once.
+    from experiments.common.report import Screen
+    from experiments.forkmerge import report
+
+    screen = Screen()
+    screen.say(
         f"{len(config.domains)} targets x {config.seeds} seeds, {config.steps} steps "
         f"each; writing to {config.out}"
     )
-    started = time.perf_counter()
-    rows = train_all(config, say)
+    rows = train_all(config, screen.say)
     kept = report.reported(rows)
     written = [
         report.write_rows(kept, config),
-        report.write_table(kept, config, command),
+        report.write_table(rows, kept, config, command),
     ]
     if config.plots:
-        written += report.write_plots(rows, kept, config)
+        from experiments.forkmerge import figures
+
+        written += figures.write(rows, kept, config)
     for part in ("table", "shared"):
-        if part not in config.parts:
-            continue
-        targets = report.targets_of(config, part)
-        shown = tables.rich_table(
-            report.make_table(kept, config, part),
-            report.columns_of(targets),
-            digits=report.digits_of(targets),
-            title=f"test score on the target, %, over {config.seeds} seeds",
-            exclude=[LABELS["stl"]],
-        )
-        # No number is cut off where the output is narrow, or a pipe.
-        wide = console.options.update(max_width=400)
-        console.width = max(console.width, console.measure(shown, options=wide).maximum)
-        console.print(shown)
+        if part in config.parts:
+            title = f"test score on the target, %, over {config.seeds} seeds"
+            table = report.make_report(kept, config, part)
+            screen.show(table, title, exclude=[LABELS["stl"]])
     if "pairs" in config.parts:
         for method, pairs in report.pair_gains(kept, config).items():
-            say(
+            screen.say(
                 f"{LABELS[method]}, one auxiliary at a time: {pairs.negative} pairs "
                 f"worse than STL, {pairs.significant(-1)} of them significantly"
             )
-    say(f"{time.perf_counter() - started:.0f} s. Written:")
-    for path in written:
-        say(f"  {path}")
+    screen.finish(written)
 
 
 def train_all(config: Config, say: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -72,6 +58,7 @@ def train_all(config: Config, say: Callable[[str], None]) -> list[dict[str, Any]
 
     def tune(part: str, method: str) -> float:
         tuned = report.tune(rows, part, method)
+        assert tuned is not None
         say(f"{LABELS[method]}: learning rate {tuned:g} of {config.lrs}")
         return tuned
 
@@ -111,13 +98,13 @@ def train_all(config: Config, say: Callable[[str], None]) -> list[dict[str, Any]
 
 
 def cli() -> None:
-    """Reads the command line; errors are one sentence, unless MTLJAX_TRACEBACK=1."""
-    run_cli(
+    """Reads the command line."""
+    common.run(
         main,
         PRESETS,
-        prog="python -m experiments.forkmerge",
-        description="ForkMerge and other ways to learn from auxiliary tasks, on digits "
-        "of five domains. Without a preset, `cpu` runs.",
+        "forkmerge",
+        "ForkMerge and other ways to learn from auxiliary tasks, on digits of five "
+        "domains.",
         default="cpu",
     )
 

@@ -2,8 +2,11 @@
 
 import dataclasses
 import pathlib
-from typing import Literal
+from typing import Annotated, Literal
 
+from experiments.common import config as common
+from experiments.common.config import Bounds, ConfigError, NotNegative, Rates, Widths
+from experiments.common.problem import check_data
 from mtljax.data import DIGIT_DOMAINS, DOMAINNET_DOMAINS
 
 Part = Literal["table", "pairs", "intervals", "shared"]
@@ -23,30 +26,23 @@ LABELS = {
 """Rows of the table, in its order."""
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be run; the message is for the user."""
-
-
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(common.Common):
     """Trains every method for every target domain and compares them on the target."""
 
-    data_dir: pathlib.Path | None = None
-    """Folder with mnist/, usps/, mnist_m/, optdigits/ and semeion/, or domainnet/."""
-    data: Literal["digits", "domainnet"] = "digits"
-    """Digits from five sources, or DomainNet as tensorflow-datasets prepares it."""
+    data: str = "digits"
+    """Digits from five sources, DomainNet as tensorflow-datasets prepares it, or
+    module:function of your own, a function of domain=."""
     parts: tuple[Part, ...] = ("table", "pairs", "intervals", "shared")
     """table: every method with all auxiliaries; pairs: EW and ForkMerge with one
     auxiliary at a time; intervals: ForkMerge at several Δt; shared: one input, three
     tasks (multidigits)."""
-    domains: tuple[str, ...] = DIGITS
+    domains: tuple[str, ...] = DIGIT_DOMAINS
     """Tasks. Each is the target of runs of its own, the others its auxiliaries."""
     methods: tuple[str, ...] = tuple(LABELS)
     """Rows of the table; stl always runs, as the reference."""
-    seeds: int = 5
+    seeds: Annotated[int, Bounds(1, 1000)] = 5
     """Runs of every method and target, all in one program."""
-    first_seed: int = 0
-    """Seeds are first_seed, first_seed + 1, ..."""
 
     train_size: int | None = 300
     """Training examples of a domain (few: auxiliaries can help), other ones for every
@@ -55,28 +51,32 @@ class Config:
     """Validation examples of a domain; with --held-out a half is searched on."""
     test_size: int = 1000
     """Test examples of a domain, at most."""
-    image_size: int = 12
+    image_size: Annotated[int, Bounds(1, 1024)] = 12
     """Side of the images, in pixels."""
     held_out: bool = False
     """Keep a half of the validation set out of the search, to show its optimism."""
 
     model: Literal["mlp", "lenet", "resnet18"] = "mlp"
     """Trunk that the domains share; each has a linear head of its own."""
-    hidden: tuple[int, ...] = (128, 64)
+    hidden: Widths = (128, 64)
     """Widths of the MLP's trunk."""
     steps: int = 600
     """Updates of every run (of every branch)."""
     interval: int = 150
     """Δt: steps between merges."""
-    intervals: tuple[int, ...] = (50, 300, 600)
+    intervals: Annotated[tuple[int, ...], common.COUNT._replace(once=True)] = (
+        50,
+        300,
+        600,
+    )
     """Other Δt, for the part of that name."""
     batch_size: int = 48
     """Examples per update, of one domain or of all together."""
-    lrs: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)
+    lrs: Rates = (0.01, 0.03, 0.1, 0.3)
     """First learning rates of SGD with Nesterov momentum 0.9; it decays as a cosine.
     STL and EW run at each and validation picks one for either: STL's serves all methods
     that train on one domain a step, EW's those that train on all in every step."""
-    weight_decay: float = 5e-4
+    weight_decay: NotNegative = 5e-4
     """Of all parameters."""
     share: bool = True
     """Auxiliary weights of a branch are divided by their number (released code)."""
@@ -84,7 +84,7 @@ class Config:
     """Branches of forkmerge_each after the first merge."""
     merge_source: Literal["last", "best_in_round", "best_ever"] = "last"
     """What is merged; see mtljax.forkmerge.ForkMerge."""
-    lambdas: tuple[float, ...] = (0.0625, 0.25, 1.0, 4.0)
+    lambdas: Rates = (0.0625, 0.25, 1.0, 4.0)
     """Auxiliary weights of the grid, which also shows transfer gain and discrepancy."""
     ol_aux_lr: float = 1e-4
     """β of OL-AUX."""
@@ -106,15 +106,6 @@ class Config:
     strategy: Literal["auto", "vmap", "map"] = "auto"
     """How branches, targets and seeds run: in one batch or in turn."""
     out: pathlib.Path = pathlib.Path("results/forkmerge")
-    """Rows, checkpoints, table and plots go here."""
-    resume: bool = False
-    """Go on where an interrupted run stopped; what is finished is not run again."""
-    overwrite: bool = False
-    """Delete an earlier run in --out first."""
-    plots: bool = True
-    """Write the PNGs."""
-    quick_compile: bool = False
-    """Compile without optimisation: starts sooner and runs slower."""
 
 
 PRESETS = {
@@ -149,7 +140,7 @@ PRESETS = {
         "Many hours on one GPU: DomainNet, a residual network, the paper's lengths.",
         Config(
             data="domainnet",
-            domains=DOMAINNET,
+            domains=DOMAINNET_DOMAINS,
             parts=("table", "pairs"),
             seeds=3,
             model="resnet18",
@@ -169,39 +160,21 @@ PRESETS = {
 }
 
 
-def check(config: Config) -> None:  # noqa: PLR0912 one branch a mistake
-    """Raises on what only shows later, before anything is written.
+def check(config: Config) -> None:
+    """Validates the configuration before anything is read.
 
     Raises:
       ConfigError: One sentence that names the field.
     """
-    known_parts = Part.__args__
-    for field, known in (
-        ("domains", DOMAINS[config.data]),
-        ("methods", tuple(LABELS)),
-        ("parts", known_parts),
-    ):
-        names = getattr(config, field)
-        for name in names:
-            if name not in known:
-                raise ConfigError(
-                    f"--{field}: there is no {name!r}; there are {', '.join(known)}."
-                )
-        if len(set(names)) != len(names):
-            raise ConfigError(f"--{field} names one twice: {', '.join(names)}.")
-    if not config.parts:
-        raise ConfigError(f"--parts is empty; there are {', '.join(known_parts)}.")
+    common.check_common(config)
+    check_data("data", (config.data,), tuple(DOMAINS))
+    known = DOMAINS.get(config.data, config.domains)
+    common.check_names("domains", config.domains, known)
+    common.check_names("methods", config.methods, LABELS)
+    common.check_names("parts", config.parts, Part.__args__)
+    common.check_some("parts", config.parts)
     if len(config.domains) < 2:
         raise ConfigError("--domains must name a target and an auxiliary at least.")
-    fields = ("seeds", "steps", "interval", "batch_size", "eval_every", "keep")
-    for field in (*fields, "save_every", "val_size", "test_size", "shared_train_size"):
-        if getattr(config, field) < 1:
-            raise ConfigError(
-                f"--{field.replace('_', '-')} must be positive, "
-                f"not {getattr(config, field)}."
-            )
-    if config.train_size is not None and config.train_size < 1:
-        raise ConfigError(f"--train-size must be positive, not {config.train_size}.")
     if config.held_out and config.val_size < 2:
         raise ConfigError(
             f"--held-out splits the validation set; --val-size {config.val_size} is "
@@ -217,11 +190,8 @@ def check(config: Config) -> None:  # noqa: PLR0912 one branch a mistake
             f"--batch-size {config.batch_size} is below the {len(config.domains)} "
             "domains that share a joint batch."
         )
-    for field in ("lambdas", "lrs", "intervals"):
-        values = getattr(config, field)
-        if not values or min(values) <= 0 or len(set(values)) != len(values):
-            raise ConfigError(
-                f"--{field} must be positive numbers, each once, not {values}."
-            )
-    if config.resume and config.overwrite:
-        raise ConfigError("--resume and --overwrite exclude each other.")
+    if config.model != "mlp" and config.image_size < 12:
+        raise ConfigError(
+            f"--model {config.model} needs --image-size 12 or more, not "
+            f"{config.image_size}."
+        )

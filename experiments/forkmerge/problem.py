@@ -13,9 +13,10 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from experiments.forkmerge.config import Config, ConfigError
+from experiments.common import problem as common
+from experiments.common.config import ConfigError
+from experiments.forkmerge.config import Config
 from mtljax import data, forkmerge, models
-from mtljax.data import domainnet
 
 Split = Mapping[str, Array]
 POOL = 4
@@ -127,30 +128,36 @@ def stack_splits(splits: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 def read(config: Config, domain: str) -> data.Dataset:
     """One domain."""
     options: dict[str, Any] = {
-        "data_dir": config.data_dir,
         "domain": domain,
         "size": config.image_size,
         "val_size": config.val_size,
     }
     if config.data == "digits":
-        return data.load("digit_domains", **options)
-    if config.train_size is None:
-        return domainnet(**options)
+        return common.load(config, "digit_domains", **options)
+    if config.data != "domainnet":
+        found = common.load(config, config.data, ("classification",), domain=domain)
+        if common.Scorer(found, found.tasks[0]).masked:
+            raise ConfigError(f"{domain} has missing labels; each example needs one.")
+        return found
     # Images are decoded one by one: no more of them than are drawn from.
+    size = None if config.train_size is None else POOL * config.train_size
     try:
-        return domainnet(**options, train_size=POOL * config.train_size)
+        return common.load(config, "domainnet", **options, train_size=size)
     except data.MissingDataError:
         raise
     except data.DataError:  # a small domain: all of it
-        return domainnet(**options)
+        return common.load(config, "domainnet", **options)
 
 
 def load(config: Config) -> tuple[dict[str, dict[str, np.ndarray]], int]:
     """Splits of all domains, and the number of classes."""
     sets = [read(config, domain) for domain in config.domains]
     task = sets[0].tasks[0]
+    kinds = {(s.tasks[0], s.input_shape, s.image_max) for s in sets}
+    if len(kinds) > 1:
+        raise ConfigError("--domains must have one task, image shape and image_max.")
     pool = None if config.train_size is None else POOL * config.train_size
-    limits = {"train": pool, "val": None, "test": config.test_size}
+    limits = {"train": pool, "val": config.val_size, "test": config.test_size}
     found = {}
     for part, limit in limits.items():
         splits = [getattr(s, part) for s in sets]
@@ -187,8 +194,10 @@ def make_problem(config: Config) -> Problem:
     """Loads the data and binds model and optimiser."""
     found, classes = load(config)
     splits = jax.tree.map(jnp.asarray, found)
-    options: dict[str, Any] = {"hidden": config.hidden} if config.model == "mlp" else {}
-    model = models.build(config.model, {"label": classes}, **options)
+    if config.model == "mlp":
+        model = models.build("mlp", {"label": classes}, hidden=config.hidden)
+    else:
+        model = models.build(config.model, {"label": classes})
     optimizer = make_optimizer(config)
     return Problem(splits, model, optimizer, len(config.domains), config.batch_size)
 

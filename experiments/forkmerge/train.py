@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from experiments.common.runs import prepare
 from experiments.forkmerge import shared
 from experiments.forkmerge.config import Config
 from experiments.forkmerge.problem import Evaluate, Problem, Split, training_rows
@@ -20,9 +20,11 @@ from mtljax import forkmerge, training
 from mtljax.training import records
 
 MAY_DIFFER = (
-    *("methods", "parts", "intervals", "data_dir", "out", "resume", "overwrite"),
-    *("plots", "quick_compile", "strategy", "save_every"),
+    *("methods", "parts", "intervals", "data_dir", "quick_compile", "strategy"),
+    "save_every",
 )
+BRANCHES = "branches.json"
+"""File with the branches that are kept after pruning."""
 TUNED = ("stl", "ew")
 """Run at every learning rate."""
 
@@ -188,10 +190,6 @@ def branch_weights(config: Config, method: str, tasks: int) -> Array:
     return jnp.ones((1, tasks))
 
 
-def seeds_of(config: Config) -> range:
-    return range(config.first_seed, config.first_seed + config.seeds)
-
-
 def learning_rates(
     config: Config, method: str, tuned: Mapping[str, float]
 ) -> tuple[float, ...]:
@@ -214,7 +212,7 @@ def runs_of(
     for target in names:
         others = [name for name in names if name != target]
         for aux in others if part == "pairs" else ("all",):
-            for seed in seeds_of(config):
+            for seed in config.seed_range:
                 for lr in learning_rates(config, method, tuned):
                     run = {
                         "part": part,
@@ -284,7 +282,7 @@ def make_job(
 
     orders = np.array([order(run) for run in runs], np.int32)
     sizes = np.asarray(problem.splits["train"]["size"])
-    sets = {s: training_rows(sizes, config.train_size, s) for s in seeds_of(config)}
+    sets = {s: training_rows(sizes, config.train_size, s) for s in config.seed_range}
     rows = jax.tree.map(lambda *x: np.stack(x), *(sets[run["seed"]] for run in runs))
     states = jax.jit(jax.vmap(problem.init))(keys_of(runs), orders, rows, lrs_of(runs))
     tasks = orders.shape[1]
@@ -398,9 +396,11 @@ class Run:
 
     def finish(self) -> list[dict[str, Any]]:
         """Trains what is left to train; the rows of all evaluations."""
-        if self.config.overwrite:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        with training.Checkpointer(self.folder) as self._saver:
+        prepare(self.config, [self.folder], extra=(BRANCHES,))
+        with (
+            training.lock_run(self.folder),
+            training.Checkpointer(self.folder / "checkpoints") as self._saver,
+        ):
             self._saver.clean()
             state = self._restored() if self._saver.steps() else jax.jit(self.fresh)()
             if self.job.merges:
@@ -416,7 +416,7 @@ class Run:
                 "--overwrite to start again."
             )
         step = self._saver.steps()[-1]
-        kept = self.folder / "branches.json"
+        kept = self.folder / BRANCHES
         if step > self.driver.interval and kept.exists():
             self.driver = self.driver.restrict(json.loads(kept.read_text()))
         target = jax.eval_shape(self.fresh)
@@ -470,7 +470,7 @@ class Run:
             kept = positions(before.branch_weights, self.driver.branch_weights)
             # No checkpoint may have been due yet.
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "branches.json").write_text(json.dumps(kept))
+            (self.folder / BRANCHES).write_text(json.dumps(kept))
         run(state, config.steps)
 
     def _record(self, states: Any, step: int, more: Mapping[str, Any]) -> None:

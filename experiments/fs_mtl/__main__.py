@@ -1,19 +1,17 @@
 """``python -m experiments.fs_mtl [smoke|cpu|lenet|paper] [--field value ...]``."""
 
-import pathlib
 import time
 from typing import Any, NamedTuple
 
+from experiments.common import cli as common
 from experiments.fs_mtl.config import (
     PRESETS,
     Config,
     Entry,
-    Set,
     check,
     entries,
     seed_groups,
 )
-from mtljax.training.cli import run_cli
 
 
 def say(text: str) -> None:
@@ -50,29 +48,17 @@ def make_benches(config: Config, splits: Any, wanted: set[int | None]):
     return {task: make(task) for task in wanted}
 
 
-def on_disk(config: Config, steps: int, folder: pathlib.Path):
-    """Rows and measurements of a finished run, or None."""
-    from experiments.fs_mtl import analysis
-    from mtljax import training
-
-    if not (folder / "metrics.jsonl").exists():
-        return None
-    rows = training.read_jsonl(folder)[1]
-    if max((row["step"] for row in rows), default=0) < steps:
-        return None
-    return rows, analysis.stored(config, folder)
-
-
 class Runner(NamedTuple):
     """Runs entries of one data set, or reads them."""
 
     config: Config
-    name: Set
+    name: str
     benches: dict[int | None, Bench]
     steps: int
 
     def __call__(self, entry: Entry):
-        """Rows and measurements of all seeds; None if unfinished or interrupted."""
+        """Rows and measurements of all seeds; None if they are not finished."""
+        from experiments.common import runs
         from experiments.fs_mtl import analysis, train
 
         config, bench = self.config, self.benches[entry.task]
@@ -81,10 +67,13 @@ class Runner(NamedTuple):
         for seeds in seed_groups(config):
             folder = entry.folder(config, self.name, seeds)
             if config.report_only:
-                found = on_disk(config, self.steps, folder)
-                if found is None:
+                found = runs.finished(folder, self.steps)
+                if not found:
                     return None
-                rows, measured = rows + found[0], measured + found[1]
+                rows, measured = (
+                    rows + found,
+                    measured + analysis.stored(config, folder),
+                )
                 continue
             if program is None:  # one compilation for all seeds
                 program = train.make_program(
@@ -92,8 +81,6 @@ class Runner(NamedTuple):
                 )
             place: dict[str, Any] = {"seeds": seeds, "folder": folder}
             result = train.run_entry(config, bench.problem, entry, program, **place)
-            if result.interrupted:
-                return None
             rows += result.rows
             measured += analysis.analyse(
                 config, entry, result.state, bench.instruments, **place
@@ -101,9 +88,10 @@ class Runner(NamedTuple):
         return rows, measured
 
 
-def run_set(config: Config, name: Set, command: str, clock: "Clock") -> bool:
-    """Trains, measures and reports one data set; False if it was interrupted."""
-    from experiments.fs_mtl import problem, report, train
+def run_set(config: Config, name: str, command: str, clock: "Clock") -> None:
+    """Trains, measures and reports one data set."""
+    from experiments.common.runs import prepare
+    from experiments.fs_mtl import analysis, problem, report, train
 
     splits = problem.load(config, name)
     names = tuple(task.name for task in splits.tasks)
@@ -113,6 +101,8 @@ def run_set(config: Config, name: Set, command: str, clock: "Clock") -> bool:
     )
     todo = entries(config)
     benches = make_benches(config, splits, {entry.task for entry in todo})
+    folders = [e.folder(config, name, s) for e in todo for s in seed_groups(config)]
+    prepare(config, folders, extra=(analysis.FILE,))
     epoch = train.steps_per_epoch(config, next(iter(benches.values())).problem)
     run = Runner(config, name, benches, config.epochs * epoch)
     runs = report.Runs(name, names, {}, {}, epoch)
@@ -120,9 +110,7 @@ def run_set(config: Config, name: Set, command: str, clock: "Clock") -> bool:
         clock.next(entry.label)
         found = run(entry)
         if found is None:
-            if config.report_only:
-                continue
-            return False
+            continue
         runs.rows[entry], measured = found
         if measured:
             runs.analysis[entry] = measured
@@ -130,7 +118,6 @@ def run_set(config: Config, name: Set, command: str, clock: "Clock") -> bool:
         mean = sum(row["test_score"] for row in best) / len(best)
         clock.done(f"{entry.label}: test accuracy {100 * mean:.2f}")
     publish(config, runs, command, splits.notes)
-    return True
 
 
 def publish(config: Config, runs: Any, command: str, notes: str) -> None:
@@ -169,27 +156,20 @@ class Clock:
 
 def main(config: Config, command: str) -> None:
     """All sets, one after the other."""
-    import shutil
-
     check(config)
-    if config.overwrite:
-        for name in config.sets:
-            shutil.rmtree(config.out / name / "runs", ignore_errors=True)
     clock = Clock(len(config.sets) * len(entries(config)))
     for name in config.sets:
-        if not run_set(config, name, command, clock):
-            say("Interrupted; the same command goes on.")
-            return
+        run_set(config, name, command, clock)
 
 
 def cli() -> None:
-    """Reads the command line; errors are one sentence, unless MTLJAX_TRACEBACK=1."""
-    run_cli(
+    """Reads the command line."""
+    common.run(
         main,
         PRESETS,
-        prog="python -m experiments.fs_mtl",
-        description="Sharpness-aware multi-task learning: balancers with and without "
-        "SAM, in every order of the two, beside controls without a balancer.",
+        "fs_mtl",
+        "Sharpness-aware multi-task learning: balancers with and without SAM, in every "
+        "order of the two, and controls without a balancer.",
     )
 
 

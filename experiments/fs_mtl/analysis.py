@@ -16,6 +16,7 @@ from experiments.fs_mtl.train import State
 from mtljax import metrics, sharpness, training
 from mtljax.metrics.robustness import weight_noise_robustness
 
+FILE = "analysis.json"
 SHOWN = ("linear-plain", "linear-split", "cagrad-plain", "cagrad-split")
 """Entries whose landscapes are drawn, if they were run: two pairs with and without."""
 
@@ -131,7 +132,7 @@ def options_of(config: Config) -> dict[str, Any]:
 
 def stored(config: Config, folder: pathlib.Path) -> list[dict[str, Any]]:
     """What is on file and was measured with the same options."""
-    path = folder / "analysis.json"
+    path = folder / FILE
     if not path.exists():
         return []
     found = json.loads(path.read_text(encoding="utf-8"))
@@ -148,7 +149,7 @@ def analyse(
     folder: pathlib.Path,
 ) -> list[dict[str, Any]]:
     """Measures the seeds of a finished run; what is on file is not done again."""
-    path = folder / "analysis.json"
+    path = folder / FILE
     about = {"options": options_of(config), "step": int(state.step[0])}
     if path.exists():
         stored = json.loads(path.read_text(encoding="utf-8"))

@@ -2,13 +2,23 @@
 
 import dataclasses
 import pathlib
-from typing import Literal, NamedTuple, TypeAlias
+import re
+from typing import Annotated, Literal, NamedTuple, TypeAlias
 
 import mtljax
+from experiments.common import config as common
+from experiments.common.config import (
+    HUGE,
+    Bounds,
+    ConfigError,
+    NotNegative,
+    Share,
+    Size,
+    Widths,
+)
+from experiments.common.problem import check_data
+from mtljax import data
 
-Set: TypeAlias = Literal[
-    "multidigits", "multi_mnist", "multi_fashion", "multi_fashion_mnist"
-]
 Variant: TypeAlias = Literal["plain", "split", "direct", "samo", "second", "each"]
 
 STL = "single_task"
@@ -20,29 +30,24 @@ CONTROLS = (STL, "linear", "random_loss_weighting")
 """What the gain of a balancer must be compared with: SAM without one."""
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be run; the message is for the user."""
-
-
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(common.Common):
     """Multi-task methods with and without SAM, by every way of joining the two."""
 
-    sets: tuple[Set, ...] = ("multi_mnist",)
-    """Data sets, one after the other. multidigits needs no files."""
-    data_dir: pathlib.Path | None = None
-    """Folder with mnist/ and fashion_mnist/ files."""
+    sets: tuple[str, ...] = ("multi_mnist",)
+    """Data sets, one after the other. multidigits needs no files. Any set with two
+    tasks of classes, NAME/SUBSET, or module:function of your own."""
     train_size: int | None = None
     """Training canvases; None is all, 110,000 of MNIST digits."""
     val_size: int | None = None
     """Validation canvases, from source images of their own; None is 10,000."""
     test_size: int | None = None
     """Test canvases; None is all, 20,000."""
-    data_seed: int = 0
+    data_seed: Size = 0
     """Seed of pairs and offsets: one data set for all runs."""
     shrink: int = 1
     """Images are averaged over squares of this side: 2 makes 36x36 into 18x18."""
-    ood: Set | None = None
+    ood: str | None = None
     """Set whose test images are strangers to the model, for the predictive entropy."""
 
     methods: tuple[str, ...] = BALANCERS
@@ -53,17 +58,13 @@ class Config:
     """Balancers also run in the other two orders of aggregation (Table 6)."""
     controls: tuple[str, ...] = CONTROLS
     """Single task and LS with and without SAM, RLW with SAM."""
-    seeds: int = 3
-    """Runs of everything."""
     together: bool = True
     """Seeds are trained side by side by vmap; else one after the other, which is
     faster where convolutions with a kernel for each seed are slow."""
-    first_seed: int = 0
-    """Seeds are first_seed, first_seed + 1, ..."""
 
     model: Literal["mlp", "lenet", "resnet18"] = "resnet18"
     """Trunk; every task has a linear head."""
-    hidden: tuple[int, ...] = (64,)
+    hidden: Widths = (64,)
     """Widths of the MLP's trunk."""
     kernels: tuple[int, int] = (9, 5)
     """Kernel sizes of LeNet."""
@@ -75,16 +76,16 @@ class Config:
     """Examples per update."""
     epochs: int = 200
     """Passes over the training canvases."""
-    cagrad_c: float = 0.4
+    cagrad_c: NotNegative = 0.4
     """c of CAGrad, in the paper's code for g and h alike."""
 
-    rho: float = 2.0
+    rho: NotNegative = 2.0
     """Radius of all variants with SAM; equal, so that they can be compared."""
     adaptive: bool = True
     """ASAM, on in the paper's code."""
     norm: Literal["separate", "joint"] = "joint"
     """One radius for trunk and head together, as in the paper's code for these sets."""
-    samo_alpha: float = 0.5
+    samo_alpha: Share = 0.5
     """Share of the mean gradient in SAMO's direction."""
     strategy: Literal["auto", "unrolled", "vmap", "map"] = "auto"
     """How the two tasks of a step run."""
@@ -97,13 +98,15 @@ class Config:
     """Training batches on which conflict is measured, always the same."""
     checkpoint_every: int = 20
     """Epochs between checkpoints, from which a killed run goes on."""
-    noise: tuple[float, ...] = tuple(float(x) for x in range(0, 1000, 50))
+    noise: Annotated[tuple[float, ...], Bounds(0, HUGE)] = tuple(
+        float(x) for x in range(0, 1000, 50)
+    )
     """Distances of random weight noise, over all parameters."""
     noise_draws: int = 10
     """Directions of it."""
-    radii: tuple[float, ...] = (0.01, 0.05)
+    radii: Annotated[tuple[float, ...], Bounds(0, HUGE)] = (0.01, 0.05)
     """Radii at which sharpness is measured, not adaptive, in evaluation mode."""
-    landscape: int = 21
+    landscape: Annotated[int, Bounds(0, 1000)] = 21
     """Points a side of the loss landscapes; 0 leaves them out."""
     landscape_span: float = 1.0
     """Half their width, relative to the length of every filter."""
@@ -111,13 +114,8 @@ class Config:
     """Test canvases for noise, sharpness and landscapes."""
 
     out: pathlib.Path = pathlib.Path("results/fs_mtl")
-    """Rows, checkpoints, tables and plots go here."""
-    overwrite: bool = False
-    """Delete earlier runs in --out first; by default they are gone on with."""
     report_only: bool = False
     """Train nothing: tables and plots of the runs that are finished."""
-    plots: bool = True
-    """Write the PNGs."""
 
 
 PRESETS = {
@@ -202,9 +200,14 @@ PRESETS = {
 }
 
 
+def set_folder(config: Config, name: str) -> pathlib.Path:
+    """Where the files of a data set go."""
+    return config.out / re.sub("[/:]", "-", name)
+
+
 def seed_groups(config: Config) -> list[list[int]]:
     """Seeds that are one run: all of them, or each alone."""
-    seeds = list(range(config.first_seed, config.first_seed + config.seeds))
+    seeds = list(config.seed_range)
     return [seeds] if config.together else [[seed] for seed in seeds]
 
 
@@ -221,9 +224,9 @@ class Entry(NamedTuple):
         task = "" if self.task is None else f"-{self.task + 1}"
         return f"{self.method}-{self.variant}{task}"
 
-    def folder(self, config: Config, name: Set, seeds: list[int]) -> pathlib.Path:
+    def folder(self, config: Config, name: str, seeds: list[int]) -> pathlib.Path:
         """Where a run of it on a data set is kept."""
-        path = config.out / name / "runs" / self.name
+        path = set_folder(config, name) / "runs" / self.name
         return path if config.together else path / f"seed_{seeds[0]}"
 
     @property
@@ -275,46 +278,17 @@ def entries(config: Config) -> list[Entry]:
 
 
 def check(config: Config) -> None:
-    """Raises on what only shows later, before anything is written.
+    """Validates the configuration before anything is read.
 
     Raises:
       ConfigError: One sentence that names the field.
     """
-    for name in (*config.methods, *config.ablations):
-        if name not in (*BALANCERS, NATIVE):
-            raise ConfigError(
-                f"--methods: {name!r} is not one of {', '.join((*BALANCERS, NATIVE))}."
-            )
-    for name in config.ablations:
-        if name not in config.methods:
-            raise ConfigError(f"--ablations: {name!r} is not one of --methods.")
-    for name in config.controls:
-        if name not in CONTROLS:
-            raise ConfigError(
-                f"--controls: {name!r} is not one of {', '.join(CONTROLS)}."
-            )
+    common.check_common(config)
+    common.check_names("methods", config.methods, (*BALANCERS, NATIVE))
+    common.check_names("ablations", config.ablations, config.methods)
+    common.check_names("controls", config.controls, CONTROLS)
+    ood = () if config.ood is None else (config.ood,)
+    check_data("sets", config.sets, data.available())
+    check_data("ood", ood, data.available())
     if not config.sets or not entries(config):
         raise ConfigError("Nothing to run: --sets, or --methods and --controls, empty.")
-    for field in (
-        "seeds",
-        "batch_size",
-        "epochs",
-        "shrink",
-        "eval_every",
-        "probe_every",
-        "probe_batches",
-        "checkpoint_every",
-        "noise_draws",
-        "analysis_size",
-    ):
-        if getattr(config, field) < 1:
-            raise ConfigError(
-                f"--{field.replace('_', '-')} must be positive, "
-                f"not {getattr(config, field)}."
-            )
-    if not config.lr > 0:
-        raise ConfigError(f"--lr must be positive, not {config.lr}.")
-    if not config.rho >= 0:
-        raise ConfigError(f"--rho must not be negative, not {config.rho}.")
-    if config.overwrite and config.report_only:
-        raise ConfigError("--overwrite and --report-only exclude each other.")

@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from experiments.fs_mtl import paper, report
-from experiments.fs_mtl.config import STL, Config, Entry
+from experiments.common import figures
+from experiments.common.figures import line
+from experiments.fs_mtl import paper
+from experiments.fs_mtl.config import STL, Config, Entry, set_folder
 from experiments.fs_mtl.report import Runs
 from mtljax.training import plots
 
@@ -30,19 +32,12 @@ def _look(entry: Entry) -> tuple[str, str]:
 
 
 def _panels(count: int, columns: int = 3):
-    from matplotlib.figure import Figure
-
     columns = min(columns, count)
-    rows = -(-count // columns)
-    figure = Figure(figsize=(3.4 * columns, 2.8 * rows + 0.4), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axis in axes[count:]:
+    figure, axes = figures.panels(-(-count // columns), columns, 3.2)
+    flat = list(axes.flat)
+    for axis in flat[count:]:
         axis.set_visible(False)
-    for axis in axes:
-        axis.grid(color="#E6E6E6", linewidth=0.8)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes[:count]
+    return figure, flat[:count]
 
 
 def _by_method(runs: Runs) -> dict[str, list[Entry]]:
@@ -85,13 +80,8 @@ def _curves(
                 continue
             steps, values = _series(runs.rows[entry], field)
             colour, dash = _look(entry)
-            x, mean = x_of(steps, entry), factor * values.mean(0)
-            axis.plot(x, mean, color=colour, linestyle=dash, label=entry.label)
-            if len(values) > 1:
-                sd = factor * values.std(0, ddof=1)
-                axis.fill_between(
-                    x, mean - sd, mean + sd, color=colour, alpha=0.12, linewidth=0
-                )
+            look = {"color": colour, "linestyle": dash}
+            line(axis, x_of(steps, entry), factor * values, look, label=entry.label)
         for variant, points in (reference or {}).items():
             axis.plot(
                 list(points), list(points.values()), color=FAMILY[variant][0],
@@ -137,27 +127,6 @@ def conflict(config: Config, runs: Runs, kind: str):
         reference=inside if same else None,
         limits=(-3, 145),  # room for the legend
     )  # fmt: skip
-
-
-def calibration(runs: Runs):
-    """ECE and Brier score of every line, with one standard deviation."""
-    groups = report.lines(runs)
-    figure, axes = _panels(2, columns=2)
-    figure.set_size_inches(9.0, 0.22 * len(groups) + 1.2)
-    for axis, metric in zip(axes, ("ece", "brier"), strict=True):
-        for at, (label, group) in enumerate(groups.items()):
-            each = [report.column(runs, group, metric, task) for task in (0, 1)]
-            values = np.mean(each, axis=0)
-            sd = values.std(ddof=1) if len(values) > 1 else 0.0
-            colour, _ = _look(group[0])
-            axis.barh(at, values.mean(), xerr=sd, color=colour, height=0.7)
-            del label
-        axis.set_yticks(range(len(groups)), list(groups), fontsize=7)
-        axis.invert_yaxis()
-        axis.set_xlabel(
-            {"ece": "expected calibration error", "brier": "Brier score"}[metric]
-        )
-    return figure
 
 
 def noise(config: Config, runs: Runs):
@@ -216,15 +185,10 @@ def write(config: Config, runs: Runs) -> list[pathlib.Path]:
     made: dict[str, Any] = {
         "accuracy_over_epochs": accuracy_over_epochs(runs),
         "accuracy_over_cost": accuracy_over_cost(runs),
-        "calibration": calibration(runs),
     }
-    for kind in ("inter_loss", "inter_flat", "intra"):
+    for kind in ("inter_loss", "inter_flat"):
         made[f"conflict_{kind}"] = conflict(config, runs, kind)
     if runs.analysis:
         made["noise"] = noise(config, runs)
         made["landscape"] = landscapes(config, runs)
-    return [
-        plots.save(figure, config.out / runs.name / f"{name}.png")
-        for name, figure in made.items()
-        if figure is not None
-    ]
+    return figures.save(made, set_folder(config, runs.name), config)

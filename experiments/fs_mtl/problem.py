@@ -9,11 +9,18 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
-from experiments.fs_mtl.config import Config, ConfigError, Set
+from experiments.common import problem as common
+from experiments.common.config import ConfigError
+from experiments.common.runs import LABELS, on_device
+from experiments.fs_mtl.config import Config
 from mtljax import data, metrics, models
 
+__all__ = ["LABELS", "Batch", "Problem", "Splits", "load", "make_problem", "scores"]
+
 Batch = Mapping[str, Array]
-LABELS = {"trunk": "shared", "heads": "own"}
+
+
+OVERLAYS = ("multidigits", "multi_mnist", "multi_fashion", "multi_fashion_mnist")
 
 
 class Splits(NamedTuple):
@@ -54,19 +61,21 @@ def shrink(images: np.ndarray, side: int) -> np.ndarray:
     return np.rint(blocks.mean((2, 4), dtype=np.float32)).astype(images.dtype)
 
 
-def load(config: Config, name: Set) -> Splits:
+def load(config: Config, name: str) -> Splits:
     """The re-creation of the set: two items of different classes, overlaid by max.
 
     See :func:`mtljax.data.multi_mnist` for the construction; the generator of the
     paper's files is not published.
     """
-    options: dict[str, Any] = {"seed": config.data_seed, "data_dir": config.data_dir}
-    sizes = {
-        f"{s}_size": getattr(config, f"{s}_size") for s in ("train", "val", "test")
-    }
-    options |= {key: size for key, size in sizes.items() if size is not None}
-    found = data.load(name, **options)
+    sizes = {f"{s}_size": getattr(config, f"{s}_size") for s in data.SPLITS}
+    seed = config.data_seed if name in OVERLAYS else None
+    found = common.load(config, name, seed=seed, **sizes)
     tasks = tuple(task for task in found.tasks if task.kind == "classification")
+    if len(tasks) != 2 or any(common.Scorer(found, task).masked for task in tasks):
+        raise ConfigError(
+            f"{name} has {len(tasks)} tasks of classes; two are needed, and no label "
+            "may be missing."
+        )
 
     def arrays(split):
         kept = {task.name: split[task.name] for task in tasks}
@@ -86,13 +95,9 @@ def make_problem(config: Config, splits: Splits, task: int | None = None) -> Pro
     """A model with a head for every task, or for one of them alone."""
     tasks = splits.tasks if task is None else (splits.tasks[task],)
     names = tuple(t.name for t in tasks)
-    options: dict[str, dict[str, Any]] = {
-        "mlp": {"hidden": config.hidden},
-        "lenet": {"kernels": config.kernels, "channels": config.channels},
-        "resnet18": {"stem": "imagenet"},
-    }
-    heads = {t.name: t.size for t in tasks}
-    model = models.build(config.model, heads, **options[config.model])
+    model = common.model_of(
+        config, {t.name: t.size for t in tasks}, splits.train["image"].shape[1:]
+    )
 
     def apply(params, batch_stats, images, *, train):
         images = data.to_float(images, splits.image_max)
@@ -116,10 +121,10 @@ def make_problem(config: Config, splits: Splits, task: int | None = None) -> Pro
     def logits(params, batch_stats, images):
         return apply(params, batch_stats, images, train=False)[0]
 
-    def on_device(split):
-        return {k: jnp.asarray(split[k]) for k in ("image", *names)}
+    def taken(split):
+        return on_device({k: split[k] for k in ("image", *names)})
 
-    train = on_device(splits.train)
+    train = taken(splits.train)
     example = data.to_float(train["image"][:1], splits.image_max)
     return Problem(
         names,
@@ -128,8 +133,8 @@ def make_problem(config: Config, splits: Splits, task: int | None = None) -> Pro
         losses,
         logits,
         train,
-        on_device(splits.val),
-        on_device(splits.test),
+        taken(splits.val),
+        taken(splits.test),
     )
 
 

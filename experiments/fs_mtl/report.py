@@ -1,6 +1,5 @@
 """From rows to tables and answers; no training code, no plots."""
 
-import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -8,10 +7,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.common import report as common
+from experiments.common.report import Report, markdown, pm
+from experiments.common.selection import select
 from experiments.fs_mtl import paper
-from experiments.fs_mtl.config import BALANCERS, NATIVE, STL, Config, Entry, entries
-from mtljax import training
-from mtljax.training import tables
+from experiments.fs_mtl.config import (
+    BALANCERS,
+    NATIVE,
+    STL,
+    Config,
+    Entry,
+    entries,
+    set_folder,
+)
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -28,18 +36,15 @@ class Runs(NamedTuple):
 
 def chosen(rows: Rows) -> list[dict[str, Any]]:
     """The row of every seed at the epoch that validation picks."""
-    found = tables.rows_at_best(rows, "val_score", "max")
-    return sorted(found, key=lambda row: row["seed"])
+    return select(rows).rows
 
 
-def last(rows: Rows) -> list[Mapping[str, Any]]:
+def last(rows: Rows) -> list[dict[str, Any]]:
     """The last evaluation of every seed."""
-    evals = [row for row in rows if row.get("kind") == "eval"]
-    final = {row["seed"]: row for row in sorted(evals, key=lambda row: row["step"])}
-    return [final[seed] for seed in sorted(final)]
+    return select(rows).last
 
 
-def probes(rows: Rows) -> list[Mapping[str, Any]]:
+def probes(rows: Rows) -> list[dict[str, Any]]:
     """The last measurement of conflict of every seed."""
     return last([row for row in rows if "probe_inter_loss" in row])
 
@@ -121,44 +126,37 @@ def main_table(runs: Runs) -> str:
     columns: dict[str, Any] = dict.fromkeys(runs.tasks, "max") | COLUMNS
     columns |= dict.fromkeys(NEUTRAL, "")
     digits = dict.fromkeys(columns, 2) | DIGITS
-    return tables.markdown_table(
-        table_rows(runs), columns, digits=digits, exclude=["STL", "F-STL"]
-    )
-
-
-def _pm(values: Any, digits: int = 2) -> str:
-    return tables.format_cell(tables.summarise(values), digits)
+    report = Report(columns, table_rows(runs), digits)
+    return report.markdown(exclude=["STL", "F-STL"])
 
 
 def beside_paper(runs: Runs) -> str:
     """Markdown: our averages and gains beside the published ones (Tables 1 and 6)."""
     groups = lines(runs)
-    body = ["| line | ours, average | ours, F - X | paper, average | paper, F - X |"]
-    body.append("|:--|--:|--:|--:|--:|")
+    head = ["line", "ours, average", "ours, F - X", "paper, average", "paper, F - X"]
+    body = []
     for label, group in groups.items():
         ours = accuracy(runs, group)
         base = label.removeprefix("F-").removeprefix("direct ").removeprefix("SAMO-")
         base = base.removeprefix("second-aggre ").removeprefix("each-aggre ")
         gain = theirs = "-"
         if base != label and base in groups:
-            gain = _pm(ours - accuracy(runs, groups[base]))
+            gain = pm(ours - accuracy(runs, groups[base]))
         cell, plain = (paper.published(runs.name, x) for x in (label, base))
         if base != label and cell and plain:
             theirs = f"{cell.average - plain.average:+.2f}"
         shown = "-" if cell is None else f"{cell.average:.2f}"
         if cell is not None and cell.sd is not None:
             shown += f" ± {cell.sd:.2f}"
-        body.append(f"| {label} | {_pm(ours)} | {gain} | {shown} | {theirs} |")
-    return "\n".join(body)
+        body.append([label, pm(ours), gain, shown, theirs])
+    return markdown(head, body)
 
 
 def table_5() -> str:
     """Markdown: the paper's direct against split; ours is in the cautions below."""
-    body = ["| MGDA, Cityscapes | mIoU | pixel acc | abs err | rel err | Δm |"]
-    body.append("|:--|--:|--:|--:|--:|--:|")
-    for name, values in paper.TABLE_5.items():
-        body.append(f"| {name} | " + " | ".join(f"{v:g}" for v in values) + " |")
-    return "\n".join(body)
+    head = ["MGDA, Cityscapes", "mIoU", "pixel acc", "abs err", "rel err", "Δm"]
+    found = paper.TABLE_5.items()
+    return markdown(head, [[name, *(f"{v:g}" for v in row)] for name, row in found])
 
 
 def _pairs(runs: Runs, one: str, two: str) -> np.ndarray | None:
@@ -176,11 +174,9 @@ def _labels(config: Config) -> list[str]:
 
 def caution_1(config: Config, runs: Runs) -> str:
     """Does the split matter at equal radius, norm and adaptivity?"""
-    body = [
-        "| balancer | split - direct | direct - plain | split - plain "
-        "| paper's split - direct |"
-    ]
-    body.append("|:--|--:|--:|--:|--:|")
+    head = ["balancer", "split - direct", "direct - plain", "split - plain"]
+    head.append("paper's split - direct")
+    body = []
     means = []
     for base in _labels(config):
         cells = []
@@ -190,7 +186,7 @@ def caution_1(config: Config, runs: Runs) -> str:
             (f"F-{base}", base),
         ):
             found = _pairs(runs, one, two)
-            cells.append("-" if found is None else _pm(found))
+            cells.append("-" if found is None else pm(found))
         found = _pairs(runs, f"F-{base}", f"direct {base}")
         if found is not None and base != Entry(NATIVE, "plain").label:
             means.append(found)
@@ -200,13 +196,13 @@ def caution_1(config: Config, runs: Runs) -> str:
         cells.append(
             f"{split.average - direct.average:+.2f}" if split and direct else "-"
         )
-        body.append(f"| {base} | " + " | ".join(cells) + " |")
-    text = "\n".join(body)
+        body.append([base, *cells])
+    text = markdown(head, body)
     if means:
         everything = np.concatenate(means)
         text += (
             "\n\nOver the balancers of degree 0 or 1, and seeds: split - direct = "
-            f"{_pm(everything)} points (n = {len(everything)}; "
+            f"{pm(everything)} points (n = {len(everything)}; "
             f"{(everything > 0).sum()} positive)."
         )
     return text
@@ -214,15 +210,15 @@ def caution_1(config: Config, runs: Runs) -> str:
 
 def caution_2(config: Config, runs: Runs) -> str:
     """How much of the gain needs a balancer?"""
-    body = ["| comparison | points of accuracy |", "|:--|--:|"]
+    body = []
     wanted = [("F-STL", "STL"), ("F-LS", "LS"), ("RLW+SAM", "LS"), ("RLW+SAM", "F-LS")]
     for base in _labels(config):
         wanted += [(f"F-{base}", base), (f"F-{base}", "F-LS"), (base, "LS")]
     for one, two in wanted:
         found = _pairs(runs, one, two)
         if found is not None:
-            body.append(f"| {one} - {two} | {_pm(found)} |")
-    return "\n".join(body)
+            body.append([f"{one} - {two}", pm(found)])
+    return markdown(["comparison", "points of accuracy"], body)
 
 
 def conflict_table(runs: Runs) -> str:
@@ -237,8 +233,7 @@ def conflict_table(runs: Runs) -> str:
     )
     if not epochs:
         return ""
-    head = " | ".join(f"epoch {e}" for e in epochs)
-    body = [f"| <g₁, g₂> < 0, % of batches | {head} |", "|:--|" + "--:|" * len(epochs)]
+    body = []
     for entry, rows in runs.rows.items():
         cells = []
         for epoch in epochs:
@@ -248,10 +243,11 @@ def conflict_table(runs: Runs) -> str:
                 if "probe_inter_loss" in row
                 and row["step"] // runs.steps_per_epoch == epoch
             ]
-            cells.append(_pm(values, 0) if values else "-")
+            cells.append(pm(values, 0) if values else "-")
         if entry.method != STL:
-            body.append(f"| {entry.label} | " + " | ".join(cells) + " |")
-    return "\n".join(body)
+            body.append([entry.label, *cells])
+    head = ["<g₁, g₂> < 0, % of batches", *(f"epoch {e}" for e in epochs)]
+    return markdown(head, body)
 
 
 def analysis_table(config: Config, runs: Runs) -> str:
@@ -262,28 +258,26 @@ def analysis_table(config: Config, runs: Runs) -> str:
     titles += [f"acc. at noise {n:g}" for n in config.noise]
     if config.ood is not None:
         titles.append(f"entropy on {config.ood}")
-    body = ["| line | " + " | ".join(titles) + " |", "|:--|" + "--:|" * len(titles)]
+    body = []
     for entry, rows in runs.analysis.items():
         if entry.method == STL:
             continue
         cells = [
-            _pm([np.mean(row["gaps"][r]) for row in rows], 4)
+            pm([np.mean(row["gaps"][r]) for row in rows], 4)
             for r in range(len(config.radii))
         ]
         cells += [
-            _pm([100 * np.mean(row["noise"][n]) for row in rows], 1)
+            pm([100 * np.mean(row["noise"][n]) for row in rows], 1)
             for n in range(len(config.noise))
         ]
         if config.ood is not None:
-            cells.append(_pm([row["ood_entropy"] for row in rows], 3))
-        body.append(f"| {entry.label} | " + " | ".join(cells) + " |")
-    return "\n".join(body)
+            cells.append(pm([row["ood_entropy"] for row in rows], 3))
+        body.append([entry.label, *cells])
+    return markdown(["line", *titles], body)
 
 
 def write(config: Config, runs: Runs, command: str, notes: str) -> pathlib.Path:
     """``<set>/table.md`` with everything in words and numbers."""
-    about = training.environment()
-    about = {**about.pop("versions"), **about}
     missing = [e.label for e in entries(config) if e not in runs.rows]
     ball = "adaptive" if config.adaptive else "not adaptive"
     parts = [
@@ -319,39 +313,29 @@ def write(config: Config, runs: Runs, command: str, notes: str) -> pathlib.Path:
         f"F- {paper.CONFLICT['split']} (epoch: percent).",
         "## Flatness of the final weights",
         analysis_table(config, runs),
-        "\n".join(
-            (
-                "| " + " | ".join(about) + " |",
-                "|" + ":--|" * len(about),
-                "| " + " | ".join(str(v) for v in about.values()) + " |",
-            )
-        ),
     ]
-    path = config.out / runs.name / "table.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
-    return path
+    return common.write_table(set_folder(config, runs.name) / "table.md", parts)
+
+
+def result_lines(runs: Runs) -> list[dict[str, Any]]:
+    """A line per entry and seed."""
+    lines = []
+    for entry, rows in runs.rows.items():
+        measured = {row["seed"]: row for row in runs.analysis.get(entry, ())}
+        about = {"set": runs.name, "entry": entry.name, "label": entry.label}
+        for row in chosen(rows):
+            extra = dict(measured.get(row["seed"], {}))
+            for field in ("entry", "seed", "step", "landscape"):
+                extra.pop(field, None)
+            cost = {"backward_passes": entry.backward_passes}
+            lines.append(about | row | extra | cost)
+    return lines
 
 
 def write_rows(config: Config, runs: Runs) -> pathlib.Path:
-    """``<set>/results.jsonl``: a line per entry and seed, with the configuration."""
-    path = config.out / runs.name / "results.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    settings = training.to_json(config)
-    for place in ("data_dir", "out"):
-        settings.pop(place)
-    about = {"config": settings, **training.environment()}
-    with path.open("w", encoding="utf-8") as file:
-        for entry, rows in runs.rows.items():
-            measured = {row["seed"]: row for row in runs.analysis.get(entry, ())}
-            for row in chosen(rows):
-                extra = dict(measured.get(row["seed"], {}))
-                for field in ("entry", "seed", "step", "landscape"):
-                    extra.pop(field, None)
-                line = {"set": runs.name, "entry": entry.name, "label": entry.label}
-                line |= {**row, **extra, "backward_passes": entry.backward_passes}
-                file.write(json.dumps(training.to_json(line | about)) + "\n")
-    return path
+    """``<set>/results.jsonl``: a line per entry and seed."""
+    path = set_folder(config, runs.name) / "results.jsonl"
+    return common.write_rows(path, config, result_lines(runs))
 
 
 def summary(runs: Runs) -> list[str]:
@@ -359,4 +343,4 @@ def summary(runs: Runs) -> list[str]:
     found = {label: accuracy(runs, group) for label, group in lines(runs).items()}
     order = sorted(found, key=lambda label: -math.fsum(found[label]))
     width = max(map(len, found), default=0)
-    return [f"{label:<{width}}  {_pm(found[label])}" for label in order]
+    return [f"{label:<{width}}  {pm(found[label])}" for label in order]

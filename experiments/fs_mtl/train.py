@@ -10,13 +10,15 @@ import optax
 from jaxtyping import Array, Int
 
 import mtljax
-from experiments.fs_mtl.config import NATIVE, STL, Config, ConfigError, Entry
+from experiments.common import runs as common
+from experiments.common.config import check_batch
+from experiments.fs_mtl.config import NATIVE, STL, Config, Entry
 from experiments.fs_mtl.problem import LABELS, Batch, Problem, scores
 from mtljax import sharpness, training
 
 MAY_DIFFER = (
-    "sets", "methods", "variants", "ablations", "controls", "epochs", "data_dir",
-    "plots", "report_only", "ood", "seeds", "first_seed", "noise", "noise_draws",
+    "sets", "methods", "variants", "ablations", "controls", "epochs", "report_only",
+    "ood", "seeds", "first_seed", "noise", "noise_draws",
     "radii", "landscape", "landscape_span", "analysis_size", "checkpoint_every",
 )  # fmt: skip
 """Fields that a run may be gone on with: they do not change its numbers."""
@@ -170,18 +172,13 @@ def initial_state(program: Program, seeds: list[int]) -> tuple[State, Array]:
     """
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
     init_keys, order_keys = training.split_run_key(keys)
-    states = [program.init(key) for key in init_keys]
-    return jax.tree.map(lambda *x: jnp.stack(x), *states), order_keys
+    return common.stack([program.init(key) for key in init_keys]), order_keys
 
 
 def steps_per_epoch(config: Config, problem: Problem) -> int:
     """Whole batches in the training canvases."""
     size = len(problem.train["image"])
-    if size < config.batch_size:
-        raise ConfigError(
-            f"--batch-size {config.batch_size} is more than the {size} training "
-            "canvases."
-        )
+    check_batch("batch_size", config.batch_size, size)
     return size // config.batch_size
 
 
@@ -197,24 +194,25 @@ def run_entry(
     """Trains an entry, or goes on where it stopped; a finished one is only read."""
     state, order_keys = initial_state(program, seeds)
     epoch = steps_per_epoch(config, problem)
-    return training.fit(
-        state,
-        program.step,
-        problem.train,
-        num_steps=config.epochs * epoch,
+    plan = common.Plan(
+        steps=config.epochs * epoch,
         batch_size=config.batch_size,
-        order_key=order_keys,
-        seeds=seeds,
-        task_names=list(problem.names),
-        eval_fn=program.evaluate,
         eval_every=config.eval_every * epoch,
         log_every=epoch,
-        checkpoint_every=config.checkpoint_every * epoch,
-        keep_last=1,
-        run_dir=folder,
-        resume="auto",
-        overwrite=False,
-        config=config,
-        may_differ=MAY_DIFFER,
+        evaluate=program.evaluate,
+        labels=seeds,
+        folder=folder,
+        about=config,
         title=entry.label,
+        task_names=problem.names,
+        may_differ=MAY_DIFFER,
+        checkpoint_every=config.checkpoint_every * epoch,
+    )
+    return common.train(
+        config,
+        plan,
+        state=state,
+        step=program.step,
+        data=problem.train,
+        order=order_keys,
     )

@@ -2,7 +2,12 @@
 
 import dataclasses
 import pathlib
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
+
+from experiments.common import config as common
+from experiments.common.config import Bounds, Share, Size, Widths
+from experiments.common.problem import check_data
+from mtljax import data
 
 SINGLE_TASK = "single_task"
 
@@ -60,19 +65,15 @@ TABLE_3 = ("linear", "scale_invariant", "igb_v1", *ABLATIONS, "igb_v2")
 """Rows of the figure of ablations."""
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be run; the message is for the user."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Agent:
     """The phases of IGB as shares of a run, and the agent of IGBv2."""
 
-    window: tuple[float, float] = (1 / 500, 2 / 500)
+    window: Annotated[tuple[float, float], Bounds(0, 1)] = (1 / 500, 2 / 500)
     """Share of the steps whose losses are L_base: the paper's is epoch 2 of 500."""
-    train_from: float = 3 / 500
+    train_from: Share = 3 / 500
     """Share of the steps after which the agent is trained."""
-    use_from: float = 5 / 500
+    use_from: Share = 5 / 500
     """Share of the steps after which the agent is used."""
     capacity: int = 10_000
     """Transitions in the buffer."""
@@ -82,7 +83,7 @@ class Agent:
     """Its updates per training with an empty buffer."""
     batch_size: int = 128
     """Transitions per update with an empty buffer."""
-    hidden: tuple[int, ...] = (128, 128)
+    hidden: Widths = (128, 128)
     """Widths of actor and critics."""
     lr: float = 3e-4
     """Of actor, critics and temperature."""
@@ -104,7 +105,7 @@ class Training:
     """Examples per update."""
     lr: float = 1e-3
     """Of Adam in the beginning; halved at every fifth of the run."""
-    hidden: tuple[int, ...] = (64, 64)
+    hidden: Widths = (64, 64)
     """Widths of the trunk for tables."""
     width: int = 64
     """State of an atom, for molecules."""
@@ -120,26 +121,21 @@ class Training:
     """Steps between evaluations; validation picks the one that is reported."""
     log_every: int = 10
     """Steps between rows of training losses and weights."""
-    time_steps: int = 100
+    time_steps: Size = 100
     """Steps of one timing round, of three; 0 leaves the timing out."""
     agent: Agent = Agent()
     """Phases and agent of IGB."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(common.Common):
     """Trains single-task baselines and multi-task methods and compares them."""
 
     data: tuple[str, ...] = ("qm9_subset", "mulan_mtr/wq")
-    """qm9_subset, qm9, or mulan_mtr/NAME; one table each."""
-    data_dir: pathlib.Path | None = None
-    """Folder that holds qm9_subset/, qm9/, mulan_mtr/."""
+    """One table each: qm9_subset, qm9, mulan_mtr/NAME, or any set with numbers as
+    targets, also module:function of your own."""
     source: Literal["files", "tfds"] = "files"
     """Where qm9 comes from."""
-    seeds: int = 3
-    """Runs of every method, trained together by vmap."""
-    first_seed: int = 0
-    """Seeds are first_seed, first_seed + 1, ..."""
     heads: Literal["algorithm3", "code"] = "algorithm3"
     """Heads descend their weighted loss, or, for MGDA, IMTL-G and Nash-MTL, that times
     the weight of the gradient balancer as well (the authors' code)."""
@@ -149,19 +145,15 @@ class Config:
     """On tables."""
 
     out: pathlib.Path = pathlib.Path("results/igb")
-    """Rows, checkpoints, tables and plots go here."""
-    resume: bool = False
-    """Go on where an interrupted run stopped; what is finished is not run again."""
-    overwrite: bool = False
-    """Delete an earlier run in --out first."""
-    tensorboard: bool = False
-    """Write TensorBoard files as well (needs mtljax[tensorboard])."""
-    plots: bool = True
-    """Write the PNGs."""
 
     def training_of(self, data: str) -> Training:
         """Settings of a data set."""
-        return self.table if data.startswith("mulan_mtr") else self.graph
+        return self.graph if is_graph(data) else self.table
+
+
+def is_graph(data: str) -> bool:
+    """Whether a set has molecules."""
+    return data in ("qm9", "qm9_subset")
 
 
 EVERY_ROW = (*ALONE, *COMPOSED, *ABLATIONS)
@@ -261,34 +253,23 @@ PRESETS = {
 
 
 def check(config: Config) -> None:
-    """Raises on what only shows later, before anything is written.
+    """Validates the configuration before anything is read.
 
     Raises:
       ConfigError: One sentence that names the field.
     """
-    if not config.data:
-        raise ConfigError("--data is empty; name at least one data set.")
-    if config.seeds < 1:
-        raise ConfigError(f"--seeds must be positive, not {config.seeds}.")
-    if config.resume and config.overwrite:
-        raise ConfigError("--resume and --overwrite exclude each other.")
-    for data in config.data:
-        kind = "table" if data.startswith("mulan_mtr") else "graph"
-        if data not in ("qm9", "qm9_subset") and not data.startswith("mulan_mtr/"):
-            raise ConfigError(
-                f"--data {data!r} is not one of qm9_subset, qm9, mulan_mtr/NAME."
+    common.check_common(config)
+    common.check_some("data", config.data)
+    check_data("data", config.data, data.available())
+    for name in config.data:
+        kind = "graph" if is_graph(name) else "table"
+        settings = config.training_of(name)
+        common.check_some(f"{kind}.methods", settings.methods)
+        common.check_names(f"{kind}.methods", settings.methods, ROWS)
+        agent = settings.agent
+        times = (*agent.window, agent.train_from, agent.use_from)
+        if agent.window[0] >= agent.window[1] or sorted(times) != list(times):
+            raise common.ConfigError(
+                f"--{kind}.agent.window, .train-from and .use-from must follow one "
+                f"another, not {times}."
             )
-        settings = config.training_of(data)
-        if not settings.methods:
-            raise ConfigError(f"--{kind}.methods is empty; name at least one method.")
-        for name in settings.methods:
-            if name not in ROWS:
-                raise ConfigError(
-                    f"--{kind}.methods: there is no row {name!r}; the rows are "
-                    f"{', '.join(ROWS)}."
-                )
-        for field in ("steps", "batch_size", "eval_every", "log_every", "lr"):
-            value = getattr(settings, field)
-            if not value > 0:
-                name = f"--{kind}.{field.replace('_', '-')}"
-                raise ConfigError(f"{name} must be positive, not {value}.")

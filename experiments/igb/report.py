@@ -1,16 +1,18 @@
 """From rows to the tables and the plots; no training code."""
 
-import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
+from experiments.common import figures
+from experiments.common import report as common
+from experiments.common.report import Report
+from experiments.common.selection import select, select_each
 from experiments.igb import train
-from experiments.igb.config import ROWS, SINGLE_TASK, TABLE_3, Config
-from mtljax import metrics, training
+from experiments.igb.config import ROWS, SINGLE_TASK, TABLE_3, Config, is_graph
+from mtljax import metrics
 from mtljax.training import plots, tables
 
 Rows = Sequence[Mapping[str, Any]]
@@ -23,14 +25,6 @@ DM_METRICS, DM_TASKS, RANK, TIME = (
 )  # fmt: skip
 
 
-class Report(NamedTuple):
-    """What is printed and written."""
-
-    columns: dict[str, Literal["min", "max", ""]]
-    rows: dict[str, dict[str, Any]]  # label -> column -> values over seeds
-    digits: dict[str, int]
-
-
 def label_of(method: str) -> str:
     """The name that tables print."""
     return "single task" if method == SINGLE_TASK else ROWS[method].label
@@ -38,13 +32,13 @@ def label_of(method: str) -> str:
 
 def factors(names: Sequence[str], data: str) -> np.ndarray:
     """What the errors are multiplied by in the table."""
-    molecules = not data.startswith("mulan_mtr")
+    molecules = is_graph(data)
     return np.array([1e3 if molecules and n in MILLI else 1.0 for n in names])
 
 
 def baseline(rows: Rows, names: Sequence[str]) -> dict[str, np.ndarray]:
     """Mean over seeds of the single-task errors, each at its best validation step."""
-    best = tables.rows_at_best(rows, "val_score", by=("seed", "task"))
+    best = select_each(rows, maximise=False)
     found = {}
     for part in ("val_mae", "test_mae"):
         each = [
@@ -62,8 +56,7 @@ def chosen_rows(rows: Rows, single: Mapping[str, np.ndarray]) -> list[dict[str, 
         if row.get("kind") == "eval":
             change = np.array(row["val_mae"]) / single["val_mae"] - 1
             scored.append({**row, "val_delta": 100 * float(change.mean())})
-    best = tables.rows_at_best(scored, "val_delta", by=("seed",))
-    return sorted(best, key=lambda row: row["seed"])
+    return select(scored, "val_delta", maximise=False).rows
 
 
 def make_report(
@@ -110,7 +103,7 @@ def groups_of(names: Sequence[str], data: str) -> list[int]:
     One metric per target makes the two conventions equal; on molecules the four
     atomisation energies, which differ by less than their errors, count as one task.
     """
-    if data.startswith("mulan_mtr"):
+    if not is_graph(data):
         return list(range(len(names)))
     energies = ("u0", "u", "h", "g")
     kinds = ["energy" if name in energies else name for name in names]
@@ -118,70 +111,44 @@ def groups_of(names: Sequence[str], data: str) -> list[int]:
     return [order.index(kind) for kind in kinds]
 
 
-def write_table(
-    report: Report, config: Config, data: str, command: str
-) -> pathlib.Path:
-    """``table.md``: the command, the versions, the table."""
-    text = tables.markdown_table(
-        report.rows, report.columns, digits=report.digits, exclude=["single task"]
-    )
-    about = training.environment()
-    about = {**about.pop("versions"), **about}
-    settings = config.training_of(data)
-    lines = [
-        f"# {data}: {len(report.rows)} rows, {config.seeds} seeds, "
-        f"{settings.steps} steps",
-        "",
+def write(  # noqa: PLR0917
+    rows: Mapping[str, Rows],
+    table: Report,
+    times: Times,
+    config: Config,
+    problem: train.Problem,
+    command: str,
+) -> list[pathlib.Path]:
+    """``results.jsonl``, ``table.md`` and the figures of a data set."""
+    folder, names = train.folder(config, problem.name), problem.names
+    parts = [
+        f"# {problem.name}: {len(table.rows)} rows, {config.seeds} seeds, "
+        f"{problem.settings.steps} steps",
         f"`{command}`",
-        "",
-        text,
-        "",
+        table.markdown(exclude=["single task"]),
         "Mean absolute errors on the test split in the targets' units (energies of "
         "molecules in meV), mean ± standard deviation over seeds, at the step with the "
         "best Δm on validation. Δm is the mean relative change of the errors against "
         "single-task networks (mean over seeds), in percent, lower is better: over all "
         "metrics, and over tasks, where the four atomisation energies count as one. "
         "Mean rank is among the multi-task rows. Bold is the best of these. Step time "
-        "is that of all seeds together, measured in turn with EW's, after training.",
-        "",
-        "| " + " | ".join(about) + " |",
-        "|" + ":--|" * len(about),
-        "| " + " | ".join(str(v) for v in about.values()) + " |",
-        "",
+        "is that of all seeds together, measured alternately with EW's, after "
+        "training.",
     ]
-    path = train.folder(config, data) / "table.md"
-    path.write_text("\n".join(lines), encoding="utf-8")
-    return path
-
-
-def write_rows(
-    rows: Mapping[str, Rows],
-    names: Sequence[str],
-    times: Times,
-    *,
-    config: Config,
-    data: str,
-) -> pathlib.Path:
-    """``results.jsonl``: a line per row and seed, with the whole configuration."""
-    path = train.folder(config, data) / "results.jsonl"
     single = baseline(rows[SINGLE_TASK], names)
-    # Where the data lie is nobody's business.
-    shared = dataclasses.replace(config, data_dir=None)
-    about = {"config": training.to_json(shared), **training.environment()}
-    best = {
-        method: tables.rows_at_best(found, "val_score", by=("seed", "task"))
-        if method == SINGLE_TASK
-        else chosen_rows(found, single)
-        for method, found in rows.items()
-    }
-    with path.open("w", encoding="utf-8") as file:
-        for method, found in best.items():
-            ms, ratio = times.get(method, (None, None))
-            for row in found:
-                line = {"data": data, "method": method, **row}
-                line |= {"step_ms": ms, "step_ratio": ratio}
-                file.write(json.dumps(training.to_json(line | about)) + "\n")
-    return path
+    lines = []
+    for method, found in rows.items():
+        ms, ratio = times.get(method, (None, None))
+        alone = method == SINGLE_TASK
+        best = select_each(found, maximise=False) if alone else None
+        for row in chosen_rows(found, single) if best is None else best:
+            about = {"data": problem.name, "method": method}
+            lines.append({**about, **row, "step_ms": ms, "step_ratio": ratio})
+    return [
+        common.write_rows(folder / "results.jsonl", config, lines),
+        common.write_table(folder / "table.md", parts),
+        *write_plots(rows, table, names, config=config, data=problem.name),
+    ]
 
 
 def write_plots(
@@ -193,28 +160,30 @@ def write_plots(
     data: str,
 ) -> list[pathlib.Path]:
     """Weights, gaps, reward and temperature over time; the ablations."""
+    if not config.plots:
+        return []
     agent, steps = config.training_of(data).agent, config.training_of(data).steps
     window = train.phases(agent, steps)["window"]
     labels = {m: label_of(m) for m in rows if m != SINGLE_TASK}
     order = list(labels.values())
-    figures = {}
+    made = {}
     weights = {
         labels[m]: plots.curve(rows[m], "log_weights")
         for m in labels
         if ROWS[m].loss.startswith("igb")
     }
     if weights:
-        figures["weights"] = plots.weight_trajectories(weights, names, window=5)
+        made["weights"] = plots.weight_trajectories(weights, names, window=5)
     alone = [m for m in labels if not set("+:") & set(m)]
     gaps = {labels[m]: gap_curve(rows[m], window) for m in alone}
-    figures["gaps"] = plots.loss_curves(
+    made["gaps"] = plots.loss_curves(
         gaps, names, ylabel="improvable gap L / L_base", window=5, methods=order
     )
     agents = {
         labels[m]: agent_curve(rows[m]) for m in labels if ROWS[m].loss == "igb_v2"
     }
     if agents:
-        figures["agent"] = plots.loss_curves(
+        made["agent"] = plots.loss_curves(
             agents,
             ["reward", "entropy temperature"],
             ylabel="",
@@ -224,11 +193,10 @@ def write_plots(
         )
     shown = [label_of(m) for m in TABLE_3 if m in labels]
     if any(":" in m for m in labels):
-        figures["ablations"] = ablation_figure(
+        made["ablations"] = ablation_figure(
             {label: report.rows[label][DM_METRICS] for label in shown}
         )
-    out = train.folder(config, data)
-    return [plots.save(figure, out / f"{name}.png") for name, figure in figures.items()]
+    return figures.save(made, train.folder(config, data), config)
 
 
 def gap_curve(rows: Rows, window: tuple[int, int]) -> plots.Curve:
@@ -249,10 +217,8 @@ def agent_curve(rows: Rows) -> plots.Curve:
 
 def ablation_figure(values: Mapping[str, Any]) -> Any:
     """Δm of the rows of the paper's Table 3: mean over seeds and ± 1 sd."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.0, 0.35 * len(values) + 1.0), layout="constrained")
-    axis = figure.subplots()
+    figure, axes = figures.panels(1, 1, 5.6, 0.35 * len(values) + 0.4)
+    axis = axes[0, 0]
     for i, (label, value) in enumerate(values.items()):
         cell = tables.summarise(value)
         sd = 0.0 if np.isnan(cell.sd) else cell.sd
@@ -260,6 +226,4 @@ def ablation_figure(values: Mapping[str, Any]) -> Any:
         axis.errorbar(cell.mean, -i, xerr=sd, marker="o", color=color, capsize=3)
     axis.set_yticks([-i for i in range(len(values))], list(values))
     axis.set_xlabel("Δm on test, % (better ←), mean ± sd over seeds")
-    axis.grid(axis="x", color="#E6E6E6")
-    axis.set_axisbelow(True)
     return figure

@@ -1,5 +1,6 @@
 """The problem, one step of a row of the table, and its run with all seeds."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -9,13 +10,24 @@ import optax
 from jaxtyping import Array, Float
 
 import mtljax
-from experiments.igb.config import ROWS, SINGLE_TASK, Agent, Config, Row, Training
+from experiments.common import problem as problems
+from experiments.common import runs as common
+from experiments.common.config import ConfigError, check_batch
+from experiments.common.runs import LABELS
+from experiments.igb.config import (
+    ROWS,
+    SINGLE_TASK,
+    Agent,
+    Config,
+    Row,
+    Training,
+    is_graph,
+)
 from mtljax import data, models, training
 from mtljax.models.mpnn import MPNN
 
 Batch = Mapping[str, Array]
 
-LABELS = {"trunk": "shared", "heads": "own"}
 EVAL_CHUNK = 1000  # molecules at once
 SLOW_AGENT = ("mgda", "pcgrad", "nash_mtl")  # in their company the agent's lr is lower
 WEIGHTED_HEADS = ("mgda", "imtl_g", "nash_mtl")  # in the authors' code
@@ -70,22 +82,10 @@ class Run(NamedTuple):
         }
 
 
-def load(config: Config, name: str) -> data.Dataset:
-    """The data set of a name such as ``qm9_subset`` or ``mulan_mtr/wq``."""
-    name, _, subset = name.partition("/")
-    options: dict[str, Any] = {"data_dir": config.data_dir}
-    if subset:
-        options["subset"] = subset
-    if name == "qm9":
-        options |= {"source": config.source}
-    size = config.training_of(name).train_size
-    return data.load(name, train_size=size, **options)
-
-
 def build_model(name: str, settings: Training, dataset: data.Dataset) -> models.Model:
     """A message-passing network for molecules, an MLP for tables."""
     heads = {task.name: task.size for task in dataset.tasks}
-    if name.startswith("mulan_mtr"):
+    if not is_graph(name):
         return models.build("mlp", heads, hidden=settings.hidden)
     trunk = MPNN(
         edges="distances" if name == "qm9" else "bonds",
@@ -110,10 +110,24 @@ def in_chunks(function: Callable[[Array], Array], x: Array, size: int) -> Array:
 def make_problem(config: Config, name: str) -> Problem:
     """Loads the data and binds model, losses and metrics."""
     settings = config.training_of(name)
-    dataset = load(config, name)
+    dataset = problems.load(
+        config,
+        name,
+        ("regression",),
+        train_size=settings.train_size,
+        source=config.source if name == "qm9" else None,
+    )
+    kind = "graph" if is_graph(name) else "table"
+    examples = len(dataset.train["image"])
+    check_batch(f"{kind}.batch_size", settings.batch_size, examples)
     model = build_model(name, settings, dataset)
     tasks = [task.name for task in dataset.tasks]
-    scale = jnp.asarray(dataset.origin["targets"]["std"], jnp.float32)
+    if any(task.size > 1 for task in dataset.tasks) or any(
+        problems.Scorer(dataset, task).masked for task in dataset.tasks
+    ):
+        raise ConfigError(f"--data {name} needs one number a task, none missing.")
+    units = dataset.origin.get("targets", {"std": [1.0] * len(tasks)})
+    scale = jnp.asarray(units["std"], jnp.float32)
 
     def predict(params, images, *, train):
         outputs, _ = model.apply((params, {}), images, train=train)
@@ -126,13 +140,10 @@ def make_problem(config: Config, name: str) -> Problem:
         error = predict(params, batch["image"], train=True) - targets(batch)
         return jnp.square(error).mean(0)
 
-    def on_device(split, size):
-        return {k: jnp.asarray(v[:size]) for k, v in split.items()}
-
-    train = on_device(dataset.train, None)
+    train = common.on_device(dataset.train)
     splits = {
-        "val": on_device(dataset.val, settings.eval_size),
-        "test": on_device(dataset.test, settings.eval_size),
+        "val": common.on_device(dataset.val, settings.eval_size),
+        "test": common.on_device(dataset.test, settings.eval_size),
     }
 
     def evaluate(params, constants, splits):
@@ -154,7 +165,7 @@ def make_problem(config: Config, name: str) -> Problem:
     init_one = jax.jit(lambda key: model.init(key, train["image"][:1]).params)
 
     def init_models(keys):
-        return jax.tree.map(lambda *x: jnp.stack(x), *[init_one(k) for k in keys])
+        return common.stack([init_one(k) for k in keys])
 
     return Problem(
         name, dataset, settings, init_models, train, task_losses, evaluate_states
@@ -287,23 +298,19 @@ def make_program(config: Config, problem: Problem, method: str) -> Program:
 def runs_of(config: Config, problem: Problem, method: str) -> list[Run]:
     """The vmapped axis: seeds, and tasks for the baselines."""
     tasks = range(problem.dataset.num_tasks) if method == SINGLE_TASK else (None,)
-    seeds = range(config.first_seed, config.first_seed + config.seeds)
-    return [Run(seed, task) for task in tasks for seed in seeds]
+    return [Run(seed, task) for task in tasks for seed in config.seed_range]
 
 
 def initial_state(config: Config, problem: Problem, method: str, program: Program):
     """The stacked states of all runs of a row, and their keys of data order."""
     runs = runs_of(config, problem, method)
-    num_tasks = problem.dataset.num_tasks
-    keys = jnp.stack([jax.random.key(run.seed) for run in runs])
-    init_keys, order_keys = training.split_run_key(keys)
-    model_keys, balancer_keys = jax.vmap(jax.random.split, out_axes=1)(init_keys)
-    params = problem.init_models(model_keys)
-    constants = jnp.array(
-        [[float(run.task in (None, t)) for t in range(num_tasks)] for run in runs]
+    keys = common.keys_of(run.seed for run in runs)
+    params = problem.init_models(keys.model)
+    constants = common.chosen_tasks(
+        [run.task for run in runs], problem.dataset.num_tasks
     )
-    state = jax.jit(jax.vmap(program.init))(params, balancer_keys, constants)
-    return state, order_keys
+    state = jax.jit(jax.vmap(program.init))(params, keys.method, constants)
+    return state, keys.order
 
 
 def run_method(
@@ -318,31 +325,32 @@ def run_method(
         "heads": config.heads,
         "training": settings,
     }
-    return training.fit(
-        state,
-        program.step,
-        problem.train,
-        num_steps=settings.steps,
+    plan = common.Plan(
+        steps=settings.steps,
         batch_size=settings.batch_size,
-        order_key=order_keys,
-        seeds=[run.label(problem.names) for run in runs_of(config, problem, method)],
-        task_names=problem.names,
-        eval_fn=problem.evaluate,
         eval_every=settings.eval_every,
+        log_every=settings.log_every,
+        evaluate=problem.evaluate,
+        labels=[run.label(problem.names) for run in runs_of(config, problem, method)],
+        folder=folder(config, problem.name) / "runs" / method.replace(":", "-"),
+        about=about,
+        title=f"{problem.name} {method}",
+        task_names=problem.names,
+        may_differ=("training.methods", "training.time_steps"),
         # The step is picked later, by Δm on validation; these are for a resume.
         checkpoint_every=max(1, settings.steps // 4),
-        log_every=settings.log_every,
-        run_dir=folder(config, problem.name) / "runs" / method.replace(":", "-"),
-        resume="auto" if config.resume else False,
-        overwrite=config.overwrite,
-        config=about,
-        may_differ=("training.methods", "training.time_steps"),
-        tensorboard=config.tensorboard,
         positive_losses=program.positive_losses,
-        title=f"{problem.name} {method}",
+    )
+    return common.train(
+        config,
+        plan,
+        state=state,
+        step=program.step,
+        data=problem.train,
+        order=order_keys,
     )
 
 
 def folder(config: Config, data_name: str):
     """Where the files of a data set go."""
-    return config.out / data_name.replace("/", "-")
+    return config.out / re.sub("[/:]", "-", data_name)

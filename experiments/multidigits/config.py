@@ -4,7 +4,10 @@ import dataclasses
 import pathlib
 from typing import Literal
 
-import mtljax
+from experiments.common import config as common
+from experiments.common.config import ConfigError, Rates, Size, Widths
+from experiments.common.problem import check_data
+from mtljax import data
 
 SINGLE_TASK = "single_task"
 
@@ -24,27 +27,15 @@ CLASSICS = (
 """The methods that most tables of the field share; any other can be named."""
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be run; the message is for the user."""
-
-
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(common.Common):
     """Trains single-task baselines and multi-task methods and compares them."""
 
     methods: tuple[str, ...] = CLASSICS
     """Factories of mtljax, in the order of the table; single-task runs come first."""
-    seeds: int = 3
-    """Runs of every method, trained together by vmap."""
-    first_seed: int = 0
-    """Seeds are first_seed, first_seed + 1, ..."""
-
-    data: Literal[
-        "multidigits", "multi_mnist", "multi_fashion", "multi_fashion_mnist"
-    ] = "multidigits"
-    """multidigits needs no files; the others read --data-dir."""
-    data_dir: pathlib.Path | None = None
-    """Folder with mnist/ and fashion_mnist/ files, or prepared tensorflow-datasets."""
+    data: str = "multidigits"
+    """multidigits needs no files; the others read --data-dir. Any set of mtljax.data
+    with classes and numbers as targets, NAME/SUBSET, or module:function of your own."""
     source: Literal["files", "tfds"] = "files"
     """Where the MultiMNIST family comes from."""
     download: bool = False
@@ -56,7 +47,7 @@ class Config:
 
     model: Literal["mlp", "lenet", "resnet18"] = "mlp"
     """Trunk that the tasks share; each has a linear head of its own."""
-    hidden: tuple[int, ...] = (128, 128)
+    hidden: Widths = (128, 128)
     """Widths of the MLP's trunk."""
     kernels: tuple[int, int] = (9, 5)
     """Kernel sizes of LeNet; (5, 3) fits the 12x12 canvas of multidigits."""
@@ -66,7 +57,7 @@ class Config:
     """Updates of every run."""
     batch_size: int = 128
     """Examples per update."""
-    lrs: tuple[float, ...] = (1e-3,)
+    lrs: Rates = (1e-3,)
     """Learning rates of Adam; with several, validation picks one for each method."""
     clip_norm: float | None = None
     """Clips the global norm of the balanced gradient, for all methods alike."""
@@ -77,21 +68,10 @@ class Config:
     """Steps between rows of training losses and weights."""
     probe_size: int = 256
     """Training examples on which the cosines of task gradients are measured."""
-    time_steps: int = 50
+    time_steps: Size = 50
     """Steps of one timing round, of three; 0 leaves the timing out."""
 
     out: pathlib.Path = pathlib.Path("results/multidigits")
-    """Rows, checkpoints, table and plots go here."""
-    resume: bool = False
-    """Go on where an interrupted run stopped; what is finished is not run again."""
-    overwrite: bool = False
-    """Delete an earlier run in --out first."""
-    tensorboard: bool = False
-    """Write TensorBoard files as well (needs mtljax[tensorboard])."""
-    plots: bool = True
-    """Write the PNGs."""
-    quick_compile: bool = False
-    """Compile without optimisation: starts sooner and runs slower."""
 
 
 PRESETS = {
@@ -134,25 +114,14 @@ PRESETS = {
 
 
 def check(config: Config) -> None:
-    """Raises on what only shows later, before anything is written.
+    """Validates the configuration before anything is read.
 
     Raises:
       ConfigError: One sentence that names the field.
     """
-    for name in config.methods:
-        try:
-            mtljax.get_method(name)
-        except ValueError as error:
-            raise ConfigError(f"--methods: {error}") from None
-    if not config.methods:
-        raise ConfigError("--methods is empty; name at least one method.")
-    for field in ("seeds", "steps", "batch_size", "eval_every", "log_every"):
-        if getattr(config, field) < 1:
-            raise ConfigError(
-                f"--{field.replace('_', '-')} must be positive, "
-                f"not {getattr(config, field)}."
-            )
-    if not config.lrs or min(config.lrs) <= 0:
-        raise ConfigError(f"--lrs must be positive numbers, not {config.lrs}.")
-    if config.resume and config.overwrite:
-        raise ConfigError("--resume and --overwrite exclude each other.")
+    common.check_common(config)
+    common.check_some("methods", config.methods)
+    common.check_methods("methods", config.methods)
+    check_data("data", (config.data,), data.available())
+    if config.download and config.source != "tfds":
+        raise ConfigError("--download works with --source tfds only.")

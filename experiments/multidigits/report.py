@@ -1,27 +1,20 @@
 """From rows to the table and the plots; no training code."""
 
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
 import mtljax
+from experiments.common import figures
+from experiments.common import report as common
+from experiments.common.problem import LOWER
+from experiments.common.report import Report
+from experiments.common.selection import edge_notes, select, select_each
 from experiments.multidigits.config import SINGLE_TASK, Config
-from mtljax import metrics, training
-from mtljax.training import plots, tables
-
-BY = ("seed", "lr", "task")
-LOWER = ("mae",)
-
-
-class Report(NamedTuple):
-    """What is printed and written."""
-
-    columns: dict[str, Literal["min", "max", ""]]
-    rows: dict[str, dict[str, Any]]  # label -> column -> values over seeds
-    digits: dict[str, int]
+from mtljax import metrics
+from mtljax.training import plots
 
 
 def label_of(method: str) -> str:
@@ -34,24 +27,6 @@ def better(column: str) -> Literal["min", "max"]:
     return "min" if column.endswith(LOWER) else "max"
 
 
-def chosen_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The reported row of every seed (and task): step and learning rate by validation.
-
-    The learning rate is one for all seeds of a method: that of the best mean.
-    """
-    best = tables.rows_at_best(rows, "val_score", "max", by=BY)
-    found = []
-    for task in dict.fromkeys(row["task"] for row in best):
-        mine = [row for row in best if row["task"] == task]
-        rates = {row["lr"] for row in mine}
-        lr = max(
-            rates,
-            key=lambda r: np.mean([x["val_score"] for x in mine if x["lr"] == r]),
-        )
-        found += sorted((r for r in mine if r["lr"] == lr), key=lambda r: r["seed"])
-    return found
-
-
 def values_of(
     method: str,
     rows: Sequence[Mapping[str, Any]],
@@ -59,7 +34,7 @@ def values_of(
     names: Sequence[str],
 ) -> dict[str, list[float]]:
     """Test metrics over seeds; a baseline's come from the run on that task."""
-    chosen = chosen_rows(rows)
+    chosen = select_each(rows)
 
     def of(column, task):
         wanted = names[task] if method == SINGLE_TASK else "all"
@@ -113,33 +88,25 @@ def make_report(
     return Report(directions, {k: table[k] for k in order}, digits)
 
 
-def write_table(report: Report, config: Config, command: str) -> pathlib.Path:
+def write_table(
+    report: Report,
+    rows: Mapping[str, Sequence[Mapping[str, Any]]],
+    config: Config,
+    command: str,
+) -> pathlib.Path:
     """``table.md``: the command, the versions, the table."""
-    text = tables.markdown_table(
-        report.rows, report.columns, digits=report.digits, exclude=["single task"]
-    )
-    about = training.environment()
-    about = {**about.pop("versions"), **about}
-    lines = [
+    choices = {label_of(m): select(r) for m, r in rows.items() if m != SINGLE_TASK}
+    parts = [
         f"# {config.data}: {len(report.rows)} rows, {config.seeds} seeds",
-        "",
         f"`{command}`",
-        "",
-        text,
-        "",
+        report.markdown(exclude=["single task"]),
         "Mean ± standard deviation over seeds on the test split, at the step (and "
         "learning rate) that validation chose. Δm is relative to the mean of the "
         "single-task runs, in percent, lower is better: over all metrics, and over "
         "tasks. Mean rank is among the multi-task rows. Bold is the best of these.",
-        "",
-        "| " + " | ".join(about) + " |",
-        "|" + ":--|" * len(about),
-        "| " + " | ".join(str(v) for v in about.values()) + " |",
-        "",
+        " ".join(edge_notes(choices)),
     ]
-    path = config.out / "table.md"
-    path.write_text("\n".join(lines), encoding="utf-8")
-    return path
+    return common.write_table(config.out / "table.md", parts)
 
 
 def write_rows(
@@ -147,21 +114,13 @@ def write_rows(
     times: Mapping[str, float],
     config: Config,
 ) -> pathlib.Path:
-    """``results.jsonl``: a line per method and run, with the whole configuration."""
-    path = config.out / "results.jsonl"
-    with path.open("w", encoding="utf-8") as file:
-        for method, found in rows.items():
-            for row in chosen_rows(found):
-                line = {"method": method, **row, "step_ms": times.get(method)}
-                about = {"config": training.to_json(config), **training.environment()}
-                file.write(json.dumps(training.to_json(line | about)) + "\n")
-    return path
-
-
-def shown_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Rows of the learning rate that is reported, for the plots."""
-    lr = chosen_rows(rows)[0]["lr"]
-    return [row for row in rows if row.get("lr") == lr]
+    """``results.jsonl``: a line per method and reported run."""
+    lines = [
+        {"method": method, **row, "step_ms": times.get(method)}
+        for method, found in rows.items()
+        for row in select_each(found)
+    ]
+    return common.write_rows(config.out / "results.jsonl", config, lines)
 
 
 def write_plots(
@@ -171,31 +130,33 @@ def write_plots(
     config: Config,
 ) -> list[pathlib.Path]:
     """Loss curves, weights, cosines and the trade-off between the first two tasks."""
+    if not config.plots:
+        return []
     labels = {m: label_of(m) for m in rows if m != SINGLE_TASK}
-    shown = {labels[m]: shown_rows(rows[m]) for m in labels}
+    shown = {
+        labels[m]: [row for row in rows[m] if row.get("lr") == select(rows[m]).lr]
+        for m in labels
+    }
     order = [name for name in report.rows if name in shown]
     all_labels = [label_of(m) for m in config.methods]  # fixes the colours
     losses = {k: plots.curve(shown[k], "losses") for k in order}
     weights = {k: plots.curve(shown[k], "task_weights") for k in order}
     cosines = {k: plots.curve(shown[k], "cosines", "eval") for k in order}
     pairs = [f"{a} · {b}" for i, a in enumerate(names) for b in list(names)[i + 1 :]]
-    figures = {
+    made = {
         "losses": plots.loss_curves(losses, names, window=5, methods=all_labels),
         "weights": plots.weight_trajectories(weights, names, window=3),
         "cosines": plots.cosine_over_time(cosines, pairs),
     }
-    x, y = [c for c in report.columns if c.endswith((" acc", " r2"))][:2]
-    reference = report.rows.get("single task")
-    figures["tradeoff"] = plots.tradeoff_scatter(
-        {k: (report.rows[k][x], report.rows[k][y]) for k in order},
-        xlabel=f"{x}, test",
-        ylabel=f"{y}, test",
-        methods=all_labels,
-        reference=None
-        if reference is None
-        else (float(np.mean(reference[x])), float(np.mean(reference[y]))),
-    )
-    return [
-        plots.save(figure, config.out / f"{name}.png")
-        for name, figure in figures.items()
-    ]
+    main = [c for c in report.columns if c.endswith((" acc", " r2"))]
+    if len(main) > 1:
+        x, y = main[:2]
+        reference = report.rows["single task"]
+        made["tradeoff"] = plots.tradeoff_scatter(
+            {k: (report.rows[k][x], report.rows[k][y]) for k in order},
+            xlabel=f"{x}, test",
+            ylabel=f"{y}, test",
+            methods=all_labels,
+            reference=(float(np.mean(reference[x])), float(np.mean(reference[y]))),
+        )
+    return figures.save(made, config.out, config)

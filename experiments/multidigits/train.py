@@ -9,6 +9,11 @@ import optax
 from jaxtyping import Array, Float, Int
 
 import mtljax
+from experiments.common import runs as common
+from experiments.common.config import check_batch
+from experiments.common.problem import LOWER, Scorer, load, model_of
+from experiments.common.runs import LABELS
+from experiments.common.timing import Stopwatch
 from experiments.multidigits.config import SINGLE_TASK, Config
 from mtljax import data, metrics, models, training
 
@@ -63,73 +68,44 @@ class Run(NamedTuple):
         return {"seed": self.seed, "lr": self.lr, "task": task}
 
 
-LABELS = {"trunk": "shared", "heads": "own"}
-
-
-def load(config: Config) -> data.Dataset:
-    """The data set of the configuration."""
-    options: dict[str, Any] = {"data_dir": config.data_dir}
-    if config.data != "multidigits":
-        options |= {"source": config.source, "download": config.download}
-    if config.train_size is not None:
-        options["train_size"] = config.train_size
-    return data.load(config.data, **options)
-
-
-def build_model(config: Config, dataset: data.Dataset) -> models.Model:
-    """The trunk of the configuration with one head a task."""
-    options: dict[str, dict[str, Any]] = {
-        "mlp": {"hidden": config.hidden},
-        "lenet": {"kernels": config.kernels},
-        "resnet18": {"stem": "imagenet"},
-    }
-    heads = {task.name: task.size for task in dataset.tasks}
-    return models.build(config.model, heads, **options[config.model])
-
-
 def make_problem(config: Config) -> Problem:
     """Loads the data and binds model, losses and metrics."""
-    dataset = load(config)
-    model = build_model(config, dataset)
+    options: dict[str, Any] = {"train_size": config.train_size}
+    if config.source == "tfds":
+        options |= {"source": config.source, "download": config.download}
+    dataset = load(config, config.data, **options)
+    check_batch("batch_size", config.batch_size, len(dataset.train["image"]))
+    heads = {task.name: task.size for task in dataset.tasks}
+    model = model_of(config, heads, dataset.input_shape)
+    scorers = [Scorer(dataset, task) for task in dataset.tasks]
 
     def predict(params, batch_stats, batch, *, train):
         images = data.to_float(batch["image"], dataset.image_max)
         return model.apply((params, batch_stats), images, train=train)
 
     def losses_of(outputs, batch):
-        losses = []
-        for task in dataset.tasks:
-            out, target = outputs[task.name], batch[task.name]
-            if task.kind == "classification":
-                loss = optax.softmax_cross_entropy_with_integer_labels(out, target)
-            else:
-                loss = jnp.square(out[:, 0] - target)
-            losses.append(loss.mean())
-        return jnp.stack(losses)
+        return jnp.stack(
+            [s.loss(outputs[s.task.name], batch[s.task.name]) for s in scorers]
+        )
 
     def task_losses(params, batch_stats, batch):
         outputs, batch_stats = predict(params, batch_stats, batch, train=True)
         return losses_of(outputs, batch), batch_stats
 
     def scores(outputs, batch, prefix):
-        found = {}
-        for task in dataset.tasks:
-            out, target = outputs[task.name], batch[task.name]
-            if task.kind == "classification":
-                found[f"{prefix}_{task.name}_acc"] = metrics.accuracy(out, target)
-            else:
-                found[f"{prefix}_{task.name}_r2"] = metrics.r2(out[:, 0], target)
-                found[f"{prefix}_{task.name}_mae"] = metrics.mae(out[:, 0], target)
-        return found
+        return {
+            f"{prefix}_{column}": value
+            for s in scorers
+            for column, value in s.scores(
+                outputs[s.task.name], batch[s.task.name]
+            ).items()
+        }
 
-    def on_device(split, size):
-        return {k: jnp.asarray(v[:size]) for k, v in split.items()}
-
-    train = on_device(dataset.train, None)
+    train = common.on_device(dataset.train)
     probe = {k: v[: config.probe_size] for k, v in train.items()}
     splits = {
-        "val": on_device(dataset.val, config.eval_size),
-        "test": on_device(dataset.test, config.eval_size),
+        "val": common.on_device(dataset.val, config.eval_size),
+        "test": common.on_device(dataset.test, config.eval_size),
     }
 
     def evaluate(params, batch_stats, constants, splits, probe):
@@ -147,13 +123,8 @@ def make_problem(config: Config) -> Problem:
         upper = jnp.triu_indices(len(dataset.tasks), k=1)
         return found | {"cosines": metrics.cosine_matrix(gramian)[upper]}
 
-    kinds = {"classification": ("acc",), "regression": ("r2", "mae")}
-    columns = {
-        f"{task.name}_{kind}": i
-        for i, task in enumerate(dataset.tasks)
-        for kind in kinds[task.kind]
-    }
-    main_columns = [c for c in columns if not c.endswith("mae")]
+    columns = {c: i for i, s in enumerate(scorers) for c in s.columns}
+    main_columns = [c for c in columns if not c.endswith(LOWER)]
     # One program for all methods: only what is measured goes in.
     jitted = jax.jit(jax.vmap(evaluate, in_axes=(0, 0, 0, None, None)))
 
@@ -167,9 +138,7 @@ def make_problem(config: Config) -> Problem:
 
     init_one = jax.jit(init_model)  # of any number of runs: one small program
 
-    @jax.jit
-    def stacked(trees):
-        return jax.tree.map(lambda *x: jnp.stack(x), *trees)
+    stacked = jax.jit(common.stack)
 
     def init_models(keys):
         return stacked([init_one(k) for k in keys])
@@ -252,27 +221,40 @@ def make_program(config: Config, problem: Problem, method: str) -> Program:
 def runs_of(config: Config, problem: Problem, method: str) -> list[Run]:
     """The vmapped axis: seeds x learning rates, and tasks for the baselines."""
     tasks = range(len(problem.dataset.tasks)) if method == SINGLE_TASK else (None,)
-    seeds = range(config.first_seed, config.first_seed + config.seeds)
-    return [Run(s, lr, task) for task in tasks for lr in config.lrs for s in seeds]
+    return [
+        Run(s, lr, task)
+        for task in tasks
+        for lr in config.lrs
+        for s in config.seed_range
+    ]
 
 
 def initial_state(config: Config, problem: Problem, method: str, program: Program):
     """The stacked states of all runs of a method, and their keys of data order."""
     runs = runs_of(config, problem, method)
-    num_tasks = len(problem.dataset.tasks)
-    keys = jnp.stack([jax.random.key(run.seed) for run in runs])
-    init_keys, order_keys = training.split_run_key(keys)
-    model_keys, balancer_keys = jax.vmap(jax.random.split, out_axes=1)(init_keys)
-    variables = problem.init_models(model_keys)
-    constants = jnp.array(
-        [
-            [1.0 if run.task in (None, t) else 0.0 for t in range(num_tasks)]
-            for run in runs
-        ]
+    keys = common.keys_of(run.seed for run in runs)
+    variables = problem.init_models(keys.model)
+    constants = common.chosen_tasks(
+        [run.task for run in runs], len(problem.dataset.tasks)
     )
     lrs = jnp.array([run.lr for run in runs])
-    state = jax.jit(jax.vmap(program.init))(variables, balancer_keys, lrs, constants)
-    return state, order_keys
+    state = jax.jit(jax.vmap(program.init))(variables, keys.method, lrs, constants)
+    return state, keys.order
+
+
+def stopwatch(
+    config: Config, problem: Problem, method: str, program: Program
+) -> Stopwatch:
+    """Measures the steps of a method, from its first state."""
+    state, order = initial_state(config, problem, method, program)
+    return Stopwatch(
+        program.step,
+        state,
+        problem.train,
+        order,
+        batch_size=config.batch_size,
+        steps=config.time_steps,
+    )
 
 
 def make_train(
@@ -311,33 +293,26 @@ def run_method(
     """Trains all runs of a method; rows and checkpoints go below ``config.out``."""
     state, order_keys = initial_state(config, problem, method, program)
     names = [task.name for task in problem.dataset.tasks]
-    return training.fit(
-        state,
-        program.step,
-        problem.train,
-        num_steps=config.steps,
+    plan = common.Plan(
+        steps=config.steps,
         batch_size=config.batch_size,
-        order_key=order_keys,
-        seeds=[run.label(names) for run in runs_of(config, problem, method)],
-        task_names=names,
-        eval_fn=problem.evaluate,
         eval_every=config.eval_every,
-        select="val_score",
-        select_mode="max",
         log_every=config.log_every,
-        run_dir=config.out / "runs" / method,
-        resume="auto" if config.resume else False,
-        overwrite=config.overwrite,
-        config=config,
-        may_differ=(
-            "methods",
-            "steps",
-            "time_steps",
-            "data_dir",
-            "plots",
-            "quick_compile",
-        ),
-        tensorboard=config.tensorboard,
-        positive_losses=program.positive_losses,
+        evaluate=problem.evaluate,
+        labels=[run.label(names) for run in runs_of(config, problem, method)],
+        folder=config.out / "runs" / method,
+        about=config,
         title=method,
+        task_names=names,
+        may_differ=("methods", "steps", "time_steps"),
+        select="val_score",
+        positive_losses=program.positive_losses,
+    )
+    return common.train(
+        config,
+        plan,
+        state=state,
+        step=program.step,
+        data=problem.train,
+        order=order_keys,
     )

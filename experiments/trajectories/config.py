@@ -4,16 +4,15 @@ import dataclasses
 import pathlib
 from typing import Literal
 
-Setting = Literal["fashion_mtl", "cmu_faces", "cifar100", "celeba"]
+from experiments.common import config as common
+from experiments.common.config import Rates, Widths
+from experiments.common.problem import check_data
+from mtljax import data
 
 SUM = "linear"
 """The uniform multi-task gradient, C = 1: the plain sum."""
 
-SETTINGS: tuple[Setting, ...] = ("fashion_mtl", "cmu_faces", "cifar100", "celeba")
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run; the message is for the user."""
+SETTINGS = ("fashion_mtl", "cmu_faces", "cifar100", "celeba")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,32 +31,28 @@ class Scale:
     """Images of every task in an update."""
     eval_every: int = 120
     """Steps between checkpoints of the trajectory."""
-    lrs: tuple[float, ...] = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
+    lrs: Rates = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
     """Learning rates of SGD with momentum; constant in a run, tuned for every row."""
     rho: float = 1e-3
     """Half-width of the sharpness box, relative to the weights."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(common.Common):
     """Trains single tasks and sets of tasks, measures along the way, compares."""
 
-    settings: tuple[Setting, ...] = ("fashion_mtl", "cmu_faces")
-    """Which data; cifar100 and celeba come from tensorflow-datasets."""
+    settings: tuple[str, ...] = ("fashion_mtl", "cmu_faces")
+    """Which data; cifar100 and celeba come from tensorflow-datasets. Any set of
+    mtljax.data with classes as targets, NAME/SUBSET, or module:function of your own is
+    trained by the options --other.*."""
     methods: tuple[str, ...] = ("mgda", "pcgrad", "gradnorm")
     """Multi-task optimisers compared with the plain sum, on --optimiser-sets."""
-    seeds: int = 3
-    """Runs of every row, trained together."""
-    first_seed: int = 0
-    """Seeds are first_seed, first_seed + 1, ...; learning rates use another one."""
-    data_dir: pathlib.Path | None = None
-    """Folder with fashion_mnist/, mnist/ and cmu_faces/, or tensorflow-datasets."""
     download: bool = False
     """Let tensorflow-datasets download what is absent."""
 
     model: Literal["mlp", "lenet", "resnet18"] = "mlp"
     """Shared trunk; every task has a linear head of its own."""
-    hidden: tuple[int, ...] = (32,)
+    hidden: Widths = (32,)
     """Widths of the MLP."""
     fashion_mtl: Scale = Scale(train_size=1000, test_size=2000)
     """Two halves of FashionMNIST, noisy labels, and another domain (MNIST)."""
@@ -67,6 +62,8 @@ class Config:
     """Twenty superclasses, a task each."""
     celeba: Scale = Scale(steps=15900, batch_size=256, eval_every=636)
     """Forty attributes."""
+    other: Scale = Scale()
+    """Any other set; its sizes are those of the set."""
     sets: Literal["all", "largest"] = "all"
     """All sets of tasks (random ones where tasks are many), or the largest only."""
     random_sets: tuple[int, ...] = (1, 1, 1, 1, 1, 3, 3, 3, 9)
@@ -93,19 +90,10 @@ class Config:
     """Checkpoints of best validation averaged for generalisation; the paper: 10."""
 
     out: pathlib.Path = pathlib.Path("results/trajectories")
-    """Rows, checkpoints, tables and figures go here."""
-    resume: bool = False
-    """Go on where an interrupted run stopped; what is finished is not run again."""
-    overwrite: bool = False
-    """Delete an earlier run in --out first."""
-    plots: bool = True
-    """Write the PNGs."""
-    quick_compile: bool = False
-    """Compile without optimisation: starts sooner and runs slower."""
 
     def scale(self, setting: str) -> Scale:
         """The scale of a setting."""
-        return getattr(self, setting)
+        return getattr(self, setting if setting in SETTINGS else "other")
 
 
 _TINY = Scale(
@@ -174,33 +162,12 @@ PRESETS = {
 
 
 def check(config: Config) -> None:
-    """Raises on what only shows later, before anything is written.
+    """Validates the configuration before anything is read.
 
     Raises:
       ConfigError: One sentence that names the field.
     """
-    import mtljax
-
-    for name in config.methods:
-        try:
-            mtljax.get_method(name)
-        except ValueError as error:
-            raise ConfigError(f"--methods: {error}") from None
-    if not config.settings:
-        raise ConfigError("--settings is empty; name at least one.")
-    if config.seeds < 1:
-        raise ConfigError(f"--seeds must be positive, not {config.seeds}.")
-    for setting in config.settings:
-        scale = config.scale(setting)
-        for field in ("steps", "batch_size", "eval_every"):
-            if getattr(scale, field) < 1:
-                raise ConfigError(
-                    f"--{setting}.{field.replace('_', '-')} must be positive, "
-                    f"not {getattr(scale, field)}."
-                )
-        if not scale.lrs or min(scale.lrs) <= 0:
-            raise ConfigError(
-                f"--{setting}.lrs must be positive numbers, not {scale.lrs}."
-            )
-    if config.resume and config.overwrite:
-        raise ConfigError("--resume and --overwrite exclude each other.")
+    common.check_common(config)
+    common.check_methods("methods", config.methods)
+    common.check_some("settings", config.settings)
+    check_data("settings", config.settings, (*SETTINGS, *data.available()))

@@ -3,18 +3,18 @@
 import dataclasses
 import itertools
 import pathlib
-import zipfile
+import re
 
 import numpy as np
 
-from experiments.trajectories.config import Config, Scale
+from experiments.common import problem as common
+from experiments.common.config import ConfigError, check_batch
+from experiments.trajectories.config import SETTINGS, Config, Scale
 from mtljax import data
 
 Split = dict[str, np.ndarray]
 
 TARGET, OTHER, NOISY, DOMAIN = "fashion", "other half", "noisy labels", "mnist"
-FACES = ("pose", "expression", "sunglasses")
-PERSONS = {"train": range(12), "val": range(12, 16), "test": range(16, 20)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,12 @@ class Problem:
     test: Split
     width: int = 10  # of every head: the most classes of a task of the setting
     metric: str = "accuracy"  # or "f1", of the class 1
+    image_max: int = 255
+
+    @property
+    def folder(self) -> str:
+        """Of its files."""
+        return re.sub("[/:]", "-", self.name)
 
     def select(self, names: tuple[str, ...]) -> "Problem":
         """The same images with some of the tasks."""
@@ -55,13 +61,15 @@ class Problem:
 
 def load(config: Config, setting: str) -> Problem:
     """A setting by name."""
-    build = {
-        "fashion_mtl": fashion_mtl,
-        "cmu_faces": cmu_faces,
-        "cifar100": cifar100,
-        "celeba": celeba,
-    }[setting]
-    return build(config, config.scale(setting))
+    build = {"fashion_mtl": fashion_mtl, "cifar100": cifar100, "celeba": celeba}
+    scale = config.scale(setting)
+    if setting in build:
+        found = build[setting](config, scale)
+    else:
+        found = named(config, setting, scale)
+    option = setting if setting in SETTINGS else "other"
+    check_batch(f"{option}.batch_size", scale.batch_size, len(found.train["label"]))
+    return found
 
 
 def _folder(config: Config, name: str) -> pathlib.Path:
@@ -129,46 +137,31 @@ def fashion_mtl(config: Config, scale: Scale) -> Problem:
     )
 
 
-def cmu_faces(config: Config, scale: Scale) -> Problem:
-    """Three attributes of the same faces; no person is in two splits.
+def named(config: Config, name: str, scale: Scale) -> Problem:
+    """A set of classes whose tasks share their images, such as ``cmu_faces``."""
+    sizes = {}
+    if name == "cmu_faces":
+        parts = data.SPLITS
+        sizes = {f"{part}_size": getattr(scale, f"{part}_size") for part in parts}
+    found = common.load(config, name, ("classification",), **sizes)
+    tasks = [task.name for task in found.tasks]
 
-    Under a random split a test face has near copies in training with every other
-    expression. The fourth label, the person, cannot be asked of a person never seen.
-    """
-    path = _folder(config, "cmu_faces") / "cmu_faces" / "cmu_faces_q.npz"
-    if not path.is_file():
-        raise data.MissingDataError(
-            f"There is no file {str(path)!r}: pass --data-dir DIR with "
-            "DIR/cmu_faces/cmu_faces_q.npz."
-        )
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in ("x", "person", *FACES)}
-    except (zipfile.BadZipFile, KeyError, ValueError, OSError) as error:
-        raise data.DataError(
-            f"File {str(path)!r} is not the faces ({error})."
-        ) from error
-    order = np.random.default_rng(0).permutation(len(arrays["x"]))
-    sizes = {"train": scale.train_size, "val": scale.val_size, "test": scale.test_size}
+    def split(part: str) -> Split:
+        arrays = getattr(found, part)
+        label = np.stack([arrays[task] for task in tasks], 1).astype(np.int32)
+        if (label == data.MISSING).any():
+            raise ConfigError(f"{name} has missing labels, which no probe can use.")
+        return {"image": arrays["image"], "label": label}
 
-    def split(name: str) -> Split:
-        mine = order[np.isin(arrays["person"][order], list(PERSONS[name]))]
-        mine = mine[: sizes[name]]
-        return {
-            "image": arrays["x"][mine][..., None],
-            "label": np.stack([arrays[t][mine] for t in FACES], 1).astype(np.int32),
-        }
-
-    classes = tuple(int(arrays[t].max()) + 1 for t in FACES)
+    classes = tuple(task.size for task in found.tasks)
     return Problem(
-        "cmu_faces",
-        FACES,
+        name,
+        tuple(tasks),
         classes,
         True,
-        split("train"),
-        split("val"),
-        split("test"),
+        *map(split, data.SPLITS),
         width=max(classes),
+        image_max=found.image_max,
     )
 
 

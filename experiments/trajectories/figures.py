@@ -1,11 +1,11 @@
 """The PNGs, from groups of runs."""
 
-import math
 import pathlib
-from typing import Any
 
 import numpy as np
 
+from experiments.common import figures as common
+from experiments.common.figures import legend, panels
 from experiments.trajectories import analysis
 from experiments.trajectories.analysis import FACTOR_NAMES, FACTORS, Group, Groups
 from experiments.trajectories.config import SUM, Config
@@ -20,8 +20,6 @@ LOOKS = {
 }
 """Name, colour and marker of the rows of Figures 1 and 3."""
 
-BY_SIZE = ("#4477AA", "#EE6677", "#228833", "#AA3377", "#CCBB44")
-
 
 def write(config: Config, groups: Groups) -> list[pathlib.Path]:
     """All figures for which there are runs."""
@@ -29,41 +27,8 @@ def write(config: Config, groups: Groups) -> list[pathlib.Path]:
         "gap": gap_figure(groups),
         "factors": factor_figure(groups),
         "optimisers": optimiser_figure(config, groups),
-        "similarity_factors": similarity_figure(config, groups, FACTORS),
-        "similarity_score": similarity_figure(config, groups, ("score",)),
     }
-    return [
-        plots.save(figure, config.out / f"{name}.png")
-        for name, figure in made.items()
-        if figure is not None
-    ]
-
-
-def _panels(rows: int, columns: int, width: float = 3.6, height: float = 3.0):
-    from matplotlib.figure import Figure
-
-    figure = Figure((width * columns, height * rows + 0.5), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for axis in axes.flat:
-        axis.grid(color="#E6E6E6", linewidth=0.8)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _legend(figure, axes, columns: int) -> None:
-    """One for all panels, below them."""
-    found: dict[str, Any] = {}
-    for axis in axes.flat:
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
-    figure.legend(
-        list(found.values()),
-        list(found),
-        loc="outside lower center",
-        ncols=columns,
-        frameon=False,
-    )
+    return common.save(made, config.out, config)
 
 
 def binned(loss: np.ndarray, values: np.ndarray, per_decade: int = 4):
@@ -118,7 +83,7 @@ def gap_figure(groups: Groups):
     rows = list(_shown(groups))
     if not rows:
         return None
-    figure, axes = _panels(1, 1, 6.0, 4.0)
+    figure, axes = panels(1, 1, 6.0, 4.0)
     axis = axes[0, 0]
     for mine, look in rows:
         _against_loss(axis, mine, "test_score", look, 100)
@@ -138,7 +103,7 @@ def factor_figure(groups: Groups):
     rows = list(_shown(groups))
     if not rows:
         return None
-    figure, axes = _panels(1, 3, 3.9, 3.4)
+    figure, axes = panels(1, 3, 3.9, 3.4)
     units = {"sharpness": "sharpness, nats", "covariance": "covariance trace"}
     for axis, factor in zip(axes.flat, FACTORS, strict=True):
         for mine, look in rows:
@@ -149,7 +114,7 @@ def factor_figure(groups: Groups):
         # Signed estimates stay as they are: a negative one is shown below zero.
         low = min(float(np.nanmin(m.of(factor, TARGET))) for m, _ in rows)
         axis.set_yscale("log" if low > 0 else "symlog")
-    _legend(figure, axes, 4)
+    legend(figure, axes, 4)
     return figure
 
 
@@ -161,7 +126,7 @@ def optimiser_figure(config: Config, groups: Groups):
     methods = list(dict.fromkeys(row.method for row in rows))
     sets = list(dict.fromkeys((row.setting, row.tasks) for row in rows))
     names = ("min_loss", *FACTORS)
-    figure, axes = _panels(1, len(names), 3.3, 3.4)
+    figure, axes = panels(1, len(names), 3.3, 3.4)
     for axis, name in zip(axes.flat, names, strict=True):
         axis.axhline(0, color="#777777", linewidth=0.8)
         axis.axvline(0, color="#777777", linewidth=0.8)
@@ -181,46 +146,10 @@ def optimiser_figure(config: Config, groups: Groups):
         axis.set_xscale("symlog", linthresh=2)
         axis.set_xlabel(f"change of {FACTOR_NAMES[name]}, %")
     axes[0, 0].set_ylabel("change of the score, %")
-    _legend(figure, axes, 3)
+    legend(figure, axes, 3)
     figure.suptitle(
         "Against the plain sum; filled: the change of the score is significant. "
         "A factor explains a method whose points are all upper left or lower right.",
         fontsize=9.5,
     )
-    return figure
-
-
-def similarity_figure(config: Config, groups: Groups, names: tuple[str, ...]):
-    """Figures 5 and 6: similarity against factors or the score, by number of tasks."""
-    found = analysis.scatters(config, groups)[:6]
-    if not found:
-        return None
-    if len(names) == 1:
-        figure, axes = _panels(1, len(found), 3.2, 3.2)
-        cells = [(axes[0, i], s, names[0]) for i, s in enumerate(found)]
-    else:
-        figure, axes = _panels(len(found), len(names), 3.5, 2.5)
-        cells = [
-            (axes[i, j], s, name)
-            for i, s in enumerate(found)
-            for j, name in enumerate(names)
-        ]
-    sizes = sorted({int(k) for s in found for k in s.sizes})
-    for axis, scatter, name in cells:
-        factor = 100 if name == "score" else 1
-        for k in sorted(set(scatter.sizes.tolist())):
-            at = scatter.sizes == k
-            colour = BY_SIZE[sizes.index(k) % len(BY_SIZE)]
-            x, y = scatter.values["similarity"][at], factor * scatter.values[name][at]
-            axis.plot(x.ravel(), y.ravel(), "o", color=colour, alpha=0.35,
-                      markersize=4, markeredgewidth=0)  # fmt: skip
-            axis.plot(x.mean(1), y.mean(1), plots.MARKERS[sizes.index(k)],
-                      color=colour, markersize=8, linestyle="none",
-                      markeredgecolor="white", label=f"K = {k}")  # fmt: skip
-            axis.axvline(1 / math.sqrt(k), color=colour, linewidth=1, linestyle="--",
-                         label=f"1/√{k}: orthogonal")  # fmt: skip
-        axis.set_xlabel("mean similarity to the sum")
-        axis.set_ylabel("test accuracy, %" if name == "score" else FACTOR_NAMES[name])
-        axis.set_title(f"{scatter.setting}: {scatter.target}", fontsize=9.5)
-    _legend(figure, axes, min(6, 2 * axes.shape[1]))  # no wider than the panels
     return figure

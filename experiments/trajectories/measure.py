@@ -1,13 +1,11 @@
 """What is measured along a run, task by task."""
 
-from collections.abc import Mapping
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array
 
+from experiments.common.runs import on_device
 from experiments.trajectories.data import Problem
 from mtljax import trajectory
 
@@ -15,14 +13,9 @@ SHARPNESS_BATCH = 128
 MICRO_BATCH = 16
 
 
-def on_device(split: Mapping[str, np.ndarray]) -> dict[str, Array]:
-    """The arrays of a split."""
-    return {name: jnp.asarray(value) for name, value in split.items()}
-
-
 def probe_set(problem: Problem, size: int = 2048) -> dict[str, Array]:
     """The first training images: the same for every run of a task."""
-    return on_device({k: v[:size] for k, v in problem.train.items()})
+    return on_device(problem.train, size)
 
 
 def make_probe(config, scale, problem, task_losses, task_logits) -> trajectory.Probe:

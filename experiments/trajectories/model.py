@@ -11,7 +11,7 @@ from jaxtyping import Array
 from experiments.trajectories.config import Config, Scale
 from experiments.trajectories.data import Problem
 from experiments.trajectories.measure import make_probe
-from mtljax import models, trajectory
+from mtljax import data, models, trajectory
 
 EVAL_CHUNK = 1000  # images of a task at once
 
@@ -45,7 +45,7 @@ def make_functions(config: Config, scale: Scale, problem: Problem) -> Functions:
         """Of images ``[B, H, W, C]``."""
         out, mutated = trunk.apply(
             {"params": params["trunk"], "batch_stats": stats[0]},
-            images.astype(jnp.float32) / 255,
+            data.to_float(images, problem.image_max),
             train=train,
             mutable=["batch_stats"] if train else [],
         )

@@ -1,6 +1,5 @@
 """Tables and files from the lines of the results; no training code."""
 
-import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -8,30 +7,24 @@ from typing import Any
 
 import numpy as np
 
+from experiments.common import report as common
+from experiments.common.report import pm
 from experiments.trajectories import analysis
 from experiments.trajectories.analysis import FACTOR_NAMES, FACTORS, Groups
 from experiments.trajectories.config import Config
-from mtljax import training
 
 
 def write(
     config: Config, lines: Sequence[Mapping[str, Any]], command: str
 ) -> list[pathlib.Path]:
     """``results.jsonl``, ``table.md`` and the figures."""
-    config.out.mkdir(parents=True, exist_ok=True)
-    results = config.out / "results.jsonl"
-    about = {"kind": "header", "command": command, **training.environment()}
-    plain = training.to_json(config)
-    for name in ("data_dir", "out", "resume", "overwrite"):  # of this machine
-        plain.pop(name)
-    header = training.to_json({**about, "config": plain})
-    with results.open("w", encoding="utf-8") as file:
-        for line in [header, *lines]:
-            file.write(json.dumps(training.to_json(line)) + "\n")
     groups = analysis.group(lines)
-    table = config.out / "table.md"
-    table.write_text(make_table(config, groups, command), encoding="utf-8")
-    written = [results, table]
+    written = [
+        common.write_rows(config.out / "results.jsonl", config, lines, command=command),
+        common.write_table(
+            config.out / "table.md", make_table(config, groups, command)
+        ),
+    ]
     if config.plots:
         from experiments.trajectories import figures
 
@@ -46,14 +39,6 @@ def number(value: float, digits: int = 3) -> str:
     return f"{value:.{digits}g}"
 
 
-def mean_sd(values: np.ndarray, factor: float = 1.0, digits: int = 1) -> str:
-    """Mean ± standard deviation over seeds."""
-    scaled = factor * np.asarray(values)
-    if len(scaled) < 2:
-        return f"{scaled.mean():.{digits}f}"
-    return f"{scaled.mean():.{digits}f} ± {scaled.std(ddof=1):.{digits}f}"
-
-
 def marked(delta, *, lower: bool, factor: float = 1.0) -> str:
     """A difference with the paper's marks: ✓ better, ✗ worse, · insignificant."""
     value = factor * float(delta.delta)
@@ -64,14 +49,13 @@ def marked(delta, *, lower: bool, factor: float = 1.0) -> str:
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table."""
-    lines = ["| " + " | ".join(head) + " |", "|" + ":--|" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+    """A table of texts, all to the left."""
+    return common.markdown(head, rows, left=len(head))
 
 
-def make_table(config: Config, groups: Groups, command: str) -> str:
+def make_table(config: Config, groups: Groups, command: str) -> list[str]:
     """All tables of the experiment, as markdown."""
-    parts = [
+    return [
         "# Trajectories",
         f"`{command}`, {config.seeds} seeds. Written by the command; not edited.",
         "## The target of FashionMTL: is the worst generaliser the flattest?",
@@ -87,7 +71,6 @@ def make_table(config: Config, groups: Groups, command: str) -> str:
         "## Runs",
         _runs(groups),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _flattest(config: Config, groups: Groups) -> str:
@@ -97,7 +80,7 @@ def _flattest(config: Config, groups: Groups) -> str:
     lines = [
         [
             name,
-            mean_sd(v["score"], 100),
+            pm(100 * v["score"], 1),
             *(f"{v[f].mean():.3g} ± {v[f].std(ddof=1):.2g}" for f in FACTORS),
             f"{v['min_loss'].mean():.2g}",
         ]
@@ -124,7 +107,7 @@ def _transfer(config: Config, groups: Groups) -> str:
             row.setting,
             row.task,
             ", ".join(row.others),
-            mean_sd(row.single, 100),
+            pm(100 * row.single, 1),
             marked(row.deltas["score"], lower=False, factor=100),
             *(marked(row.deltas[f], lower=True) for f in FACTORS),
         ]

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from experiments.trajectories import data, measure, model, train
+from experiments.common.runs import on_device, stack
+from experiments.trajectories import data, model, train
 from experiments.trajectories.config import PRESETS, Config
 from mtljax import training, trajectory
 
@@ -25,12 +26,12 @@ def timed(config: Config, problem: data.Problem, rounds: int) -> dict[str, Any]:
     functions = model.make_functions(config, scale, problem)
     row = train.Row(problem.tasks)
     init, step = train.make_step(functions, row, careful=False)
-    arrays = measure.on_device(problem.train)
+    arrays = on_device(problem.train)
     ids = jnp.arange(len(problem.tasks), dtype=jnp.uint32)
     classes = jnp.array(problem.classes)
     keys = jax.random.split(jax.random.key(0), config.seeds)
     made = [functions.init(k, arrays["image"][:1], ids, classes) for k in keys]
-    params, stats = jax.tree.map(lambda *x: jnp.stack(x), *made)
+    params, stats = stack(made)
     rates = jnp.full(config.seeds, scale.lrs[0])
     state = jax.vmap(init)(params, stats, keys, rates)
     probe = functions.probe
@@ -38,7 +39,7 @@ def timed(config: Config, problem: data.Problem, rounds: int) -> dict[str, Any]:
     single = jax.tree.map(lambda x: x[0], state)
     batch = jax.tree.map(lambda x: x[: scale.batch_size], arrays)
     run = training.make_runner(
-        step, single, batch, batch_size=scale.batch_size, seeds=True
+        step, single, batch, batch_size=scale.batch_size, seeds=True, loop_on="auto"
     )
     period = config.sharpness_every  # after so many probes, all have been measured
     chunk = 200

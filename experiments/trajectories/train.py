@@ -10,6 +10,9 @@ import optax
 from jaxtyping import Array, Float, Int
 
 import mtljax
+from experiments.common import runs as common
+from experiments.common.runs import LABELS, on_device
+from experiments.common.selection import select
 from experiments.trajectories.config import SUM, Config, Scale
 from experiments.trajectories.data import (
     Problem,
@@ -17,13 +20,12 @@ from experiments.trajectories.data import (
     single_tasks,
     task_sets,
 )
-from experiments.trajectories.measure import on_device, probe_set
+from experiments.trajectories.measure import probe_set
 from experiments.trajectories.model import Functions
 from mtljax import stack, training
 
 Batch = Mapping[str, Array]
 
-LABELS = {"trunk": "shared", "heads": "own"}
 MOMENTUM = 0.9
 TUNING_SEED = 1000  # learning rates are chosen on a seed that is not reported
 
@@ -112,21 +114,19 @@ def run_row(
     measured: bool,
 ) -> training.FitResult:
     """Trains a row: all learning rates on the tuning seed, or all seeds, measured."""
-    seeds = range(config.first_seed, config.first_seed + config.seeds)
-    runs = [(s, lr) for lr in lrs for s in (seeds if measured else (TUNING_SEED,))]
-    keys = jnp.stack([jax.random.key(seed) for seed, _ in runs])
-    init_keys, order_keys = training.split_run_key(keys)
-    model_keys, balancer_keys = jax.vmap(jax.random.split, out_axes=1)(init_keys)
+    seeds = config.seed_range if measured else (TUNING_SEED,)
+    runs = [(seed, lr) for lr in lrs for seed in seeds]
+    keys = common.keys_of(seed for seed, _ in runs)
     train = on_device(problem.train)
     # A head starts from its task's name: the same alone and with others.
     ids = jnp.array([zlib.crc32(task.encode()) for task in row.tasks], jnp.uint32)
     classes = jnp.array(problem.classes)
     first = train["image"][:1]
-    variables = [functions.init(k, first, ids, classes) for k in model_keys]
-    params, stats = jax.tree.map(lambda *x: jnp.stack(x), *variables)
+    variables = [functions.init(k, first, ids, classes) for k in keys.model]
+    params, stats = common.stack(variables)
     init, step = make_step(functions, row, careful=not measured)
     rates = jnp.array([lr for _, lr in runs])
-    state = jax.vmap(init)(params, stats, balancer_keys, rates)
+    state = jax.vmap(init)(params, stats, keys.method, rates)
     splits = {"val": on_device(problem.val)}
     if measured:
         splits |= {"train": train, "test": on_device(problem.test)}
@@ -142,35 +142,23 @@ def run_row(
             step=lambda s: s.step,
         )
     part = "runs" if measured else "tuning"
-    return training.fit(
-        state,
-        step,
-        train,
-        num_steps=scale.steps,
+    plan = common.Plan(
+        steps=scale.steps,
         batch_size=scale.batch_size,
-        order_key=order_keys,
-        seeds=[{"seed": seed, "lr": lr} for seed, lr in runs],
-        task_names=list(row.tasks),
-        eval_fn=probed or evaluate,
         eval_every=scale.eval_every,
+        log_every=scale.eval_every,
+        evaluate=probed or evaluate,
+        labels=[{"seed": seed, "lr": lr} for seed, lr in runs],
+        folder=config.out / problem.folder / part / row.folder,
+        about={"row": row, "scale": scale, "model": config.model, "lrs": lrs},
+        title=f"{problem.name}: {row.label}{'' if measured else ', learning rates'}",
+        task_names=row.tasks,
         eval_at_start=measured,
         checkpoint_every=scale.steps,
-        log_every=scale.eval_every,
-        run_dir=config.out / problem.name / part / row.folder,
-        resume="auto" if config.resume else False,
-        overwrite=config.overwrite,
-        config={"row": row, "scale": scale, "model": config.model, "lrs": lrs},
-        title=f"{problem.name}: {row.label}{'' if measured else ', learning rates'}",
     )
-
-
-def best_lr(result: training.FitResult) -> float:
-    """The learning rate of the best mean validation score at any checkpoint."""
-    best: dict[float, float] = {}
-    for row in result.rows:
-        if row["kind"] == "eval" and row["val_mean"] is not None:
-            best[row["lr"]] = max(best.get(row["lr"], -1.0), row["val_mean"])
-    return max(best, key=lambda lr: best[lr])
+    return common.train(
+        config, plan, state=state, step=step, data=train, order=keys.order
+    )
 
 
 def rows_of(config: Config, problem: Problem) -> list[Row]:
@@ -186,27 +174,18 @@ def rows_of(config: Config, problem: Problem) -> list[Row]:
 
 def run_tuned(
     config: Config, scale: Scale, problem: Problem, functions: Functions, row: Row
-) -> list[dict[str, Any]] | None:
-    """A row at its best learning rate: a line a seed; None if interrupted."""
-    lr = scale.lrs[0]
+) -> list[dict[str, Any]]:
+    """A row at its best learning rate: a line a seed."""
+    lr, edge = scale.lrs[0], None
     if len(scale.lrs) > 1:
         tuned = run_row(
             config, scale, problem, functions, row, lrs=scale.lrs, measured=False
         )
-        if tuned.interrupted:
-            return None
-        lr = best_lr(tuned)
+        choice = select(tuned.rows, "val_mean")
+        lr, edge = choice.lr or lr, choice.edge
     result = run_row(config, scale, problem, functions, row, lrs=(lr,), measured=True)
-    if result.interrupted:
-        return None
     about = functions.probe.on(probe_set(problem)).config()
-    return lines_of(
-        problem,
-        row,
-        result.rows,
-        about,
-        len(scale.lrs) > 1 and lr in (min(scale.lrs), max(scale.lrs)),
-    )
+    return lines_of(problem, row, result.rows, about, edge is not None)
 
 
 FACTORS = {

@@ -150,17 +150,10 @@ def _read(
         parts = files.read_images(data_dir, domain)
         pairs = [parts[:2], parts[2:]]
     else:
-        keys = ("x_train", "y_train", "x_test", "y_test")
-        keys = keys if spec.official else ("x", "y")
-        found = _tables.read_npz(data_dir, domain, spec.file, keys)
-        pairs = [(found[keys[i]], found[keys[i + 1]]) for i in range(0, len(keys), 2)]
-    for images, labels in pairs:
-        whole = images.dtype == np.uint8 and images.ndim in (3, 4)
-        if not whole or labels.shape != images.shape[:1] or labels.max(initial=0) > 9:
-            raise DataError(
-                f"The files of {domain} must hold uint8 images and one class 0 to 9 "
-                f"for each, not arrays of shapes {images.shape} and {labels.shape}."
-            )
+        axes = ("height", "width", *([3] if domain == "mnist_m" else []))
+        fields = files.image_fields(*axes, official=spec.official)
+        found = list(_tables.read_npz(data_dir, domain, spec.file, fields).values())
+        pairs = [(found[i], found[i + 1]) for i in range(0, len(found), 2)]
     images = np.concatenate([pair[0] for pair in pairs])
     labels = np.concatenate([pair[1] for pair in pairs]).astype(np.int32)
     return images, labels, len(pairs[1][1]) if spec.official else 0

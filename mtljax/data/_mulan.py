@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 
-from mtljax.data import _tables
+from mtljax.data import _tables, files
 from mtljax.data.types import DataError, Dataset, Task
 
 SUBSETS = (
@@ -61,8 +61,12 @@ def mulan_mtr(
         raise DataError(
             f"mulan_mtr has no subset {subset!r}; it has {', '.join(SUBSETS)}."
         )
-    keys = ("x", "y", "y_names")
-    arrays = _tables.read_npz(data_dir, "mulan_mtr", f"{subset}.npz", keys)
+    fields = {
+        "x": files.Field("real", ("rows", "features")),
+        "y": files.Field("real", ("rows", "targets")),
+        "y_names": files.Field("text", ("targets",)),
+    }
+    arrays = _tables.read_npz(data_dir, "mulan_mtr", f"{subset}.npz", fields)
     count = len(arrays["x"])
     fifth = count // 5
     sizes = (

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mtljax.data import _tables, catalogue
+from mtljax.data import _tables, catalogue, files
 from mtljax.data.types import DataError, Dataset, Task
 
 TARGETS = ("mu", "alpha", "homo", "lumo", "r2", "zpve", "u0", "u", "h", "g", "cv")
@@ -20,6 +20,10 @@ UNITS = dict(
 ATOM_COLUMNS = ("z", "num_h", "charge", "hyb", "in_ring")
 """Columns of an atom before its bonds; the charge is stored with 1 added."""
 
+_TARGET_FIELDS = {
+    "y": files.Field("real", ("molecules", "targets")),
+    "y_names": files.Field("text", ("targets",)),
+}
 _HARTREE, _KCAL = 27.211386245988, 0.0433641153087705  # in eV
 _BLOCK = 4096
 _MAX_ATOMS = 29
@@ -95,11 +99,11 @@ def qm9_subset(
       Ramakrishnan et al., `Quantum chemistry structures and properties of 134 kilo
       molecules <https://doi.org/10.1038/sdata.2014.22>`_, 2014 (CC0).
     """
+    atom = files.Field("integer", ("molecules", "atoms"), -1, 255)
+    fields: dict[str, files.Field] = dict.fromkeys(ATOM_COLUMNS, atom)
+    fields["adj"] = files.Field("integer", ("molecules", "atoms", "atoms"), 0, 4)
     arrays = _tables.read_npz(
-        data_dir,
-        "qm9_subset",
-        "qm9_graphs.npz",
-        (*ATOM_COLUMNS, "adj", "y", "y_names"),
+        data_dir, "qm9_subset", "qm9_graphs.npz", fields | _TARGET_FIELDS
     )
     atoms = arrays["z"] > 0
     table = [np.where(atoms, arrays[name] + (name == "charge"), 0)
@@ -169,15 +173,13 @@ def qm9(
             "download=True works with source='tfds' only (--source tfds --download)."
         )
     else:
-        keys = ("z", "positions", "y", "y_names")
-        arrays = _tables.read_npz(data_dir, "qm9", "qm9.npz", keys)
+        fields = {
+            "z": files.Field("integer", ("molecules", "atoms"), 0, 127),
+            "positions": files.Field("real", ("molecules", "atoms", 3)),
+        }
+        arrays = _tables.read_npz(data_dir, "qm9", "qm9.npz", fields | _TARGET_FIELDS)
         charges, positions = arrays["z"], arrays["positions"]
         targets = _targets(arrays, _SUBSET_KEYS, "qm9.npz")
-    if positions.shape != (*charges.shape, 3):
-        raise DataError(
-            f"qm9: positions have shape {positions.shape}; for atoms of shape "
-            f"{charges.shape} it must be {(*charges.shape, 3)}."
-        )
     images = np.concatenate([charges[..., None], positions], -1)
     return _dataset(
         "qm9",
@@ -231,10 +233,6 @@ def _dataset(
     notes: str,
 ) -> Dataset:
     """Divides, standardises and names the targets."""
-    if len(images) != len(targets):
-        raise DataError(
-            f"{name} has {len(images)} molecules and {len(targets)} rows of targets."
-        )
     order = _tables.split(name, len(images), sizes, seed)
     scaled, statistics = _tables.standardise(targets, order["train"])
     splits = {

@@ -1,50 +1,28 @@
 """Tables of numbers: reading ``.npz``, one shuffle into splits, standardising."""
 
 import os
-import pathlib
-import zipfile
-import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
-from mtljax.data import _overlay
-from mtljax.data.types import SPLITS, DataError, MissingDataError
+from mtljax.data import _overlay, files
+from mtljax.data.types import SPLITS, DataError
 
 
 def read_npz(
-    data_dir: str | os.PathLike[str] | None, name: str, file: str, keys: Sequence[str]
+    data_dir: str | os.PathLike[str] | None,
+    name: str,
+    file: str,
+    fields: Mapping[str, files.Field],
 ) -> dict[str, np.ndarray]:
-    """Arrays of ``data_dir/name/file``, all of ``keys``.
+    """Arrays of ``data_dir/name/file``, all of ``fields``.
 
     Raises:
       MissingDataError: If the file is not there.
-      DataError: If it is damaged or lacks an array.
+      DataError: If it is damaged, lacks an array, or an array is not what its field
+        says.
     """
-    if data_dir is None:
-        raise MissingDataError(
-            f"The {name} files are needed: pass --data-dir DIR with DIR/{name}/{file}."
-        )
-    path = pathlib.Path(data_dir) / name / file
-    if not path.is_file():
-        raise MissingDataError(
-            f"There is no file {str(path)!r}: pass --data-dir DIR with "
-            f"DIR/{name}/{file}."
-        )
-    try:
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as arrays:
-            missing = [key for key in keys if key not in arrays]
-            if missing:
-                raise DataError(
-                    f"File {str(path)!r} holds {sorted(arrays)}; it lacks {missing}."
-                )
-            return {key: arrays[key] for key in keys}
-    except DataError:
-        raise
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
-        raise DataError(
-            f"File {str(path)!r} is not a readable .npz file ({error})."
-        ) from error
+    return files.read_npz(files.find(data_dir, name, file), fields)
 
 
 def split(

@@ -1,16 +1,24 @@
-"""Data sets by name."""
+"""Data sets by name, and how to add your own."""
 
+import importlib
 import inspect
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
+from mtljax.data._adult import adult
+from mtljax.data._camvid import camvid
 from mtljax.data._digit_domains import digit_domains
 from mtljax.data._domainnet import domainnet
+from mtljax.data._faces import cmu_faces
 from mtljax.data._mulan import mulan_mtr
 from mtljax.data._multidigits import multidigits
+from mtljax.data._multilabel import mulan_multilabel
 from mtljax.data._multimnist import multi_fashion, multi_fashion_mnist, multi_mnist
+from mtljax.data._nyuv2 import nyuv2_frames
 from mtljax.data._qm9 import qm9, qm9_subset
+from mtljax.data._school import school
+from mtljax.data._tox21 import tox21
 from mtljax.data.types import DataError, Dataset
 
 _BUILDERS: dict[str, Callable[..., Dataset]] = {
@@ -23,7 +31,69 @@ _BUILDERS: dict[str, Callable[..., Dataset]] = {
     "mulan_mtr": mulan_mtr,
     "digit_domains": digit_domains,
     "domainnet": domainnet,
+    "cmu_faces": cmu_faces,
+    "camvid": camvid,
+    "tox21": tox21,
+    "school": school,
+    "adult": adult,
+    "mulan_multilabel": mulan_multilabel,
+    "nyuv2_frames": nyuv2_frames,
 }
+
+
+def register(name: str, loader: Callable[..., Dataset]) -> None:
+    """Makes a data set of your own known to :func:`load`, for this process.
+
+    A command of an experiment loads it as ``--data module:function`` without this call.
+
+    Args:
+      name: A name that is not taken; without a colon.
+      loader: Returns a :class:`Dataset`. Its keywords are the options of
+        :func:`load`; ``data_dir`` is passed if it is one of them.
+
+    Raises:
+      DataError: If the name is taken, or has a colon.
+
+    Examples:
+      >>> import numpy as np
+      >>> from mtljax.data import Dataset, Task, load, register
+      >>> def parity(*, seed=0):
+      ...     def split(n):
+      ...         bits = np.random.default_rng([seed, n]).integers(0, 2, (n, 8, 1, 1))
+      ...         even = (bits.sum((1, 2, 3)) % 2).astype(np.int32)
+      ...         return {"image": bits.astype(np.uint8), "parity": even}
+      ...     tasks = (Task("parity", "classification", 2),)
+      ...     return Dataset("parity", tasks, (8, 1, 1), *map(split, (64, 16, 32)),
+      ...                    image_max=1)
+      >>> register("parity", parity)
+      >>> load("parity", seed=3).num_tasks
+      1
+    """
+    if ":" in name or name in _BUILDERS:
+        raise DataError(f"A data set cannot be registered as {name!r}: it is taken.")
+    _BUILDERS[name] = loader
+
+
+def _loader(name: str) -> Callable[..., Dataset]:
+    """The function of a registered name, or of ``module:function``."""
+    module, colon, function = name.partition(":")
+    if not colon:
+        if name not in _BUILDERS:
+            raise DataError(
+                f"There is no data set {name!r}; there are {', '.join(_BUILDERS)}, and "
+                "your own as module:function."
+            )
+        return _BUILDERS[name]
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"Data set {name!r} cannot be loaded: {error}. Give module:function, with "
+            "the module on PYTHONPATH."
+        ) from error
+    if not callable(found):
+        raise DataError(f"Data set {name!r} is no function.")
+    return cast(Callable[..., Dataset], found)
 
 
 def available() -> tuple[str, ...]:
@@ -33,8 +103,8 @@ def available() -> tuple[str, ...]:
       >>> from mtljax.data import available
       >>> available()
       ('multidigits', 'multi_mnist', 'multi_fashion', 'multi_fashion_mnist',
-      'qm9_subset', 'qm9', 'mulan_mtr', 'digit_domains',
-      'domainnet')
+      'qm9_subset', 'qm9', 'mulan_mtr', 'digit_domains', 'domainnet', 'cmu_faces',
+      'camvid', 'tox21', 'school', 'adult', 'mulan_multilabel', 'nyuv2_frames'...)
     """
     return tuple(_BUILDERS)
 
@@ -45,14 +115,16 @@ def load(
     """Builds a data set by name.
 
     Args:
-      name: One of :func:`available`.
+      name: One of :func:`available`, or ``module:function`` for a function of yours
+        that returns a :class:`Dataset`.
       data_dir: Where the files are; ignored by a set that needs none
         (``multidigits``).
       **options: Keywords of the function of that name: ``seed``, ``train_size``,
         ``val_size``, ``test_size``; for the MultiMNIST family and ``qm9`` also
         ``source`` (``"files"`` or ``"tfds"``) and ``download``; for ``mulan_mtr``
         also ``subset``, for ``digit_domains`` ``domain`` and ``size``, for
-        ``domainnet`` ``domain``, ``size`` and ``download``.
+        ``domainnet`` ``domain``, ``size`` and ``download``, for ``tox21`` ``bits``,
+        for ``cmu_faces`` ``persons``.
 
     Returns:
       The data set, in memory.
@@ -66,18 +138,19 @@ def load(
       >>> load("multidigits", train_size=50).train["left"].shape
       (50,)
     """
-    if name not in _BUILDERS:
-        raise DataError(
-            f"There is no data set {name!r}; there are {', '.join(_BUILDERS)}."
-        )
-    build = _BUILDERS[name]
+    build = _loader(name)
     known = list(inspect.signature(build).parameters)
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise DataError(
             f"Data set {name!r} has no option {unknown[0]!r}; it has "
-            f"{', '.join(known)}."
+            f"{', '.join(known) or 'none'}."
         )
     if "data_dir" in known:
         options["data_dir"] = data_dir
-    return build(**options)
+    found = build(**options)
+    if not isinstance(found, Dataset):
+        raise DataError(
+            f"Data set {name!r} returned a {type(found).__name__}, not a Dataset."
+        )
+    return found

@@ -11,6 +11,8 @@ Split = dict[str, np.ndarray]
 Images = TypeVar("Images", bound=np.ndarray | jax.Array)
 
 SPLITS = ("train", "val", "test")
+MISSING = -1
+"""The class of an example without a label. A missing regression target is NaN."""
 
 
 class DataError(ValueError):
@@ -26,14 +28,39 @@ class Task(NamedTuple):
 
     Attributes:
       name: Key of the target array in a split.
-      kind: ``"classification"`` (int32 labels ``[N]``) or ``"regression"`` (float32
-        targets ``[N]``, or ``[N, size]`` when ``size > 1``).
+      kind: ``"classification"`` (integer labels ``[N]``), ``"regression"`` (float
+        targets ``[N]``, or ``[N, size]`` when ``size > 1``), ``"segmentation"`` (labels
+        ``[N, H, W]``) or ``"dense_regression"`` (targets ``[N, H, W]`` or
+        ``[N, H, W, size]``). A missing label is -1, a missing target NaN.
       size: Number of classes, or dimension of the target.
     """
 
     name: str
-    kind: Literal["classification", "regression"]
+    kind: Literal["classification", "regression", "segmentation", "dense_regression"]
     size: int
+
+
+def _check_targets(where: str, task: Task, array: np.ndarray) -> bool:
+    """Whether a target array of the right type has a label that is not missing."""
+    classes = task.kind in ("classification", "segmentation")
+    if array.dtype.kind not in ("iu" if classes else "f"):
+        raise DataError(
+            f"{where} has {task.name!r} as {array.dtype.name}; a {task.kind} needs "
+            f"{'integers' if classes else 'floats'}."
+        )
+    if not array.size:
+        return False
+    if not classes:
+        if np.isinf(array).any():
+            raise DataError(f"{where} has infinite targets in {task.name!r}.")
+        return not bool(np.isnan(array).all())
+    low, high = int(array.min()), int(array.max())
+    if low < MISSING or high >= task.size:
+        raise DataError(
+            f"{where} has labels from {low} to {high} in {task.name!r}; they must be "
+            f"classes 0 to {task.size - 1}, or {MISSING} for a missing label."
+        )
+    return high > MISSING
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +81,9 @@ class Dataset:
       notes: What a reader of a result should know about the sources.
 
     Raises:
-      DataError: If a split lacks a task, or its arrays differ in length or shape from
-        what ``tasks`` and ``input_shape`` say.
+      DataError: If a split lacks a task, its arrays differ in length or shape from what
+        ``tasks`` and ``input_shape`` say, a label is no class of its task, a target is
+        infinite, or the training split has no label of a task at all.
 
     Examples:
       >>> import numpy as np
@@ -97,6 +125,11 @@ class Dataset:
                     f"The arrays of the {split} split of {self.name!r} differ in "
                     f"length: {lengths}."
                 )
+            for task in self.tasks:
+                where = f"The {split} split of {self.name!r}"
+                known = _check_targets(where, task, arrays[task.name])
+                if split == "train" and len(arrays["image"]) and not known:
+                    raise DataError(f"{where} has no label of {task.name!r}.")
 
     @property
     def num_tasks(self) -> int:

@@ -9,14 +9,18 @@ from mtljax.extras import require
 
 require("mtljax.training", "train", "orbax.checkpoint")
 
+from mtljax.training._digest import tree_digest
+from mtljax.training._options import Checkpointing, Evaluation, Execution, Logging
 from mtljax.training._run import Best, FitResult
-from mtljax.training.checkpoint import Checkpointer, Restored, tree_digest
+from mtljax.training.checkpoint import Checkpointer, Restored
 from mtljax.training.errors import (
     CheckpointError,
     ConfigMismatchError,
     NonFiniteLossError,
     NonPositiveLossError,
+    OutputError,
     RunExistsError,
+    RunLockedError,
     TrainingError,
     TreeMismatchError,
 )
@@ -32,7 +36,7 @@ from mtljax.training.loop import (
 )
 from mtljax.training.progress import Progress
 from mtljax.training.records import MAY_DIFFER, environment, to_json
-from mtljax.training.run_dir import load_run
+from mtljax.training.run_dir import load_run, lock_run
 from mtljax.training.writers import (
     JsonlWriter,
     MemoryWriter,
@@ -44,9 +48,14 @@ from mtljax.training.writers import (
 __all__ = [
     # the driver
     "fit",
+    "Evaluation",
+    "Checkpointing",
+    "Logging",
+    "Execution",
     "FitResult",
     "Best",
     "load_run",
+    "lock_run",
     # pure loops
     "Step",
     "make_chunk",
@@ -77,4 +86,6 @@ __all__ = [
     "ConfigMismatchError",
     "TreeMismatchError",
     "RunExistsError",
+    "RunLockedError",
+    "OutputError",
 ]

@@ -2,8 +2,6 @@
 
 import contextlib
 import pathlib
-import signal
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from mtljax.training import _hosts, records
 from mtljax.training import checkpoint as checkpoints
-from mtljax.training import records
+from mtljax.training._options import Checkpointing, Evaluation, Execution, Logging
+from mtljax.training._signals import Signals
 from mtljax.training.errors import (
     CheckpointError,
     ConfigMismatchError,
@@ -22,9 +22,15 @@ from mtljax.training.errors import (
     NonPositiveLossError,
 )
 from mtljax.training.progress import Progress
-from mtljax.training.writers import JsonlWriter, MemoryWriter, Writer
+from mtljax.training.writers import (
+    JsonlWriter,
+    MemoryWriter,
+    Seal,
+    Writer,
+    read_jsonl,
+)
 
-CHUNK_SECONDS = 1.0  # how long one call aims to take, so that a signal is soon heard
+CHUNK_SECONDS = 1.0  # of one call, so that the run soon responds to a signal
 
 
 class Best(NamedTuple):
@@ -36,39 +42,31 @@ class Best(NamedTuple):
 
 
 class FitResult(NamedTuple):
-    """What :func:`fit` returns."""
+    """Result of :func:`fit`.
+
+    Examples:
+      >>> result = FitResult(None, 3, None, [], "SIGTERM", 0.5, None)
+      >>> result.interrupted, result.exit_status
+      (True, 143)
+    """
 
     state: Any  # after the last step
     step: int  # completed steps
     best: Best | None  # None without `select`
     rows: list[dict[str, Any]]  # all metric rows of the run, a resumed part included
-    interrupted: bool  # stopped by SIGTERM or SIGINT before `num_steps`
+    signal: str | None  # SIGTERM or SIGINT if one asked to stop, even in the last step
     seconds: float  # in training and evaluation, over all sessions
     run_dir: pathlib.Path | None
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether a signal asked to stop."""
+        return self.signal is not None
 
-class Signals:
-    """Notes SIGTERM and SIGINT; a second SIGINT interrupts at once."""
-
-    def __init__(self):
-        self.name: str | None = None
-        self._old: dict[int, Any] = {}
-
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._old[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *exc_info: Any) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: Any) -> None:
-        del frame
-        if self.name is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
+    @property
+    def exit_status(self) -> int:
+        """Status for ``sys.exit``: 0, 130 (SIGINT) or 143 (SIGTERM)."""
+        return {None: 0, "SIGINT": 130, "SIGTERM": 143}[self.signal]
 
 
 class Window:
@@ -118,16 +116,30 @@ def label_of(seed: Any) -> dict[str, Any]:
     return records.to_json(seed if isinstance(seed, Mapping) else {"seed": seed})
 
 
+@jax.jit
+def _all_finite(leaf):
+    return jnp.isfinite(leaf).all()
+
+
 def _nonfinite_parameter(state: PyTree) -> str | None:
     """Path of a non-finite leaf of ``state.params`` or ``state["params"]``."""
     params = getattr(state, "params", None)
     if params is None and isinstance(state, Mapping):
         params = state.get("params")
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        inexact = jnp.issubdtype(leaf.dtype, jnp.inexact)
-        if inexact and not np.isfinite(jax.device_get(leaf)).all():
+        if jnp.issubdtype(leaf.dtype, jnp.inexact) and not _all_finite(leaf):
             return jax.tree_util.keystr(path)
     return None
+
+
+class Subject(NamedTuple):
+    """What a run trains, for its rows and messages."""
+
+    identity: dict[str, Any]  # plain JSON, compared on resume
+    num_steps: int
+    labels: list[dict[str, Any]]  # one for each seed
+    many: bool  # whether the metrics have an axis of seeds
+    task_names: Sequence[str] | None
 
 
 class Run:
@@ -135,52 +147,47 @@ class Run:
 
     def __init__(
         self,
+        engine: Any,
+        subject: Subject,
         *,
-        engine,
-        folder,
-        identity,
-        num_steps,
-        labels,
-        many,
-        task_names,
-        eval_fn,
-        eval_every,
-        select,
-        select_mode,
-        log_every,
-        checkpoint_every,
-        positive_losses,
-        screen,
+        evaluation: Evaluation | None,
+        checkpointing: Checkpointing | None,
+        logging: Logging,
+        execution: Execution,
+        screen: Progress,
     ):
-        self.engine, self.folder, self.identity = engine, folder, identity
-        self.num_steps, self.labels, self.many = num_steps, labels, many
-        self.task_names, self.eval_fn, self.eval_every = task_names, eval_fn, eval_every
-        self.select, self.select_mode = select, select_mode
-        self.log_every, self.checkpoint_every = log_every, checkpoint_every
-        self.positive_losses = positive_losses
-        self.screen: Progress = screen
-        self.window = Window(log_every)
+        self.engine, self.subject, self.screen = engine, subject, screen
+        self.evaluation, self.execution = evaluation, execution
+        self.folder: pathlib.Path | None = None
+        self.checkpoint_every: int | None = None
+        if checkpointing is not None:
+            self.folder = pathlib.Path(checkpointing.directory)
+            self.checkpoint_every = checkpointing.every
+        self.num_steps, self.log_every = subject.num_steps, logging.every
+        self.window = Window(logging.every)
         self.best: Best | None = None
         self.score: float | None = None  # of the evaluation at this very step
         self.score_text = ""
         self.writers: list[Writer] = []
         self.keeper: Any = MemoryWriter()
         self.saver: checkpoints.Checkpointer | None = None
-        self.done, self.resumed, self.saved_step = 0, False, -1
+        self.done, self.saved_step = 0, -1
+        self.resumed: Mapping[str, Any] | None = None  # record of the checkpoint
         self.seconds_before, self.started = 0.0, time.monotonic()
-        self.environment = records.environment()
+        self.sessions: list[dict[str, Any]] = []
 
     @property
     def seconds(self) -> float:
         return self.seconds_before + time.monotonic() - self.started
 
-    def result(self, state: PyTree) -> FitResult:
+    def result(self, state: PyTree, signals: Signals) -> FitResult:
+        signals.reported = True
         return FitResult(
             state=state,
             step=self.done,
             best=self.best,
             rows=self.keeper.rows,
-            interrupted=self.done < self.num_steps,
+            signal=signals.name,
             seconds=self.seconds,
             run_dir=self.folder,
         )
@@ -191,7 +198,7 @@ class Run:
         assert saver is not None
 
         def check(meta: Mapping[str, Any]) -> None:
-            old, new = meta["identity"], self.identity
+            old, new = meta["identity"], self.subject.identity
             found = records.differences(
                 {**old["config"], "fit": old["fit"]},
                 {**new["config"], "fit": new["fit"]},
@@ -214,56 +221,78 @@ class Run:
                 "--resume, or with --overwrite if the run died before its first one."
             )
         restored = saver.restore(target, warn=self.screen.note, check=check)
-        saver.set_aside_after(restored.step)
         meta = restored.meta
-        self.done = self.saved_step = restored.step
-        self.resumed = True
-        self.best = Best(**meta["best"]) if meta["best"] else None
-        self.seconds_before = meta["seconds"]
-        self.window = Window(self.log_every, meta["window"])
         self.engine.seek(meta["stream"])
+        self.done = self.saved_step = restored.step
+        self.resumed = meta
+        self.best = Best(**meta["best"]) if meta["best"] else None
+        self.seconds_before, self.sessions = meta["seconds"], meta["sessions"]
+        self.window = Window(self.log_every, meta["window"])
         return restored.state
 
     def open_writers(
         self, writers: Sequence[Writer], stack: contextlib.ExitStack
     ) -> bool:
         """Opens all writers; False if the run is finished and needs none."""
-        if self.folder is not None:
-            self.keeper = JsonlWriter(self.folder / "metrics.jsonl")
-            if self.resumed and self.done == self.num_steps and self.keeper.load():
-                return False
+        complete = _hosts.on_main(lambda: self._open_writers(writers, stack))
+        if not _hosts.is_main():
+            self.writers = [self.keeper]
+            if self.resumed is not None and self.folder is not None:
+                self.keeper.rows = read_jsonl(self.folder)[1]
+        if self.resumed is not None and self.saver is not None and not complete:
+            self.saver.set_aside_after(self.done)
+        return not complete
+
+    def _open_writers(
+        self, writers: Sequence[Writer], stack: contextlib.ExitStack
+    ) -> bool:
         started = {
             "started": records.now(),
             "from_step": self.done,
-            **self.environment,
+            **records.environment(),
         }
+        self.sessions = [*self.sessions, started]
         header = {
-            **self.identity,
-            "task_names": self.task_names,
-            "seeds": [label.get("seed", label) for label in self.labels],
+            **self.subject.identity,
+            "task_names": self.subject.task_names,
+            "seeds": [label.get("seed", label) for label in self.subject.labels],
             "num_steps": self.num_steps,
-            "sessions": [started],
+            "sessions": self.sessions,
         }
-        self.writers = [self.keeper, *writers]
-        for writer in self.writers:
-            writer.open(header, self.done if self.resumed else None)
+        step = None if self.resumed is None else self.done
+        if self.folder is not None:
+            self.keeper = JsonlWriter(self.folder / "metrics.jsonl")
+            seal = None if self.resumed is None else Seal(**self.resumed["rows"])
+            if seal and self.done == self.num_steps and self.keeper.load(seal):
+                return True
+            stack.callback(self.keeper.close)
+            self.keeper.open(header, step, seal)
+        self.writers = [self.keeper]
+        for writer in writers:
+            writer.open(header, step)
             stack.callback(writer.close)
-        return True
+            self.writers.append(writer)
+        return False
 
-    def train(self, state: PyTree, signals: Signals, chunk: int) -> PyTree:
+    def train(self, state: PyTree, signals: Signals) -> PyTree:
         """Chunk after chunk until the end or a signal."""
         self.screen.start(self.done)
         self.started = time.monotonic()
+        if self.done == self.num_steps:  # final rows that the file has lost
+            self._final_rows(state)
         limit, calls = 1, 0
-        while self.done < self.num_steps and signals.name is None:
+        while True:
+            signals.number, limit = _hosts.boundary(signals.number, limit)
+            if signals.number is not None or self.done == self.num_steps:
+                break
             n = min(limit, self._to_boundary())
             before = time.monotonic()
             state, metrics = self.engine.advance(state, self.done, n)
             elapsed = max(time.monotonic() - before, 1e-9)
-            calls += 1  # the first compiles: its time says nothing about the next
+            calls += 1  # the first compiles: its time does not predict the next
             fits = 8 if calls == 1 else int(CHUNK_SECONDS / elapsed * n)
-            limit = max(1, min(chunk, 16 * limit, fits))
-            self._log(metrics)
+            limit = max(1, min(self.execution.chunk, 16 * limit, fits))
+            self._log(metrics, n)
             self._boundary(state)
             latest = {name: m[-1] for name, m in metrics.items()}
             self.screen.update(self.done, latest, self.score_text)
@@ -272,12 +301,24 @@ class Run:
             self.save(state)
         return state
 
+    def _due(self) -> bool:
+        every = None if self.evaluation is None else self.evaluation.every
+        return every is not None and self.done % every == 0
+
+    def _final_rows(self, state: PyTree) -> None:
+        """The rows of the last step that a longer run would not have."""
+        if self.window:
+            self.write(self.done, "train", self.window.means(), final=True)
+        if self.evaluation is not None and not self._due():
+            self.evaluate(state, final=True)
+
     def _to_boundary(self) -> int:
         """Steps until the next evaluation, checkpoint or the end."""
-        everys = [e for e in (self.eval_every, self.checkpoint_every) if e is not None]
+        evaluate = None if self.evaluation is None else self.evaluation.every
+        everys = [e for e in (evaluate, self.checkpoint_every) if e is not None]
         return min([self.num_steps - self.done, *(e - self.done % e for e in everys)])
 
-    def _log(self, metrics: dict[str, np.ndarray]) -> None:
+    def _log(self, metrics: dict[str, np.ndarray], count: int) -> None:
         """Train rows of a chunk, up to its first bad step."""
         bad = self._first_bad(metrics)
         good = {k: m[: bad[0]] for k, m in metrics.items()} if bad else metrics
@@ -285,18 +326,16 @@ class Run:
             self.write(at, "train", means, final=False)
         if bad is not None:
             self._raise_bad(bad, metrics["losses"])
-        self.done += len(next(iter(metrics.values())))
-        if self.done == self.num_steps and self.window:
-            means = self.window.means()
-            self.write(self.done, "train", means, final=True)
+        self.done += count
 
     def _boundary(self, state: PyTree) -> None:
         """Evaluation and checkpoint, where due."""
         last = self.done == self.num_steps
-        due = self.eval_every is not None and self.done % self.eval_every == 0
         self.score = None
-        if self.eval_fn is not None and (due or last):
-            self.evaluate(state, final=not due)
+        if last:
+            self._final_rows(state)
+        if self._due():
+            self.evaluate(state, final=False)
         for writer in self.writers:
             writer.flush()
         every = self.checkpoint_every
@@ -311,46 +350,50 @@ class Run:
     def write(self, step: int, kind: str, values: Mapping[str, Any], *, final: bool):
         """One row for each run of the batch of runs."""
         extra = {"final": True} if final else {}
-        for i, label in enumerate(self.labels):
-            mine = {k: np.asarray(v)[i] if self.many else v for k, v in values.items()}
+        many = self.subject.many
+        for i, label in enumerate(self.subject.labels):
+            mine = {k: np.asarray(v)[i] if many else v for k, v in values.items()}
             row = {"step": step, "kind": kind, **label, **mine, **extra}
             for writer in self.writers:
                 writer.write({**row, "seconds": round(self.seconds, 3)})
 
     def evaluate(self, state: PyTree, *, final: bool) -> None:
         """Writes the rows of an evaluation and updates the best."""
-        if self.eval_fn is None:
+        evaluation = self.evaluation
+        if evaluation is None:
             return
-        values = jax.device_get(dict(self.eval_fn(state)))
+        values = _hosts.fetch(dict(evaluation.function(state)))
         values = {name: np.asarray(v) for name, v in values.items()}
         self.write(self.done, "eval", values, final=final)
-        if self.select is None:
+        select = evaluation.select
+        if select is None:
             return
-        if self.select not in values:
+        if select not in values:
             raise ValueError(
-                f"select={self.select!r} is none of the metrics that eval_fn returns: "
-                f"{sorted(values)}."
+                f"select={select!r} is none of the metrics that the evaluation "
+                f"returns: {sorted(values)}."
             )
-        value = float(np.mean(values[self.select], dtype=np.float64))
-        sign = 1 if self.select_mode == "min" else -1
+        value = float(np.mean(values[select], dtype=np.float64))
+        sign = 1 if evaluation.mode == "min" else -1
         better = self.best is None or sign * value < sign * self.best.value
         if np.isfinite(value) and better:
             self.best = Best(self.done, value, records.to_json(values))
-        self.score, self.score_text = value, f"{self.select} {value:#.4g}"
+        self.score, self.score_text = value, f"{select} {value:#.4g}"
 
     def _first_bad(self, metrics: Mapping[str, np.ndarray]) -> tuple[int, ...] | None:
         """Index ``(step in the chunk, [seed,] task)`` of the first unusable loss."""
         losses = metrics.get("losses", np.ones(1))
         good = np.isfinite(losses)
-        if self.positive_losses:
+        if self.execution.positive_losses:
             good &= losses > 0
         return None if good.all() else tuple(map(int, np.argwhere(~good)[0]))
 
     def _raise_bad(self, bad: tuple[int, ...], losses: np.ndarray) -> None:
         step, task = self.done + bad[0] + 1, bad[-1]
-        name = self.task_names[task] if self.task_names else str(task)
-        label = self.labels[bad[1]] if self.many else self.labels[0]
-        who = ", ".join(f"{k} {v}" for k, v in label.items()) if self.many else ""
+        subject = self.subject
+        name = subject.task_names[task] if subject.task_names else str(task)
+        label = subject.labels[bad[1] if subject.many else 0]
+        who = ", ".join(f"{k} {v}" for k, v in label.items()) if subject.many else ""
         value = float(losses[bad])
         kind, why = NonFiniteLossError, ""
         if np.isfinite(value):
@@ -394,24 +437,25 @@ class Run:
         for writer in self.writers:  # rows first: a resume never lacks any
             writer.flush(durable=True)
         session = {
-            "identity": self.identity,
+            "identity": self.subject.identity,
             "step": self.done,
             "seconds": self.seconds,
             "best": self.best and self.best._asdict(),
             "window": self.window.saved(),
             "stream": self.engine.position(),
-            "environment": self.environment,
+            "rows": _hosts.is_main() and self.keeper.seal()._asdict(),
+            "sessions": self.sessions,
         }
         self.saver.save(self.done, state, session, metric=self.score)
         self.saved_step = self.done
 
     def say_interrupted(self, signals: Signals) -> None:
-        """One line: what stopped, where it is, how to go on."""
+        """Prints one line: the signal, the checkpoint, and how to continue."""
         text = f"Stopped by {signals.name} after step {self.done} of {self.num_steps}"
         path = self._last_checkpoint()
         if path is None:
             self.screen.note(f"{text}; nothing is saved.")
         else:
             self.screen.note(
-                f"{text}; saved in {path}; the same command with --resume goes on."
+                f"{text}; saved in {path}; the same command with --resume continues it."
             )

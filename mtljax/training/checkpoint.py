@@ -1,63 +1,82 @@
 """Checkpoints: the whole state, atomically, with a digest, the last and the best.
 
-A thin layer on Orbax. It keeps Orbax's on-disk layout (``<step>/state``,
-``<step>/meta``) and its atomic rename, and decides itself which steps to keep: with
-``best_fn`` and ``max_to_keep`` an Orbax manager deletes a newest step that is not
-among the best, and skips a step it believes older than the latest without an error.
+Orbax's ``CheckpointManager`` writes, retains and deletes them, for states on any mesh
+and for several processes. This module adds a sealed record, the verification of what
+is read, and the fall-back to an older step.
 """
 
+import contextlib
+import functools
 import gc
 import hashlib
 import json
 import logging
+import os
 import pathlib
+import re
 import shutil
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 from jaxtyping import PyTree
 
+from mtljax.training import _hosts
+from mtljax.training._digest import tree_digest, tree_spec
+from mtljax.training._options import Mode
 from mtljax.training.errors import (
     CheckpointError,
     ConfigMismatchError,
     TreeMismatchError,
 )
 from mtljax.training.records import to_json
+from mtljax.training.writers import writing
 
-Mode = Literal["min", "max"]
+FORMAT = 2
+TRASH = "deleted"  # a step is renamed into it before its files go one by one
 
 
 class Restored(NamedTuple):
-    """What :meth:`Checkpointer.restore` gives."""
+    """Result of :meth:`Checkpointer.restore`."""
 
     state: Any  # like the target
     step: int
     meta: dict[str, Any]  # as given to save
 
 
+@functools.cache
 def _orbax():
     """Imports Orbax (0.6 s to 2.4 s) when it is first needed, and keeps it quiet."""
     import orbax.checkpoint as ocp
 
-    logger = logging.getLogger("absl")
-    if not any(isinstance(f, _QuietOrbax) for f in logger.filters):
-        logger.addFilter(_QuietOrbax())
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_QuietOrbax())
+    sys.excepthook = functools.partial(_quiet_hook, sys.excepthook)
     return ocp
 
 
+def _quiet_hook(hook: Callable[..., None], kind: Any, error: Any, trace: Any) -> None:
+    """Drops the traceback that TensorStore prints in a thread after a failed save."""
+    closed = kind is RuntimeError and str(error) == "Event loop is closed"
+    if not closed or threading.current_thread() is threading.main_thread():
+        hook(kind, error, trace)
+
+
 class _QuietOrbax(logging.Filter):
+    """Drops the messages of Orbax; this module raises its errors in one sentence."""
+
     def filter(self, record: logging.LogRecord) -> bool:
-        return "orbax" not in record.pathname or record.levelno >= logging.ERROR
+        return "orbax" not in f"{record.pathname} {record.getMessage()}"
 
 
 def _collect_quietly() -> None:
-    """Frees what a failed restore left, whose coroutines complain when they go."""
+    """Frees the coroutines of a failed call, which warn when they are collected."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
         for _ in range(3):  # its threads may still hold some
@@ -67,47 +86,19 @@ def _collect_quietly() -> None:
         sys.unraisablehook = hook
 
 
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(getattr(leaf, "dtype", np.int32), jax.dtypes.prng_key)
+def _reason(error: Exception) -> str:
+    while isinstance(error.__cause__, OSError):
+        error = error.__cause__
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if found := re.search(r"os_error_code='?(\d+)", str(error)):
+        return os.strerror(int(found[1]))  # TensorStore's errors
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:120]
 
 
-def tree_spec(tree: PyTree) -> dict[str, str]:
-    """Path -> ``dtype[shape]`` of every leaf.
-
-    Examples:
-      >>> tree_spec({"w": jnp.zeros((2, 3)), "key": jax.random.key(0)})
-      {"['key']": 'key<fry>[]', "['w']": 'float32[2,3]'}
-    """
-    spec = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
-        shape = ",".join(map(str, array.shape))
-        spec[jax.tree_util.keystr(path)] = f"{array.dtype}[{shape}]"
-    return spec
-
-
-def tree_digest(tree: PyTree) -> str:
-    """SHA-256 over paths, dtypes, shapes and bytes of all leaves.
-
-    Examples:
-      >>> a = tree_digest({"w": jnp.zeros(3)})
-      >>> a == tree_digest({"w": np.zeros(3, np.float32)})
-      True
-      >>> a == tree_digest({"w": jnp.zeros(3).at[1].set(1e-45)})
-      False
-    """
-    digest = hashlib.sha256()
-    for name, text in tree_spec(tree).items():
-        digest.update(f"{name} {text}\n".encode())
-    for leaf in jax.tree.leaves(tree):
-        data = jax.random.key_data(leaf) if _is_key(leaf) else leaf
-        flat = np.ascontiguousarray(jax.device_get(data)).reshape(-1)
-        digest.update(flat.view(np.uint8).data)
-    return digest.hexdigest()
-
-
-def _seal(meta: Mapping[str, Any]) -> str:
-    text = json.dumps(meta, sort_keys=True, allow_nan=False)
+def _seal(record: Mapping[str, Any]) -> str:
+    text = json.dumps(record, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -121,36 +112,36 @@ def saved_steps(directory: str | pathlib.Path) -> list[int]:
     directory = pathlib.Path(directory)
     if not directory.is_dir():
         return []
-    names = [p.name for p in directory.iterdir() if p.is_dir()]
-    return sorted(int(name) for name in names if name.isdecimal())
+    named = [p for p in directory.iterdir() if p.name.isdecimal() and p.is_dir()]
+    parts = ("meta", "state", "_CHECKPOINT_METADATA")  # a foreign folder has none
+    ours = [p for p in named if any((p / part).exists() for part in parts)]
+    return sorted(int(p.name) for p in ours if p.name == str(int(p.name)))
 
 
 def our_leftovers(directory: str | pathlib.Path) -> list[pathlib.Path]:
     """Folders in ``directory`` that a killed save or deletion left behind."""
     directory = pathlib.Path(directory)
-    if not directory.is_dir():
-        return []
-    ours = lambda name: ".orbax-checkpoint-tmp" in name or name.endswith(".deleting")
-    return [p for p in directory.iterdir() if p.is_dir() and ours(p.name)]
+    unfinished = directory.glob("*.orbax-checkpoint-tmp*")
+    return [p for p in [*unfinished, directory / TRASH] if p.is_dir()]
 
 
 class Checkpointer:
     """Saves and restores whole states; use it as a context manager.
 
-    A step is written beside its final name and renamed when complete, so after
+    A step is written under a temporary name and renamed when complete, so after
     ``kill -9`` at any instant every listed step is complete. Kept are the last
     ``keep_last`` steps and the best by ``metric`` (the earliest of equals), whatever
     their order. Saving runs in the background: :meth:`wait` or leaving the context
-    makes it durable.
+    makes it durable. Several processes call the same methods in the same order.
 
     Args:
-      directory: Where the steps go; made if absent.
+      directory: Parent of the steps; made if absent.
       keep_last: How many of the newest steps to keep. Two, so that a damaged newest
         one leaves another.
       mode: Whether the best ``metric`` is the smallest or the largest.
 
     Examples:
-      >>> import tempfile
+      >>> import jax.numpy as jnp, tempfile
       >>> state = {"w": jnp.arange(3.0), "key": jax.random.key(1)}
       >>> with Checkpointer(tempfile.mkdtemp(), mode="max") as ckpt:
       ...     for step, score in [(1, 0.9), (2, 0.1), (3, 0.2), (4, 0.3)]:
@@ -175,7 +166,7 @@ class Checkpointer:
         self.directory = pathlib.Path(directory).absolute()
         self._keep_last = keep_last
         self._mode = mode
-        self._io = None
+        self._manager: Any = None
         self._scores: dict[int, float | None] | None = None
 
     def __enter__(self):
@@ -185,10 +176,26 @@ class Checkpointer:
         self.close()
 
     def _open(self):
-        if self._io is None:
+        if self._manager is None:
             ocp = _orbax()
-            self._io = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
-        return self._io
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=self,  # pyright: ignore[reportArgumentType]
+                todelete_subdir=TRASH,
+                save_root_metadata=False,
+            )
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        return self._manager
+
+    def should_preserve(
+        self, checkpoints: Sequence[Any], *, context: Any
+    ) -> list[bool]:
+        """Orbax's retention policy: the last checkpoints and the best one stay."""
+        del context
+        ours = sorted(self._load_scores())
+        keep = {*ours[-self._keep_last :], self.best_step()}
+        gone = set(ours) - keep
+        self._scores = {s: m for s, m in self._load_scores().items() if s in keep}
+        return [info.step not in gone for info in checkpoints]
 
     def path(self, step: int) -> pathlib.Path:
         """Where a step is (or would be) kept."""
@@ -209,7 +216,7 @@ class Checkpointer:
             self._scores = {}
             for step in self.steps():
                 try:
-                    self._scores[step] = self._read_meta(step)["metric"]
+                    self._scores[step] = self._read_record(step)["metric"]
                 except CheckpointError:
                     self._scores[step] = None
         return self._scores
@@ -228,22 +235,21 @@ class Checkpointer:
           step: Number of completed steps.
           state: Any pytree of arrays; typed keys, bfloat16 and NamedTuples included.
             Its buffers may be donated as soon as this returns.
-          meta: Plain JSON that travels with it (configuration, position, ...).
+          meta: Plain JSON that travels with it (configuration, position, ...). With
+            several processes that of the first one counts.
           metric: Validation score that ranks this step; None or NaN does not rank.
 
         Raises:
           CheckpointError: If the step is there already (a checkpoint is never written
-            over), or the previous save failed in the background.
+            over), or a save failed.
         """
-        ocp, io = _orbax(), self._open()
         self.wait()
         if self.path(step).exists():
             raise CheckpointError(f"{self.path(step)} exists already.")
-        if not self.directory.is_dir():
-            self.directory.mkdir(parents=True)
         if metric is not None and not np.isfinite(metric):
             metric = None
         record = {
+            "format": FORMAT,
             "meta": to_json(meta),
             "metric": to_json(metric),
             "step": step,
@@ -252,34 +258,36 @@ class Checkpointer:
         }
         record["seal"] = _seal(record)
         self._load_scores()[step] = record["metric"]
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(record)
-        )
-        io.save(self.path(step), args=items)
+        with self._saying_so():
+            args = _orbax().args
+            items = args.Composite(
+                state=args.StandardSave(state), meta=args.JsonSave(record)
+            )
+            # Forced: Orbax passes over a step before its latest, a foreign one too.
+            self._open().save(step, args=items, force=True)
+
+    @contextlib.contextmanager
+    def _saying_so(self):
+        reason = ""
+        try:
+            yield
+        except Exception as error:
+            reason = _reason(error)
+        if reason:
+            self._scores = None
+            _collect_quietly()
+            raise CheckpointError(
+                f"Saving a checkpoint in {self.directory} failed: {reason}."
+            )
 
     def wait(self) -> None:
-        """Returns when the last save is durable, and drops what need not be kept."""
-        if self._io is None:
+        """Returns when the last save is durable and what it replaces is deleted."""
+        if self._manager is None:
             return
-        try:
-            self._io.wait_until_finished()
-        except Exception as error:
-            raise CheckpointError(
-                f"Saving a checkpoint in {self.directory} failed: {error}"
-            ) from error
-        steps = self.steps()
-        keep = {*steps[-self._keep_last :], self.best_step()}
-        for step in steps:
-            if step not in keep:
-                self._delete(step)
-                self._load_scores().pop(step, None)
-
-    def _delete(self, step: int) -> None:
-        # Renamed first: a kill halfway must not leave half a step under its name.
-        doomed = self.directory / f"{step}.deleting"
-        shutil.rmtree(doomed, ignore_errors=True)
-        self.path(step).rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        with self._saying_so():
+            self._manager.wait_until_finished()
+        if _hosts.is_main():
+            shutil.rmtree(self.directory / TRASH, ignore_errors=True)
 
     def clean(self) -> None:
         """Removes what a killed save left behind. Only the process that saves may."""
@@ -297,38 +305,46 @@ class Checkpointer:
         Returns:
           Where they went: ``<directory>/<step>.damaged``.
         """
-        moved = []
-        for newer in [s for s in self.steps() if s > step]:
-            target = self.directory / f"{newer}.damaged"
-            shutil.rmtree(target, ignore_errors=True)
-            moved.append(self.path(newer).rename(target))
-            self._load_scores().pop(newer, None)
+        newer = [s for s in self.steps() if s > step]
+        moved = [self.directory / f"{s}.damaged" for s in newer]
+        _hosts.sync("listed")
+        if _hosts.is_main():
+            with writing(self.directory):
+                for old, target in zip(newer, moved, strict=True):
+                    shutil.rmtree(target, ignore_errors=True)
+                    self.path(old).rename(target)
+        _hosts.sync("set aside")
+        self._scores = None
         return moved
 
-    def _read_meta(self, step: int) -> dict[str, Any]:
-        ocp, io = _orbax(), self._open()
+    def _read_record(self, step: int) -> dict[str, Any]:
         try:
-            items = ocp.args.Composite(meta=ocp.args.JsonRestore())
-            record = io.restore(self.path(step), args=items).meta
+            record = json.loads((self.path(step) / "meta" / "metadata").read_bytes())
             seal = record.pop("seal")
         except Exception as error:
-            raise CheckpointError(f"its record is unreadable ({error})") from error
+            raise CheckpointError(
+                f"its record is unreadable ({_reason(error)})"
+            ) from error
         if seal != _seal(record):
             raise CheckpointError("its record does not match its digest")
+        if record.get("format") != FORMAT:
+            raise CheckpointError("its format is that of another version of mtljax")
+        if record["step"] != step:
+            raise CheckpointError(f"its record is that of step {record['step']}")
         return record
 
     def _read_state(self, step: int, target: PyTree, digest: str) -> PyTree:
-        ocp, io = _orbax(), self._open()
         state, reason = None, ""
         try:
-            items = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-            state = io.restore(self.path(step), args=items).state
+            ocp = _orbax()
+            with ocp.StandardCheckpointer() as io:
+                state = io.restore(self.path(step) / "state", target)
         except Exception as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            reason = lines[0][:120]
-        if reason:
+            reason = _reason(error)
+        if any(reasons := _hosts.gather(reason)):
             _collect_quietly()
-            raise CheckpointError(f"its arrays are unreadable ({reason})")
+            found = next(filter(None, reasons))
+            raise CheckpointError(f"its arrays are unreadable ({found})")
         if tree_digest(state) != digest:
             raise CheckpointError("its arrays do not match their digest")
         return state
@@ -343,12 +359,15 @@ class Checkpointer:
     ) -> Restored:
         """Restores a state like ``target``, verified against its digest.
 
+        The state may have been saved on another number of devices or processes.
+
         Args:
           target: A state of the right structure (its values are not read), or its
-            shapes (:func:`jax.eval_shape`).
+            shapes (:func:`jax.eval_shape`). Its shardings give the place of the arrays;
+            a leaf without one goes to the default device.
           step: A step, ``"best"``, or ``"latest"``, which falls back to the newest
             undamaged one, with a warning for each it passes over.
-          warn: What to do with such a warning; default :func:`warnings.warn`.
+          warn: Receives such a warning; default :func:`warnings.warn`.
           check: Called with ``meta`` before any array is read; may raise.
 
         Returns:
@@ -360,28 +379,12 @@ class Checkpointer:
         """
         self.wait()
         warn = warn or (lambda text: warnings.warn(text, RuntimeWarning, stacklevel=3))
-        steps = self.steps()
-        if not steps:
-            raise CheckpointError(f"No checkpoint in {self.directory}.")
-        if step == "latest":
-            candidates = steps[::-1]
-        else:
-            wanted = self.best_step() if step == "best" else step
-            if wanted is None:
-                raise CheckpointError(
-                    f"No checkpoint in {self.directory} was saved with a metric."
-                )
-            if wanted not in steps:
-                raise CheckpointError(
-                    f"No checkpoint of step {wanted} in {self.directory}; "
-                    f"there are {steps}."
-                )
-            candidates = [wanted]
-        shapes = jax.tree.map(_orbax().utils.to_shape_dtype_struct, target)
+        shapes = jax.tree.map(_with_sharding, target)
         problems = []
+        candidates = self._candidates(step)
         for candidate in candidates:
             try:
-                record = self._read_meta(candidate)
+                record = self._read_record(candidate)
                 if check is not None:
                     check(record["meta"])
                 self._check_tree(candidate, record["spec"], tree_spec(target))
@@ -398,6 +401,24 @@ class Checkpointer:
         more = f" (and {len(problems) - 1} newer ones)" if len(problems) > 1 else ""
         raise CheckpointError(f"{problems[-1]}{more}.")
 
+    def _candidates(self, step: int | Literal["latest", "best"]) -> list[int]:
+        steps = self.steps()
+        if not steps:
+            raise CheckpointError(f"No checkpoint in {self.directory}.")
+        if step == "latest":
+            return steps[::-1]
+        wanted = self.best_step() if step == "best" else step
+        if wanted is None:
+            raise CheckpointError(
+                f"No checkpoint in {self.directory} was saved with a metric."
+            )
+        if wanted not in steps:
+            raise CheckpointError(
+                f"No checkpoint of step {wanted} in {self.directory}; there are "
+                f"{steps}."
+            )
+        return [wanted]
+
     def _check_tree(
         self, step: int, saved: Mapping[str, str], wanted: Mapping[str, str]
     ) -> None:
@@ -411,9 +432,26 @@ class Checkpointer:
 
     def close(self) -> None:
         """Waits for the last save and releases the background threads."""
-        if self._io is not None:
-            try:
-                self.wait()
-            finally:
-                self._io.close()
-                self._io = None
+        manager = self._manager
+        if manager is None:
+            return
+        try:
+            self.wait()
+        finally:
+            self._manager = None
+            with contextlib.suppress(Exception):  # wait has raised it
+                manager.close()
+
+
+def _with_sharding(leaf: Any) -> Any:
+    if not hasattr(leaf, "dtype"):
+        return leaf
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None:
+        if jax.process_count() > 1:
+            raise ValueError(
+                "With several processes, a target needs shardings: pass arrays, or "
+                "shapes with sharding=."
+            )
+        sharding = SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from mtljax.extras import require
+from mtljax.training._signals import Signals
 
 
 def run_cli(
@@ -24,6 +25,10 @@ def run_cli(
     printed as one sentence, and the exit status is 1; with ``MTLJAX_TRACEBACK=1`` in
     the environment it is raised. A config with ``quick_compile`` set has XLA leave
     out its optimisations.
+
+    After SIGINT the exit status is 130, after SIGTERM 143, whatever ``main`` does. A
+    signal inside of :func:`~mtljax.training.fit` lets it save; later calls of ``fit``
+    make no step. Elsewhere a signal stops ``main`` at once.
 
     Args:
       main: Runs the experiment; gets the command that results are labelled with.
@@ -54,13 +59,22 @@ def run_cli(
     )
     if getattr(config, "quick_compile", False):
         jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        main(config, " ".join([prog, *without_paths(arguments)]))
-    except (ValueError, OSError, RuntimeError) as error:
-        if os.environ.get("MTLJAX_TRACEBACK"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    with Signals() as signals:
+        signals.reported = True
+        try:
+            main(config, " ".join([prog, *without_paths(arguments)]))
+        except (ValueError, OSError, RuntimeError) as error:
+            if signals.number is None:
+                if os.environ.get("MTLJAX_TRACEBACK"):
+                    raise
+                print(f"error: {error}", file=sys.stderr)
+                sys.exit(1)
+        except (KeyboardInterrupt, SystemExit):
+            if signals.number is None:
+                raise
+        if signals.number is not None:
+            print(f"Stopped by {signals.name}.", file=sys.stderr)
+            sys.exit(128 + signals.number)
 
 
 def without_paths(arguments: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What can stop a run, each said in one sentence."""
+"""Errors that stop a run, each with a message of one sentence."""
 
 
 class TrainingError(RuntimeError):
@@ -46,3 +46,11 @@ class ConfigMismatchError(CheckpointError):
 
 class RunExistsError(TrainingError):
     """The run directory already holds a run."""
+
+
+class RunLockedError(RunExistsError):
+    """Another process is working in the run directory."""
+
+
+class OutputError(TrainingError):
+    """A file could not be written, e.g. because the disk is full."""

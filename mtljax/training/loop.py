@@ -6,15 +6,17 @@ dict of arrays of fixed shapes. Nothing here knows about losses, tasks or models
 """
 
 import functools
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core.primitives import conv_general_dilated_p
 from jaxtyping import Array, Int, Key, PyTree
+
+from mtljax.training._hosts import Placement, place
 
 Metrics: TypeAlias = Any  # a dict of arrays (or a tree of them)
 Step: TypeAlias = Callable[[Any, Any], tuple[Any, Metrics]]
@@ -81,14 +83,25 @@ def epoch_order(
     return order[: steps * batch_size].reshape(steps, batch_size)
 
 
-def _take(data: PyTree, rows: Array) -> PyTree:
-    return jax.tree.map(
-        lambda a: a.at[rows].get(mode="promise_in_bounds", unique_indices=True), data
-    )
+def _take(data: PyTree, rows: Array, placement: Placement | None = None) -> PyTree:
+    options: Any = {"mode": "promise_in_bounds", "unique_indices": True}
+    if placement is not None and placement.explicit:
+        options["out_sharding"] = placement.batch
+    batch = jax.tree.map(lambda a: a.at[rows].get(**options), data)
+    if placement is None or placement.explicit:
+        return batch
+    return lax.with_sharding_constraint(batch, placement.batch)
+
+
+def _replicated(arrays: PyTree, placement: Placement | None) -> PyTree:
+    """Replicates arrays on a mesh with Explicit axes; other arrays are unchanged."""
+    if placement is None or not placement.explicit:
+        return arrays
+    return jax.tree.map(lambda a: jax.sharding.reshard(a, placement.replicated), arrays)
 
 
 def check_step(step: Step, state: PyTree, batch: PyTree) -> PyTree:
-    """Traces one step and says what a loop could not carry.
+    """Traces one step and names what a loop could not carry.
 
     Args:
       step: The step.
@@ -143,6 +156,7 @@ def make_chunk(
     chunk: int,
     seeds: bool = False,
     donate: bool = True,
+    placement: Placement | None = None,
 ) -> Callable[..., tuple[Any, Metrics]]:
     """Compiles up to ``chunk`` steps over data that live on the device.
 
@@ -159,6 +173,7 @@ def make_chunk(
       seeds: Whether the state and ``order_key`` have a leading axis ``[S]`` of
         independent runs (seeds, hyper-parameters); the data do not.
       donate: Whether the buffers of the incoming state are reused for the outgoing.
+      placement: Where state and batches lie on a mesh; :func:`fit` fills it in.
 
     Returns:
       A jitted function ``(state, data, order_key, start_step, n) -> (state,
@@ -185,10 +200,12 @@ def make_chunk(
     def run(state, data, order_key, start_step, n):
         size = num_examples(data, batch_size)
         per_epoch = size // batch_size
+        first_rows = jnp.zeros(batch_size, jnp.int32)
         shapes = jax.eval_shape(
-            lambda s: step(s, _take(data, jnp.zeros(batch_size, jnp.int32)))[1], state
+            lambda s: step(s, _take(data, first_rows, placement))[1], state
         )
         buffers = jax.tree.map(lambda m: jnp.zeros((chunk, *m.shape), m.dtype), shapes)
+        buffers = _replicated(buffers, placement)
         n = jnp.minimum(n, chunk)
 
         def within_epoch(carry):
@@ -196,11 +213,13 @@ def make_chunk(
             offset = (start_step + i) % per_epoch
             epoch = (start_step + i) // per_epoch
             order = epoch_order(order_key, epoch, size, batch_size)
+            order = _replicated(order, placement)
 
             def body(j, carry):
                 state, metrics = carry
                 rows = order[(start_step + j) % per_epoch]
-                state, new = step(state, _take(data, rows))
+                state, new = step(state, _take(data, rows, placement))
+                new = _replicated(new, placement)
                 return state, jax.tree.map(lambda m, x: m.at[j].set(x), metrics, new)
 
             stop = jnp.minimum(n, i + per_epoch - offset)
@@ -215,12 +234,28 @@ def make_chunk(
     if seeds:
         axes = (0, None, 0, None, None)
         run = jax.vmap(run, in_axes=axes, out_axes=(0, 1))
-    return jax.jit(run, donate_argnums=(0,) if donate else ())
+    return _jit(run, donate, placement)
+
+
+def _jit(run: Callable, donate: bool, placement: Placement | None) -> Callable:
+    """Compiles ``run(state, ...) -> (state, metrics)``."""
+
+    def placed(*args):
+        state, metrics = run(*args)
+        return state, _replicated(metrics, placement)
+
+    outputs = None if placement is None else placement.outputs
+    return jax.jit(placed, donate_argnums=(0,) if donate else (), out_shardings=outputs)
 
 
 @functools.lru_cache(maxsize=16)
 def make_host_chunk(
-    step: Step, *, batch_size: int, seeds: bool = False, donate: bool = True
+    step: Step,
+    *,
+    batch_size: int,
+    seeds: bool = False,
+    donate: bool = True,
+    placement: Placement | None = None,
 ) -> Callable[..., tuple[Any, Metrics]]:
     """The function of :func:`make_chunk` as a loop on the host over a compiled step.
 
@@ -234,6 +269,7 @@ def make_host_chunk(
       batch_size: Examples per step.
       seeds: Whether the state and ``order_key`` have a leading axis ``[S]``.
       donate: Whether the buffers of the incoming state are reused.
+      placement: Where state and batches lie on a mesh; :func:`fit` fills it in.
 
     Returns:
       ``(state, data, order_key, start_step, n) -> (state, metrics)`` with host
@@ -241,7 +277,7 @@ def make_host_chunk(
     """
 
     def one(state, data, order, at):
-        return step(state, _take(data, order[at]))
+        return step(state, _take(data, order[at], placement))
 
     def order_of(order_key, epoch, size):
         return epoch_order(order_key, epoch, size, batch_size)
@@ -249,8 +285,9 @@ def make_host_chunk(
     if seeds:
         one = jax.vmap(one, in_axes=(0, None, 0, None))
         order_of = jax.vmap(order_of, in_axes=(0, None, None))
-    run = jax.jit(one, donate_argnums=(0,) if donate else ())
+    run = _jit(one, donate, placement)
     order_of = jax.jit(order_of, static_argnums=2)
+    mesh = None if placement is None else placement.mesh
 
     def chunk(state, data, order_key, start_step, n):
         size = num_examples(data, batch_size)
@@ -258,20 +295,19 @@ def make_host_chunk(
         order, rows = None, []
         for at in range(int(start_step), int(start_step) + int(n)):
             if order is None or at % per_epoch == 0:
-                epoch = jax.device_put(np.int32(at // per_epoch))
+                epoch = place(mesh, np.int32(at // per_epoch))
                 order = order_of(order_key, epoch, size)
-            state, metrics = run(
-                state, data, order, jax.device_put(np.int32(at % per_epoch))
-            )
+            at_row = place(mesh, np.int32(at % per_epoch))
+            state, metrics = run(state, data, order, at_row)
             rows.append(metrics)
         return state, jax.tree.map(lambda *m: np.stack(m), *jax.device_get(rows))
 
     return chunk
 
 
-# How programs print the order of axes that XLA:CPU has fast code for.
+# The orders of axes that XLA:CPU has fast code for, by the number of axes.
 _USUAL_AXES = {
-    str(jax.lax.conv_dimension_numbers((1,) * n, (1,) * n, axes))
+    n: jax.lax.conv_dimension_numbers((1,) * n, (1,) * n, axes)
     for n, axes in (
         (3, ("NWC", "WIO", "NWC")),
         (4, ("NHWC", "HWIO", "NHWC")),
@@ -280,12 +316,21 @@ _USUAL_AXES = {
 }
 
 
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    """All equations of a program, those of its loops and branches included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from _equations(inner)
+
+
 def prefers_host_loop(step: Step, state: PyTree, batch: PyTree) -> bool:
     """Whether a step is faster outside a compiled loop, for its convolutions on a CPU.
 
-    It is if the axes of one are not in the order images, pixels, channels. The backward
-    passes of :func:`mtljax.value_and_task_grads` and :func:`value_and_balanced_grad`
-    bring them into this order; those of ``jax.grad`` have others.
+    It is if the axes of one are not in the order images, pixels, channels, as in the
+    backward passes of ``jax.grad``. Nothing calls this by default.
 
     Args:
       step: The step.
@@ -301,8 +346,12 @@ def prefers_host_loop(step: Step, state: PyTree, batch: PyTree) -> bool:
     """
     if jax.default_backend() != "cpu":
         return False
-    program = str(jax.make_jaxpr(step)(state, batch))
-    return not _USUAL_AXES.issuperset(re.findall(r"ConvDimensionNumbers\(.*", program))
+    return any(
+        equation.primitive is conv_general_dilated_p
+        and equation.params["dimension_numbers"]
+        != _USUAL_AXES.get(equation.invars[0].aval.ndim)
+        for equation in _equations(jax.make_jaxpr(step)(state, batch).jaxpr)
+    )
 
 
 def make_runner(
@@ -313,9 +362,10 @@ def make_runner(
     batch_size: int,
     chunk: int = 1000,
     seeds: bool = False,
-    loop_on: Literal["device", "host"] | None = None,
+    loop_on: Literal["device", "host", "auto"] = "device",
+    placement: Placement | None = None,
 ) -> Callable[..., tuple[Any, Metrics]]:
-    """The faster of :func:`make_chunk` and :func:`make_host_chunk` for this step.
+    """:func:`make_chunk` or :func:`make_host_chunk` behind one signature.
 
     Args:
       step: ``step(state, batch) -> (state, metrics)``.
@@ -324,20 +374,24 @@ def make_runner(
       batch_size: Examples per step.
       chunk: The most steps of one call.
       seeds: Whether the states to run have a leading axis ``[S]``.
-      loop_on: Overrules :func:`prefers_host_loop`.
+      loop_on: Where the loop over the steps runs; ``"auto"`` calls
+        :func:`prefers_host_loop`.
+      placement: Where state and batches lie on a mesh; :func:`fit` fills it in.
 
     Returns:
       ``(state, data, order_key, start_step, n) -> (state, metrics)`` with host
       integers; the first ``n`` rows of the metrics count. Donates the state.
     """
-    if loop_on is None:
+    if loop_on == "auto":
         loop_on = "host" if prefers_host_loop(step, state, batch) else "device"
+    options: Any = {"batch_size": batch_size, "seeds": seeds, "placement": placement}
     if loop_on == "host":
-        return make_host_chunk(step, batch_size=batch_size, seeds=seeds)
-    run = make_chunk(step, batch_size=batch_size, chunk=chunk, seeds=seeds)
+        return make_host_chunk(step, **options)
+    run = make_chunk(step, chunk=chunk, **options)
+    mesh = None if placement is None else placement.mesh
 
     def run_chunk(state, data, order_key, start_step, n):
-        bounds = jax.device_put((np.int32(start_step), np.int32(n)))
+        bounds = place(mesh, (np.int32(start_step), np.int32(n)))
         return run(state, data, order_key, *bounds)
 
     return run_chunk
@@ -345,7 +399,11 @@ def make_runner(
 
 @functools.lru_cache(maxsize=16)
 def make_stream_step(
-    step: Step, *, seeds: bool = False, donate: bool = True
+    step: Step,
+    *,
+    seeds: bool = False,
+    donate: bool = True,
+    placement: Placement | None = None,
 ) -> Callable[[Any, Any], tuple[Any, Metrics]]:
     """Compiles one step for batches that come from the host.
 
@@ -353,12 +411,13 @@ def make_stream_step(
       step: ``step(state, batch) -> (state, metrics)``.
       seeds: Whether the state has a leading axis ``[S]``; all runs see the same batch.
       donate: Whether the buffers of the incoming state are reused.
+      placement: Where the state lies on a mesh; :func:`fit` fills it in.
 
     Returns:
       The jitted step.
     """
     run = jax.vmap(step, in_axes=(0, None)) if seeds else step
-    return jax.jit(run, donate_argnums=(0,) if donate else ())
+    return _jit(run, donate, placement)
 
 
 def split_run_key(

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on."""
+"""Progress of a run on a terminal or in a log."""
 
 import sys
 import time
@@ -145,7 +145,7 @@ class Progress:
             progress.TextColumn(
                 "{task.fields[text]}",
                 markup=False,
-                table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1),
+                table_column=Column(overflow="fold", ratio=1),
             ),
             console=Console(file=self._stream),
             refresh_per_second=4,

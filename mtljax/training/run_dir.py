@@ -1,13 +1,72 @@
-"""The folder of a run: whether there is one, removing it, loading from it."""
+"""The folder of a run: its lock, its files, and loading from it."""
 
 import contextlib
+import fcntl
+import os
 import pathlib
 import shutil
+import socket
+from collections.abc import Iterator
 from typing import Literal
 
 from jaxtyping import PyTree
 
 from mtljax.training import checkpoint as checkpoints
+from mtljax.training.errors import OutputError, RunLockedError
+from mtljax.training.writers import writing
+
+_held: set[pathlib.Path] = set()  # the system's locks do not exclude a process itself
+
+
+@contextlib.contextmanager
+def lock_run(run_dir: str | pathlib.Path) -> Iterator[None]:
+    """Excludes other processes from a run directory, which is made if absent.
+
+    The operating system releases the lock when the process ends, however it ends. The
+    file ``.lock`` stays.
+
+    Args:
+      run_dir: The directory.
+
+    Raises:
+      RunLockedError: If a process is working there; names it.
+      OutputError: If the directory cannot be written.
+
+    Examples:
+      >>> import tempfile
+      >>> with lock_run(folder := tempfile.mkdtemp()), lock_run(folder):
+      ...     pass
+      Traceback (most recent call last):
+      ...
+      mtljax.training.errors.RunLockedError: ... is in use by process ...
+    """
+    run_dir = pathlib.Path(run_dir)
+    with writing(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path = run_dir.resolve() / ".lock"
+        taken = path in _held  # opening the file twice would release it
+        file = None if taken else os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        if file is not None:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                taken = True
+        if file is None or taken:
+            owner = path.read_text() if file is not None else f"process {os.getpid()}"
+            raise RunLockedError(f"{run_dir} is in use by {owner}.")
+        _held.add(path)
+        try:
+            with writing(path):
+                os.truncate(file, 0)
+                name = f"process {os.getpid()} on {socket.gethostname()}"
+                os.pwrite(file, name.encode(), 0)
+            yield
+        finally:
+            _held.discard(path)
+    finally:
+        if file is not None:
+            os.close(file)
 
 
 def holds_run(run_dir: str | pathlib.Path) -> bool:
@@ -23,32 +82,51 @@ def holds_run(run_dir: str | pathlib.Path) -> bool:
 
 
 def remove_run(run_dir: str | pathlib.Path) -> None:
-    """Deletes the files that :func:`fit` wrote into a directory, and nothing else."""
+    """Deletes the files that :func:`fit` wrote into a directory, and nothing else.
+
+    Raises:
+      OutputError: If a file is in the way that no run wrote, or cannot be deleted.
+    """
     run_dir = pathlib.Path(run_dir)
-    for name in ("metrics.jsonl", "metrics.jsonl.new"):
-        (run_dir / name).unlink(missing_ok=True)
-    folder = run_dir / "checkpoints"
-    ours = [folder / str(step) for step in checkpoints.saved_steps(folder)]
-    ours += checkpoints.our_leftovers(folder)
-    ours += folder.glob("*.damaged")
-    for path in ours:
-        shutil.rmtree(path)
-    for path in (run_dir / "tensorboard").glob("events.out.tfevents.*"):
-        path.unlink()
-    for path in (folder, run_dir / "tensorboard"):
-        with contextlib.suppress(OSError):  # absent, or not empty
-            path.rmdir()
+    rows = run_dir / "metrics.jsonl"
+    with writing(run_dir):
+        if rows.exists() and b'"kind": "header"' not in rows.read_bytes()[:100]:
+            raise OutputError(f"{rows} was not written by a run: move it away.")
+        folder = run_dir / "checkpoints"
+        trash = folder / checkpoints.TRASH
+        for path in checkpoints.our_leftovers(folder):
+            shutil.rmtree(path)
+        old = [folder / str(step) for step in checkpoints.saved_steps(folder)]
+        old += [p for p in folder.glob("*.damaged") if p.stem.isdecimal()]
+        for path in old:  # renamed first: a kill leaves no half of a checkpoint
+            trash.mkdir(exist_ok=True)
+            path.rename(trash / path.name)
+        if old:
+            shutil.rmtree(trash)
+        for path in (rows, run_dir / "metrics.jsonl.new"):
+            path.unlink(missing_ok=True)
+        for path in (run_dir / "tensorboard").glob("events.out.tfevents.*"):
+            path.unlink()
+        for path in (folder, run_dir / "tensorboard"):
+            with contextlib.suppress(OSError):  # absent, or not empty
+                path.rmdir()
 
 
 def set_rows_aside(run_dir: str | pathlib.Path) -> pathlib.Path | None:
-    """Renames the rows of a run, which may be all that is left of it."""
+    """Renames the rows of a run, which may be all that is left of it.
+
+    There is one such file: the longer of the two stays, since the rows of a run that
+    was killed before its first checkpoint come again.
+    """
     rows = pathlib.Path(run_dir) / "metrics.jsonl"
+    aside = rows.with_name(f"{rows.name}.1")
     if not rows.exists():
         return None
-    number = 1
-    while (aside := rows.with_name(f"{rows.name}.{number}")).exists():
-        number += 1
-    return rows.rename(aside)
+    with writing(rows):
+        if aside.exists() and aside.stat().st_size >= rows.stat().st_size:
+            rows.unlink()
+            return None
+        return rows.rename(aside)
 
 
 def load_run(
@@ -62,9 +140,10 @@ def load_run(
 
     Args:
       run_dir: Directory given to :func:`fit`.
-      target: A state of the right structure, or its shapes.
+      target: A state of the right structure, or its shapes, see
+        :meth:`Checkpointer.restore`.
       which: ``"best"``, ``"latest"`` or a step that was kept.
-      mode: The ``select_mode`` of the run.
+      mode: The ``mode`` of the run's :class:`Evaluation`.
 
     Returns:
       State, step and record.

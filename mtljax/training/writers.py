@@ -1,11 +1,14 @@
 """Where metric rows go: JSON lines (always), TensorBoard (optional), memory."""
 
+import contextlib
+import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from mtljax.training.errors import CheckpointError, OutputError
 from mtljax.training.records import to_json
 
 Row = dict[str, Any]
@@ -16,7 +19,7 @@ class Writer(Protocol):
     """Receives the rows of a run; :func:`mtljax.training.fit` calls these in order."""
 
     def open(self, header: Mapping[str, Any], resume_step: int | None) -> None:
-        """Starts a run, or goes on after ``resume_step``, forgetting later rows."""
+        """Starts a run, or continues after ``resume_step`` and drops later rows."""
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Takes one row of plain JSON with at least ``step`` and ``kind``."""
@@ -29,7 +32,7 @@ class Writer(Protocol):
 
 
 def read_jsonl(path: str | pathlib.Path) -> tuple[Row, list[Row]]:
-    """Reads a metrics file, forgiving an unfinished last line.
+    """Reads a metrics file and ignores an unfinished last line.
 
     Args:
       path: The file, or the run directory that holds ``metrics.jsonl``.
@@ -66,20 +69,97 @@ def read_jsonl(path: str | pathlib.Path) -> tuple[Row, list[Row]]:
     return rows[0], rows[1:]
 
 
-def atomic_write(path: pathlib.Path, text: str) -> None:
+@contextlib.contextmanager
+def writing(path: str | pathlib.Path):
+    """Turns an ``OSError`` into one sentence about the path."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise OutputError(f"{path} cannot be written: {why}.") from error
+
+
+def atomic_write(path: pathlib.Path, content: bytes) -> None:
     """Writes a file so that a reader, or a kill, finds the old or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".new")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
+    new = path.with_name(path.name + ".new")
+    with new.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    beside.replace(path)
+    new.replace(path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+class Seal(NamedTuple):
+    """Number and digest of the rows that a checkpoint goes with.
+
+    The final rows, which a longer run does not have, are counted on their own and
+    without their ``seconds``, because they can be computed again.
+    """
+
+    rows: int
+    digest: str
+    final_rows: int
+    final_digest: str
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    return json.dumps(row, allow_nan=False).encode() + b"\n"
+
+
+class _Sealer:
+    """Seals rows as they come."""
+
+    def __init__(self, rows: Sequence[Row] = ()):
+        self._counts = [0, 0]
+        self._digests = [hashlib.sha256(), hashlib.sha256()]
+        for row in rows:
+            self.add(row)
+
+    def add(self, row: Row) -> None:
+        final = bool(row.get("final"))
+        if final:
+            row = {name: value for name, value in row.items() if name != "seconds"}
+        self._counts[final] += 1
+        self._digests[final].update(_line(row))
+
+    def seal(self) -> Seal:
+        lasting, final = (digest.hexdigest() for digest in self._digests)
+        return Seal(self._counts[0], lasting, self._counts[1], final)
+
+
+def sealed_rows(path: pathlib.Path, seal: Seal) -> list[Row]:
+    """The rows of a file that a checkpoint goes with, and the final rows after them.
+
+    Later rows, and what a kill left of a line, are passed over.
+
+    Raises:
+      CheckpointError: If a row is absent or was changed.
+    """
+    lines = path.read_bytes().split(b"\n")[1:-1] if path.exists() else []
+    rows, count = [], 0
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if not isinstance(row, dict) or (count == seal.rows and not row.get("final")):
+            break
+        rows.append(row)
+        count += not row.get("final")
+    if _Sealer(rows).seal()[:2] != seal[:2]:
+        lost = f"of {seal.rows} rows only {count} are readable"
+        raise CheckpointError(
+            f"The rows in {path} are not those of the checkpoint to resume from "
+            f"({lost if count < seal.rows else 'a row was changed'}): restore the "
+            "file, or start again with --overwrite."
+        )
+    return rows
 
 
 class JsonlWriter:
@@ -88,7 +168,7 @@ class JsonlWriter:
     A kill leaves at most one unfinished last line. A resume drops it, the rows beyond
     the restored step, and the rows marked ``final`` (written only because an earlier
     run was shorter), all in one atomic rewrite: the finished file equals that of an
-    uninterrupted run but for ``seconds`` in the rows and ``sessions`` in the header.
+    uninterrupted run except for ``seconds`` in the rows and ``sessions`` in the header.
 
     Args:
       path: The file; its folder is made if absent.
@@ -98,29 +178,53 @@ class JsonlWriter:
         self.path = pathlib.Path(path)
         self.rows: list[Row] = []
         self._file = None
+        self._pending: list[bytes] = []
+        self._sealer = _Sealer()
 
-    def open(self, header: Mapping[str, Any], resume_step: int | None) -> None:
-        """Starts the file, or cuts it back to ``resume_step``.
+    def open(
+        self,
+        header: Mapping[str, Any],
+        resume_step: int | None,
+        seal: Seal | None = None,
+    ) -> None:
+        """Starts the file, or truncates it to ``resume_step``.
 
         Args:
-          header: Plain JSON; its ``sessions`` are appended to those in the file.
-          resume_step: None to start afresh.
-        """
-        first = {"kind": "header", **to_json(header)}
-        if resume_step is not None and self.path.exists():
-            old, rows = read_jsonl(self.path)
-            self.rows = [r for r in rows if keeps(r, resume_step)]
-            first["sessions"] = old.get("sessions", []) + first.get("sessions", [])
-        lines = [json.dumps(row, allow_nan=False) for row in [first, *self.rows]]
-        atomic_write(self.path, "\n".join(lines) + "\n")
-        self._file = self.path.open("a", encoding="utf-8")
+          header: Plain JSON.
+          resume_step: None to start from scratch.
+          seal: The seal of the checkpoint to resume from. Rows that do not match it
+            are refused.
 
-    def load(self) -> bool:
-        """Takes the rows of the file as they are; False if there is no file."""
-        if not self.path.exists():
+        Raises:
+          CheckpointError: If the rows do not match ``seal``.
+          OutputError: If the file cannot be written.
+        """
+        if resume_step is not None and (seal is not None or self.path.exists()):
+            rows = sealed_rows(self.path, seal) if seal else read_jsonl(self.path)[1]
+            self.rows = [r for r in rows if keeps(r, resume_step)]
+        self._sealer = _Sealer(self.rows)
+        first = {"kind": "header", **to_json(header)}
+        with writing(self.path):
+            atomic_write(self.path, b"".join(map(_line, [first, *self.rows])))
+            self._file = self.path.open("ab", buffering=0)
+
+    def load(self, seal: Seal) -> bool:
+        """Takes the rows of a finished run; False if final rows are to be rewritten.
+
+        Raises:
+          CheckpointError: If other rows do not match ``seal``.
+        """
+        rows = sealed_rows(self.path, seal)
+        self.rows = rows
+        try:
+            header, _ = read_jsonl(self.path)
+        except ValueError:
             return False
-        self.rows = read_jsonl(self.path)[1]
-        return True
+        return bool(header) and _Sealer(rows).seal() == seal
+
+    def seal(self) -> Seal:
+        """The seal of all rows so far."""
+        return self._sealer.seal()
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Appends a row; NaN and infinities become null."""
@@ -128,21 +232,28 @@ class JsonlWriter:
             raise ValueError("The writer is not open.")
         plain = to_json(row)
         self.rows.append(plain)
-        self._file.write(json.dumps(plain, allow_nan=False) + "\n")
+        self._sealer.add(plain)
+        self._pending.append(_line(plain))
 
     def flush(self, *, durable: bool = False) -> None:
         """Makes the rows visible to readers; if durable, proof against power loss."""
-        if self._file is not None:
-            self._file.flush()
+        if self._file is None:
+            return
+        content, self._pending = b"".join(self._pending), []
+        with writing(self.path):
+            while content:
+                content = content[self._file.write(content) :]
             if durable:
                 os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Flushes to the disk and closes."""
         if self._file is not None:
-            self.flush(durable=True)
-            self._file.close()
-            self._file = None
+            try:
+                self.flush(durable=True)
+            finally:
+                self._file.close()
+                self._file = None
 
 
 class MemoryWriter:
@@ -177,7 +288,7 @@ class MemoryWriter:
 
 
 def keeps(row: Mapping[str, Any], resume_step: int) -> bool:
-    """Whether a row belongs to a run that goes on after ``resume_step``."""
+    """Whether a row belongs to a run that continues after ``resume_step``."""
     return row.get("step", 0) <= resume_step and not row.get("final")
 
 

@@ -20,9 +20,10 @@ from experiments.alternating.config import (
     SETS,
     SINGLE_TASK,
     TASKS,
-    ConfigError,
     check,
 )
+from experiments.common.config import ConfigError
+from mtljax.data import MISSING, MissingDataError
 
 SMOKE = PRESETS["smoke"][1]
 TINY = {"hidden": (8,), "batch_size": 8}
@@ -152,13 +153,13 @@ def test_area_under_the_curve_counts_pairs():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rows": ("adam",)}, "--digits.rows: there is no row 'adam'; the rows are"),
+        ({"rows": ("adam",)}, "--digits.rows: unknown name 'adam'. Choose from"),
         ({"rows": ("groups_35:slot",)}, "has 35 groups, but digits has 21 tasks"),
         ({"rows": ()}, "--digits.rows is empty"),
-        ({"sgd_lrs": (0.0,)}, "--digits.sgd-lrs must be positive"),
-        ({"lrs": ()}, "--digits.lrs must be positive"),
-        ({"scales": (-1.0,)}, "--digits.scales must be positive"),
-        ({"batch_size": 0}, "--digits.batch-size must be positive, not 0"),
+        ({"sgd_lrs": (0.0,)}, "--digits.sgd-lrs must be a positive number"),
+        ({"lrs": ()}, "--digits.lrs is empty"),
+        ({"scales": (-1.0,)}, "--digits.scales must be a positive number"),
+        ({"batch_size": 0}, "--digits.batch-size must be a whole number from 1"),
         ({"alignment": True}, "--digits.alignment needs the row sgd:mean_T too"),
     ],
 )
@@ -171,9 +172,10 @@ def test_settings_that_cannot_run(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sets": ()}, "--sets is empty; choose from digits, faces"),
+        ({"sets": ()}, "--sets is empty; name at least one"),
+        ({"sets": ("digit",)}, "--sets: unknown data set 'digit'. Choose from digits"),
         ({"sets": ("faces",)}, "faces is read from files: pass --data-dir DIR"),
-        ({"seeds": 0}, "--seeds must be positive, not 0"),
+        ({"seeds": 0}, "--seeds must be a whole number from 1 to 1000, not 0"),
         ({"resume": True, "overwrite": True}, "--resume and --overwrite exclude"),
     ],
 )
@@ -184,14 +186,14 @@ def test_configurations_that_cannot_run(changes, message):
 
 def test_a_folder_without_the_file():
     config = configured("faces", pathlib.Path("nowhere"))
-    with pytest.raises(ConfigError, match=r"no file 'nowhere/cmu_faces/cmu_faces_q.np"):
+    with pytest.raises(MissingDataError, match=r"no file 'nowhere/cmu_faces/cmu_face"):
         problem.make_problem(config, "faces")
 
 
 @pytest.mark.data
 def test_faces_are_judged_where_a_question_can_be_asked():
     folder = data_dir()
-    arrays = data.faces(folder)
+    arrays = data.faces(configured("faces", folder))
     with np.load(folder / "cmu_faces" / "cmu_faces_q.npz") as found:
         images = found["x"].reshape(-1, 15, 2, 16, 2).astype(np.float32).mean((2, 4))
         owner = {
@@ -207,9 +209,9 @@ def test_faces_are_judged_where_a_question_can_be_asked():
     for name in ("val", "test"):
         split, known = getattr(arrays, name), np.unique(people["train"])
         strange = ~np.isin(people[name], known)
-        assert (strange == (split["person"] == data.MISSING)).all()
-        for label in data.FACE_LABELS[1:]:
-            assert (strange == (split[label] != data.MISSING)).all()
+        assert (strange == (split["person"] == MISSING)).all()
+        for label in ("pose", "expression", "sunglasses"):
+            assert (strange == (split[label] != MISSING)).all()
         assert 0 < strange.sum() < len(strange)
     pairs = set(
         zip(people["train"].tolist(), arrays.train["person"].tolist(), strict=True)
@@ -220,17 +222,17 @@ def test_faces_are_judged_where_a_question_can_be_asked():
 @pytest.mark.data
 def test_molecules_and_pupils_are_on_one_side():
     folder = data_dir()
-    arrays = data.tox21(folder)
+    arrays = data.tox21(configured("tox21", folder))
     molecules = [
         {row.tobytes() for row in np.hstack([s["x"], s["y"]])}
         for s in (arrays.train, arrays.val, arrays.test)
     ]
     assert all(len(m) > 900 for m in molecules)
-    arrays = data.school(folder)
+    arrays = data.school(configured("school", folder))
     rounds = arrays.train["y"]
     assert rounds.shape[1] == 139
     held = np.hstack([arrays.val["pupils"], arrays.test["pupils"]])
-    sizes = (held != data.MISSING).sum(1)
+    sizes = (held != MISSING).sum(1)
     with np.load(folder / "school" / "school.npz") as found:
         pupils = np.bincount(found["task"])
     for task in (0, int(pupils.argmin()), int(pupils.argmax())):

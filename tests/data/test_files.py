@@ -100,10 +100,19 @@ def test_idx_and_npz_make_the_same_set(fake_data_dir, tmp_path):
     ("changes", "message"),
     [
         ({"y_test": None}, r"it lacks \['y_test'\]"),
-        ({"y_train": np.zeros(3, int)}, "240 images and labels of shape"),
-        ({"y_test": np.full(50, 10)}, "must be classes 0 to 9"),
-        ({"x_test": np.zeros((50, 28, 28))}, "must be uint8"),
-        ({"x_train": np.array([None])}, "is not a readable .npz file"),
+        (
+            {"y_train": np.zeros(3, int)},
+            r"'y_train' has shape \[3\], not \[240\]",
+        ),
+        (
+            {"y_test": np.full(50, 10)},
+            "values from 10 to 10, not from 0 to 9",
+        ),
+        (
+            {"x_test": np.zeros((50, 28, 28))},
+            "'x_test' has type float64, not uint8",
+        ),
+        ({"x_train": np.array([None])}, "array 'x_train' holds Python objects"),
     ],
 )
 def test_npz_with_wrong_contents(fake_data_dir, tmp_path, changes, message):

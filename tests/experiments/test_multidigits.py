@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.common.selection import select
 from experiments.multidigits import __main__ as command
 from experiments.multidigits import report, train
 from experiments.multidigits.config import CLASSICS, PRESETS, SINGLE_TASK, Config
@@ -92,9 +93,10 @@ def test_the_smoke_preset_writes_table_rows_and_plots(tmp_path, capsys):
         assert report.label_of(method) in printed
     assert "single task" in table
     assert "`the command`" in table
-    lines = [json.loads(x) for x in rows_of(config)]
+    about, *lines = [json.loads(x) for x in rows_of(config)]
     assert len(lines) == config.seeds * (len(config.methods) + 3)
-    assert all(x["config"]["steps"] == 12 and x["versions"]["jax"] for x in lines)
+    assert about["config"]["steps"] == 12
+    assert about["versions"]["jax"]
     for name in ("losses", "weights", "cosines", "tradeoff"):
         png = (config.out / f"{name}.png").read_bytes()
         assert png[:8] == b"\x89PNG\r\n\x1a\n"
@@ -109,7 +111,7 @@ def test_the_smoke_preset_writes_table_rows_and_plots(tmp_path, capsys):
     assert before == after
     # Resumed, it is complete: the same rows.
     run_cli(config, "--resume", "--no-plots")
-    again = [json.loads(x) for x in rows_of(config)]
+    again = [json.loads(x) for x in rows_of(config)][1:]
     assert [x["test_left_acc"] for x in again] == [x["test_left_acc"] for x in lines]
     capsys.readouterr()
     # With another configuration, the field is named and nothing is lost.
@@ -133,13 +135,18 @@ def run_cli(config: Config, *more: str):
     ("arguments", "message"),
     [
         (["--methods", "cagrd"], "no method 'cagrd'; the methods are linear"),
-        (["--steps", "0"], "--steps must be positive, not 0"),
-        (["--lrs", "-1"], "--lrs must be positive"),
+        (
+            ["--steps", "0"],
+            "--steps must be a whole number from 1 to 2147483647",
+        ),
+        (["--lrs", "-1"], "--lrs must be a positive number, not -1"),
+        (["--lrs", "nan"], "--lrs must be a positive number, not nan"),
+        (["--hidden", "-3"], "--hidden must be a whole number from 1 to 65536, not -3"),
+        (["--train-size", "-1"], "--train-size must be a whole number from 1"),
+        (["--seeds", "9" * 20], "--seeds must be a whole number from 1 to 1000, not 9"),
         (["--resume", "--overwrite"], "exclude each other"),
-        (["--batch-size", "100000"], "batch_size=100000"),
-        (["--data", "multi_mnist"], "--data-dir"),
-        (["--data", "multi_mnist", "--data-dir", "/nowhere"], "/nowhere"),
-        (["--model", "lenet"], "12"),
+        (["--batch-size", "100000"], "--batch-size 100000 is more than the 512"),
+        (["--data", "multi_mist"], "unknown data set 'multi_mist'"),
     ],
 )
 @pytest.mark.usefixtures("as_users")
@@ -148,12 +155,32 @@ def test_bad_input_is_one_sentence(arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         run_cli(config, *arguments)
     printed = capsys.readouterr().err
-    assert stopped.value.code == 1
+    assert stopped.value.code == 2
     assert printed.startswith("error: ")
     assert message in printed
     assert "Traceback" not in printed
     assert len(printed.strip().splitlines()) == 1
     assert not list(tmp_path.rglob("*.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "multi_mnist"], "--data-dir"),
+        (["--data", "multi_mnist", "--data-dir", "/nowhere"], "/nowhere"),
+        (["--data", "no_such_module:f"], "No module named 'no_such_module'"),
+        (["--model", "lenet"], "12"),
+    ],
+)
+@pytest.mark.usefixtures("as_users")
+def test_faults_of_the_data_are_one_sentence(arguments, message, tmp_path, capsys):
+    config = dataclasses.replace(SMOKE, out=tmp_path / "run")
+    with pytest.raises(SystemExit) as stopped:
+        run_cli(config, *arguments)
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 1
+    assert message in printed
+    assert len(printed.strip().splitlines()) == 1
 
 
 def test_a_typing_error_names_the_option(capsys, tmp_path):
@@ -177,7 +204,7 @@ def test_the_learning_rate_is_chosen_by_validation():
         row(1, 0.2, 2, 0.55, 0.30),
         row(1, 0.2, 1, 0.54, 0.98),
     ]
-    chosen = report.chosen_rows(rows)
+    chosen = select(rows).rows
     assert [(r["seed"], r["lr"], r["step"]) for r in chosen] == [
         (0, 0.2, 1),
         (1, 0.2, 2),

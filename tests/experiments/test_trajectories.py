@@ -13,6 +13,7 @@ from experiments.trajectories.config import PRESETS, Config, Scale
 from mtljax.data import write_idx
 
 SMOKE = PRESETS["smoke"][1]
+FACES = ("pose", "expression", "sunglasses")
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +31,9 @@ def files(tmp_path_factory):
             write_idx(folder / name / f"{part}-labels-idx1-ubyte.gz", label)
     (folder / "cmu_faces").mkdir()
     count = 400
-    arrays = {"x": rng.integers(200, size=(count, 8, 8)).astype(np.uint8)}
+    arrays = {"x": rng.integers(200, size=(count, 30, 32)).astype(np.uint8)}
     arrays["person"] = (np.arange(count) % 20).astype(np.uint8)
-    for name, classes in zip(data.FACES, (4, 4, 2), strict=True):
+    for name, classes in zip(FACES, (4, 4, 2), strict=True):
         arrays[name] = rng.integers(classes, size=count).astype(np.uint8)
         arrays["x"][np.arange(count), arrays[name], 0] = 255
     np.savez(folder / "cmu_faces" / "cmu_faces_q.npz", **arrays)
@@ -71,7 +72,7 @@ def test_no_person_is_in_two_splits_of_the_faces(files):
         person = {
             x.tobytes(): p for x, p in zip(arrays["x"], arrays["person"], strict=True)
         }
-    problem = data.cmu_faces(small(files), Scale(val_size=1000))
+    problem = data.named(small(files), "cmu_faces", Scale(val_size=1000))
     found = [
         {int(person[x.tobytes()]) for x in split["image"]}
         for split in (problem.train, problem.val, problem.test)
@@ -179,12 +180,14 @@ def cli(argv):
     [
         (["--settings", "cmu_faces"], "pass --data-dir DIR"),
         (["--methods", "adam"], "--methods: "),
-        (["--seeds", "0"], "--seeds must be positive, not 0"),
-        (["--cmu-faces.lrs", "-1"], "--cmu_faces.lrs must be positive"),
+        (["--seeds", "0"], "--seeds must be a whole number from 1 to 1000, not 0"),
+        (["--cmu-faces.lrs", "-1"], "--cmu-faces.lrs must be a positive number"),
+        (["--cmu-faces.rho", "nan"], "--cmu-faces.rho must be a positive number"),
     ],
 )
 def test_mistakes_are_one_sentence(arguments, sentence, tmp_path, capsys):
-    assert cli(["-", "smoke", "--out", str(tmp_path / "x"), *arguments]) == 1
+    status = cli(["-", "smoke", "--out", str(tmp_path / "x"), *arguments])
+    assert status == (1 if "--data-dir" in sentence else 2)
     error = capsys.readouterr().err
     assert sentence in error
     assert "Traceback" not in error
@@ -225,9 +228,13 @@ def made_up(worst_is_flattest):
     ]
 
 
+def text(lines):
+    return "\n".join(report.make_table(Config(), analysis.group(lines), "x"))
+
+
 @pytest.mark.parametrize("truth", [True, False])
 def test_the_row_of_the_paper_is_reproduced_or_refuted(truth):
-    table = report.make_table(Config(), analysis.group(made_up(truth)), "x")
+    table = text(made_up(truth))
     assert f"**{'reproduced' if truth else 'refuted'}**" in table
     (row,) = [
         r
@@ -245,16 +252,16 @@ def test_what_cannot_be_compared_is_said():
     lines = made_up(True)
     for x in lines[3:6]:
         x["train_loss"] = [[1e-6] * 2] * 3  # never where the single task is
-    table = report.make_table(Config(), analysis.group(lines), "x")
+    table = text(lines)
     assert "other half: The loss ranges do not overlap" in table
     lines[0]["sharpness"] = [[float("nan")]] * 3
-    table = report.make_table(Config(), analysis.group(lines), "x")
+    table = text(lines)
     assert "not finite" in table
     lines = made_up(True)
     for x in lines[:3]:
         x["measured"] = {"sharpness": {"rho": 0.01}}
     with pytest.raises(ValueError, match="differ in 'rho'"):
-        report.make_table(Config(), analysis.group(lines), "x")
+        text(lines)
 
 
 def test_presets_name_only_what_exists():

@@ -190,7 +190,7 @@ def test_accumulated_task_gradients_and_their_auxiliary_outputs():
 
 @pytest.mark.parametrize("engine", ["gramian", "stacked", "auto"])
 def test_frozen_leaves_are_as_if_they_were_constants(engine):
-    params, batch, _, _ = problem()
+    params = problem()[0]
     labels = mtljax.label_params(params, own="heads", frozen="trunk/w")
     found = run(task_losses, mtljax.cagrad(TASKS), labels=labels, engine=engine)
 
@@ -332,8 +332,8 @@ def test_errors_of_separate():
         mtljax.value_and_task_grads(separate)(params, batches[0])
     with pytest.raises(ValueError, match="dict of losses is empty"):
         mtljax.separate({})
+    labels = {"trunk": "own", "heads": "shared"}
     with pytest.raises(ValueError, match="slice per task by in_axes"):
-        labels = {"trunk": "own", "heads": "shared"}
         mtljax.value_and_task_grads(separate, labels=labels)(params, *batches)
     with pytest.raises(ValueError, match=r"micro_batches does not support"):
         mtljax.value_and_task_grads(separate, micro_batches=2)(params, *batches)
@@ -359,14 +359,14 @@ def test_errors_of_measure_and_micro_batches():
         call(mgda, measure="heads", labels=LABELS)
     with pytest.raises(ValueError, match="micro_batches=3 must divide"):
         call(mgda, micro_batches=3)
+    swapped = mtljax.through(
+        lambda p, x, y: x @ p["trunk"]["w"] + p["heads"].sum(),
+        lambda p, z, x, y: z.mean(0)[:TASKS],
+    )
+    step = mtljax.value_and_balanced_grad(
+        swapped, mgda, labels=LABELS, measure="representation"
+    )
     with pytest.raises(ValueError, match="encode reads a parameter"):
-        swapped = mtljax.through(
-            lambda p, x, y: x @ p["trunk"]["w"] + p["heads"].sum(),
-            lambda p, z, x, y: z.mean(0)[:TASKS],
-        )
-        step = mtljax.value_and_balanced_grad(
-            swapped, mgda, labels=LABELS, measure="representation"
-        )
         step(params, mgda.init(params), *batch)
 
 

@@ -251,8 +251,8 @@ def test_a_run_stops_at_a_loss_without_a_logarithm():
             batch_size=2,
             order_key=jax.random.key(0),
             task_names=["a", "b"],
-            progress=False,
-            positive_losses=balancer.positive_losses,
+            logging=training.Logging(progress=False),
+            execution=training.Execution(positive_losses=balancer.positive_losses),
         )
     assert error.value.step == 4
 

@@ -171,7 +171,7 @@ def test_donating_right_after_a_save_is_safe(tmp_path):
 def test_leftovers_are_cleaned(tmp_path):
     fill(tmp_path)
     (tmp_path / "4.orbax-checkpoint-tmp").mkdir()
-    (tmp_path / "1.deleting").mkdir()
+    (tmp_path / "deleted" / "1").mkdir(parents=True)
     (tmp_path / "mine").mkdir()
     with training.Checkpointer(tmp_path) as ckpt:
         assert ckpt.steps() == [2, 3]

@@ -71,16 +71,21 @@ def test_kill_9_at_any_instant(tmp_path, uninterrupted):
     assert all(name.isdecimal() for name in names)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_exits_with_0(tmp_path, uninterrupted, number):
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+)
+def test_a_signal_saves_and_sets_the_exit_status(
+    tmp_path, uninterrupted, number, status
+):
     process = start(tmp_path, "--slow", 0.05)
     wait_for_rows(tmp_path, 5, process)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
+    assert process.returncode == status, err
+    assert not err
     last = out.splitlines()[-1] if "Stopped" in out.splitlines()[-1] else out
     assert f"Stopped by {number.name} after step" in last
-    assert "the same command with --resume goes on" in last
+    assert "the same command with --resume continues it" in last
     steps = training.Checkpointer(tmp_path / "checkpoints").steps()
     assert f"step {steps[-1]} of 60" in last
     if number == signal.SIGINT:  # the rest is the same
@@ -88,6 +93,63 @@ def test_a_signal_saves_and_exits_with_0(tmp_path, uninterrupted, number):
     out, _ = start(tmp_path, "--resume").communicate(timeout=60)
     assert out.splitlines()[-1] == uninterrupted[1].splitlines()[-1]
     assert toy.comparable(tmp_path) == toy.comparable(uninterrupted[0])
+
+
+@pytest.mark.parametrize("how", [("--resume", "auto"), ("--overwrite",)])
+def test_two_starts_in_one_directory(tmp_path, uninterrupted, how):
+    first = start(tmp_path, "--slow", 0.1, *how)
+    wait_for_rows(tmp_path, 3, first)
+    out, err = start(tmp_path, *how).communicate(timeout=60)
+    assert err.count("\n") == 1
+    assert f"{tmp_path} is in use by process {first.pid} on " in err
+    out, err = first.communicate(timeout=90)
+    assert (first.returncode, err) == (0, "")
+    assert out.splitlines()[-1] == uninterrupted[1].splitlines()[-1]
+    assert toy.comparable(tmp_path) == toy.comparable(uninterrupted[0])
+
+
+DISK = """
+import resource, sys
+import jax, toy, jax.numpy as jnp
+from mtljax import training
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+state = {"w": jax.random.normal(jax.random.key(0), (50_000,)), "n": jnp.int32(0)}
+step = lambda s, b: ({**s, "n": s["n"] + 1}, {"losses": b["x"].mean()[None]})
+try:
+    toy.run(20, state=state, step=step, task_names=None, eval_fn=None, select=None,
+            eval_every=None, run_dir=sys.argv[1], checkpoint_every=4)
+except training.TrainingError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(("limit", "what"), [(100, "metrics"), (60_000, "checkpoint")])
+def test_a_full_disk_is_one_sentence(tmp_path, limit, what):
+    done = subprocess.run(
+        [sys.executable, "-c", DISK, tmp_path, str(limit)],
+        capture_output=True, text=True, timeout=90, check=True,
+        env={
+            **ENV,
+            "PYTHONPATH": f"{ENV['PYTHONPATH']}:{Path(__file__).parent}",
+            "JAX_ENABLE_COMPILATION_CACHE": "0",
+        },
+    )  # fmt: skip
+    assert done.stderr == ""
+    assert len(done.stdout.splitlines()) == 1, done.stdout
+    assert what in done.stdout
+    assert "File too large" in done.stdout
+
+
+@pytest.mark.deep
+def test_a_hundred_runs_with_three_hundred_interruptions():
+    done = subprocess.run(
+        [sys.executable, Path(__file__).parent / "interruptions.py"],
+        capture_output=True, text=True, env=ENV, check=False,
+    )  # fmt: skip
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    total = next(line for line in done.stdout.splitlines() if "interruptions" in line)
+    assert int(total.split()[2]) >= 300
 
 
 def test_importing_the_package_stays_cheap():

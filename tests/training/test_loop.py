@@ -141,8 +141,7 @@ def test_hyper_parameters_are_a_vmap_axis_too():
         batch_size=4,
         order_key=jax.random.split(jax.random.key(0), 3),
         seeds=[{"seed": 0, "lr": r} for r in (0.1, 0.5, 1.0)],
-        log_every=1,
-        progress=False,
+        logging=training.Logging(every=1, progress=False),
     )
     np.testing.assert_allclose(result.state["w"], 1 - (1 - rates) ** 3, rtol=1e-5)
     assert [r["lr"] for r in result.rows[:3]] == [0.1, 0.5, 1.0]

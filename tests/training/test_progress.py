@@ -1,4 +1,5 @@
 import io
+import re
 
 from mtljax import training
 from mtljax.training.progress import describe
@@ -53,3 +54,20 @@ def test_disabled_shows_only_notes():
 
 def test_seeds_are_averaged():
     assert describe({"losses": [[1.0, 2.0], [3.0, 4.0]]}) == "loss 2.00 3.00"
+
+
+def test_a_narrow_terminal_wraps_and_cuts_nothing(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "110")
+    metrics = {"losses": [0.511, 0.122, 0.733], "task_weights": [0.21, 0.32, 0.47]}
+    stream = Terminal()
+    with training.Progress(
+        5000, task_names=["segmentation", "depth", "normals"], stream=stream,
+        title="nyuv2 upgrad",
+    ) as progress:  # fmt: skip
+        progress.update(4000, metrics, "val_score 0.6543")
+    shown = " ".join(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue()).split())
+    for text in ("0.511", "0.122", "0.733", "0.21", "0.32", "0.47", "0.6543"):
+        assert text in shown
+    assert "…" not in shown
+    lines = stream.getvalue().splitlines()
+    assert max(len(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", x)) for x in lines) <= 110

@@ -33,7 +33,7 @@ def test_a_resume_drops_later_and_final_rows_and_a_torn_line(tmp_path):
     header, rows = training.read_jsonl(path)
     assert rows == writer.rows
     assert [r["step"] for r in rows] == [1, 2, 3, 4, 5]
-    assert header["sessions"] == [{"from": None}, {"from": 2}]
+    assert header["sessions"] == [{"from": 2}]  # the caller gives all of them
     assert [p.name for p in path.parent.iterdir()] == ["metrics.jsonl"]
 
 

@@ -73,6 +73,41 @@ def make_eval():
     return evaluate
 
 
+GROUPS = {
+    "evaluation": (
+        training.Evaluation,
+        {"eval_fn": "function", "eval_every": "every", "eval_at_start": "at_start",
+         "select": "select", "mode": "mode"},
+    ),
+    "checkpointing": (
+        training.Checkpointing,
+        {"run_dir": "directory", "checkpoint_every": "every", "resume": "resume",
+         "overwrite": "overwrite", "config": "config", "may_differ": "may_differ"},
+    ),
+    "logging": (
+        training.Logging,
+        {"log_every": "every", "progress": "progress", "title": "title",
+         "writers": "writers", "tensorboard": "tensorboard"},
+    ),
+    "execution": (
+        training.Execution,
+        {"chunk": "chunk", "loop_on": "loop_on", "positive_losses": "positive_losses",
+         "batch_sharding": "batch_sharding"},
+    ),
+}  # fmt: skip
+
+
+def fit(**settings):
+    """``training.fit`` with the options of all groups in one dictionary."""
+    for group, (kind, names) in GROUPS.items():
+        mine = {new: settings.pop(old) for old, new in names.items() if old in settings}
+        if group == "evaluation" and mine.get("function") is None:
+            continue
+        if mine:
+            settings[group] = kind(**mine)
+    return training.fit(**settings)
+
+
 def run(num_steps=20, key=0, **kwargs):
     data = make_data()
     init_key, order_key = training.split_run_key(jax.random.key(key))
@@ -90,7 +125,7 @@ def run(num_steps=20, key=0, **kwargs):
         "log_every": 4,
         "progress": False,
     }
-    return training.fit(**{**settings, "num_steps": num_steps, **kwargs})
+    return fit(**{**settings, "num_steps": num_steps, **kwargs})
 
 
 def comparable(run_dir):
@@ -106,6 +141,7 @@ def main():
     parser.add_argument("run_dir", type=pathlib.Path)
     parser.add_argument("--num-steps", type=int, default=60)
     parser.add_argument("--slow", type=float, default=0.0)
+    parser.add_argument("--overwrite", action="store_true")
     parser.add_argument("--resume", default=False, const=True, nargs="?")
     args = parser.parse_args()
 
@@ -115,18 +151,23 @@ def main():
         time.sleep(args.slow)
         return evaluate(state)
 
-    result = run(
-        args.num_steps,
-        run_dir=args.run_dir,
-        resume=args.resume,
-        checkpoint_every=4,
-        eval_fn=slow_eval,
-        eval_every=2,
-        progress=True,
-        title="toy",
-    )
+    try:
+        result = run(
+            args.num_steps,
+            run_dir=args.run_dir,
+            resume=args.resume,
+            overwrite=args.overwrite,
+            checkpoint_every=4,
+            eval_fn=slow_eval,
+            eval_every=2,
+            progress=True,
+            title="toy",
+        )
+    except training.TrainingError as error:
+        sys.exit(f"error: {error}")
     if not result.interrupted:
         print("digest", training.tree_digest(result.state))
+    sys.exit(result.exit_status)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""What several experiments need: options, runs, selection, statistics, reports."""

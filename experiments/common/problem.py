@@ -1,0 +1,129 @@
+"""Data sets as users name them, models for them, and losses and scores of a task."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array
+
+from experiments.common.config import Common, ConfigError, option
+from mtljax import data, metrics, models
+
+SCORES = {"classification": ("acc",), "regression": ("r2", "mae")}
+LOWER = ("mae",)
+"""Scores of which less is better."""
+
+
+def load(
+    config: Common, name: str, kinds: tuple[str, ...] = tuple(SCORES), **options: Any
+) -> data.Dataset:
+    """A set by its name, by ``name/subset``, or by ``module:function``.
+
+    Args:
+      config: Names the folder of the files.
+      name: As in :func:`mtljax.data.load`.
+      kinds: Kinds of tasks that the experiment can train; one at least must be there.
+      **options: Of the set; those that are None are left to it.
+
+    Raises:
+      DataError: As :func:`mtljax.data.load`.
+      ConfigError: If a task has a kind that the experiment cannot train, or a split is
+        empty.
+    """
+    name, slash, subset = name.partition("/") if ":" not in name else (name, "", "")
+    options = {key: value for key, value in options.items() if value is not None}
+    if slash:
+        options["domain" if name == "digit_domains" else "subset"] = subset
+    found = data.load(name, data_dir=config.data_dir, **options)
+    for task in found.tasks:
+        if task.kind not in kinds:
+            raise ConfigError(
+                f"{name}: task {task.name!r} is a {task.kind}; this experiment trains "
+                f"{' and '.join(kinds)}."
+            )
+    for part in ("train", "val", "test"):
+        if not len(getattr(found, part)["image"]):
+            raise ConfigError(f"{name} has no examples in its {part} split.")
+    return found
+
+
+def check_data(field: str, names: tuple[str, ...], known: tuple[str, ...]) -> None:
+    """Checks names of data sets; ``module:function`` is checked when it is loaded.
+
+    Raises:
+      ConfigError: One sentence with all known names.
+    """
+    for name in names:
+        base = name.partition("/")[0]
+        if ":" not in name and base not in known:
+            raise ConfigError(
+                f"{option(field)}: unknown data set {name!r}. Choose from "
+                f"{', '.join(known)}, or give module:function for a set of your own."
+            )
+
+
+def model_of(
+    config: Any, heads: Mapping[str, int], shape: tuple[int, ...]
+) -> models.Model:
+    """The trunk that ``config.model`` names, with a linear head a task."""
+    options: dict[str, dict[str, Any]] = {
+        "mlp": {"hidden": config.hidden},
+        "lenet": {
+            name: getattr(config, name)
+            for name in ("kernels", "channels")
+            if hasattr(config, name)
+        },
+        "resnet18": {"stem": "imagenet"},
+    }
+    if config.model != "mlp" and min(shape[:2]) < 12:
+        raise ConfigError(
+            f"--model {config.model} needs images of 12 x 12 pixels or more, not "
+            f"{shape[0]} x {shape[1]}."
+        )
+    return models.build(config.model, heads, **options[config.model])
+
+
+class Scorer:
+    """Losses and scores of a task, over the examples that have its label."""
+
+    def __init__(self, dataset: data.Dataset, task: data.Task):
+        self.task = task
+        parts = [getattr(dataset, part)[task.name] for part in data.SPLITS]
+        self.masked = any(not self._known(np.asarray(part)).all() for part in parts)
+        self.columns = [f"{task.name}_{kind}" for kind in SCORES[task.kind]]
+
+    def _known(self, target: Any) -> Any:
+        if self.task.kind == "classification":
+            return target != data.MISSING
+        return target == target  # noqa: PLR0124 NaN marks a missing target
+
+    def _parts(self, out: Array, target: Array) -> tuple[Array, Array, Array | None]:
+        """Outputs, targets without gaps, and which of them count."""
+        if self.task.kind == "regression" and self.task.size == 1:
+            out = out[:, 0]
+        if not self.masked:
+            return out, target, None
+        known = self._known(target)
+        return out, jnp.where(known, target, 0), known
+
+    def loss(self, out: Array, target: Array) -> Array:
+        """Mean cross-entropy or squared error; 0 if no label is there."""
+        out, target, known = self._parts(out, target)
+        if self.task.kind == "classification":
+            each = optax.softmax_cross_entropy_with_integer_labels(out, target)
+        else:
+            each = jnp.square(out - target)
+        if known is None:
+            return each.mean()
+        return jnp.where(known, each, 0).sum() / jnp.maximum(known.sum(), 1)
+
+    def scores(self, out: Array, target: Array) -> dict[str, Array]:
+        """Accuracy, or R² and mean absolute error, by column."""
+        out, target, known = self._parts(out, target)
+        functions = {"acc": metrics.accuracy, "r2": metrics.r2, "mae": metrics.mae}
+        return {
+            f"{self.task.name}_{kind}": functions[kind](out, target, known)
+            for kind in SCORES[self.task.kind]
+        }

@@ -1,0 +1,125 @@
+"""What experiments print and write: rows, tables, versions, and where they are."""
+
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from mtljax import training
+from mtljax.training import tables
+
+LOCAL = ("data_dir", "out", "resume", "overwrite", "report_only")
+"""Fields that belong to a machine or a call, not to a result."""
+
+
+class Report(NamedTuple):
+    """A table: columns with the better direction, values over seeds, digits."""
+
+    columns: dict[str, Literal["min", "max", ""]]
+    rows: dict[str, dict[str, Any]]  # label -> column -> values over seeds
+    digits: dict[str, int]
+
+    def markdown(self, exclude: Sequence[str] = (), head: str = "method") -> str:
+        """For ``table.md``."""
+        return tables.markdown_table(
+            self.rows, self.columns, digits=self.digits, exclude=exclude, head=head
+        )
+
+
+def settings(config: Any) -> dict[str, Any]:
+    """A configuration as results quote it."""
+    found = training.to_json(config)
+    return {name: value for name, value in found.items() if name not in LOCAL}
+
+
+def write_rows(
+    path: pathlib.Path, config: Any, rows: Iterable[Mapping[str, Any]], **about: Any
+) -> pathlib.Path:
+    """``results.jsonl``: the configuration and the versions, then a line per row."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = {"kind": "about", **about, "config": settings(config)}
+    with path.open("w", encoding="utf-8") as file:
+        for row in [head | training.environment(), *rows]:
+            file.write(json.dumps(training.to_json(row)) + "\n")
+    return path
+
+
+def read_rows(path: pathlib.Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The first line of a ``results.jsonl``, and the others."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    head, *rows = (json.loads(line) for line in lines)
+    return head, rows
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]], left: int = 1) -> str:
+    """A table of texts; ``left`` columns are aligned to the left.
+
+    Examples:
+      >>> print(markdown(["a", "b"], [["x", 1]]))
+      | a | b |
+      |:--|--:|
+      | x | 1 |
+    """
+    rule = "|:--" * left + "|--:" * (len(head) - left) + "|"
+    lines = [head, *rows]
+    text = ["| " + " | ".join(map(str, line)) + " |" for line in lines]
+    return "\n".join([text[0], rule, *text[1:]])
+
+
+def versions() -> str:
+    """The versions, the commit and the device as a table."""
+    about = training.environment()
+    about = {**about.pop("versions"), **about}
+    return markdown(list(about), [list(about.values())], left=len(about))
+
+
+def write_table(path: pathlib.Path, parts: Iterable[str]) -> pathlib.Path:
+    """``table.md``: parts that are not empty, then the versions."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "\n\n".join([*filter(None, parts), versions()])
+    path.write_text(text + "\n", encoding="utf-8")
+    return path
+
+
+def pm(values: Any, digits: int = 2) -> str:
+    """Mean ± standard deviation over seeds."""
+    return tables.format_cell(tables.summarise(values), digits)
+
+
+@dataclasses.dataclass
+class Screen:
+    """The terminal; long lines and wide tables are not truncated in a pipe."""
+
+    started: float = dataclasses.field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        from rich.console import Console
+
+        self.console = Console()
+
+    def say(self, text: str) -> None:
+        """A line, seen at once."""
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def show(self, report: Report, title: str, exclude: Sequence[str] = ()) -> None:
+        """A table."""
+        shown = tables.rich_table(
+            report.rows,
+            report.columns,
+            digits=report.digits,
+            title=title,
+            exclude=exclude,
+        )
+        console = self.console
+        wide = console.options.update(max_width=400)
+        console.width = max(console.width, console.measure(shown, options=wide).maximum)
+        console.print(shown)
+
+    def finish(self, written: Iterable[pathlib.Path]) -> None:
+        """The time since the start, and what was written."""
+        self.say(f"{time.perf_counter() - self.started:.0f} s. Written:")
+        for path in written:
+            self.say(f"  {path}")
+        self.started = time.perf_counter()

@@ -1,0 +1,130 @@
+"""One rule that chooses the step and the learning rate of every row by validation.
+
+For each run at each rate, the step is the one with the best validation score; the
+earliest of equals wins. The value of a rate is the mean over runs of these scores. The
+best mean wins, and the smaller rate of equals. A score that is not finite is the worst
+there is. All runs of a row have one rate, and test metrics are never read.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Row = Mapping[str, Any]
+Rows = Sequence[Row]
+
+
+class Choice(NamedTuple):
+    """What validation chose for the runs of a row.
+
+    Attributes:
+      rows: The reported evaluation of every run.
+      last: The last evaluation of the same runs, at the same rate.
+      lr: The learning rate.
+      edge: ``"low"`` or ``"high"`` if the rate is the end of a grid of several.
+      late: The share of runs that report one of their last two evaluations.
+    """
+
+    rows: list[dict[str, Any]]
+    last: list[dict[str, Any]]
+    lr: float | None
+    edge: str | None
+    late: float
+
+
+def _value(row: Row, score: str) -> float:
+    found = row.get(score)
+    return -math.inf if found is None or not math.isfinite(found) else float(found)
+
+
+def select(
+    rows: Rows,
+    score: str = "val_score",
+    *,
+    maximise: bool = True,
+    run: Sequence[str] = ("seed",),
+    last_step: float = math.inf,
+) -> Choice:
+    """Chooses a rate for all runs, and a step for each.
+
+    Args:
+      rows: Rows of a training run. Those of another ``kind`` than ``"eval"`` are left
+        out. A row has ``"step"``, and ``"lr"`` if there are several rates.
+      score: The validation score.
+      maximise: Whether more of it is better.
+      run: What tells the runs of a rate apart.
+      last_step: Later evaluations are left out.
+
+    Returns:
+      The choice, runs in the order of their labels.
+
+    Examples:
+      >>> rows = [{"seed": 0, "lr": lr, "step": step, "val_score": value}
+      ...         for lr, step, value in [(.1, 1, .5), (.1, 2, .6), (.3, 1, .6)]]
+      >>> choice = select(rows)
+      >>> choice.lr, choice.rows[0]["step"], choice.edge
+      (0.1, 2, 'low')
+    """
+    sign = 1.0 if maximise else -1.0
+    found: dict[Any, dict[Any, list[Row]]] = {}
+    for row in rows:
+        if row.get("kind", "eval") == "eval" and row["step"] <= last_step:
+            label = tuple(row.get(name) for name in run)
+            found.setdefault(row.get("lr"), {}).setdefault(label, []).append(row)
+    if not found:
+        return Choice([], [], None, None, 0.0)
+
+    def value(row: Row) -> float:
+        plain = _value(row, score)
+        return plain if plain == -math.inf else sign * plain
+
+    best = {
+        lr: {label: max(mine, key=value) for label, mine in sorted(runs.items())}
+        for lr, runs in found.items()
+    }
+    rates = sorted(best, key=lambda lr: -math.inf if lr is None else lr)
+    means = [np.mean([value(row) for row in best[lr].values()]) for lr in rates]
+    at = int(np.argmax(means))
+    lr = rates[at]
+    edge = {0: "low", len(rates) - 1: "high"}.get(at) if len(rates) > 1 else None
+    late, last = 0, []
+    for label, row in best[lr].items():
+        steps = sorted(r["step"] for r in found[lr][label])
+        late += len(steps) > 2 and row["step"] >= steps[-2]
+        last.append(max(found[lr][label], key=lambda r: r["step"]))
+    chosen = [dict(row) for row in best[lr].values()]
+    return Choice(chosen, [dict(r) for r in last], lr, edge, late / len(chosen))
+
+
+def select_each(rows: Rows, by: str = "task", **options: Any) -> list[dict[str, Any]]:
+    """The reported rows of several groups of runs, each with a rate of its own."""
+    groups = dict.fromkeys(row[by] for row in rows if row.get("kind", "eval") == "eval")
+    return [
+        row
+        for group in groups
+        for row in select([r for r in rows if r.get(by) == group], **options).rows
+    ]
+
+
+def edge_notes(choices: Mapping[str, Choice]) -> list[str]:
+    """Warnings for a report: ends of a grid, and runs that were still improving.
+
+    Examples:
+      >>> edge_notes({"sum": Choice([], [], 0.1, "high", 0.8)})
+      ['Chose the largest learning rate offered: sum.',
+      'Most runs report one of their last two evaluations (still improving): sum.']
+    """
+    notes = []
+    for edge, size in (("low", "smallest"), ("high", "largest")):
+        names = [name for name, choice in choices.items() if choice.edge == edge]
+        if names:
+            notes.append(f"Chose the {size} learning rate offered: {', '.join(names)}.")
+    late = [name for name, choice in choices.items() if choice.late > 0.5]
+    if late:
+        notes.append(
+            "Most runs report one of their last two evaluations (still improving): "
+            f"{', '.join(late)}."
+        )
+    return notes

@@ -1,0 +1,167 @@
+"""The PNGs, from rows."""
+
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.common import figures as common
+from experiments.common.figures import legend, panels
+from experiments.forkmerge.config import LABELS, Config
+from experiments.forkmerge.report import Pairs, Rows, interval_gains, of, pair_gains
+from mtljax import forkmerge
+from mtljax.training import plots
+
+
+def transfer(rows: Rows, config: Config) -> dict[str, Any]:
+    """Gain and discrepancy over λ at the last step, ``[targets, L]``, seed means."""
+    rows = [row for row in rows if row["part"] == "table"]
+    rates = {row["lr"] for row in of(rows, method="lambda_grid")}
+    last = [r for r in rows if r["step"] == config.steps and r["lr"] in rates]
+
+    def mean(target, lam, field):
+        method = "stl" if lam is None else "lambda_grid"
+        found = of(last, method=method, target=target, **{"lambda": lam})
+        return float(np.mean([row[field] for row in found]))
+
+    lambdas = [None, *config.lambdas]
+    grid = {
+        field: np.array([[mean(t, x, field) for x in lambdas] for t in config.domains])
+        for field in ("val", "csd")
+    }
+    gains = forkmerge.transfer_gain(grid["val"], grid["val"][:, :1])
+    kinds = forkmerge.negative_transfer(gains, np.array([0.0, *config.lambdas]))
+    return {
+        "lambdas": [0.0, *config.lambdas],
+        "gain": np.asarray(gains),
+        "csd": grid["csd"],
+        "strong": np.asarray(kinds.strong),
+        "best_lambda": np.asarray(kinds.best_weight),
+    }
+
+
+def transfer_figure(found: Mapping[str, Any], domains: Sequence[str]) -> Any:
+    """Transfer gain and discrepancy over λ, a line per target."""
+    figure, axes = panels(1, 2, 3.8, 2.9)
+    axes = axes[0]
+    at = range(len(found["lambdas"]))
+    for i, domain in enumerate(domains):
+        look = plots.style(domain, list(domains))
+        kind = " (strong negative)" if found["strong"][i] else ""
+        axes[0].plot(at, 100 * found["gain"][i], label=domain + kind, **look)
+        axes[1].plot(at, found["csd"][i], **look)
+    axes[0].axhline(0, color="#777777", linewidth=1)
+    axes[0].set_ylabel("transfer gain, points (validation)")
+    axes[1].set_ylabel("confidence score discrepancy")
+    for axis in axes:
+        axis.set_xticks(list(at), [f"{x:g}" for x in found["lambdas"]])
+        axis.set_xlabel("auxiliary weight λ")
+    legend(figure, axes)
+    return figure
+
+
+def pairs_figure(pairs: Mapping[str, Pairs], domains: Sequence[str]) -> Any:
+    """Transfer gain of every pair, a matrix a method, as the paper's Figure 5."""
+    figure, axes = panels(1, len(pairs), 4.3, 3.4)
+    axes = axes[0]
+    most = max(float(np.nanmax(np.abs(found.gains))) for found in pairs.values())
+    image: Any = None
+    for axis, (method, found) in zip(axes, pairs.items(), strict=True):
+        axis.grid(visible=False)
+        image = axis.imshow(found.gains, cmap="RdBu", vmin=-most, vmax=most)
+        for (a, t), gain in np.ndenumerate(found.gains):
+            if math.isfinite(gain):
+                star = "*" if found.p_values[a, t] < 0.05 else ""
+                colour = "white" if abs(gain) > 0.6 * most else "black"
+                text = f"{gain:+.1f}{star}"
+                axis.text(t, a, text, ha="center", va="center", color=colour, size=9)
+        places = range(len(domains))
+        axis.set_xticks(places, domains, rotation=30, ha="right")
+        axis.set_yticks(places, domains)
+        axis.set_xlabel("target")
+        axis.set_title(f"{LABELS[method]}: {found.negative} pairs negative", size=10)
+    axes[0].set_ylabel("auxiliary")
+    figure.colorbar(image, ax=axes, label="gain over STL, points", shrink=0.8)
+    return figure
+
+
+def intervals_figure(found: Mapping[int, np.ndarray], domains: Sequence[str]) -> Any:
+    """Gain over Δt, a line a target and their mean, as the paper's Figure 7."""
+    figure, axes = panels(1, 1, 5.6, 3.2)
+    axis = axes[0, 0]
+    intervals = list(found)
+    gains = np.stack([found[i] for i in intervals])  # [Δt, seeds, targets]
+    for t, domain in enumerate(domains):
+        look = plots.style(domain, list(domains))
+        axis.plot(
+            intervals, gains[..., t].mean(1), label=domain, marker="o", ms=3, **look
+        )
+    means = gains.mean(2)
+    axis.errorbar(
+        intervals,
+        means.mean(1),
+        means.std(1, ddof=1) if means.shape[1] > 1 else None,
+        label="mean of targets ± sd",
+        color="black",
+        linewidth=2,
+        capsize=3,
+    )
+    axis.axhline(0, color="#777777", linewidth=1)
+    axis.set_xscale("log")
+    axis.set_xticks(intervals, [str(i) for i in intervals])
+    axis.minorticks_off()
+    axis.set_xlabel("Δt, steps between merges")
+    axis.set_ylabel("gain over STL, points (test)")
+    legend(figure, axes)
+    return figure
+
+
+def weights_figure(rows: Rows, config: Config) -> Any:
+    """Merge weight of the branch with auxiliaries, merge by merge, a panel a target.
+
+    At the smallest Δt there is: the paper's Figure 9. A thin line is a seed.
+    """
+    mine = [
+        row
+        for row in of(rows, method="forkmerge")
+        if row["part"] in ("table", "intervals")
+    ]
+    interval = min(row["interval"] for row in mine)
+    count = len(config.domains)
+    figure, axes = panels(1, count, 2.1, 2.2, sharey=True)
+    axes = axes[0]
+    for axis, target in zip(axes, config.domains, strict=True):
+        found = of(mine, target=target, interval=interval)
+        steps, values = plots.curve(
+            [{**row, "kind": "eval"} for row in found], "weights", "eval"
+        )
+        shares = np.asarray(values)[..., 1]  # [seeds, merges]
+        look = plots.style(target, list(config.domains))
+        for seed in shares:
+            axis.plot(steps, seed, color=look["color"], linewidth=0.8, alpha=0.35)
+        axis.plot(steps, shares.mean(0), color=look["color"], linewidth=2, marker="o")
+        axis.set_title(target, size=10)
+        axis.set_xlabel("step")
+        axis.set_ylim(-0.03, 1.03)
+    axes[0].set_ylabel("Λ of target + all")
+    figure.suptitle(
+        f"Merge weights, a merge every {interval} steps: seeds and their mean", size=10
+    )
+    return figure
+
+
+def write(rows: Rows, kept: Rows, config: Config) -> list[pathlib.Path]:
+    """The figures that the rows allow; ``kept`` are the reported ones."""
+    made = {}
+    if of(rows, part="table", method="forkmerge"):
+        made["weights"] = weights_figure(rows, config)
+    if of(rows, part="table", method="lambda_grid"):
+        made["transfer"] = transfer_figure(transfer(rows, config), config.domains)
+    if of(rows, part="pairs"):
+        made["pairs"] = pairs_figure(pair_gains(kept, config), config.domains)
+    if of(rows, part="intervals"):
+        found = interval_gains(kept, config)
+        made["intervals"] = intervals_figure(found, config.domains)
+    return common.save(made, config.out, config)

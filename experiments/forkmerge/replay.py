@@ -1,0 +1,17 @@
+"""The committed single-task row, trained again at every learning rate."""
+
+from typing import Any
+
+from experiments.forkmerge import problem, report, train
+from experiments.forkmerge.config import PRESETS, Config
+
+CONFIG, RESULTS = PRESETS["cpu"][1], "results.jsonl"
+KEYS, LINES = ("part", "method", "target", "aux", "seed", "interval"), 25
+
+
+def rows(config: Config) -> list[dict[str, Any]]:
+    """Its reported lines."""
+    found = problem.make_problem(config)
+    evaluate = problem.make_evaluate(found)
+    job = train.make_job(config, found, evaluate, "stl", tuned={})
+    return report.reported(train.Run(config, job).finish())

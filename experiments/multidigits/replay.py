@@ -1,0 +1,18 @@
+"""The committed row of equal weights, trained again."""
+
+from typing import Any
+
+from experiments.common.selection import select
+from experiments.multidigits import train
+from experiments.multidigits.config import PRESETS, Config
+
+CONFIG, RESULTS = PRESETS["demo"][1], "results.jsonl"
+KEYS, LINES = ("method", "seed", "task"), 3
+
+
+def rows(config: Config) -> list[dict[str, Any]]:
+    """Its reported lines."""
+    problem = train.make_problem(config)
+    program = train.make_program(config, problem, "linear")
+    found = train.run_method(config, problem, "linear", program).rows
+    return [{"method": "linear", **row} for row in select(found).rows]

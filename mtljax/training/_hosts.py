@@ -1,0 +1,151 @@
+"""Meshes and processes: where arrays lie, and how processes agree."""
+
+import functools
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+from mtljax.training import errors
+
+T = TypeVar("T")
+
+
+class Placement(NamedTuple):
+    """Where the state, the batches and the metrics of a run lie; hashable."""
+
+    mesh: Mesh
+    structure: Any  # of the state
+    shardings: tuple[NamedSharding, ...]  # of its leaves
+    batch: NamedSharding
+
+    @property
+    def explicit(self) -> bool:
+        """Whether shardings are part of the types."""
+        return AxisType.Explicit in self.mesh.axis_types
+
+    @property
+    def replicated(self) -> NamedSharding:
+        """Everything on every device."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    @property
+    def outputs(self) -> tuple[Any, NamedSharding]:
+        """Shardings of ``(state, metrics)``."""
+        return jax.tree.unflatten(self.structure, self.shardings), self.replicated
+
+
+def mesh_of(tree: PyTree) -> Mesh | None:
+    """The mesh of the first leaf that has one."""
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(sharding := getattr(leaf, "sharding", None), NamedSharding):
+            mesh = sharding.mesh
+            return mesh if isinstance(mesh, Mesh) else None
+    return None
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf is an array of typed keys."""
+    return jnp.issubdtype(getattr(leaf, "dtype", np.int32), jax.dtypes.prng_key)
+
+
+def place(mesh: Mesh | None, tree: PyTree, spec: PartitionSpec | None = None) -> PyTree:
+    """Puts the leaves that lie on no mesh onto ``mesh``, by default replicated.
+
+    Every process gives the same values. None puts them on the default device.
+    """
+
+    def put(leaf):
+        if isinstance(getattr(leaf, "sharding", None), NamedSharding):
+            return leaf
+        if mesh is None:
+            return jax.device_put(leaf)
+        if is_key(leaf):
+            data = put(jax.random.key_data(leaf))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        host = np.asarray(leaf)
+        sharding = NamedSharding(mesh, spec or PartitionSpec())
+        return jax.make_array_from_callback(host.shape, sharding, lambda i: host[i])
+
+    with jax.transfer_guard("allow"):
+        return jax.tree.map(put, tree)
+
+
+@functools.lru_cache(maxsize=16)
+def _replicate(mesh: Mesh):
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def fetch(tree: PyTree) -> PyTree:
+    """Values on the host, also of arrays that lie on devices of other processes."""
+
+    def whole(leaf):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and not leaf.is_fully_addressable:
+            return _replicate(sharding.mesh)(leaf)
+        return leaf
+
+    return jax.device_get(jax.tree.map(whole, tree))
+
+
+def is_main() -> bool:
+    """Whether this process writes, deletes and decides."""
+    return jax.process_index() == 0
+
+
+def gather(value: Any) -> list[Any]:
+    """The plain-JSON value of each process, in their order, on all of them."""
+    if jax.process_count() == 1:
+        return [value]
+    from jax.experimental import multihost_utils
+
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(text)))
+    padded = np.pad(text, (0, int(np.max(sizes)) - len(text)))
+    rows = np.asarray(multihost_utils.process_allgather(padded)).astype(np.uint8)
+    pairs = zip(rows, np.ravel(sizes), strict=True)
+    return [json.loads(row[:size].tobytes()) for row, size in pairs]
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """Runs a function in the main process; all get its plain value, or its error."""
+    if jax.process_count() == 1:
+        return function()
+    value, error = None, None
+    if is_main():
+        try:
+            value = function()
+        except (errors.TrainingError, ValueError, OSError) as caught:
+            error = caught
+    found = gather([value, error and [type(error).__name__, str(error)]])[0]
+    if error is not None:
+        raise error
+    if found[1] is not None:
+        kind = getattr(errors, found[1][0], ValueError)
+        raise kind(found[1][1])
+    return found[0]
+
+
+def boundary(signal: int | None, limit: int) -> tuple[int | None, int]:
+    """The signal of any process, and the main process's length of a chunk."""
+    if jax.process_count() == 1:
+        return signal, limit
+    from jax.experimental import multihost_utils
+
+    both = np.asarray(
+        multihost_utils.process_allgather(np.array([signal or 0, limit], np.int32))
+    )
+    return int(both[:, 0].max()) or None, int(both[0, 1])
+
+
+def sync(name: str) -> None:
+    """Waits for all processes."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
