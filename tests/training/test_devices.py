@@ -19,6 +19,7 @@ import mesh_toy
 import toy
 
 from mtljax import training
+from mtljax.training._feeds import placement_of
 
 HERE = Path(__file__).parent
 ENV = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "JAX_PLATFORMS": "cpu"}
@@ -136,7 +137,10 @@ def test_a_run_of_two_processes_is_resumed_by_one(tmp_path, whole):
     np.testing.assert_allclose(mesh_toy.losses(result), expected, rtol=1e-5)
 
 
-def test_several_processes_need_a_mesh(monkeypatch):
+def test_what_needs_a_mesh(monkeypatch):
+    sharding = jax.NamedSharding(jax.make_mesh((1,), ("data",)), jax.P("data"))
+    with pytest.raises(ValueError, match="batch_sharding needs a state on a mesh"):
+        mesh_toy.run(batch_sharding=sharding)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ValueError, match="There are 2 processes, but the state lies"):
-        mesh_toy.run()
+        placement_of(mesh_toy.init(jax.random.key(0)), training.Execution())
