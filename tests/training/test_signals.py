@@ -102,10 +102,11 @@ def test_a_command_stops_outside_of_a_run(monkeypatch, capsys, number, status):
     assert capsys.readouterr().err == f"Stopped by {number.name}.\n"
 
 
-def test_a_command_that_answers_with_an_error_of_its_own(monkeypatch, capsys):
+def test_an_error_after_a_signal_is_printed(monkeypatch, capsys):
     def main():
-        result = toy.run(6, eval_fn=evaluate_and_send(signal.SIGINT, 6), eval_every=6)
-        if result.interrupted:
-            raise RuntimeError("interrupted")
+        toy.run(6, eval_fn=evaluate_and_send(signal.SIGINT, 6), eval_every=6)
+        raise OSError("The disk is full.")
 
     assert command(monkeypatch, main) == 130
+    said = "error: The disk is full.\nStopped by SIGINT.\n"
+    assert capsys.readouterr().err == said
