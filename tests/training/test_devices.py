@@ -81,6 +81,7 @@ def test_two_processes_give_the_rows_of_one_device(whole):
     assert [r["step"] for r in rows if r["kind"] == "eval"] == list(range(2, 21, 2))
 
 
+@pytest.mark.deep
 def test_two_processes_feed_a_stream_together(tmp_path):
     found = finish(start_both(tmp_path, "--kind", "stream"))
     stream = {"data": mesh_toy.Stream(), "batch_size": None, "order_key": None}
@@ -107,6 +108,7 @@ def test_one_of_two_processes_is_killed_and_both_start_again(tmp_path, whole):
     assert toy.comparable(tmp_path) == toy.comparable(whole[0])
 
 
+@pytest.mark.deep
 def test_a_signal_to_one_of_two_processes_stops_both(tmp_path, whole):
     processes = start_both(tmp_path, "--slow", 0.2)
     wait_for(tmp_path, 5)
@@ -115,6 +117,7 @@ def test_a_signal_to_one_of_two_processes_stops_both(tmp_path, whole):
     assert finish(start_both(tmp_path)) == whole[1]
 
 
+@pytest.mark.deep
 def test_two_processes_fall_back_to_an_older_step(tmp_path, whole):
     shutil.copytree(whole[0], tmp_path / "run")
     last = tmp_path / "run" / "checkpoints" / "20"
