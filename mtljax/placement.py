@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.core import AbstractValue
 from jax.sharding import NamedSharding, PartitionSpec
 
 Axes: TypeAlias = tuple[str, ...]
@@ -20,7 +21,7 @@ Backward: TypeAlias = Literal["auto", "jax", "rewritten"]
 
 def _type(x: Any) -> Any:
     """The type of an array, or an abstract value itself."""
-    return x if isinstance(x, jax.core.AbstractValue) else jax.typeof(x)
+    return x if isinstance(x, AbstractValue) else jax.typeof(x)
 
 
 def _varying(x: Any) -> frozenset[str]:
@@ -45,7 +46,7 @@ def cast(tree: Any, axes: Any) -> Any:
             return x
         if hasattr(jax.lax, "pcast"):
             return jax.lax.pcast(x, missing, to="varying")
-        return jax.lax.pvary(x, missing)
+        return jax.lax.pvary(x, missing)  # pyright: ignore[reportAttributeAccessIssue]
 
     return jax.tree.map(leaf, tree) if axes else tree
 

@@ -53,12 +53,12 @@ class InjectState(NamedTuple):
     """State of :func:`inject_hyperparams`.
 
     Attributes:
-      count: Number of steps that were applied.
+      step: Number of steps that were applied.
       hyperparams: Values of the last step; an entry without a schedule may be replaced.
       inner: State of the balancer.
     """
 
-    count: Int[Array, ""]
+    step: Int[Array, ""]
     hyperparams: dict[str, Any]
     inner: Any
 
@@ -248,7 +248,7 @@ class ReuseState(NamedTuple):
     inner: Any
     kept: Weights  # those of the last computation
     seen: Bool[Array, " tasks"]  # tasks that were present then
-    count: Int[Array, ""]  # steps that were applied
+    steps: Int[Array, ""]  # steps that were applied
     task_weights: Weights
 
 
@@ -318,11 +318,11 @@ def reuse(balancer: Balancer, *, every: int) -> Balancer:
 
     def refresh(state, mask=None):
         present = as_mask(name, num_tasks, mask)
-        return (state.count % every == 0) | (present & ~state.seen).any()
+        return (state.steps % every == 0) | (present & ~state.seen).any()
 
     def finish(state, weights, present, healthy, **changed):
         weights = weights.astype(state.kept.dtype)
-        new = state._replace(count=state.count + 1, task_weights=weights, **changed)
+        new = state._replace(steps=state.steps + 1, task_weights=weights, **changed)
         new = choose_state(present.any(), new, state)
         return commit(healthy, weights, new, state)
 
@@ -368,7 +368,7 @@ def reuse(balancer: Balancer, *, every: int) -> Balancer:
         )
         return commit(True, stack.combine(updates, weights), new, state)
 
-    reusing = Reuse(
+    reusing: Any = Reuse(
         init,
         update,
         name=name,
@@ -570,7 +570,7 @@ def _injected(
 
     def inner_of(state):
         check_type(name, state, InjectState)
-        hyperparams = {**state.hyperparams, **scheduled(state.count)}
+        hyperparams = {**state.hyperparams, **scheduled(state.step)}
         return method(**static, **hyperparams), hyperparams
 
     def init(params):
@@ -582,7 +582,7 @@ def _injected(
     def stepped(result, state, hyperparams, mask):
         found, inner = result
         some = as_mask(name, example.num_tasks, mask).any()
-        new = InjectState(state.count + 1, hyperparams, inner)
+        new = InjectState(state.step + 1, hyperparams, inner)
         return commit(True, found, choose_state(some, new, state), state)
 
     def weigh(state, *, mask=None, **inputs):

@@ -230,7 +230,7 @@ def inner_steps(name: str, num_tasks: int) -> int:
     # Side by side, displacements of the tasks' own optimisers add up.
     if options.get("state") == "per_task":
         return num_tasks
-    groups = options.get("groups", num_tasks)
+    groups: Any = options.get("groups", num_tasks)
     return groups.number if isinstance(groups, Groups) else groups
 
 

@@ -133,7 +133,9 @@ class Run(NamedTuple):
     def dropout(self, step: Array) -> PRNGKeyArray | None:
         """The key of the task loss, another one on every device."""
         key, axes = self.draw(DROPOUT, step), self.rule.gradients.axes
-        return jax.random.fold_in(key, jax.lax.axis_index(axes)) if axes else key
+        if key is None or not axes:
+            return key
+        return jax.random.fold_in(key, jax.lax.axis_index(axes))
 
 
 class Outcome(NamedTuple):
@@ -381,7 +383,7 @@ def inner_step(run: Run, carry: Carry, at: Any) -> Carry:
     # What fills a row up computes what the first member does, and counts for nothing.
     tasks = jnp.where(present, members, members[0])
     here = present
-    if run.mask is not None:
+    if run.mask is not None and run.local_mask is not None:
         present = present & run.mask[tasks]
         here = run.local_mask[tasks]
     options = {"key": run.dropout(number)} if run.with_key else {}

@@ -152,7 +152,8 @@ def auto_lambda(
         raise ValueError("auto_lambda: primary names no task.")
     check_number("auto_lambda", "learning_rate", learning_rate, above=0)
     check_number("auto_lambda", "initial", initial)
-    inner = optax.adam(learning_rate) if weight_optimizer is None else weight_optimizer
+    rate: Any = learning_rate
+    inner = optax.adam(rate) if weight_optimizer is None else weight_optimizer
 
     def init() -> AutoLambdaState:
         weights = jnp.full(num_tasks, initial)

@@ -237,7 +237,8 @@ class _Setup(NamedTuple):
 
 def _forward(setup: _Setup, call: VectorLosses, params: Params, mask: Any) -> Any:
     """The forward pass, ready for the gradients that the balancer needs."""
-    task, options, measure = setup.task_losses, setup.options, setup.measure
+    task: Any = setup.task_losses
+    options, measure = setup.options, setup.measure
     weighs = getattr(setup.balancer, "weigh", None) is not None
     given = {"mask": mask, "name": _NAME}
     if setup.micro_batches is not None:

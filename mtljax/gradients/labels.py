@@ -65,12 +65,12 @@ def label_params(
                     f"paths are {_listing(paths)}."
                 )
 
-    def label(path, _):
+    def label_of(path, _):
         name = stack.path_name(path)
         found = (k for k, ps in patterns.items() if any(_matches(name, p) for p in ps))
         return next(found, "shared")
 
-    labels = jax.tree_util.tree_map_with_path(label, params)
+    labels = jax.tree_util.tree_map_with_path(label_of, params)
     if "shared" not in jax.tree.leaves(labels):
         raise ValueError(
             f"label_params: own={own!r}"

@@ -131,7 +131,7 @@ def _solve(
     given, gramian = gramian, jax.lax.stop_gradient(gramian)
     num, dtype = gramian.shape[0], gramian.dtype
     power = 1.0 / alpha
-    if not isinstance(power, float):
+    if isinstance(power, jax.Array):
         power = power.astype(dtype)
     mask = jnp.ones(num, bool) if mask is None else mask
     norms, active = unit_lengths(gramian, mask)

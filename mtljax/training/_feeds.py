@@ -16,10 +16,15 @@ def placement_of(state: Any, execution: Execution) -> _hosts.Placement | None:
     """Where the arrays of a run lie; None for one device.
 
     Raises:
-      ValueError: If there are several processes, but no mesh that they share.
+      ValueError: If several processes, or a sharding of the batches, need a mesh.
     """
     mesh = _hosts.mesh_of(state)
     if mesh is None:
+        if execution.batch_sharding is not None:
+            raise ValueError(
+                "Execution.batch_sharding needs a state on a mesh: place at least one "
+                "leaf with a NamedSharding."
+            )
         if jax.process_count() > 1:
             raise ValueError(
                 f"There are {jax.process_count()} processes, but the state lies on no "

@@ -8,11 +8,11 @@ _current: "Signals | None" = None
 
 
 class Signals:
-    """Notes the first SIGINT or SIGTERM; a context manager, and it nests.
+    """Notes the first SIGINT or SIGTERM; use it as a context manager.
 
-    Outside of a :meth:`patient` section a signal raises at once. Inside of one it is
-    only noted, and a second SIGINT raises. An inner context is the outer one, so that
-    a command that calls several runs starts no further one after a signal.
+    Outside of a :class:`Patient` section a signal raises at once. Inside of one it is
+    only noted, and a second SIGINT raises. The sections of one context share it, so
+    that a command that calls several runs starts no further one after a signal.
     """
 
     def __init__(self):

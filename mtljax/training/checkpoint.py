@@ -363,8 +363,8 @@ class Checkpointer:
 
         Args:
           target: A state of the right structure (its values are not read), or its
-            shapes (:func:`jax.eval_shape`). Its shardings give the place of the arrays;
-            a leaf without one goes to the default device.
+            shapes (:func:`jax.eval_shape`). Its shardings place the arrays; a leaf
+            without one goes to the default device.
           step: A step, ``"best"``, or ``"latest"``, which falls back to the newest
             undamaged one, with a warning for each it passes over.
           warn: Receives such a warning; default :func:`warnings.warn`.

@@ -61,20 +61,22 @@ def run_cli(
         jax.config.update("jax_disable_most_optimizations", True)
     with Signals() as signals:
         signals.reported = True
+        status = 0
         try:
             main(config, " ".join([prog, *without_paths(arguments)]))
         except (ValueError, OSError, RuntimeError) as error:
-            if signals.number is None:
-                if os.environ.get("MTLJAX_TRACEBACK"):
-                    raise
-                print(f"error: {error}", file=sys.stderr)
-                sys.exit(1)
+            if os.environ.get("MTLJAX_TRACEBACK"):
+                raise
+            status = 1
+            print(f"error: {error}", file=sys.stderr)
         except (KeyboardInterrupt, SystemExit):
             if signals.number is None:
                 raise
         if signals.number is not None:
+            status = 128 + signals.number
             print(f"Stopped by {signals.name}.", file=sys.stderr)
-            sys.exit(128 + signals.number)
+        if status:
+            sys.exit(status)
 
 
 def without_paths(arguments: Sequence[str]) -> list[str]:

@@ -122,6 +122,10 @@ def fit(
       (1.0, [25, 50, 75, 100])
     """
     with Patient() as signals, contextlib.ExitStack() as stack:
+        signals.number, _ = _hosts.boundary(signals.number, 0)
+        if signals.number is not None:  # the command is to stop: touch nothing
+            signals.reported = True
+            return FitResult(state, 0, None, [], signals.name, 0.0, None)
         many = seeds is not None and not isinstance(seeds, int)
         labels = list(seeds) if isinstance(seeds, Sequence) else [seeds]
         state = own_state(state)

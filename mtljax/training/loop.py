@@ -155,7 +155,6 @@ def make_chunk(
     batch_size: int,
     chunk: int,
     seeds: bool = False,
-    donate: bool = True,
     placement: Placement | None = None,
 ) -> Callable[..., tuple[Any, Metrics]]:
     """Compiles up to ``chunk`` steps over data that live on the device.
@@ -172,14 +171,14 @@ def make_chunk(
       chunk: Rows of the metrics buffer; the most steps of one call.
       seeds: Whether the state and ``order_key`` have a leading axis ``[S]`` of
         independent runs (seeds, hyper-parameters); the data do not.
-      donate: Whether the buffers of the incoming state are reused for the outgoing.
       placement: Where state and batches lie on a mesh; :func:`fit` fills it in.
 
     Returns:
       A jitted function ``(state, data, order_key, start_step, n) -> (state,
-      metrics)``: ``data`` is a pytree of arrays ``[N, ...]``; it runs the steps
-      ``start_step, ..., start_step + n - 1``; every metric is ``[chunk, ...]``
-      (``[chunk, S, ...]`` with seeds), of which the first ``n`` rows are filled.
+      metrics)``, which donates the state. ``data`` is a pytree of arrays ``[N, ...]``;
+      the function runs the steps ``start_step, ..., start_step + n - 1``; every metric
+      is ``[chunk, ...]`` (``[chunk, S, ...]`` with seeds), of which the first ``n``
+      rows are filled.
 
     Examples:
       >>> def step(w, x):
@@ -234,18 +233,18 @@ def make_chunk(
     if seeds:
         axes = (0, None, 0, None, None)
         run = jax.vmap(run, in_axes=axes, out_axes=(0, 1))
-    return _jit(run, donate, placement)
+    return _jit(run, placement)
 
 
-def _jit(run: Callable, donate: bool, placement: Placement | None) -> Callable:
-    """Compiles ``run(state, ...) -> (state, metrics)``."""
+def _jit(run: Callable, placement: Placement | None) -> Callable:
+    """Compiles ``run(state, ...) -> (state, metrics)``; the state is donated."""
 
     def placed(*args):
         state, metrics = run(*args)
         return state, _replicated(metrics, placement)
 
     outputs = None if placement is None else placement.outputs
-    return jax.jit(placed, donate_argnums=(0,) if donate else (), out_shardings=outputs)
+    return jax.jit(placed, donate_argnums=0, out_shardings=outputs)
 
 
 @functools.lru_cache(maxsize=16)
@@ -254,7 +253,6 @@ def make_host_chunk(
     *,
     batch_size: int,
     seeds: bool = False,
-    donate: bool = True,
     placement: Placement | None = None,
 ) -> Callable[..., tuple[Any, Metrics]]:
     """The function of :func:`make_chunk` as a loop on the host over a compiled step.
@@ -268,7 +266,6 @@ def make_host_chunk(
       step: ``step(state, batch) -> (state, metrics)``.
       batch_size: Examples per step.
       seeds: Whether the state and ``order_key`` have a leading axis ``[S]``.
-      donate: Whether the buffers of the incoming state are reused.
       placement: Where state and batches lie on a mesh; :func:`fit` fills it in.
 
     Returns:
@@ -285,7 +282,7 @@ def make_host_chunk(
     if seeds:
         one = jax.vmap(one, in_axes=(0, None, 0, None))
         order_of = jax.vmap(order_of, in_axes=(0, None, None))
-    run = _jit(one, donate, placement)
+    run = _jit(one, placement)
     order_of = jax.jit(order_of, static_argnums=2)
     mesh = None if placement is None else placement.mesh
 
@@ -402,7 +399,6 @@ def make_stream_step(
     step: Step,
     *,
     seeds: bool = False,
-    donate: bool = True,
     placement: Placement | None = None,
 ) -> Callable[[Any, Any], tuple[Any, Metrics]]:
     """Compiles one step for batches that come from the host.
@@ -410,14 +406,13 @@ def make_stream_step(
     Args:
       step: ``step(state, batch) -> (state, metrics)``.
       seeds: Whether the state has a leading axis ``[S]``; all runs see the same batch.
-      donate: Whether the buffers of the incoming state are reused.
       placement: Where the state lies on a mesh; :func:`fit` fills it in.
 
     Returns:
       The jitted step.
     """
     run = jax.vmap(step, in_axes=(0, None)) if seeds else step
-    return _jit(run, donate, placement)
+    return _jit(run, placement)
 
 
 def split_run_key(

@@ -52,9 +52,14 @@ def lock_run(run_dir: str | pathlib.Path) -> Iterator[None]:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
                 taken = True
+            except OSError as error:
+                why = error.strerror
+                raise OutputError(f"{run_dir} cannot be locked: {why}.") from error
         if file is None or taken:
-            owner = path.read_text() if file is not None else f"process {os.getpid()}"
-            raise RunLockedError(f"{run_dir} is in use by {owner}.")
+            owner = f"process {os.getpid()}" if file is None else path.read_text()
+            raise RunLockedError(
+                f"{run_dir} is in use by {owner or 'another process'}."
+            )
         _held.add(path)
         try:
             with writing(path):

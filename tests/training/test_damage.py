@@ -115,7 +115,9 @@ def test_damage(runs, tmp_path):
 
 @pytest.mark.deep
 def test_two_hundred_damages(runs, tmp_path):
-    print(trials(runs, tmp_path, range(100, 300)))
+    counts = trials(runs, tmp_path, range(100, 300))
+    print(counts)  # 128 right and 72 refused when this was written
+    assert sum(counts.values()) == 200
 
 
 @pytest.mark.parametrize("damage", ROWS[2:5])

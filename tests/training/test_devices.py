@@ -19,6 +19,7 @@ import mesh_toy
 import toy
 
 from mtljax import training
+from mtljax.training._feeds import placement_of
 
 HERE = Path(__file__).parent
 ENV = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "JAX_PLATFORMS": "cpu"}
@@ -80,6 +81,7 @@ def test_two_processes_give_the_rows_of_one_device(whole):
     assert [r["step"] for r in rows if r["kind"] == "eval"] == list(range(2, 21, 2))
 
 
+@pytest.mark.deep
 def test_two_processes_feed_a_stream_together(tmp_path):
     found = finish(start_both(tmp_path, "--kind", "stream"))
     stream = {"data": mesh_toy.Stream(), "batch_size": None, "order_key": None}
@@ -106,6 +108,7 @@ def test_one_of_two_processes_is_killed_and_both_start_again(tmp_path, whole):
     assert toy.comparable(tmp_path) == toy.comparable(whole[0])
 
 
+@pytest.mark.deep
 def test_a_signal_to_one_of_two_processes_stops_both(tmp_path, whole):
     processes = start_both(tmp_path, "--slow", 0.2)
     wait_for(tmp_path, 5)
@@ -114,6 +117,7 @@ def test_a_signal_to_one_of_two_processes_stops_both(tmp_path, whole):
     assert finish(start_both(tmp_path)) == whole[1]
 
 
+@pytest.mark.deep
 def test_two_processes_fall_back_to_an_older_step(tmp_path, whole):
     shutil.copytree(whole[0], tmp_path / "run")
     last = tmp_path / "run" / "checkpoints" / "20"
@@ -136,7 +140,10 @@ def test_a_run_of_two_processes_is_resumed_by_one(tmp_path, whole):
     np.testing.assert_allclose(mesh_toy.losses(result), expected, rtol=1e-5)
 
 
-def test_several_processes_need_a_mesh(monkeypatch):
+def test_what_needs_a_mesh(monkeypatch):
+    sharding = jax.NamedSharding(jax.make_mesh((1,), ("data",)), jax.P("data"))
+    with pytest.raises(ValueError, match="batch_sharding needs a state on a mesh"):
+        mesh_toy.run(batch_sharding=sharding)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ValueError, match="There are 2 processes, but the state lies"):
-        mesh_toy.run()
+        placement_of(mesh_toy.init(jax.random.key(0)), training.Execution())

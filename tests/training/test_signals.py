@@ -74,15 +74,21 @@ def test_handlers_are_restored():
 @BOTH
 def test_a_command_starts_no_further_run(tmp_path, monkeypatch, capsys, number, status):
     steps = []
+    toy.run(2, run_dir=tmp_path / "b")
+    before = sorted((tmp_path / "b").rglob("*"))
 
     def main():
         for name in ("a", "b"):
             evaluate = evaluate_and_send(number, 6)
-            result = toy.run(6, eval_fn=evaluate, eval_every=6, run_dir=tmp_path / name)
+            result = toy.run(
+                6, eval_fn=evaluate, eval_every=6, run_dir=tmp_path / name,
+                overwrite=True,
+            )  # fmt: skip
             steps.append(result.step)
 
     assert command(monkeypatch, main) == status
     assert steps == [6, 0]
+    assert sorted((tmp_path / "b").rglob("*")) == before  # not overwritten
     assert capsys.readouterr().err == f"Stopped by {number.name}.\n"
 
 
@@ -96,10 +102,11 @@ def test_a_command_stops_outside_of_a_run(monkeypatch, capsys, number, status):
     assert capsys.readouterr().err == f"Stopped by {number.name}.\n"
 
 
-def test_a_command_that_answers_with_an_error_of_its_own(monkeypatch, capsys):
+def test_an_error_after_a_signal_is_printed(monkeypatch, capsys):
     def main():
-        result = toy.run(6, eval_fn=evaluate_and_send(signal.SIGINT, 6), eval_every=6)
-        if result.interrupted:
-            raise RuntimeError("interrupted")
+        toy.run(6, eval_fn=evaluate_and_send(signal.SIGINT, 6), eval_every=6)
+        raise OSError("The disk is full.")
 
     assert command(monkeypatch, main) == 130
+    said = "error: The disk is full.\nStopped by SIGINT.\n"
+    assert capsys.readouterr().err == said
