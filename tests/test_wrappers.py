@@ -487,7 +487,7 @@ def test_a_schedule_gives_the_steps_of_balancers_with_its_values():
         alone = mtljax.cagrad(3, c=schedule(count))
         expected, _ = alone.update({"w": matrix}, alone.init({}))
         np.testing.assert_allclose(-out["w"], expected["w"], rtol=1e-4, atol=1e-5)
-        assert int(state[0].count) == count + 1
+        assert int(state[0].step) == count + 1
 
 
 def test_a_value_in_the_state_may_be_replaced():

@@ -231,7 +231,8 @@ def inner_steps(name: str, num_tasks: int) -> int:
     if options.get("state") == "per_task":
         return num_tasks
     groups: Any = options.get("groups", num_tasks)
-    return groups.number if isinstance(groups, Groups) else groups
+    number = groups.number if isinstance(groups, Groups) else groups
+    return num_tasks if number is None else number
 
 
 def runs_of(config: Config, problem: Problem, name: str) -> list[Run]:

@@ -260,7 +260,7 @@ def _forward(setup: _Setup, call: VectorLosses, params: Params, mask: Any) -> An
                 task, params, call.args, call.kwargs, options, **given
             )
         options = with_labels(task, params, options)
-    if measure == "representation":
+    if measure == "representation" and isinstance(task, Through):
         return linearize_through(task, call, params, options, **given)
     if setup.engine == "losses" or not weighs:
         return linearize(call, params, options, **given)
