@@ -1,5 +1,6 @@
 """SIGINT and SIGTERM: a run stops at the next chunk, a command with 130 or 143."""
 
+import os
 import signal
 import threading
 from typing import Any
@@ -13,9 +14,13 @@ class Signals:
     Outside of a :class:`Patient` section a signal raises at once. Inside of one it is
     only noted, and a second SIGINT raises. The sections of one context share it, so
     that a command that calls several runs starts no further one after a signal.
+
+    With ``leave``, a signal outside of a section ends the process with 130 or 143. An
+    exception that is raised while JAX traces or compiles can crash the process instead.
     """
 
-    def __init__(self):
+    def __init__(self, *, leave: bool = False):
+        self.leave = leave
         self.number: int | None = None
         self.reported = False  # the caller handles it: it need not be delivered again
         self._patience = 0
@@ -48,6 +53,10 @@ class Signals:
     def _handle(self, number: int, frame: Any) -> None:
         del frame
         again, self.number = self.number is not None, self.number or number
+        if self.leave and not self._patience:
+            # Outside of a run there is nothing to save.
+            os.write(2, f"Stopped by {self.name}.\n".encode())
+            os._exit(128 + number)
         if number == signal.SIGINT and (again or not self._patience):
             raise KeyboardInterrupt
         if not self._patience:

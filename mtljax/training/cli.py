@@ -59,7 +59,7 @@ def run_cli(
     )
     if getattr(config, "quick_compile", False):
         jax.config.update("jax_disable_most_optimizations", True)
-    with Signals() as signals:
+    with Signals(leave=True) as signals:
         signals.reported = True
         status = 0
         try:

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -93,13 +94,33 @@ def test_a_command_starts_no_further_run(tmp_path, monkeypatch, capsys, number, 
 
 
 @BOTH
-def test_a_command_stops_outside_of_a_run(monkeypatch, capsys, number, status):
-    def main():
-        os.kill(os.getpid(), number)
-        pytest.fail("not reached")
+def test_a_command_stops_outside_of_a_run(number, status):
+    """While a program is compiled, too, where an exception could crash the process."""
+    code = """
+import dataclasses, os, sys, threading, time
+import jax, jax.numpy as jnp
+from mtljax.training.cli import run_cli
 
-    assert command(monkeypatch, main) == status
-    assert capsys.readouterr().err == f"Stopped by {number.name}.\n"
+@dataclasses.dataclass
+class Config:
+    steps: int = 1
+
+def main(config, command):
+    threading.Timer(0.5, os.kill, (os.getpid(), NUMBER)).start()
+    while True:
+        jax.jit(lambda x: jnp.sort(jnp.sin(x) @ jnp.cos(x).T))(jnp.ones((9, 9)))
+
+NUMBER, sys.argv = int(sys.argv[1]), ["prog", "short"]
+run_cli(main, {"short": ("Seconds.", Config())}, prog="prog", description="")
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", code, str(int(number))],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert (found.returncode, found.stderr) == (status, f"Stopped by {number.name}.\n")
 
 
 def test_an_error_after_a_signal_is_printed(monkeypatch, capsys):
