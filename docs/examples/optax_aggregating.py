@@ -1,4 +1,4 @@
-"""``optax.experimental.aggregating``: a balancer as the aggregator of task gradients."""
+"""``optax.experimental.aggregating``: a balancer as the aggregator of the rows."""
 
 import jax
 import jax.numpy as jnp
