@@ -18,12 +18,16 @@ from mtljax import sharpness as sharpness
 from mtljax import solvers as solvers
 from mtljax import stack as stack
 from mtljax.balancer import Balancer as Balancer
+from mtljax.balancer import named as named
 from mtljax.balancer import observe as observe
+from mtljax.gradients import Mapped as Mapped
 from mtljax.gradients import check_labels as check_labels
 from mtljax.gradients import cross_task_gramian as cross_task_gramian
 from mtljax.gradients import label_params as label_params
+from mtljax.gradients import separate as separate
 from mtljax.gradients import shared_params as shared_params
 from mtljax.gradients import task_gramian as task_gramian
+from mtljax.gradients import through as through
 from mtljax.gradients import value_and_balanced_grad as value_and_balanced_grad
 from mtljax.gradients import value_and_task_grads as value_and_task_grads
 from mtljax.methods import METHODS as METHODS
@@ -66,10 +70,13 @@ from mtljax.methods import stch as stch
 from mtljax.methods import trimmed_mean as trimmed_mean
 from mtljax.methods import uncertainty as uncertainty
 from mtljax.methods import upgrad as upgrad
+from mtljax.missing import masked_task_means as masked_task_means
+from mtljax.missing import skip_absent as skip_absent
 from mtljax.sharpness import flat_split as flat_split
 from mtljax.wrappers import compose as compose
 from mtljax.wrappers import inject_hyperparams as inject_hyperparams
 from mtljax.wrappers import per_layer as per_layer
+from mtljax.wrappers import reuse as reuse
 from mtljax.wrappers import smooth_weights as smooth_weights
 
 __version__ = "0.1.0"
@@ -78,6 +85,7 @@ __all__ = [
     # the abstraction
     "Balancer",
     "observe",
+    "named",
     # gradients
     "value_and_balanced_grad",
     "value_and_task_grads",
@@ -86,6 +94,12 @@ __all__ = [
     "label_params",
     "shared_params",
     "check_labels",
+    "separate",
+    "through",
+    "Mapped",
+    # missing labels and absent tasks
+    "masked_task_means",
+    "skip_absent",
     # loss balancing
     "linear",
     "scale_invariant",
@@ -132,6 +146,7 @@ __all__ = [
     "per_layer",
     "flat_split",
     "inject_hyperparams",
+    "reuse",
     # the list of methods
     "METHODS",
     "get_method",

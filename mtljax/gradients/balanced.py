@@ -113,8 +113,8 @@ def value_and_balanced_grad(
       the balancer's (``balancer.init(params)``); ``grad`` is shaped like ``params``.
       ``mask`` ``[T]``, or a dict with the names of the tasks, marks the tasks present
       in the batch. The losses are a dict if ``task_losses`` returns one. The loss of an
-      absent task may be NaN, but must be differentiable to finite numbers (0 · NaN is NaN in any
-      backward pass): write ``where``-safe losses. ``side`` is a dict of further
+      absent task may be NaN, but must be differentiable to finite numbers (0 · NaN is
+      NaN in any backward pass): write ``where``-safe losses. ``side`` is a dict of further
       keywords for the balancer's update. If a loss or gradient of a present task, or
       the result, is not finite, ``grad`` is NaN everywhere and the state is unchanged.
 
@@ -166,9 +166,9 @@ def value_and_balanced_grad(
         _check_measure(measure, task_losses, name, needs, micro_batches)
     if options.exchange == "scatter" and (needs == "grads" or engine == "gramian"):
         raise ValueError(
-            f"exchange='scatter' stacks gradients of which a device holds a part; it "
-            f"supports neither engine='gramian' nor {name} if that reads the gradients. "
-            "Use exchange='all'."
+            "exchange='scatter' stacks gradients of which a device holds a part; it "
+            f"supports neither engine='gramian' nor {name} if that reads the "
+            "gradients. Use exchange='all'."
         )
     # Weights that read only the losses need no Gramian, weights that read the
     # gradients need them formed.

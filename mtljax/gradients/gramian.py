@@ -353,10 +353,13 @@ def choose(
         # Outside of jit a function may look at the values of its parameters.
         return Choice(None, asked)
     # jax.checkpoint asks for less memory, which inlining does not give.
+    program = uses.plan.program
     worth = measured is not None or pays(uses.plan)
-    if uses.plan.program.rematerialises or not worth:
-        return Choice(None, passes(uses, stacked=True))
-    if _nonlinear_rule(uses.plan.program, function, params, options) is not None:
+    if (
+        program.rematerialises
+        or not worth
+        or _nonlinear_rule(program, function, params, options) is not None
+    ):
         return Choice(None, passes(uses, stacked=True))
     return Choice(uses, passes(uses, stacked=False))
 

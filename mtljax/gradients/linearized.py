@@ -269,8 +269,8 @@ class VectorLosses:
         for name, loss in losses.items():
             if jnp.shape(loss):
                 raise ValueError(
-                    f"the loss of task {name!r} has shape {jnp.shape(loss)}; it must be "
-                    "a scalar."
+                    f"the loss of task {name!r} has shape {jnp.shape(loss)}; it must "
+                    "be a scalar."
                 )
         return task_vector(losses, self.names)
 

@@ -25,7 +25,7 @@ def cagrad_weights(
     mask = jnp.ones(gramian.shape[0], bool) if mask is None else mask
     mean = mask.astype(gramian.dtype) / jnp.maximum(mask.sum(), 1)
     square = mean @ jnp.matmul(gramian, mean, precision="highest")
-    radius = c * jnp.sqrt(jnp.maximum(square, 0))
+    radius = jnp.asarray(c, gramian.dtype) * jnp.sqrt(jnp.maximum(square, 0))
     extra, status = max_min_in_ball(gramian, mean, radius, mask)
     return mean + extra, status
 

@@ -61,6 +61,10 @@ def sdmgrad_reference_weights(
     size = uniform @ lengths
     size = jnp.where(size > 0, size, 1)
     gramian = gramian / size / size
+    # A wider hyper-parameter must not widen what the loop carries.
+    lamda, learning_rate, momentum = (
+        jnp.asarray(x, gramian.dtype) for x in (lamda, learning_rate, momentum)
+    )
 
     def step(carry, _):
         shares, velocity = carry

@@ -226,6 +226,10 @@ def tracing(subject: Subject) -> Iterator[Outcome]:
         values = jnp.asarray([value, value])
         vmapped = attempt(lambda u=update, v=values: jax.eval_shape(jax.vmap(u), v))
         yield f"vmap over {name}", vmapped
+        with enable_x64(True):  # a float64 value beside float32 gradients
+            wide = jnp.asarray([value, value], jnp.float64)
+            failed = attempt(lambda u=update, v=wide: jax.eval_shape(jax.vmap(u), v))
+        yield f"x64: vmap over {name}", failed
         if name == "agent_optimizer":  # a rate, or an optimizer with a schedule
             continue
 

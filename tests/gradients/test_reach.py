@@ -1,0 +1,531 @@
+"""Set-ups beyond one batch for all tasks, against Jacobians in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.experimental import enable_x64
+
+import mtljax
+
+TASKS, EXAMPLES, WIDTH = 4, 8, 6
+NAMES = ("seg", "depth", "normal", "edge")
+LABELS = {"trunk": "shared", "heads": "own"}
+MASK = [True, True, False, True]
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with enable_x64(True):
+        yield
+
+
+def problem():
+    keys = jax.random.split(jax.random.key(0), 8)
+    normal = [
+        jax.random.normal(key, shape, jnp.float64)
+        for key, shape in zip(
+            keys,
+            [(5, WIDTH), (WIDTH, WIDTH), (WIDTH, TASKS), (EXAMPLES, 5)]
+            + [(EXAMPLES, TASKS), (TASKS, EXAMPLES, 5), (TASKS, EXAMPLES)]
+            + [(TASKS, WIDTH)],
+            strict=True,
+        )
+    ]
+    w, u, heads, x, y, xs, ys, slices = normal
+    params = {"trunk": {"w": w, "u": u}, "heads": heads}
+    return params, (x, y), (xs, ys), slices
+
+
+def encode(p, x, y=None):
+    return jnp.tanh(jnp.tanh(x @ p["trunk"]["w"]) @ p["trunk"]["u"])
+
+
+def from_representation(p, z, x, y):
+    return ((z @ p["heads"] - y) ** 2).mean(0)
+
+
+def task_losses(p, x, y):
+    return from_representation(p, encode(p, x), x, y)
+
+
+def named_losses(p, x, y):
+    """The same in another order than that of the names."""
+    found = dict(zip(NAMES, task_losses(p, x, y), strict=True))
+    return {name: found[name] for name in reversed(NAMES)}
+
+
+def as_mask(mask):
+    return None if mask is None else jnp.array(mask)
+
+
+def run(function, balancer, *, params=None, batch=None, mask=None, **options):
+    given, first, _, _ = problem()
+    params, batch = given if params is None else params, batch or first
+    step = mtljax.value_and_balanced_grad(function, balancer, **options)
+    losses, grad, _ = step(params, balancer.init(params), *batch, mask=mask)
+    if isinstance(losses, dict):
+        losses = jnp.stack([losses[name] for name in losses])
+    return losses, grad
+
+
+def close(found, expected, tolerance=1e-12):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for got, want in zip(
+        jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance)
+
+
+def weighted(rows_of, mask):
+    """Weights of MGDA from the Jacobian of a part, by hand."""
+    balancer = mtljax.mgda(TASKS)
+    params, (x, y), _, _ = problem()
+    rows = rows_of(params, x, y)
+    flat = np.concatenate(
+        [np.asarray(r).reshape(TASKS, -1) for r in jax.tree.leaves(rows)], 1
+    )
+    weights, _ = balancer.weigh(
+        balancer.init(params),
+        losses=task_losses(params, x, y),
+        gramian=jnp.asarray(flat @ flat.T),
+        mask=as_mask(mask),
+    )
+    jacobian = jax.jacrev(task_losses)(params, x, y)
+    present = jnp.ones(TASKS) if mask is None else jnp.array(mask, float)
+    grad = {
+        "trunk": jax.tree.map(
+            lambda r: jnp.tensordot(weights, r, 1), jacobian["trunk"]
+        ),
+        "heads": jnp.tensordot(present, jacobian["heads"], 1),
+    }
+    return task_losses(params, x, y), grad
+
+
+@pytest.mark.parametrize("mask", [None, MASK])
+@pytest.mark.parametrize("micro_batches", [None, 4])
+def test_representation_is_mgda_ub(mask, micro_batches):
+    def rows_of(params, x, y):
+        z = encode(params, x)
+        return jax.jacrev(lambda z: from_representation(params, z, x, y))(z)
+
+    found = run(
+        mtljax.through(encode, from_representation),
+        mtljax.mgda(TASKS),
+        mask=as_mask(mask),
+        labels=LABELS,
+        measure="representation",
+        micro_batches=micro_batches,
+    )
+    close(found, weighted(rows_of, mask))
+
+
+@pytest.mark.parametrize("mask", [None, MASK])
+@pytest.mark.parametrize("engine", ["auto", "stacked"])
+@pytest.mark.parametrize(
+    "measure",
+    [
+        "trunk/u",
+        lambda path: path.endswith("u"),
+        {"trunk": {"w": False, "u": True}, "heads": False},
+    ],
+)
+def test_weights_from_some_parameters(measure, engine, mask):
+    found = run(
+        task_losses,
+        mtljax.mgda(TASKS),
+        mask=as_mask(mask),
+        labels=LABELS,
+        measure=measure,
+        engine=engine,
+    )
+
+    def rows_of(params, x, y):
+        return jax.jacrev(task_losses)(params, x, y)["trunk"]["u"]
+
+    close(found, weighted(rows_of, mask))
+
+
+BALANCERS = {
+    "losses": mtljax.uncertainty,
+    "stacked": mtljax.cagrad,
+    "gramian": mtljax.cagrad,
+    "coordinates": mtljax.trimmed_mean,
+}
+
+
+@pytest.mark.parametrize("mask", [None, MASK])
+@pytest.mark.parametrize("heads", ["own", "weighted"])
+@pytest.mark.parametrize("engine", BALANCERS)
+def test_accumulated_equals_the_whole_batch(engine, heads, mask):
+    if engine == "coordinates" and heads == "weighted":
+        pytest.skip("a method without weights")
+    balancer = BALANCERS[engine](TASKS)
+    options = {"labels": LABELS, "heads": heads, "mask": as_mask(mask)}
+    options["engine"] = "auto" if engine == "coordinates" else engine
+    whole = run(task_losses, balancer, **options)
+    close(run(task_losses, balancer, micro_batches=8, **options), whole)
+
+
+def test_accumulated_task_gradients_and_their_auxiliary_outputs():
+    params, batch, _, _ = problem()
+
+    def with_aux(p, x, y):
+        return task_losses(p, x, y), x.sum()
+
+    options = {"labels": LABELS, "has_aux": True}
+    (losses, aux), grads = mtljax.value_and_task_grads(
+        with_aux, micro_batches=2, **options
+    )(params, *batch)
+    (whole, _), expected = mtljax.value_and_task_grads(with_aux, **options)(
+        params, *batch
+    )
+    close((losses, grads), (whole, expected))
+    assert aux.shape == (2,)
+    np.testing.assert_allclose(aux.sum(), batch[0].sum())
+
+
+@pytest.mark.parametrize("engine", ["gramian", "stacked", "auto"])
+def test_frozen_leaves_are_as_if_they_were_constants(engine):
+    params, batch, _, _ = problem()
+    labels = mtljax.label_params(params, own="heads", frozen="trunk/w")
+    found = run(task_losses, mtljax.cagrad(TASKS), labels=labels, engine=engine)
+
+    def rest_alone(rest, x, y):
+        trunk = {"w": params["trunk"]["w"], "u": rest["u"]}
+        return task_losses({"trunk": trunk, "heads": rest["heads"]}, x, y)
+
+    losses, grad = run(
+        rest_alone,
+        mtljax.cagrad(TASKS),
+        params={"u": params["trunk"]["u"], "heads": params["heads"]},
+        labels={"u": "shared", "heads": "own"},
+        engine="stacked",
+    )
+    zeros = jnp.zeros_like(params["trunk"]["w"])
+    trunk = {"w": zeros, "u": grad["u"]}
+    close(found, (losses, {"trunk": trunk, "heads": grad["heads"]}))
+
+
+@pytest.mark.parametrize("named_mask", [False, True])
+@pytest.mark.parametrize("engine", ["gramian", "stacked", "losses"])
+def test_names_give_the_same_bits(engine, named_mask):
+    method = mtljax.uncertainty if engine == "losses" else mtljax.cagrad
+    mask = dict(zip(NAMES, MASK, strict=True)) if named_mask else None
+    options = {"labels": LABELS, "engine": engine}
+    params, batch, _, _ = problem()
+    balancer = method(NAMES)
+    step = mtljax.value_and_balanced_grad(named_losses, balancer, **options)
+    losses, grad, state = step(params, balancer.init(params), *batch, mask=mask)
+    expected, plain, state2 = mtljax.value_and_balanced_grad(
+        task_losses, method(TASKS), **options
+    )(params, method(TASKS).init(params), *batch, mask=as_mask(mask and MASK))
+    assert list(losses) == list(NAMES)
+    np.testing.assert_array_equal([losses[name] for name in NAMES], expected)
+    jax.tree.map(np.testing.assert_array_equal, (grad, state), (plain, state2))
+    weights = mtljax.named(state.task_weights, balancer)
+    assert list(weights) == list(NAMES)
+
+
+def test_names_in_update_and_errors():
+    balancer = mtljax.uncertainty(("a", "b"))
+    grads = {"w": jnp.ones((2, 3))}
+    losses = {"b": jnp.float64(2.0), "a": jnp.float64(1.0)}
+    found, _ = balancer.update(grads, balancer.init(grads), losses=losses)
+    plain = mtljax.uncertainty(2)
+    vector = jnp.array([1.0, 2.0])
+    expected, _ = plain.update(grads, plain.init(grads), losses=vector)
+    np.testing.assert_array_equal(found["w"], expected["w"])
+    assert repr(balancer).startswith("uncertainty(num_tasks=('a', 'b')")
+    assert mtljax.smooth_weights(balancer).names == ("a", "b")
+    with pytest.raises(ValueError, match=r"tasks are \['a', 'b'\].*names \['a'\]"):
+        balancer.update(grads, balancer.init(grads), losses={"a": 1.0})
+    with pytest.raises(ValueError, match="the tasks have no names"):
+        plain.update(grads, plain.init(grads), losses=losses)
+    with pytest.raises(ValueError, match="sequence of distinct names"):
+        mtljax.mgda(("a", "a"))
+    with pytest.raises(ValueError, match="built without names"):
+        mtljax.named(vector, plain)
+
+
+def one_loss(p, x, y):
+    return ((encode(p, x) @ p["heads"] - y) ** 2).mean()
+
+
+SLICES = {"trunk": None, "heads": 0}
+
+
+def separate_problem():
+    params, _, batches, slices = problem()
+    params = {"trunk": params["trunk"], "heads": slices}
+    return params, batches, mtljax.separate(one_loss, in_axes=(SLICES, 0, 0))
+
+
+def all_in_one(p, x, y):
+    return jax.vmap(one_loss, (SLICES, 0, 0))(p, x, y)
+
+
+@pytest.mark.parametrize("mask", [None, MASK])
+@pytest.mark.parametrize("heads", ["own", "weighted"])
+@pytest.mark.parametrize("method", [mtljax.cagrad, mtljax.uncertainty])
+def test_separate_equals_all_in_one(method, heads, mask):
+    params, batches, separate = separate_problem()
+    options = {"params": params, "batch": batches, "heads": heads}
+    options["mask"] = as_mask(mask)
+    found = run(separate, method(TASKS), **options)
+    close(found, run(all_in_one, method(TASKS), labels=LABELS, **options))
+
+
+def test_separate_in_the_other_functions():
+    params, batches, separate = separate_problem()
+    options = {"params": params, "batch": batches}
+    found = run(separate, mtljax.trimmed_mean(TASKS), **options)
+    expected = run(all_in_one, mtljax.trimmed_mean(TASKS), labels=LABELS, **options)
+    close(found, expected)
+    for function in (mtljax.value_and_task_grads, mtljax.task_gramian):
+        found = function(separate)(params, *batches)
+        close(found, function(all_in_one, labels=LABELS)(params, *batches))
+
+
+def test_separate_losses_of_unequal_shapes():
+    base, _, (xs, ys), slices = problem()
+    params = {"trunk": base["trunk"], "a": slices[0], "b": slices[1]}
+    labels = {"trunk": "shared", "a": "own", "b": "own"}
+
+    def first(p, batch):
+        x, y = batch
+        return ((encode(p, x) @ p["a"] - y) ** 2).mean(), x.sum()
+
+    def second(p, x):
+        return jnp.abs(encode(p, x) @ p["b"]).mean(), x.sum()
+
+    batch = {"b": xs[1][:3], "a": (xs[0], ys[0])}
+    separate = mtljax.separate({"a": first, "b": second})
+
+    def together(p, batch):
+        return jnp.stack([first(p, batch["a"])[0], second(p, batch["b"])[0]])
+
+    balancer = mtljax.mgda(2)
+    options = {"params": params, "batch": (batch,), "labels": labels}
+    step = mtljax.value_and_balanced_grad(
+        separate, balancer, labels=labels, has_aux=True
+    )
+    (losses, aux), grad, _ = step(params, balancer.init(params), batch)
+    expected, plain = run(together, balancer, **options)
+    close(([losses["a"], losses["b"]], grad), (list(expected), plain))
+    np.testing.assert_allclose(aux["b"], batch["b"].sum())
+    # A Python boolean: the absent task is not even traced.
+    broken = mtljax.separate({"a": first, "b": lambda p, x: 1 / 0})
+    step = mtljax.value_and_balanced_grad(broken, balancer, labels=labels, has_aux=True)
+    mask = {"a": True, "b": False}
+    _, grad, _ = step(params, balancer.init(params), batch, mask=mask)
+    masked = run(together, balancer, mask=jnp.array([True, False]), **options)
+    close(grad, masked[1])
+
+
+def test_errors_of_separate():
+    params, batches, separate = separate_problem()
+    with pytest.raises(ValueError, match="must have an entry for params and for each"):
+        mtljax.value_and_task_grads(separate)(params, batches[0])
+    with pytest.raises(ValueError, match="dict of losses is empty"):
+        mtljax.separate({})
+    with pytest.raises(ValueError, match="slice per task by in_axes"):
+        labels = {"trunk": "own", "heads": "shared"}
+        mtljax.value_and_task_grads(separate, labels=labels)(params, *batches)
+    with pytest.raises(ValueError, match=r"micro_batches does not support"):
+        mtljax.value_and_task_grads(separate, micro_batches=2)(params, *batches)
+    with pytest.raises(ValueError, match=r"measure does not support"):
+        mtljax.value_and_balanced_grad(separate, mtljax.mgda(4), measure="trunk")
+
+
+def test_errors_of_measure_and_micro_batches():
+    params, batch, _, _ = problem()
+    mgda = mtljax.mgda(TASKS)
+
+    def call(balancer, **options):
+        step = mtljax.value_and_balanced_grad(task_losses, balancer, **options)
+        return step(params, balancer.init(params), *batch)
+
+    with pytest.raises(ValueError, match="but uncertainty needs the losses"):
+        call(mtljax.uncertainty(TASKS), measure="trunk")
+    with pytest.raises(ValueError, match=r"needs task_losses=mtljax.through"):
+        call(mgda, measure="representation")
+    with pytest.raises(ValueError, match="selects no parameter"):
+        call(mgda, measure="encoder")
+    with pytest.raises(ValueError, match="labelled 'own'"):
+        call(mgda, measure="heads", labels=LABELS)
+    with pytest.raises(ValueError, match="micro_batches=3 must divide"):
+        call(mgda, micro_batches=3)
+    with pytest.raises(ValueError, match="encode reads a parameter"):
+        swapped = mtljax.through(
+            lambda p, x, y: x @ p["trunk"]["w"] + p["heads"].sum(),
+            lambda p, z, x, y: z.mean(0)[:TASKS],
+        )
+        step = mtljax.value_and_balanced_grad(
+            swapped, mgda, labels=LABELS, measure="representation"
+        )
+        step(params, mgda.init(params), *batch)
+
+
+def train(balancer, engine, masks):
+    params, batch, _, _ = problem()
+    step = jax.jit(
+        mtljax.value_and_balanced_grad(
+            task_losses, balancer, labels=LABELS, engine=engine
+        )
+    )
+    state, weights = balancer.init(params), []
+    for mask in masks:
+        _, grad, state = step(params, state, *batch, mask=mask)
+        params = jax.tree.map(lambda p, g: p - 0.05 * g, params, grad)
+        weights.append(state.task_weights)
+    return np.array(weights), params
+
+
+@pytest.mark.parametrize("engine", ["gramian", "stacked"])
+def test_reuse_computes_weights_every_third_step(engine):
+    masks = [jnp.ones(TASKS, bool)] * 7
+    found, params = train(mtljax.reuse(mtljax.mgda(TASKS), every=3), engine, masks)
+    for step in range(7):
+        np.testing.assert_array_equal(found[step], found[step - step % 3])
+    assert not np.allclose(found[0], found[3])
+    # The first three steps by hand.
+    fresh, _ = train(mtljax.mgda(TASKS), engine, masks[:1])
+    np.testing.assert_allclose(found[0], fresh[0], rtol=1e-6)
+    del params
+
+
+def test_reuse_meets_a_task_that_was_absent():
+    everyone = jnp.ones(TASKS, bool)
+    masks = [jnp.array(MASK), everyone, jnp.array(MASK)]
+    found, _ = train(mtljax.reuse(mtljax.mgda(TASKS), every=5), "gramian", masks)
+    assert found[0][2] == 0
+    assert found[1][2] != found[0][2]  # computed again
+    assert found[2][2] == 0
+    np.testing.assert_allclose(found[2].sum(), found[1].sum(), rtol=1e-6)
+
+
+def test_reuse_skips_a_bad_step_and_computes_again():
+    balancer = mtljax.reuse(mtljax.mgda(2), every=2)
+    grads = {"w": jnp.array([[1.0, 0.0], [0.0, 2.0]])}
+    state = balancer.init(grads)
+    bad = {"w": grads["w"].at[0, 0].set(jnp.nan)}
+    update, same = balancer.update(bad, state)
+    assert np.isnan(update["w"]).all()
+    jax.tree.map(np.testing.assert_array_equal, state, same)
+    assert mtljax.reuse(balancer, every=1) is balancer
+    with pytest.raises(ValueError, match="every must be a positive integer"):
+        mtljax.reuse(balancer, every=0)
+    with pytest.raises(ValueError, match="yields no task weights"):
+        mtljax.reuse(mtljax.trimmed_mean(3), every=2)
+
+
+def test_masked_task_means():
+    labels = jnp.array([[1.0, jnp.nan, 0.0], [0.0, jnp.nan, jnp.nan]])
+
+    def losses_of(w):
+        present = ~jnp.isnan(labels)
+        values = (w - jnp.where(present, labels, 0)) ** 2
+        return mtljax.masked_task_means(values, present)
+
+    losses, mask = losses_of(jnp.float64(0.5))
+    np.testing.assert_allclose(losses, [0.25, 0.0, 0.25])
+    assert mask.tolist() == [True, False, True]
+    grad = jax.jacrev(lambda w: losses_of(w)[0])(jnp.float64(0.5))
+    np.testing.assert_allclose(grad, [0.0, 0.0, 1.0], atol=1e-12)
+    by_name = mtljax.masked_task_means(
+        {"a": labels[:, 0]}, {"a": jnp.array([True, False])}
+    )
+    assert float(by_name[0]["a"]) == 1.0
+    with pytest.raises(ValueError, match="must be equal"):
+        mtljax.masked_task_means(labels, jnp.ones((3, 2), bool))
+
+
+def test_skip_absent_is_an_optimizer_per_task():
+    params = {"trunk": jnp.ones(2), "heads": [jnp.ones(1), jnp.ones(1)]}
+    grads = jax.tree.map(lambda p: 0.5 * p, params)
+
+    def owner(path):
+        return int(path.split("/")[1]) if path.startswith("heads") else None
+
+    optimizer = mtljax.skip_absent(optax.adam(0.1), owner)
+    state = optimizer.init(params)
+    step = jax.jit(functools.partial(optimizer.update))
+    _, state = step(grads, state, params, mask=jnp.array([True, True]))
+    before = state.tasks[1]
+    updates, state = step(grads, state, params, mask=jnp.array([True, False]))
+    np.testing.assert_array_equal(updates["heads"][1], 0)
+    jax.tree.map(np.testing.assert_array_equal, state.tasks[1], before)
+    # The present task and the trunk move as with a plain optimizer.
+    plain = optax.adam(0.1)
+    old = plain.init(params)
+    _, old = plain.update(grads, old, params)
+    expected, _ = plain.update(grads, old, params)
+    close(
+        (updates["trunk"], updates["heads"][0]),
+        (expected["trunk"], expected["heads"][0]),
+    )
+
+
+def flops(function, *args):
+    cost = jax.jit(function).lower(*args).compile().cost_analysis()
+    return (cost[0] if isinstance(cost, list) else cost)["flops"]
+
+
+def test_separate_costs_one_pass_per_task():
+    tasks = 10
+    keys = jax.random.split(jax.random.key(1), 3)
+    params = [jax.random.normal(k, (16, 16)) for k in keys[:2]]
+    x = jax.random.normal(keys[2], (tasks, 32, 16))
+
+    def one(p, x):
+        return (jnp.tanh(x @ p[0]) @ p[1]).mean() ** 2
+
+    balancer = mtljax.mgda(tasks)
+    step = mtljax.value_and_balanced_grad(mtljax.separate(one), balancer)
+
+    def by_hand(p, state, x):
+        losses, rows = jax.vmap(jax.value_and_grad(one), (None, 0))(p, x)
+        return losses, *balancer.update(rows, state)
+
+    arguments = params, balancer.init(params), x
+    assert flops(step, *arguments) < 1.2 * flops(by_hand, *arguments)
+
+
+def test_frozen_layers_cost_no_backward_pass():
+    keys = jax.random.split(jax.random.key(1), 4)
+    params = {
+        "frozen": jax.random.normal(keys[0], (64, 64)),
+        "trunk": jax.random.normal(keys[1], (64, 64)),
+        "heads": jax.random.normal(keys[2], (64, 3)),
+    }
+    x = jax.random.normal(keys[3], (256, 64))
+    labels = {"frozen": "frozen", "trunk": "shared", "heads": "own"}
+
+    def losses(p, x):
+        return (jnp.tanh(jnp.tanh(x @ p["frozen"]) @ p["trunk"]) @ p["heads"]).mean(
+            0
+        ) ** 2
+
+    def constant(rest, h):
+        return (jnp.tanh(h @ rest["trunk"]) @ rest["heads"]).mean(0) ** 2
+
+    balancer = mtljax.mgda(3)
+    state = balancer.init(params)
+    for engine in ("gramian", "stacked"):
+        step = mtljax.value_and_balanced_grad(
+            losses, balancer, labels=labels, engine=engine
+        )
+        rest = {name: params[name] for name in ("trunk", "heads")}
+        of_rest = mtljax.value_and_balanced_grad(
+            constant,
+            balancer,
+            labels={"trunk": "shared", "heads": "own"},
+            engine=engine,
+        )
+        forward = 2 * 256 * 64 * 64
+        more = flops(step, params, state, x) - flops(of_rest, rest, state, x)
+        assert more < 1.2 * forward
