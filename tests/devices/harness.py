@@ -132,19 +132,26 @@ def run_cases(
     return reports
 
 
-def make_tests(module: Any, *, optimise: bool = False) -> Callable[..., None]:
+def make_tests(
+    module: Any, *, normal: Iterable[str] = (), optimise: bool = False
+) -> Callable[..., None]:
     """A parametrised test of the module's ``CASES``, from one process for all.
 
     Args:
+      normal: The cases of the normal suite, by default all that are not deep.
       module: Has ``CASES``; it is imported here too, so it must not start devices.
       optimise: Compile as users do, for cases that read the compiled program.
     """
     names = [case.name for case in module.CASES]
     assert len(set(names)) == len(names), "two cases have one name"
+    assert set(normal) <= set(names), set(normal) - set(names)
+    chosen = set(normal) or set(names)
     found: dict[str, Any] = {}
     parameters = [
         pytest.param(
-            case.name, marks=[pytest.mark.deep] if case.deep else [], id=case.name
+            case.name,
+            marks=[pytest.mark.deep] if case.deep or case.name not in chosen else [],
+            id=case.name,
         )
         for case in module.CASES
     ]

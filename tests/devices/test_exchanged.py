@@ -5,7 +5,16 @@ from devices import exchanged, hlo
 from devices.harness import make_tests
 
 # Programs are compiled as users compile them: fewer optimisations exchange more.
-test_exchanged = make_tests(exchanged, optimise=True)
+
+NORMAL = (
+    "gramian-auto-none-model-none",
+    "gramian-explicit-none-data-model",
+    "gramian-vma",
+    "scatter-vma",
+    "stacked-tp-auto",
+)
+
+test_exchanged = make_tests(exchanged, normal=NORMAL, optimise=True)
 
 PROGRAM = """
   %a = f32[4,256]{1,0} all-reduce(f32[4,256]{1,0} %x), channel_id=1

@@ -3,4 +3,9 @@
 from devices import loops
 from devices.harness import make_tests
 
-test_loops = make_tests(loops)
+NORMAL = (
+    "donate-tp42-auto-gramian",
+    "scan-tp42-explicit-losses",
+)
+
+test_loops = make_tests(loops, normal=NORMAL)

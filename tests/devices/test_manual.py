@@ -3,4 +3,14 @@
 from devices import manual
 from devices.harness import make_tests
 
-test_manual = make_tests(manual)
+NORMAL = (
+    "local-mgda-gramian-small",
+    "pmean-mlp-gramian-small",
+    "axis-vma-mlp-gramian-small-all",
+    "axis-unchecked-mlp-gramian-small-all",
+    "axis-pmap-mlp-stacked-small-all",
+    "masks-vma-gramian-all",
+    "scatter_refused-cagrad-gramian",
+)
+
+test_manual = make_tests(manual, normal=NORMAL)

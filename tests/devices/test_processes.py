@@ -43,6 +43,7 @@ def finish(processes):
     return reports
 
 
+@pytest.mark.deep
 def test_a_data_parallel_step_in_two_processes():
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -3,4 +3,9 @@
 from devices import subpackages
 from devices.harness import make_tests
 
-test_subpackages = make_tests(subpackages)
+NORMAL = (
+    "sam-dp8-explicit-small",
+    "alternate-vma-small",
+)
+
+test_subpackages = make_tests(subpackages, normal=NORMAL)

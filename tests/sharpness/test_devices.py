@@ -5,6 +5,10 @@ import pytest
 from sharpness import devices
 
 
+# tests/devices has cases of this subpackage for the normal suite.
+pytestmark = [pytest.mark.deep, pytest.mark.xdist_group("sharpness_devices")]
+
+
 @pytest.mark.parametrize("case", devices.CASES)
 def test_devices(case):
     eight_devices.check("sharpness.devices", case)

@@ -25,7 +25,9 @@ HERE = Path(__file__).parent
 ENV = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "JAX_PLATFORMS": "cpu"}
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("Auto", marks=pytest.mark.deep), "Explicit"]
+)
 def test_8_devices_give_the_rows_of_one(kind):
     done = subprocess.run(
         [sys.executable, HERE / "on_devices.py", kind],
@@ -72,6 +74,7 @@ def whole(tmp_path_factory):
     return folder, finish(start_both(folder))
 
 
+@pytest.mark.deep
 def test_two_processes_give_the_rows_of_one_device(whole):
     folder, found = whole
     expected = mesh_toy.losses(mesh_toy.run())
@@ -130,6 +133,7 @@ def test_two_processes_fall_back_to_an_older_step(tmp_path, whole):
     assert toy.comparable(tmp_path / "run") == toy.comparable(whole[0])
 
 
+@pytest.mark.deep
 def test_a_run_of_two_processes_is_resumed_by_one(tmp_path, whole):
     shutil.copytree(whole[0], tmp_path / "run")
     result = mesh_toy.run(
