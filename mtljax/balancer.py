@@ -428,7 +428,8 @@ def choose_state(keep: Any, new: Any, old: Any) -> Any:
     """The new state if ``keep``, else the old one, in the dtypes of the old one."""
 
     def leaf(n, o):
-        return o if n is o else jnp.where(keep, _like(n, o), o)
+        # A state keeps its sharding, which scan requires like its dtypes.
+        return o if n is o else jnp.where(keep, placement.like(_like(n, o), o), o)
 
     return jax.tree.map(leaf, new, old)
 

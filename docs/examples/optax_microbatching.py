@@ -1,4 +1,4 @@
-"""Exact accumulation: ``micro_batches=``, or ``optax.microbatching`` around the rows."""
+"""Exact accumulation by ``micro_batches=``, or by ``optax.microbatching``."""
 
 import jax
 import jax.numpy as jnp

@@ -305,7 +305,11 @@ def make_region(local: Losses, mask: Any, options: Options, name: str) -> Region
     count = placement.total(mask.astype(local.dtype), axes)
     present = count > 0
     seeds = jnp.where(mask, 1 / jnp.maximum(count, 1), 0).astype(local.dtype)
-    losses = placement.total(jnp.where(mask, local, 0) * seeds, axes)
+    # A task that is absent everywhere reports the mean over all devices.
+    everywhere = local / placement.size(axes)
+    masked = jnp.where(mask, local, 0) * seeds
+    masked, everywhere = placement.total((masked, everywhere), axes)
+    losses = jnp.where(present, masked, everywhere)
     return Region(axes, local, seeds, losses, present, mask)
 
 

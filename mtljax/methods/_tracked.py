@@ -15,7 +15,9 @@ def zeros_like_stacked(params: Any, num_tasks: int) -> Any:
 
     def leaf(p):
         dtype = jnp.promote_types(jnp.result_type(p), jnp.float32)
-        return jnp.zeros((num_tasks, *jnp.shape(p)), dtype)
+        # From the parameter itself, so that the copies have its sharding.
+        one = jnp.zeros_like(p, dtype)[None]
+        return jnp.broadcast_to(one, (num_tasks, *jnp.shape(p)))
 
     return jax.tree.map(leaf, params)
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from registry import CLASSICS
 from jax import monitoring
 
 import mtljax
@@ -25,7 +26,13 @@ def listen(event, duration, **_):
 monitoring.register_event_duration_secs_listener(listen)
 
 
-@pytest.mark.parametrize("name", mtljax.METHODS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in CLASSICS else pytest.mark.deep)
+        for name in mtljax.METHODS
+    ],
+)
 def test_methods(name):
     key = jax.random.key(0)
     balancer = mtljax.get_method(name).build(3, key=key, **SMALL.get(name, {}))

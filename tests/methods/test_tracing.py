@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from registry import CLASSICS
 
 import mtljax
 
@@ -89,7 +90,13 @@ def updates(name, argument, value):
     return jax.lax.scan(one, state, (jnp.asarray(GRADS), jnp.asarray(LOSSES)))[1]
 
 
-@pytest.mark.parametrize(("name", "argument"), VALUES)
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        pytest.param(*key, marks=() if key[0] in CLASSICS else pytest.mark.deep)
+        for key in VALUES
+    ],
+)
 def test_vmap_over_a_number_is_a_balancer_for_each(name, argument, deep_run):
     values = VALUES[name, argument]
     together = jax.jit(jax.vmap(lambda v: updates(name, argument, v)))(

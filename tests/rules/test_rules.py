@@ -17,7 +17,7 @@ def table():
     for subject in SUBJECTS:
         for rule in RULES:
             marks = [pytest.mark.xdist_group(subject.id)]
-            marks += [pytest.mark.deep] * (rule.compiles and not subject.classic)
+            marks += [pytest.mark.deep] * (not subject.classic)
             if rule.name != "policy":  # test_faults has a test of its own
                 yield pytest.param(
                     subject, rule, id=f"{subject.id}-{rule.name}", marks=marks
@@ -31,10 +31,11 @@ def test_rule(subject: Subject, rule: Rule):
 
 
 def each():
+    """All balancers; the normal suite has the most common ones."""
     for subject in SUBJECTS:
-        yield pytest.param(
-            subject, id=subject.id, marks=pytest.mark.xdist_group(subject.id)
-        )
+        marks = [pytest.mark.xdist_group(subject.id)]
+        marks += [pytest.mark.deep] * (not subject.classic)
+        yield pytest.param(subject, id=subject.id, marks=marks)
 
 
 @pytest.mark.parametrize("subject", list(each()))
