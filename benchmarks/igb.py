@@ -68,7 +68,11 @@ def filled(state: Any, share: float) -> Any:
 def entries() -> dict[str, Entry]:
     """The methods, equal weighting first."""
     v2 = mtljax.igb_v2(
-        TASKS, key=jax.random.key(0), window=(1, 2), schedule=1e-3, period=PERIOD
+        TASKS,
+        key=jax.random.key(0),
+        phases=mtljax.IGBPhases(window=(1, 2)),
+        schedule=1e-3,
+        agent=mtljax.IGBAgent(period=PERIOD),
     )
     return {
         "EW": Entry(mtljax.linear(TASKS)),

@@ -31,6 +31,8 @@ from mtljax.gradients import through as through
 from mtljax.gradients import value_and_balanced_grad as value_and_balanced_grad
 from mtljax.gradients import value_and_task_grads as value_and_task_grads
 from mtljax.methods import METHODS as METHODS
+from mtljax.methods import IGBAgent as IGBAgent
+from mtljax.methods import IGBPhases as IGBPhases
 from mtljax.methods import aligned_mtl as aligned_mtl
 from mtljax.methods import cagrad as cagrad
 from mtljax.methods import conflict_free as conflict_free
@@ -117,6 +119,8 @@ __all__ = [
     "excess_mtl",
     "igb_v1",
     "igb_v2",
+    "IGBAgent",
+    "IGBPhases",
     # gradient balancing
     "mgda",
     "pcgrad",

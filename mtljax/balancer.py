@@ -7,6 +7,7 @@ know, so that :func:`mtljax.value_and_balanced_grad` can compute the same update
 without stacking anything when T numbers are enough.
 """
 
+import dataclasses
 import functools
 import inspect
 import operator
@@ -149,6 +150,10 @@ def _shown(value: Any) -> str:
         if plain and value.size <= 8:
             return str(np.asarray(value).tolist())
         return f"{value.dtype}[{','.join(map(str, value.shape))}]"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = dataclasses.fields(value)
+        shown = (f"{f.name}={_shown(getattr(value, f.name))}" for f in fields)
+        return f"{type(value).__name__}({', '.join(shown)})"
     if callable(value) and not isinstance(value, tuple):
         return getattr(value, "__qualname__", type(value).__name__)
     return repr(value)

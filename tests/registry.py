@@ -1,12 +1,41 @@
 """What every method promises; the contract and property tests iterate over it."""
 
-from collections.abc import Callable
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 
 import mtljax
 from mtljax.sharpness import flat_split
+
+
+def arguments(factory: Callable[..., Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Name, default and annotation of each argument, ``argument.field`` for groups."""
+    for name, parameter in inspect.signature(factory).parameters.items():
+        if dataclasses.is_dataclass(parameter.default):
+            for field in dataclasses.fields(parameter.default):
+                value = getattr(parameter.default, field.name)
+                yield f"{name}.{field.name}", value, field.type
+        else:
+            yield name, parameter.default, parameter.annotation
+
+
+def with_number(
+    factory: Callable[..., Any], options: dict[str, Any], name: str, number: Any
+) -> dict[str, Any]:
+    """The options with one argument, or one field of a group, replaced."""
+    name, _, field = name.partition(".")
+    if not field:
+        return options | {name: number}
+    group = options.get(name, inspect.signature(factory).parameters[name].default)
+    return options | {name: dataclasses.replace(group, **{field: number})}
+
+
+def _short(value: Any) -> str:
+    """A group of options by its name alone."""
+    return type(value).__name__ if dataclasses.is_dataclass(value) else str(value)
 
 
 class Case(NamedTuple):
@@ -34,7 +63,7 @@ class Case(NamedTuple):
 
     @property
     def id(self) -> str:
-        extra = ",".join(f"{k}={v}" for k, v in self.options.items())
+        extra = ",".join(f"{k}={_short(v)}" for k, v in self.options.items())
         return f"{self.name}({extra})" if extra else self.name
 
     def build(self, num_tasks: int, key=None, **more) -> mtljax.Balancer:
@@ -165,8 +194,13 @@ CASES = [
     Case("igb_v1", {"window": (1, 3)}),
     Case(
         "igb_v2",
-        {"window": (1, 3), "period": 2, "updates": 1, "batch_size": 4, "capacity": 8}
-        | {"hidden": (4,), "schedule": 0.1},
+        {
+            "phases": mtljax.IGBPhases(window=(1, 3)),
+            "agent": mtljax.IGBAgent(
+                period=2, updates=1, batch_size=4, capacity=8, hidden=(4,)
+            ),
+            "schedule": 0.1,
+        },
         permutation=False,
         deterministic=False,
         maskable=False,

@@ -163,7 +163,7 @@ def write_plots(
     if not config.plots:
         return []
     agent, steps = config.training_of(data).agent, config.training_of(data).steps
-    window = train.phases(agent, steps)["window"]
+    window = train.phases(agent, steps).window
     labels = {m: label_of(m) for m in rows if m != SINGLE_TASK}
     order = list(labels.values())
     made = {}

@@ -178,13 +178,13 @@ def learning_rate(settings: Training) -> optax.Schedule:
     return optax.piecewise_constant_schedule(settings.lr, dict.fromkeys(fifths, 0.5))
 
 
-def phases(agent: Agent, steps: int) -> dict[str, Any]:
+def phases(agent: Agent, steps: int) -> mtljax.IGBPhases:
     """The phases of IGB in steps."""
     start = round(agent.window[0] * steps)
     stop = max(start + 1, round(agent.window[1] * steps))
     train_from = max(stop, round(agent.train_from * steps))
     use_from = max(train_from, round(agent.use_from * steps))
-    return {"window": (start, stop), "train_from": train_from, "use_from": use_from}
+    return mtljax.IGBPhases((start, stop), train_from, use_from, steps)
 
 
 def loss_balancer(
@@ -198,25 +198,25 @@ def loss_balancer(
         return mtljax.random_loss_weighting(num_tasks, key=key, scale="sum")
     when = phases(agent, steps)
     if row.loss == "igb_v1":
-        window = when["window"]
-        return mtljax.igb_v1(num_tasks, window=window, num_steps=steps)
+        return mtljax.igb_v1(num_tasks, window=when.window, num_steps=steps)
     if row.loss == "igb_v2":
         options: dict[str, Any] = dict(row.agent)
         capacity = max(1, round(agent.capacity * options.pop("buffer", 1.0)))
         return mtljax.igb_v2(
             num_tasks,
             key=key,
-            **when,
-            num_steps=steps,
+            phases=when,
             schedule=learning_rate(settings),
-            capacity=capacity,
-            period=agent.period,
-            updates=agent.updates,
-            batch_size=agent.batch_size,
-            hidden=agent.hidden,
-            density=agent.density,
-            agent_optimizer=(
-                agent.lr_composed if row.gradient in SLOW_AGENT else agent.lr
+            agent=mtljax.IGBAgent(
+                density=agent.density,
+                capacity=capacity,
+                period=agent.period,
+                updates=agent.updates,
+                batch_size=agent.batch_size,
+                hidden=agent.hidden,
+                optimizer=(
+                    agent.lr_composed if row.gradient in SLOW_AGENT else agent.lr
+                ),
             ),
             **options,
         )

@@ -19,6 +19,8 @@ from mtljax.methods._gradient_norm_weighting import (
 from mtljax.methods._gradnorm import gradnorm as gradnorm
 from mtljax.methods._gradvac import gradvac as gradvac
 from mtljax.methods._igb_v1 import igb_v1 as igb_v1
+from mtljax.methods._igb_v2 import IGBAgent as IGBAgent
+from mtljax.methods._igb_v2 import IGBPhases as IGBPhases
 from mtljax.methods._igb_v2 import igb_v2 as igb_v2
 from mtljax.methods._imtl_g import imtl_g as imtl_g
 from mtljax.methods._imtl_l import imtl_l as imtl_l

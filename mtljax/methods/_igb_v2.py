@@ -1,5 +1,6 @@
 """IGBv2: a soft actor-critic agent weighs the log losses, inside the compiled step."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -22,6 +23,103 @@ from mtljax.types import Losses, Mask, Number, Scale, Weights
 
 Reduce: TypeAlias = Literal["min", "mean"]
 RewardBatch: TypeAlias = Literal["next", "same"]
+
+
+@dataclasses.dataclass(frozen=True)
+class IGBPhases:
+    """The phases of a run of :func:`igb_v2`, in steps.
+
+    Each phase begins at the end of the previous one or later: the window, the training
+    of the agent, its use. The defaults are those of the paper (`2307.15429
+    <https://arxiv.org/abs/2307.15429>`_) for its NYUv2 runs, with 398 steps per epoch.
+    The paper's values for n steps per epoch are ``IGBPhases(window=(n, 2 * n))``.
+
+    Attributes:
+      window: ``(start, stop)``: the steps whose mean losses are ``L_base``, see
+        :func:`igb_v1`. By default the second epoch.
+      train_from: First step at which the agent is trained. None is one length of the
+        window after its end (the paper's fourth epoch).
+      use_from: First step at which the agent chooses the weights. None is three
+        lengths of the window after its end (the paper's sixth epoch).
+      num_steps: Number of steps of the run, if known. The other values are checked
+        against it.
+
+    Examples:
+      >>> import jax, mtljax
+      >>> phases = mtljax.IGBPhases(window=(100, 200), num_steps=5000)
+      >>> mtljax.igb_v2(2, key=jax.random.key(0), phases=phases).num_tasks
+      2
+    """
+
+    window: tuple[int, int] = (_igb.EPOCH, 2 * _igb.EPOCH)
+    train_from: int | None = None
+    use_from: int | None = None
+    num_steps: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class IGBAgent:
+    """The soft actor-critic agent of :func:`igb_v2`.
+
+    The paper (`2307.15429 <https://arxiv.org/abs/2307.15429>`_) gives ``capacity``,
+    ``period``, ``discount`` and ``optimizer``. The defaults of the other fields are
+    those of the authors' code. ``discount``, ``optimizer`` (as a learning rate),
+    ``initial_temperature``, ``target_entropy`` and ``tau`` may be traced.
+
+    Attributes:
+      density: Log-density of an action. ``"tanh_compat"``, as in the authors' code, is
+        that of ``tanh(u)``, although the action is a softmax. ``"logistic_normal"`` is
+        that of the action (inferred; the logit of the last present task is fixed at 0).
+      capacity: Number of transitions in the replay ring. It is small on purpose:
+        old losses describe an old model.
+      period: Number of steps between trainings of the agent.
+      updates: Number of updates per training with an empty ring; twice as many with a
+        full one.
+      batch_size: Number of transitions per update with an empty ring; twice as many
+        with a full one.
+      hidden: Widths of the hidden layers of the actor and the critics.
+      discount: γ.
+      optimizer: Optimizer of the actor, the critics and the temperature: a learning
+        rate of Adam, or a transformation. The paper uses 1e-4 with MGDA, PCGrad or
+        Nash-MTL, and 3e-4 otherwise.
+      initial_temperature: Initial weight of the entropy, which is then learned.
+      target_entropy: H̄. None is minus the number of free logits: ``-T``, or
+        ``-(T - 1)`` for ``"logistic_normal"``.
+      tau: Share of the critics that their targets take over at each update.
+
+    Examples:
+      >>> import jax, mtljax
+      >>> agent = mtljax.IGBAgent(capacity=5_000, optimizer=1e-4)
+      >>> mtljax.igb_v2(3, key=jax.random.key(0), agent=agent).needs
+      'losses'
+
+      A factory of your own makes a field a hyper-parameter that can be injected:
+
+      >>> import optax
+      >>> def igb(num_tasks, *, key, tau=0.005):
+      ...     agent = mtljax.IGBAgent(tau=tau, hidden=(8,), capacity=100)
+      ...     return mtljax.igb_v2(num_tasks, key=key, agent=agent)
+      >>> schedule = optax.linear_schedule(0.01, 0.001, 1000)
+      >>> balancer = mtljax.inject_hyperparams(igb)(
+      ...     3, key=jax.random.key(0), tau=schedule)
+      >>> float(balancer.init({}).hyperparams["tau"].round(6))
+      0.01
+    """
+
+    density: _sac.Density = "tanh_compat"
+    capacity: int = 10_000
+    period: int = 50
+    updates: int = 25
+    batch_size: int = 128
+    hidden: Sequence[int] = (128, 128)
+    discount: Number = 0.99
+    optimizer: optax.GradientTransformation | Number = 3e-4
+    initial_temperature: Number = 0.2
+    target_entropy: Number | None = None
+    tau: Number = 0.005
+
+
+PHASES, AGENT = IGBPhases(), IGBAgent()
 
 
 class IGBv2State(NamedTuple):
@@ -73,27 +171,14 @@ def igb_v2(
     num_tasks: int,
     *,
     key: PRNGKeyArray,
-    window: tuple[int, int] = (_igb.EPOCH, 2 * _igb.EPOCH),
+    phases: IGBPhases = PHASES,
     base: ArrayLike | None = None,
-    num_steps: int | None = None,
-    train_from: int | None = None,
-    use_from: int | None = None,
     schedule: optax.ScalarOrSchedule | None = None,
     lr_multiplier: bool | None = None,
     reward: Reduce = "min",
     reward_batch: RewardBatch = "next",
     ema: Number = 0.0,
-    density: _sac.Density = "tanh_compat",
-    capacity: int = 10_000,
-    period: int = 50,
-    updates: int = 25,
-    batch_size: int = 128,
-    hidden: Sequence[int] = (128, 128),
-    discount: Number = 0.99,
-    agent_optimizer: optax.GradientTransformation | Number = 3e-4,
-    initial_temperature: Number = 0.2,
-    target_entropy: Number | None = None,
-    tau: Number = 0.005,
+    agent: IGBAgent = AGENT,
     scale: Scale = "native",
 ) -> Balancer:
     """Improvable gap balancing by reinforcement learning (IGBv2).
@@ -105,22 +190,18 @@ def igb_v2(
     fell least, between one batch and the next, times initial over current learning
     rate. Training is one trajectory without an end.
 
-    Steps below ``use_from`` draw ``λ = n softmax(z)``, ``z ~ N(0, I)``. Transitions go
-    to a ring from the end of the window on. From ``train_from`` on, every ``period``
-    steps, the agent makes ``⌊updates k⌋`` updates on ``⌊batch_size k⌋`` transitions
-    each, ``k = 1 + stored / capacity`` (the authors' code; the paper does not say).
+    Steps before ``phases.use_from`` sample ``λ = n softmax(z)``, ``z ~ N(0, I)``.
+    Transitions are stored in a ring from the end of the window on. From
+    ``phases.train_from`` on, every ``agent.period`` steps, the agent makes
+    ``⌊updates k⌋`` updates on ``⌊batch_size k⌋`` transitions each, with
+    ``k = 1 + stored / capacity`` (the authors' code; the paper does not say).
 
     Args:
       num_tasks: T, length of the leading axis of every leaf of the gradients.
       key: Seeds networks, exploration and replay; lives in the state.
-      window: ``(start, stop)``: steps whose mean losses are ``L_base``, see
-        :func:`igb_v1`. For n steps per epoch the paper's is ``(n, 2 * n)``.
-      base: ``L_base`` itself ``[T]``, where it is known.
-      num_steps: Steps of the run, where known, to check the other numbers against.
-      train_from: First step at which the agent is trained; None is one window after
-        the window (the paper's fourth epoch).
-      use_from: First step at which the agent is used; None is three windows after the
-        window (the paper's sixth epoch).
+      phases: The window whose mean losses are ``L_base``, and the first steps of the
+        agent's training and use, see :class:`IGBPhases`.
+      base: ``L_base`` itself ``[T]``, if it is known.
       schedule: Learning rate of the model, a number or an optax schedule of the step,
         for α: initial over current. Counted in updates of this balancer. One that
         warms up from small values makes α small, and is probably not what is meant.
@@ -133,21 +214,7 @@ def igb_v2(
         is rewarded as with ``"next"``.
       ema: Decay of a moving average of the losses that ``"next"`` rewards are taken of.
         Not in the paper (0).
-      density: ``"tanh_compat"``: log-density of ``tanh(u)`` though the action is a
-        softmax, as the authors' code has it. ``"logistic_normal"``: that of the action
-        (inferred; the last present task's logit is fixed at 0).
-      capacity: Transitions kept; small on purpose, old losses describe an old model.
-      period: Steps between trainings of the agent.
-      updates: Updates per training with an empty ring; twice as many with a full one.
-      batch_size: Transitions per update with an empty ring; likewise.
-      hidden: Widths of the hidden layers of actor and critics.
-      discount: γ.
-      agent_optimizer: Of actor, critics and temperature: a learning rate of Adam or a
-        transformation. The paper has 1e-4 in company of MGDA, PCGrad or Nash-MTL.
-      initial_temperature: Weight of the entropy in the beginning; then it is learned.
-      target_entropy: H̄; None is minus the number of free logits: -T, or ``-(T - 1)``
-        for ``"logistic_normal"``.
-      tau: Share of the critics that their targets take over at every update.
+      agent: Networks, replay and training of the agent, see :class:`IGBAgent`.
       scale: ``"native"``, or effective weights ``λ_i / L_i`` normalised to the
         ``"sum"`` or ``"mean"`` scale.
 
@@ -164,14 +231,16 @@ def igb_v2(
     Raises:
       ValueError: If the window is empty or a phase does not begin inside the run,
         ``lr_multiplier`` has no schedule, a number is out of range, or a shape
-        is wrong.
+        or a type is wrong.
 
     Examples:
       >>> import jax, jax.numpy as jnp, mtljax, optax
       >>> n = 4  # steps per epoch
       >>> balancer = mtljax.igb_v2(
-      ...     2, key=jax.random.key(0), window=(n, 2 * n), num_steps=10 * n,
-      ...     schedule=optax.cosine_decay_schedule(1e-3, 20 * n), hidden=(8,))
+      ...     2, key=jax.random.key(0),
+      ...     phases=mtljax.IGBPhases(window=(n, 2 * n), num_steps=10 * n),
+      ...     schedule=optax.cosine_decay_schedule(1e-3, 20 * n),
+      ...     agent=mtljax.IGBAgent(hidden=(8,)))
       >>> grads = {"w": jnp.eye(2)}
       >>> update = jax.jit(balancer.update, donate_argnums=1)
       >>> state = balancer.init(grads)
@@ -186,30 +255,16 @@ def igb_v2(
       Algorithms and Applications <https://arxiv.org/abs/1812.05905>`_, 2018.
     """
     name = "igb_v2"
+    _check_type(name, "phases", phases, IGBPhases)
+    _check_type(name, "agent", agent, IGBAgent)
+    window, num_steps = phases.window, phases.num_steps
     reference = _igb.make_window(name, num_tasks, window, base, num_steps)
-    length = window[1] - window[0]
-    train_from = window[1] + length if train_from is None else train_from
-    use_from = window[1] + 3 * length if use_from is None else use_from
-    _check_phases(name, reference, train_from, use_from, num_steps)
+    train_from, use_from = _first_steps(name, reference, phases)
     multiplier = _make_multiplier(name, schedule, lr_multiplier)
     check_choice(name, "reward", reward, Reduce)
     check_choice(name, "reward_batch", reward_batch, RewardBatch)
-    check_choice(name, "density", density, _sac.Density)
     _igb.check_decay(name, ema)
-    _check_positive(
-        name,
-        capacity=capacity,
-        period=period,
-        updates=updates,
-        batch_size=batch_size,
-        initial_temperature=initial_temperature,
-        tau=tau,
-        **{f"hidden[{i}]": width for i, width in enumerate(hidden)},
-    )
-    check_number(name, "discount", discount, at_least=0.0, at_most=1.0)
-    if not isinstance(agent_optimizer, optax.GradientTransformation):
-        _check_positive(name, agent_optimizer=agent_optimizer)
-        agent_optimizer = optax.adam(agent_optimizer)
+    optimizer = _check_agent(name, agent)
     rule = _Rule(
         reference=reference,
         train_from=train_from,
@@ -217,26 +272,20 @@ def igb_v2(
         multiplier=multiplier,
         reward=reward,
         ema=ema,
-        density=density,
-        capacity=capacity,
-        period=period,
-        updates=updates,
-        batch_size=batch_size,
-        sac={
-            "optimizer": agent_optimizer,
-            "discount": discount,
-            "tau": tau,
-            "density": density,
-            "target_entropy": target_entropy,
-        },
+        options=agent,
+        optimizer=optimizer,
     )
 
     def init():
         agent_key, next_key = jax.random.split(key)
-        agent = _sac.init_agent(
-            agent_key, num_tasks, hidden, initial_temperature, agent_optimizer
+        networks = _sac.init_agent(
+            agent_key,
+            num_tasks,
+            agent.hidden,
+            agent.initial_temperature,
+            optimizer,
         )
-        return rule.init(num_tasks, next_key, agent)
+        return rule.init(num_tasks, next_key, networks)
 
     return from_weights(
         name,
@@ -261,12 +310,8 @@ class _Rule(NamedTuple):
     multiplier: Callable[[Any], Any]
     reward: Reduce
     ema: Number
-    density: _sac.Density
-    capacity: int
-    period: int
-    updates: int
-    batch_size: int
-    sac: dict[str, Any]
+    options: IGBAgent
+    optimizer: optax.GradientTransformation
 
     def init(self, num_tasks: int, key: PRNGKeyArray, agent: _sac.Agent) -> IGBv2State:
         """Before the first batch."""
@@ -281,7 +326,7 @@ class _Rule(NamedTuple):
             log_weights=zeros + 1,
             reward=jnp.float32(0),
             observed=jnp.zeros((), bool),
-            memory=_sac.init_memory(num_tasks, self.capacity),
+            memory=_sac.init_memory(num_tasks, self.options.capacity),
             agent=agent,
             task_weights=zeros + 1,
         )
@@ -342,11 +387,12 @@ class _Rule(NamedTuple):
 
     def learn(self, state: IGBv2State, key: PRNGKeyArray) -> _sac.Agent:
         """Trains the agent, once in a period."""
+        options = self.options
         size = _sac.stored(state.memory)
         due = state.step >= self.train_from
-        due = due & (state.step % self.period == 0) & (size > 0)
-        number = self.updates + self.updates * size // self.capacity
-        rows = self.batch_size + self.batch_size * size // self.capacity
+        due = due & (state.step % options.period == 0) & (size > 0)
+        number = options.updates + options.updates * size // options.capacity
+        rows = options.batch_size + options.batch_size * size // options.capacity
 
         def train():
             return _sac.train(
@@ -355,9 +401,13 @@ class _Rule(NamedTuple):
                 key,
                 jnp.where(due, number, 0),
                 rows,
-                max_updates=2 * self.updates,
-                max_rows=2 * self.batch_size,
-                **self.sac,
+                max_updates=2 * options.updates,
+                max_rows=2 * options.batch_size,
+                optimizer=self.optimizer,
+                discount=options.discount,
+                tau=options.tau,
+                density=options.density,
+                target_entropy=options.target_entropy,
             )
 
         return jax.lax.cond(_sac.any_run(due), train, lambda: state.agent)
@@ -373,7 +423,7 @@ class _Rule(NamedTuple):
         agent = self.learn(state, train_key)
         seen = jnp.where(mask, losses, state.previous).astype(jnp.float32)
         noise = jax.random.normal(draw_key, losses.shape, jnp.float32)
-        chosen, _ = _sac.act(agent.actor, seen, mask, noise, self.density)
+        chosen, _ = _sac.act(agent.actor, seen, mask, noise, self.options.density)
         drawn = mask.sum() * jax.nn.softmax(noise, where=mask)
         share = jnp.where(state.step >= self.use_from, chosen, drawn)
         return _igb.effective_weights(share, losses), state._replace(
@@ -387,19 +437,40 @@ class _Rule(NamedTuple):
         )
 
 
-def _check_positive(name: str, **numbers: Any) -> None:
-    for argument, value in numbers.items():
-        check_number(name, argument, value, above=0.0)
+def _check_type(name: str, argument: str, value: Any, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise ValueError(
+            f"{name}: {argument} must be an instance of mtljax.{kind.__name__}, not "
+            f"of {type(value).__name__}."
+        )
 
 
-def _check_phases(
-    name: str,
-    reference: _igb.Window,
-    train_from: int,
-    use_from: int,
-    num_steps: int | None,
-) -> None:
-    """The window, then training, then use; all of them inside the run."""
+def _check_agent(name: str, agent: IGBAgent) -> optax.GradientTransformation:
+    """Checks the fields, and returns the optimizer as a transformation."""
+    check_choice(name, "agent.density", agent.density, _sac.Density)
+    positive = ("capacity", "period", "updates", "batch_size")
+    positive += ("initial_temperature", "tau")
+    numbers = {field: getattr(agent, field) for field in positive}
+    numbers |= {f"hidden[{i}]": width for i, width in enumerate(agent.hidden)}
+    optimizer = agent.optimizer
+    if not isinstance(optimizer, optax.GradientTransformation):
+        numbers["optimizer"] = optimizer
+        optimizer = optax.adam(optimizer)
+    for field, value in numbers.items():
+        check_number(name, f"agent.{field}", value, above=0.0)
+    check_number(name, "agent.discount", agent.discount, at_least=0.0, at_most=1.0)
+    return optimizer
+
+
+def _first_steps(
+    name: str, reference: _igb.Window, phases: IGBPhases
+) -> tuple[int, int]:
+    """Of training and use, which follow the window and lie inside the run."""
+    length = reference.stop - reference.start
+    train_from, use_from = phases.train_from, phases.use_from
+    train_from = reference.stop + length if train_from is None else train_from
+    use_from = reference.stop + 3 * length if use_from is None else use_from
+    num_steps = phases.num_steps
     start = 1 if reference.given is not None else reference.stop
     if train_from < start:
         raise ValueError(
@@ -416,6 +487,7 @@ def _check_phases(
             f"{name}: use_from={use_from} does not lie inside the run of "
             f"num_steps={num_steps}, so the agent would never be used."
         )
+    return train_from, use_from
 
 
 def _make_multiplier(

@@ -298,7 +298,10 @@ def update_agent(
     )
     log_temperature: Any = optax.apply_updates(agent.log_temperature, step)
 
-    targets = jax.tree.map(lambda q, t: tau * q + (1 - tau) * t, critics, agent.targets)
+    def follow(critic, target):  # a wider tau does not change the dtype
+        return (tau * critic + (1 - tau) * target).astype(target.dtype)
+
+    targets = jax.tree.map(follow, critics, agent.targets)
     return Agent(
         actor=actor,
         critics=critics,

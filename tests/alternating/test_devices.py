@@ -4,7 +4,6 @@ import eight_devices
 import pytest
 from alternating import devices
 
-
 # tests/devices has cases of this subpackage for the normal suite.
 pytestmark = [pytest.mark.deep, pytest.mark.xdist_group("alternating_devices")]
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import mtljax
 from experiments.igb import __main__ as command
 from experiments.igb import report, train
 from experiments.igb.config import (
@@ -84,10 +85,8 @@ def test_presets_are_complete():
 def test_phases_follow_the_run():
     # The paper's NYUv2 run: 398 steps an epoch, 500 epochs.
     found = train.phases(Agent(), 398 * 500)
-    assert found["window"] == (398, 796)
-    assert found["train_from"] == 3 * 398
-    assert found["use_from"] == 5 * 398
-    assert train.phases(Agent(), 20)["window"] == (0, 1)
+    assert found == mtljax.IGBPhases((398, 796), 3 * 398, 5 * 398, 398 * 500)
+    assert train.phases(Agent(), 20).window == (0, 1)
 
 
 def test_the_rate_is_halved_at_every_fifth():

@@ -134,7 +134,10 @@ def run_cli(config: Config, *more: str):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--methods", "cagrd"], "no method has the name 'cagrd'; did you mean 'cagrad'"),
+        (
+            ["--methods", "cagrd"],
+            "no method has the name 'cagrd'; did you mean 'cagrad'",
+        ),
         (
             ["--steps", "0"],
             "--steps must be a whole number from 1 to 2147483647",

@@ -4,14 +4,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from registry import CLASSICS
 from jax import monitoring
+from registry import CLASSICS
 
 import mtljax
 from mtljax import solvers
 
 GRAMIAN = np.array([[18.0, -22.0, 1.0], [-22.0, 38.0, 2.0], [1.0, 2.0, 3.0]])
-SMALL = {"igb_v2": {"hidden": (4,), "capacity": 4, "batch_size": 2, "window": (0, 1)}}
+SMALL = {
+    "igb_v2": {
+        "phases": mtljax.IGBPhases(window=(0, 1)),
+        "agent": mtljax.IGBAgent(hidden=(4,), capacity=4, batch_size=2),
+    }
+}
 
 
 COUNTED = []

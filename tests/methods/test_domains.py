@@ -10,12 +10,15 @@ import mtljax
 
 GRADS = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(3, 5)), jnp.float32)}
 LOSSES = jnp.array([0.5, 2.0, 1.0])
-WINDOW = {"window": (1, 2), "hidden": (4,), "capacity": 4, "batch_size": 2}
+SMALL = {
+    "phases": mtljax.IGBPhases(window=(1, 2)),
+    "agent": mtljax.IGBAgent(hidden=(4,), capacity=4, batch_size=2),
+}
 POSITIVE = [
     ("scale_invariant", {}),
     ("geometric_mean", {}),
     ("igb_v1", {}),
-    ("igb_v2", WINDOW),
+    ("igb_v2", SMALL),
     ("famo", {}),
     ("stch", {"form": "mtl", "warmup_steps": 1}),
     ("mgda", {"normalize": "loss"}),

@@ -254,20 +254,17 @@ TARGETS = jnp.asarray(np.random.default_rng(0).normal(size=(STEPS, 3)), jnp.floa
 
 
 def make_agent(key, **options):
-    settings = {
-        "window": (START, STOP),
-        "train_from": TRAIN,
-        "use_from": USE,
-        "num_steps": STEPS,
-        "schedule": SCHEDULE,
-        "capacity": CAPACITY,
-        "period": PERIOD,
-        "updates": UPDATES,
-        "batch_size": 4,
-        "hidden": (6,),
+    phases = mtljax.IGBPhases((START, STOP), TRAIN, USE, STEPS)
+    agent = mtljax.IGBAgent(
+        capacity=CAPACITY,
+        period=PERIOD,
+        updates=UPDATES,
+        batch_size=4,
+        hidden=(6,),
         # Counts its updates, and compiles faster than Adam.
-        "agent_optimizer": optax.sgd(optax.constant_schedule(0.05)),
-    }
+        optimizer=optax.sgd(optax.constant_schedule(0.05)),
+    )
+    settings = {"phases": phases, "agent": agent, "schedule": SCHEDULE}
     return mtljax.igb_v2(3, key=key, **(settings | options))
 
 

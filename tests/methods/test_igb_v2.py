@@ -3,6 +3,7 @@
 The phases of a run, its rewards and its ring are checked in test_igb.py.
 """
 
+import dataclasses
 import functools
 
 import chex
@@ -22,19 +23,18 @@ KEY = jax.random.key(0)
 ALL = np.ones(3, bool)
 
 
+PHASES = mtljax.IGBPhases(WINDOW, TRAIN, USE)
+AGENT = mtljax.IGBAgent(
+    capacity=6, period=2, updates=1, batch_size=3, hidden=(5,), optimizer=0.1
+)
+
+
 def make(**options):
-    settings = {
-        "window": WINDOW,
-        "train_from": TRAIN,
-        "use_from": USE,
-        "capacity": 6,
-        "period": 2,
-        "updates": 1,
-        "batch_size": 3,
-        "hidden": (5,),
-        "agent_optimizer": 0.1,
-    }
-    return mtljax.igb_v2(3, key=KEY, **(settings | options))
+    return mtljax.igb_v2(3, key=KEY, **({"phases": PHASES, "agent": AGENT} | options))
+
+
+def agent(**fields):
+    return dataclasses.replace(AGENT, **fields)
 
 
 @functools.cache
@@ -149,7 +149,7 @@ def test_rewards_of_averaged_losses_and_of_the_mean():
 
 
 def test_the_density_decides_what_the_agent_learns():
-    one, two = run(), run(density="logistic_normal")
+    one, two = run(), run(agent=agent(density="logistic_normal"))
     np.testing.assert_allclose(two[-1][0].log_weights.sum(), 3, rtol=1e-5)
     assert np.isfinite(two[-1][0].temperature)
     # Both start alike, and are trained for the first time at step 4.
@@ -255,35 +255,13 @@ SCHEDULE = optax.linear_schedule(0.0, 1.0, 5)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"window": (4, 2)}, r"igb_v2: window=\(4, 2\) must be a range"),
-        ({"num_steps": 796}, r"window=\(398, 796\) does not end inside"),
-        ({"num_steps": 1500}, "use_from=1990 does not lie inside .* num_steps=1500"),
-        ({"train_from": 700}, "train_from=700 lies before step 796"),
-        ({"use_from": 1000}, "use_from=1000 lies before train_from=1194"),
+        ({"phases": (398, 796)}, "phases must be an instance of mtljax.IGBPhases"),
+        ({"agent": {"tau": 0.1}}, "agent must be an instance of mtljax.IGBAgent"),
         ({"lr_multiplier": True}, "lr_multiplier=True .* needs schedule="),
         ({"schedule": SCHEDULE}, r"schedule\(0\) is 0"),
         ({"base": [1.0, -1.0]}, "base must be positive"),
         ({"reward": "max"}, "reward='max' is not one of"),
         ({"reward_batch": "last"}, "reward_batch='last' is not one of"),
-        ({"density": "gauss"}, "density='gauss' is not one of"),
-        ({"capacity": 0}, "capacity must be a finite number above 0, not 0"),
-        ({"period": 0}, "period must be a finite number above 0, not 0"),
-        ({"updates": -1}, "updates must be a finite number above 0, not -1"),
-        ({"batch_size": 0}, "batch_size must be a finite number above 0, not 0"),
-        ({"hidden": (8, 0)}, r"hidden\[1\] must be a finite number above 0, not 0"),
-        (
-            {"agent_optimizer": 0.0},
-            "agent_optimizer must be a finite number above 0, not 0",
-        ),
-        (
-            {"initial_temperature": 0.0},
-            "initial_temperature must be a finite number above 0",
-        ),
-        ({"tau": 0.0}, "tau must be a finite number above 0"),
-        (
-            {"discount": 1.5},
-            r"discount must be a finite number at least 0 and at most 1, not 1.5",
-        ),
         (
             {"ema": -0.1},
             r"ema must be a finite number at least 0 and below 1, not -0.1",
@@ -296,6 +274,83 @@ def test_errors(options, message):
 
 
 @pytest.mark.usefixtures("as_users")
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"window": (4, 2)}, r"igb_v2: window=\(4, 2\) must be a range"),
+        ({"num_steps": 796}, r"window=\(398, 796\) does not end inside"),
+        ({"num_steps": 1500}, "use_from=1990 does not lie inside .* num_steps=1500"),
+        ({"train_from": 700}, "train_from=700 lies before step 796"),
+        ({"use_from": 1000}, "use_from=1000 lies before train_from=1194"),
+    ],
+)
+def test_errors_of_phases(fields, message):
+    with pytest.raises(ValueError, match=message):
+        mtljax.igb_v2(2, key=KEY, phases=mtljax.IGBPhases(**fields))
+
+
+@pytest.mark.usefixtures("as_users")
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"density": "gauss"}, "density='gauss' is not one of"),
+        ({"capacity": 0}, "capacity must be a finite number above 0, not 0"),
+        ({"period": 0}, "period must be a finite number above 0, not 0"),
+        ({"updates": -1}, "updates must be a finite number above 0, not -1"),
+        ({"batch_size": 0}, "batch_size must be a finite number above 0, not 0"),
+        ({"hidden": (8, 0)}, r"hidden\[1\] must be a finite number above 0, not 0"),
+        ({"optimizer": 0.0}, "agent.optimizer must be a finite number above 0, not 0"),
+        (
+            {"initial_temperature": 0.0},
+            "initial_temperature must be a finite number above 0",
+        ),
+        ({"tau": 0.0}, "tau must be a finite number above 0"),
+        (
+            {"discount": 1.5},
+            r"discount must be a finite number at least 0 and at most 1, not 1.5",
+        ),
+    ],
+)
+def test_errors_of_the_agent(fields, message):
+    with pytest.raises(ValueError, match=message):
+        mtljax.igb_v2(2, key=KEY, agent=mtljax.IGBAgent(**fields))
+
+
+def test_repr_shows_the_fields_and_a_traced_one_by_its_shape():
+    shown = []
+
+    def build(tau):
+        shown.append(repr(make(agent=agent(tau=tau))))
+
+    jax.eval_shape(build, jnp.float32(0.1))
+    assert (
+        "phases=IGBPhases(window=(1, 3), train_from=4, use_from=7, num_steps=None)"
+        in (shown[0])
+    )
+    assert "agent=IGBAgent(density='tanh_compat', capacity=6," in shown[0]
+    assert "tau=float32[])" in shown[0]
+
+
+def test_a_scheduled_field_gives_the_steps_of_its_values():
+    """A factory of one's own makes a field of the agent an injected number."""
+
+    def rule(num_tasks, *, key, discount=0.99):
+        options = {"phases": PHASES, "agent": agent(discount=discount)}
+        return mtljax.igb_v2(num_tasks, key=key, **options)
+
+    schedule = optax.piecewise_constant_schedule(0.9, {6: 0.5})
+    balancer = mtljax.inject_hyperparams(rule)(3, key=KEY, discount=schedule)
+    state, alone = balancer.init({}), make().init({})
+    update = jax.jit(lambda s, l: balancer.weigh(s, losses=l))
+    for i, losses in enumerate(LOSSES):
+        weights, state = update(state, jnp.asarray(losses))
+        number = 0.9 if i < 6 else 0.45
+        _, weigh = program(("agent",), (agent(discount=number),))
+        expected, alone = weigh(alone, jnp.asarray(losses), jnp.asarray(ALL))
+        np.testing.assert_allclose(weights, expected, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("as_users")
 def test_losses_are_required():
     balancer = make()
     with pytest.raises(ValueError, match="igb_v2 reads the task losses"):
@@ -303,6 +358,6 @@ def test_losses_are_required():
 
 
 def test_before_its_use_the_agent_does_not_show_and_then_it_does():
-    one, two = run(agent_optimizer=0.2), run()
+    one, two = run(agent=agent(optimizer=0.2)), run()
     for i, ((_, a), (_, b)) in enumerate(zip(one, two, strict=True)):
         assert np.array_equal(a, b) == (i < USE)

@@ -10,7 +10,12 @@ from precision import enable_x64
 import mtljax
 
 LOSSES = np.array([0.5, 2.0, 1.0])
-SMALL = {"igb_v2": {"hidden": (4,), "capacity": 4, "batch_size": 2, "window": (0, 1)}}
+SMALL = {
+    "igb_v2": {
+        "phases": mtljax.IGBPhases(window=(0, 1)),
+        "agent": mtljax.IGBAgent(hidden=(4,), capacity=4, batch_size=2),
+    }
+}
 
 
 @pytest.mark.parametrize("name", mtljax.METHODS)

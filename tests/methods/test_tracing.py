@@ -1,12 +1,10 @@
 """Hyper-parameters may be traced: ``vmap`` over one is a balancer for each value."""
 
-import inspect
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from registry import CLASSICS
+from registry import CLASSICS, arguments, with_number
 
 import mtljax
 
@@ -30,12 +28,12 @@ VALUES = {
     ("gradvac", "beta"): UNIT,
     ("igb_v1", "ema"): UNIT,
     ("igb_v1", "temperature"): UNIT,
-    ("igb_v2", "agent_optimizer"): UNIT / 100,
-    ("igb_v2", "discount"): UNIT,
+    ("igb_v2", "agent.discount"): UNIT,
+    ("igb_v2", "agent.initial_temperature"): UNIT,
+    ("igb_v2", "agent.optimizer"): UNIT / 100,
+    ("igb_v2", "agent.target_entropy"): -UNIT,
+    ("igb_v2", "agent.tau"): UNIT,
     ("igb_v2", "ema"): UNIT,
-    ("igb_v2", "initial_temperature"): UNIT,
-    ("igb_v2", "tau"): UNIT,
-    ("igb_v2", "target_entropy"): -UNIT,
     ("imtl_l", "initial_log_scale"): UNIT,
     ("imtl_l", "learning_rate"): UNIT,
     ("moco", "beta"): UNIT,
@@ -63,8 +61,12 @@ VALUES = {
 OPTIONS = {
     "dwa": {"window": 1},
     "igb_v1": {"window": (0, 1)},
-    "igb_v2": {"window": (0, 1), "hidden": (4,), "capacity": 8, "batch_size": 2}
-    | {"period": 1, "updates": 1},
+    "igb_v2": {
+        "phases": mtljax.IGBPhases(window=(0, 1)),
+        "agent": mtljax.IGBAgent(
+            hidden=(4,), capacity=8, batch_size=2, period=1, updates=1
+        ),
+    },
     ("sdmgrad", "learning_rate"): {"inner": "reference", "steps": 3},
     ("sdmgrad", "momentum"): {"inner": "reference", "steps": 3, "learning_rate": 0.05},
     "gradient_norm_weighting": {"update_every": 1},
@@ -80,7 +82,8 @@ def updates(name, argument, value):
     options = OPTIONS.get(name, {}) | OPTIONS.get((name, argument), {})
     method = mtljax.get_method(name)
     key = jax.random.key(1)
-    balancer = method.build(3, key=key, **options, **{argument: value})
+    options = with_number(method.factory, options, argument, value)
+    balancer = method.build(3, key=key, **options)
     state = balancer.init({"w": jnp.zeros(5)})
 
     def one(state, batch):
@@ -113,8 +116,8 @@ def test_every_number_of_every_method_is_in_the_table():
     numbers = {
         (method.name, argument)
         for method in mtljax.METHODS.values()
-        for argument, parameter in inspect.signature(method.factory).parameters.items()
-        if isinstance(parameter.default, float) or "Number" in str(parameter.annotation)
+        for argument, default, annotation in arguments(method.factory)
+        if isinstance(default, float) or "Number" in str(annotation)
     }
     assert numbers <= set(VALUES)
 

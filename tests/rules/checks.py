@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from precision import enable_x64
 from programs import DIM, LOSSES, flat
+from registry import arguments, with_number
 from rules.faults import good, run_matrix, same
 from rules.subjects import Subject, built, params, raw
 from zoo import J3
@@ -200,18 +201,19 @@ def hyperparameters(subject: Subject) -> dict[str, float]:
     if isinstance(subject.case, tuple) and hasattr(subject.case, "inner"):
         return {}
     values = {
-        name: parameter.default
-        for name, parameter in inspect.signature(subject.factory).parameters.items()
-        if isinstance(parameter.default, float)
+        name: default
+        for name, default, _ in arguments(subject.factory)
+        if isinstance(default, float)
     }
     given = {k: v for k, v in subject.case.options.items() if isinstance(v, float)}
     return values | given
 
 
-def _method(subject: Subject, **options):
-    """The factory itself with the options of the case."""
+def _method(subject: Subject, name: str, number: Any):
+    """The factory itself with the options of the case and one other number."""
     method = mtljax.get_method(subject.case.name)
-    return method.build(3, key=jax.random.key(0), **(subject.case.options | options))
+    options = with_number(method.factory, subject.case.options, name, number)
+    return method.build(3, key=jax.random.key(0), **options)
 
 
 def tracing(subject: Subject) -> Iterator[Outcome]:
@@ -220,7 +222,7 @@ def tracing(subject: Subject) -> Iterator[Outcome]:
     for name, value in hyperparameters(subject).items():
 
         def update(number, name=name):
-            balancer = _method(subject, **{name: number})
+            balancer = _method(subject, name, number)
             return balancer.update(grads, balancer.init(params()), **keywords)
 
         values = jnp.asarray([value, value])
@@ -230,16 +232,14 @@ def tracing(subject: Subject) -> Iterator[Outcome]:
             wide = jnp.asarray([value, value], jnp.float64)
             failed = attempt(lambda u=update, v=wide: jax.eval_shape(jax.vmap(u), v))
         yield f"x64: vmap over {name}", failed
-        if name == "agent_optimizer":  # a rate, or an optimizer with a schedule
+        if name == "agent.optimizer":  # a rate, or an optimizer with a schedule
             continue
+        method, argument, options = _injectable(subject, name, value)
 
-        def injected(wrap, name=name, value=value):
-            method = subject.factory
-            options = {name: lambda count: value + 0.0 * count}
-            if "key" in inspect.signature(method).parameters:
-                options["key"] = jax.random.key(0)
-            options = subject.case.options | options
-            opt = optax.chain(wrap(method)(num_tasks=3, **options), optax.sgd(0.1))
+        def injected(wrap, method=method, argument=argument, options=options, v=value):
+            schedule = {argument: lambda count: v + 0.0 * count}
+            built = wrap(method)(num_tasks=3, **(options | schedule))
+            opt = optax.chain(built, optax.sgd(0.1))
 
             def step(grads, keywords):
                 return opt.update(grads, opt.init(params()), params(), **keywords)
@@ -248,16 +248,16 @@ def tracing(subject: Subject) -> Iterator[Outcome]:
 
         static = [
             key
-            for key, p in inspect.signature(subject.factory).parameters.items()
-            if key in ("num_tasks", "key", "schedule", "agent_optimizer")
+            for key, p in inspect.signature(method).parameters.items()
+            if key in ("num_tasks", "key", "schedule")
             or isinstance(p.default, int | tuple)
-            or isinstance(subject.case.options.get(key), int | tuple)
+            or isinstance(options.get(key), int | tuple)
         ]
 
         def by_optax(method, static=static):
             return optax.inject_hyperparams(method, static_args=static)
 
-        ours = tuple(key for key in static if key != name)
+        ours = tuple(key for key in static if key != argument)
         yield (
             f"optax.inject_hyperparams, {name}",
             attempt(lambda run=injected, wrap=by_optax: run(wrap)),
@@ -266,10 +266,26 @@ def tracing(subject: Subject) -> Iterator[Outcome]:
             f"mtljax.inject_hyperparams, {name}",
             attempt(
                 lambda run=injected, ours=ours: run(
-                    lambda method: mtljax.inject_hyperparams(method, static_args=ours)
+                    lambda f: mtljax.inject_hyperparams(f, static_args=ours)
                 )
             ),
         )
+
+
+def _injectable(subject: Subject, name: str, value: float):
+    """A factory, the argument of it that is the number, and the other options."""
+    key = {"key": jax.random.key(0)}
+    if "." not in name:
+        random = "key" in inspect.signature(subject.factory).parameters
+        return subject.factory, name, subject.case.options | (key if random else {})
+    method = mtljax.get_method(subject.case.name)
+
+    def build(num_tasks, *, key, number=value):
+        """A field of a group is injected as the argument of one's own factory."""
+        options = with_number(method.factory, subject.case.options, name, number)
+        return method.build(num_tasks, key=key, **options)
+
+    return build, "number", key
 
 
 def traced_values(subject: Subject) -> Iterator[Outcome]:
@@ -279,7 +295,7 @@ def traced_values(subject: Subject) -> Iterator[Outcome]:
         pair = (value, 0.9 * value + 0.01)
 
         def update(number, name=name):
-            balancer = _method(subject, **{name: number})
+            balancer = _method(subject, name, number)
             return balancer.update(grads, balancer.init(params()), **keywords)[0]
 
         together = jax.jit(jax.vmap(update))(jnp.asarray(pair))

@@ -4,7 +4,6 @@ import eight_devices
 import pytest
 from sharpness import devices
 
-
 # tests/devices has cases of this subpackage for the normal suite.
 pytestmark = [pytest.mark.deep, pytest.mark.xdist_group("sharpness_devices")]
 
