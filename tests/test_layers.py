@@ -80,7 +80,8 @@ def test_only_placement_knows_about_varying_axes_and_explicit_shardings():
     """The names of these features differ between JAX versions."""
     allowed = {"placement.py", "_primitives.py"}
     for file in sources():
-        if file.name not in allowed:
+        # Runs make meshes of their own.
+        if room_of(file) in CORE and file.name not in allowed:
             code = re.sub(r'""".*?"""|#.*', "", file.read_text(), flags=re.DOTALL)
             assert not re.search(TYPES, code), file
 
