@@ -67,6 +67,7 @@ for backward in ("jax", "auto"):
         assert found.stdout.split() == expected
 
 
+@pytest.mark.usefixtures("as_users")
 def test_a_choice_is_checked():
     with pytest.raises(ValueError, match="backward='fast' is not one of"):
         mtljax.value_and_task_grads(lambda p: p, backward="fast")
