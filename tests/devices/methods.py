@@ -62,7 +62,9 @@ def run(method: Any, kind: str, masked: bool, dtype: str) -> None:
     places = {name: NamedSharding(mesh, spec) for name, spec in SPECS.items()}
     everywhere = NamedSharding(mesh, P())
     split = [jax.device_put(tree, places) for tree in grads]
-    start, losses = jax.device_put((start, losses), everywhere)
+    # A state that is made from split parameters is split like them.
+    params = {name: tree[0] for name, tree in split[0].items()}
+    start, losses = balancer.init(params), jax.device_put(losses, everywhere)
     compiled = steps(balancer, mask).lower(start, *split, losses).compile()
     *found, state = compiled(start, *split, losses)
 
