@@ -30,7 +30,7 @@ def cmu_faces(
     not in the training split.
 
     - ``persons="apart"``: no person is in two splits (12, 4 and 4 of them). The task
-      ``person`` is left out, because nobody can name a person never seen.
+      ``person`` is left out, because no model can name a person that it has not seen.
     - ``persons="mixed"``: four persons are kept for test and three for validation, and
       60 pictures of the other 13 are added to either. The label ``person`` is missing
       for the former, and the three others for the latter.

@@ -3,7 +3,7 @@
 Each run goes through several sessions that end in SIGKILL, SIGTERM, SIGINT, or two of
 them: while a checkpoint is written or deleted, while a row is written, during a resume,
 in the last chunk and its evaluation, or at a random time. The finished run must have
-the bits and the rows of one that nobody interrupted. Sessions are forks of one process
+the bits and the rows of an uninterrupted one. Sessions are forks of one process
 that has imported everything and started nothing; a session that ended without a kill is
 followed by the next in the same process.
 """
