@@ -238,7 +238,9 @@ def test_losses_that_a_method_reads_are_checked(name):
         with pytest.raises(ValueError, match=r"shape \(2,\); it must be \(3,\)"):
             balancer.update(grads, state, losses=jnp.ones(2))
     if balancer.positive_losses:
-        with pytest.raises(ValueError, match="loss of task 1 is -1"):
-            balancer.update(grads, state, losses=jnp.array([1.0, -1.0, 1.0]))
+        outside = jnp.array([1.0, -1.0, 1.0])
+        update, same = balancer.update(grads, state, losses=outside)
+        assert np.isnan(update["w"]).all()
+        chex.assert_trees_all_equal(same, state)
     with pytest.raises(ValueError, match=r"mask has shape \(2,\)"):
         balancer.update(grads, state, losses=jnp.ones(3), mask=jnp.ones(2))
