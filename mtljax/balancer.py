@@ -295,8 +295,8 @@ def named(values: Any, balancer: Balancer) -> dict[str, Any]:
 
     Examples:
       >>> import jax.numpy as jnp, mtljax
-      >>> balancer = mtljax.linear(("seg", "depth"), weights=jnp.array([1.0, 0.5]))
-      >>> weights = balancer.init({}).task_weights
+      >>> balancer = mtljax.linear(("seg", "depth"))
+      >>> weights = jnp.array([1.0, 0.5])
       >>> {name: float(w) for name, w in mtljax.named(weights, balancer).items()}
       {'seg': 1.0, 'depth': 0.5}
     """
@@ -422,10 +422,14 @@ def commit(healthy: Any, update: Any, new: Any, old: Any) -> tuple[Any, Any]:
         if n is not o and jnp.issubdtype(n.dtype, jnp.inexact):
             healthy &= (jnp.isfinite(n) | (n == o)).all()
     healthy = placement.agreed(healthy, old)
-    update = jax.tree.map(
-        lambda u: jnp.where(healthy, u, jnp.asarray(jnp.nan, jnp.result_type(u))),
-        update,
-    )
+
+    def mark(u):
+        # A frozen leaf may hold integers, which have no NaN.
+        if not jnp.issubdtype(jnp.result_type(u), jnp.inexact):
+            return u
+        return jnp.where(healthy, u, jnp.asarray(jnp.nan, jnp.result_type(u)))
+
+    update = jax.tree.map(mark, update)
     return update, choose_state(healthy, new, old)
 
 

@@ -43,8 +43,11 @@ def masked_task_means(values: Any, present: Any) -> tuple[Any, Any]:
             )
         present = jnp.asarray(present, bool)
         count = present.sum(axes)
-        total = jnp.where(present, values, 0).sum(axes)
-        return total / jnp.maximum(count, 1).astype(total.dtype), count > 0
+        # As jnp.mean does: a sum or a count may be out of range in half precision.
+        wide = jnp.promote_types(jnp.result_type(values), jnp.float32)
+        total = jnp.where(present, values, 0).sum(axes, dtype=wide)
+        found = total / jnp.maximum(count, 1).astype(wide)
+        return found.astype(jnp.result_type(values, jnp.float16)), count > 0
 
     if isinstance(values, Mapping):
         if not isinstance(present, Mapping) or set(values) != set(present):
@@ -125,6 +128,8 @@ def skip_absent(
 
     def init(params):
         marks = groups(params)
+        if any(task < 0 for task in tasks_of(marks)):
+            raise ValueError("skip_absent: owner returned a negative number.")
         return SkipAbsentState(
             optimizer.init(part(params, marks, None)),
             {t: optimizer.init(part(params, marks, t)) for t in tasks_of(marks)},
@@ -132,6 +137,11 @@ def skip_absent(
 
     def update(updates, state, params=None, *, mask=None, **extra_args):
         marks, mask = groups(updates), task_vector(mask, names)
+        if mask is not None and state.tasks and max(state.tasks) >= len(mask):
+            raise ValueError(
+                f"skip_absent: owner returned task {max(state.tasks)}, but the mask "
+                f"has {len(mask)} tasks."
+            )
 
         def step(task, old):
             given = None if params is None else part(params, marks, task)

@@ -107,6 +107,11 @@ def compose(loss_balancer: Balancer, gradient_balancer: Balancer) -> Balancer:
             f"compose: {first.name} has num_tasks={first.num_tasks}, "
             f"{second.name} has num_tasks={second.num_tasks}."
         )
+    if first.names and second.names and first.names != second.names:
+        raise ValueError(
+            f"compose: {first.name} has the tasks {list(first.names)}, {second.name} "
+            f"has {list(second.names)}; they must be the same, in the same order."
+        )
     weigh_losses, weigh_gradients = first.weigh, second.weigh
     num_tasks = first.num_tasks
     name = f"compose({first.name}, {second.name})"
@@ -615,6 +620,7 @@ def _injected(
     else:
         balancer = weighted(name, num_tasks, init=init, weigh=weigh, **attributes)
     balancer.hyperparams = {**static, **values, **schedules}
+    balancer.names = example.names
     return balancer
 
 

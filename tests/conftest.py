@@ -79,6 +79,22 @@ def pytest_terminal_summary(terminalreporter):
         )
 
 
+TESTS_OF_ONE_CACHE = 100
+_finished = 0
+
+
+def pytest_runtest_teardown(item):
+    """Frees compiled programs now and then.
+
+    XLA maps memory for every program, and the system limits the number of mappings: a
+    worker that kept all programs of the suite has crashed.
+    """
+    global _finished  # noqa: PLW0603
+    _finished += 1
+    if _finished % TESTS_OF_ONE_CACHE == 0:
+        jax.clear_caches()
+
+
 LATE = {f"test_{name}" for name in set(mtljax.METHODS) - CLASSICS}
 LATE |= {"test_wrappers", "test_implicit", "test_cone", "test_conditional"}
 LATE |= {"test_fs_mtl", "test_igb", "test_experiment"}  # experiments of minutes

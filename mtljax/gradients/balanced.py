@@ -25,7 +25,12 @@ from mtljax.gradients.linearized import (
 from mtljax.gradients.micro import Wanted, accumulate
 from mtljax.gradients.representation import Through, linearize_through
 from mtljax.gradients.scatter import scatter
-from mtljax.gradients.separate import Separate, linearize_separate, with_labels
+from mtljax.gradients.separate import (
+    Separate,
+    linearize_separate,
+    ordered,
+    with_labels,
+)
 from mtljax.placement import Backward
 from mtljax.types import Heads, Params
 
@@ -178,10 +183,12 @@ def value_and_balanced_grad(
     chosen = engine if engine in ("losses", "stacked") else default
     if options.exchange == "scatter" and chosen == "auto":
         chosen = "stacked"
+    names = getattr(balancer, "names", None)
+    if isinstance(task_losses, Separate):
+        task_losses = ordered(task_losses, names)
     setup = _Setup(task_losses, balancer, chosen, options, measure, micro_batches)
 
     def function(params, state, *args, mask=None, side=None, **kwargs):
-        names = getattr(balancer, "names", None)
         call = VectorLosses(task_losses, args, kwargs, names)
         found = _forward(setup, call, params, mask)
         losses, present = found.losses, found.region.mask

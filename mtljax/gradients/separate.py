@@ -83,6 +83,22 @@ class Separate:
         return axes
 
 
+def ordered(task: Separate, names: Sequence[str] | None) -> Separate:
+    """The tasks in the order of the names of a balancer.
+
+    Raises:
+      ValueError: If the names differ.
+    """
+    if names is None or task.names is None or tuple(names) == task.names:
+        return task
+    if set(names) != set(task.names):
+        raise ValueError(
+            f"the tasks are {list(names)}, but separate was given losses for "
+            f"{list(task.names)}."
+        )
+    return Separate({name: task.losses[name] for name in names}, task.in_axes)
+
+
 def separate(
     loss: Callable[..., Any] | Mapping[str, Callable[..., Any]],
     in_axes: Any = (None, 0),
@@ -95,8 +111,9 @@ def separate(
     Args:
       loss: ``loss(params, *args) -> scalar``, the same for all tasks, whose arguments
         are stacked along a leading axis of length T; or a dict of such functions, one
-        per task, for inputs of unequal shapes. Every argument is then a dict with the
-        same names. With ``has_aux=True`` a loss returns ``(scalar, aux)``.
+        per task, for inputs of unequal shapes. Every positional argument is then a dict
+        with the same names; keyword arguments go to every loss unchanged. With
+        ``has_aux=True`` a loss returns ``(scalar, aux)``.
       in_axes: For a single function, as in ``jax.vmap``: one entry for ``params`` and
         one for every argument. A leaf of the parameters with axis 0 holds a slice per
         task (stacked heads); it is own by definition, and its gradient is ``[T, ...]``.

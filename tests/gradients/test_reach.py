@@ -529,3 +529,57 @@ def test_frozen_layers_cost_no_backward_pass():
         forward = 2 * 256 * 64 * 64
         more = flops(step, params, state, x) - flops(of_rest, rest, state, x)
         assert more < 1.2 * forward
+
+
+def test_separate_follows_the_order_of_the_balancer():
+    losses = {
+        "z": lambda p, x: ((p - x) ** 2).sum(),
+        "a": lambda p, x: ((p + x) ** 2).sum() * 9,
+        "m": lambda p, x: (p * x).sum(),
+    }
+    batch = {name: jnp.arange(2.0) + i for i, name in enumerate(losses)}
+    balancer = mtljax.scale_invariant(("m", "z", "a"))
+    p = jnp.ones(2)
+    step = mtljax.value_and_balanced_grad(mtljax.separate(losses), balancer)
+    found, _, state = jax.jit(step)(p, balancer.init(p), batch)
+    weights = mtljax.named(state.task_weights, balancer)
+    for name, loss in found.items():
+        np.testing.assert_allclose(loss, losses[name](p, batch[name]))
+        np.testing.assert_allclose(weights[name], 1 / loss, rtol=1e-6)
+    with pytest.raises(ValueError, match="separate was given losses for"):
+        mtljax.value_and_balanced_grad(mtljax.separate(losses), mtljax.mgda(("a", "b")))
+
+
+def test_means_in_half_precision():
+    for value, count in ((100.0, 1000), (0.1, 70_000), (1.0, 300_000)):
+        values = jnp.full((count, 1), value, jnp.float16)
+        found, _ = mtljax.masked_task_means(values, jnp.ones((count, 1), bool))
+        assert found.dtype == jnp.float16
+        np.testing.assert_allclose(found[0], value, rtol=2e-3)
+
+
+def test_frozen_integers_and_names_of_scheduled_balancers():
+    params = {"w": jnp.ones(3), "step": jnp.array(3)}
+    labels = mtljax.label_params(params, frozen="step")
+    balancer = mtljax.inject_hyperparams(mtljax.cagrad)(("a", "b"), c=lambda _: 0.5)
+    assert balancer.names == ("a", "b")
+
+    def losses(p):
+        return {"b": (p["w"] ** 2).sum(), "a": p["w"].sum()}
+
+    step = mtljax.value_and_balanced_grad(losses, balancer, labels=labels)
+    _, grad, _ = step(params, balancer.init(params))
+    assert int(grad["step"]) == 0
+    assert np.isfinite(grad["w"]).all()
+
+
+def test_errors_of_owners_and_of_composed_names():
+    params = {"w": jnp.ones(2)}
+    mask = jnp.ones(2, bool)
+    far = mtljax.skip_absent(optax.sgd(0.1), lambda _: 5)
+    with pytest.raises(ValueError, match="owner returned task 5"):
+        far.update(params, far.init(params), mask=mask)
+    with pytest.raises(ValueError, match="negative"):
+        mtljax.skip_absent(optax.sgd(0.1), lambda _: -1).init(params)
+    with pytest.raises(ValueError, match="in the same order"):
+        mtljax.compose(mtljax.uncertainty(("a", "b")), mtljax.cagrad(("b", "a")))

@@ -12,12 +12,27 @@ from mtljax.catalogue import WRAPPERS
 pytestmark = pytest.mark.usefixtures("as_users")
 
 
+# Of the balancers made of common methods, those of the normal suite.
+WRAPPERS_BY_DEFAULT = {
+    "compose(scale_invariant,mgda)",
+    "smooth_weights(nash_mtl)",
+    "inject_hyperparams(cagrad,c=falling)",
+}
+
+
+def is_common(subject: Subject) -> bool:
+    """Whether the normal suite has it; all others run in deep."""
+    return subject.classic and (
+        subject.id in WRAPPERS_BY_DEFAULT or "(" not in subject.id
+    )
+
+
 def table():
     """All pairs; the programs of a balancer are compiled on one worker."""
     for subject in SUBJECTS:
         for rule in RULES:
             marks = [pytest.mark.xdist_group(subject.id)]
-            marks += [pytest.mark.deep] * (not subject.classic)
+            marks += [pytest.mark.deep] * (not is_common(subject))
             if rule.name != "policy":  # test_faults has a test of its own
                 yield pytest.param(
                     subject, rule, id=f"{subject.id}-{rule.name}", marks=marks
@@ -34,7 +49,7 @@ def each():
     """All balancers; the normal suite has the most common ones."""
     for subject in SUBJECTS:
         marks = [pytest.mark.xdist_group(subject.id)]
-        marks += [pytest.mark.deep] * (not subject.classic)
+        marks += [pytest.mark.deep] * (not is_common(subject))
         yield pytest.param(subject, id=subject.id, marks=marks)
 
 
