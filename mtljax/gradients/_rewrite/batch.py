@@ -44,7 +44,7 @@ def batch(function: Callable[[Any], Any], rows: Any, in_axes: Any, out_axes: Any
     env = {ref: Value(x, None) for ref, x in program.constants.items()}
     values = [Value(x, axis) for x, axis in zip(leaves, axes, strict=True)]
     env |= dict(zip(program.inputs, values, strict=True))
-    # A pullback has gradients that nobody asked for.
+    # A pullback returns gradients that are not used.
     for op in needed(program.ops, program.outputs):
         outs = _run(op, [env[ref] for ref in op.ins])
         env |= dict(zip(op.outs, outs, strict=True))
