@@ -15,8 +15,7 @@ from gradients.problem import (
 )
 
 import mtljax
-from mtljax.gradients.passes import Body, Passes
-from mtljax.gradients.task_grads import pick
+from mtljax.gradients.passes import Body, Passes, pick
 
 FIVE = params(tasks=5), batch(tasks=5)
 WAYS = ["auto", "unrolled", "vmap", "map", "chunked", 2, 3, 5, 99]  # 2, 3 divide not 5

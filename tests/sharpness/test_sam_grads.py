@@ -503,7 +503,8 @@ def test_compiles_once():
     for seed in range(3):
         _, grads, _ = jitted()(params(seed), BATCH)
         chex.assert_tree_all_finite(grads)
-    assert TRACES[0.1, True] == 1
+        traces = traces if seed else TRACES[0.1, True]
+    assert TRACES[0.1, True] == traces > 0
 
 
 # --- own parameters and errors ------------------------------------------------------
