@@ -107,8 +107,23 @@ LATE |= {"test_probe", "test_sharpness", "test_fisher", "test_analysis"}
 LATE |= {"test_bargaining", "test_max_min_ball"}  # their methods run by default
 
 
-def pytest_collection_modifyitems(items):
-    """What costs minutes of compilation runs in deep; see tests/registry.py."""
+SLOW = pathlib.Path(__file__).with_name("slow.txt")
+
+
+def pytest_collection_modifyitems(config, items):
+    """What costs seconds of compilation runs in deep: see tests/registry.py, slow.txt.
+
+    Every line of slow.txt is the name of one test. A line whose file is collected
+    without such a test is an error, so that the list follows the tests.
+    """
+    lines = SLOW.read_text().splitlines()
+    slow = {line for line in lines if line and not line.startswith("#")}
+    names = {item.nodeid: item for item in items}
     for item in items:
-        if item.path.stem in LATE:
+        if item.path.stem in LATE or item.nodeid in slow:
             item.add_marker(pytest.mark.deep)
+    whole = not any("::" in arg for arg in config.args)
+    files = {name.split("::")[0] for name in names}
+    lost = [n for n in slow - set(names) if n.split("::")[0] in files]
+    if whole and lost:
+        raise pytest.UsageError(f"tests/slow.txt names tests that are gone: {lost}")
