@@ -155,7 +155,8 @@ def test_a_hundred_runs_with_three_hundred_interruptions():
 def test_importing_the_package_stays_cheap():
     code = (
         "import sys, mtljax.training; "
-        "heavy = {'orbax.checkpoint', 'rich', 'matplotlib', 'grain', 'tensorboardX', 'flax'}; "
+        "heavy = {'orbax.checkpoint', 'rich', 'matplotlib', 'grain', 'tensorboardX', "
+        "'flax'}; "
         "print(sorted(heavy & set(sys.modules)))"
     )
     out = subprocess.run(
