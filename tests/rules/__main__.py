@@ -23,7 +23,10 @@ def main(names: list[str]) -> int:
             continue
         cells = []
         for rule in RULES:
-            outcomes = list(rule.check(subject))
+            try:
+                outcomes = list(rule.check(subject))
+            except Exception as error:
+                outcomes = [("the check", f"{type(error).__name__}: {error}")]
             broken = [(what, why) for what, why in outcomes if why is not None]
             violations += [
                 f"{subject.id}: {rule.name}: {what}: {why}" for what, why in broken
