@@ -1,0 +1,600 @@
+"""Claims of papers, written down before the rows that decide them, and verdicts.
+
+Every ``experiments/NAME/claims.toml`` names the paper, and for each claim the two rows
+that are compared, the metric, the smallest effect of interest and the effect that the
+rows must exclude. The verdict follows from these numbers by :func:`verdict`.
+
+The lines of ``results.jsonl`` that claims read have these keys:
+
+==========  ====================================================================
+``row``     label of the row, as the tables print it
+``seed``    seed of the run
+``column``  ``"chosen"`` (default) or ``"last"``: the step of the numbers
+metrics     numbers, or lists of numbers, of which the mean is taken
+``edge``    ``"low"`` or ``"high"`` if the row chose an end of its grid of rates
+``late``    share of the runs that report one of their last two evaluations
+==========  ====================================================================
+
+Several lines of one row and seed (tasks, data sets, targets) are averaged; all seeds
+must have the same number of them.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import operator
+import pathlib
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+
+from experiments.common.statistics import (
+    benjamini_hochberg,
+    holm,
+    minimum_detectable,
+    paired,
+    tost,
+)
+
+Kind = Literal["difference", "equivalence", "count", "interior"]
+Line = Mapping[str, Any]
+
+ROOT = pathlib.Path(__file__).parents[1]
+PROSE = ("paper", "text", "scope", "practice", "instead")
+"""Fields that decide nothing and may be reworded after the run."""
+HOLM_LIMIT = 10
+"""Larger families are screens, which control the rate of false discoveries."""
+
+
+class ClaimError(ValueError):
+    """A claim that cannot be read, or rows that do not fit it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Premise:
+    """A condition on the rows without which a claim cannot be tested.
+
+    Attributes:
+      metric: Key of the lines whose mean is compared.
+      of: Whether the lines are those of the row or of the row it is compared with.
+      at_least: The smallest mean that fulfils it.
+      at_most: The largest mean that fulfils it.
+    """
+
+    metric: str
+    of: Literal["row", "against"] = "against"
+    at_least: float = -math.inf
+    at_most: float = math.inf
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """One claim of a paper, or of ours.
+
+    Attributes:
+      id: Stable name, ``experiment.claim``.
+      paper: Where the paper makes it; ``"ours"`` for a claim of ours.
+      text: The claim in one sentence.
+      row: Label of the row, or labels whose effects are averaged; the rows of a slope
+        (``at``) or of an interior maximum, in their order.
+      against: Label of the row that is compared with, or one for each row; empty if
+        the metric is compared with ``reference``.
+      metric: Key of the lines.
+      direction: Claimed sign of row minus against, of a slope, or of a share minus
+        ``reference``.
+      smallest: δ, the smallest effect of interest.
+      exclude: κ, the effect that the interval must exclude to contradict the claim.
+      family: Claims that share the correction for many comparisons.
+      scope: Where the verdict holds.
+      practice: What a user does if the claim is reproduced.
+      instead: What a user does if it is contradicted.
+      paper_effect: The paper's effect, in units of the metric.
+      kind: ``"difference"``; ``"equivalence"`` to zero; ``"count"``, the share of items
+        with a significant difference, or of lines that are 1; ``"interior"``, the share
+        of seeds whose best of the rows is neither the first nor the last.
+      column: Step of the numbers.
+      where: Keys of the lines that count, with a value or a list of values.
+      where_against: Those in which the lines compared with differ.
+      log: Whether logarithms are compared, so that effects are log ratios.
+      at: Positions of the rows; the effect is the slope of the metric over them.
+      along: Key of the lines; the effect is the slope of the metric of one row over
+        its decimal logarithm.
+      over: Keys that tell the items of a count apart.
+      match: Those of them that the lines compared with have.
+      item: Sign of the difference of a counted item; of an interior maximum, whether
+        more (1) or less (-1) of the metric is better.
+      reference: Number that the effect is compared with.
+      premise: Condition without which the claim cannot be tested.
+    """
+
+    id: str
+    paper: str
+    text: str
+    row: tuple[str, ...]
+    against: tuple[str, ...]
+    metric: str
+    direction: int
+    smallest: float
+    exclude: float
+    family: str
+    scope: str
+    practice: str
+    instead: str
+    paper_effect: float | None = None
+    kind: Kind = "difference"
+    column: str = "chosen"
+    where: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    where_against: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    log: bool = False
+    at: tuple[float, ...] = ()
+    along: str = ""
+    over: tuple[str, ...] = ()
+    match: tuple[str, ...] = ()
+    item: int = 1
+    reference: float = 0.0
+    premise: Premise | None = None
+
+
+class Paper(NamedTuple):
+    """What the page says of a paper.
+
+    Attributes:
+      experiment: Name of the package.
+      title: Of the paper.
+      authors: Of the paper.
+      link: Its address.
+      claims: One sentence: what it claims.
+      change: One sentence: what would change the verdicts.
+      entries: Its claims.
+    """
+
+    experiment: str
+    title: str
+    authors: str
+    link: str
+    claims: str
+    change: str
+    entries: tuple[Claim, ...]
+
+
+class Verdict(NamedTuple):
+    """A verdict, and what is added to it."""
+
+    word: Literal["reproduced", "contradicted", "inconclusive"]
+    addition: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.word} ({self.addition})" if self.addition else self.word
+
+
+class Evidence(NamedTuple):
+    """The effect in the claimed direction, and its intervals.
+
+    Attributes:
+      mean: The effect.
+      low: Lower end of the 95 % interval, simultaneous for the family.
+      high: Upper end.
+      low90: Lower end of the 90 % interval, simultaneous for the family.
+      high90: Upper end.
+      n: Number of seeds, or of items of a count.
+      p: Raw p-value.
+      detectable: The effect that n runs detect with a power of 80 %.
+    """
+
+    mean: float
+    low: float
+    high: float
+    low90: float
+    high90: float
+    n: int
+    p: float
+    detectable: float
+
+
+class Decision(NamedTuple):
+    """A claim with its verdict; no evidence if its rows do not exist."""
+
+    claim: Claim
+    verdict: Verdict
+    evidence: Evidence | None
+    p_adjusted: float
+
+
+NOT_RUN = "not run with this protocol"
+
+# --- reading ------------------------------------------------------------------------
+
+
+def claims_path(experiment: str) -> pathlib.Path:
+    """Its ``claims.toml``."""
+    return ROOT / experiment / "claims.toml"
+
+
+def load_claims(path: pathlib.Path) -> Paper:
+    """Reads and checks a ``claims.toml``.
+
+    Raises:
+      ClaimError: One sentence that names the claim and the field.
+    """
+    return parse_claims(path.read_text(encoding="utf-8"), path.parent.name)
+
+
+def parse_claims(text: str, experiment: str) -> Paper:
+    """Reads and checks the text of a ``claims.toml``; see :func:`load_claims`."""
+    found = tomllib.loads(text)
+    paper, entries = found.pop("paper", {}), found.pop("claim", [])
+    defaults = found.pop("defaults", {})
+    if found:
+        raise ClaimError(f"{experiment}: unknown table {sorted(found)[0]!r}.")
+    wanted = set(Paper._fields) - {"experiment", "entries"}
+    if set(paper) != wanted:
+        raise ClaimError(f"{experiment}: [paper] must have {sorted(wanted)}.")
+    claims = tuple(_claim({**defaults, **entry}, experiment) for entry in entries)
+    names = [claim.id for claim in claims]
+    for name in names:
+        if names.count(name) > 1:
+            raise ClaimError(f"{name}: two claims have this id.")
+    return Paper(experiment=experiment, entries=claims, **paper)
+
+
+def _claim(entry: Mapping[str, Any], experiment: str) -> Claim:
+    name = entry.get("id", "a claim without id")
+    fields = {field.name: field for field in dataclasses.fields(Claim)}
+    for key in entry:
+        if key not in fields:
+            raise ClaimError(f"{name}: unknown field {key!r}.")
+    values = dict(entry)
+    for key in ("row", "against", "at", "over", "match"):
+        value = values.get(key, ())
+        values[key] = (value,) if isinstance(value, str) else tuple(value)
+    if not values["match"]:
+        values["match"] = values["over"]
+    if "premise" in values:
+        try:
+            values["premise"] = Premise(**values["premise"])
+        except TypeError as error:
+            raise ClaimError(f"{name}: premise: {error}.") from None
+    effect = values.get("paper_effect")
+    if effect is not None:
+        values.setdefault("smallest", abs(effect) / 4)
+        values.setdefault("exclude", abs(effect) / 2)
+    if "smallest" in values:
+        values.setdefault("exclude", values["smallest"])
+    for key, field in fields.items():
+        required = field.default is field.default_factory is dataclasses.MISSING
+        if required and values.get(key) in (None, ""):
+            raise ClaimError(f"{name}: {key} is missing.")
+    claim = Claim(**values)
+    _check(claim, experiment)
+    return claim
+
+
+def _check(claim: Claim, experiment: str) -> None:
+    wrong = {
+        f"id must start with {experiment}.": not claim.id.startswith(f"{experiment}."),
+        "direction must be 1 or -1.": claim.direction not in (1, -1),
+        "item must be 1 or -1.": claim.item not in (1, -1),
+        "along needs one row and no row against.": bool(claim.along)
+        and len(claim.row) + len(claim.against) != 1,
+        "smallest must be positive.": not claim.smallest > 0,
+        "exclude must be positive.": not claim.exclude > 0,
+        f"kind must be one of {get_args(Kind)}.": claim.kind not in get_args(Kind),
+        "row is empty.": not claim.row,
+        "against must be empty, one label, or one for each row.": len(claim.against)
+        not in (0, 1, len(claim.row)),
+        "at must have a position for each row.": bool(claim.at)
+        and len(claim.at) != len(claim.row),
+        "an interior claim needs three rows or more.": claim.kind == "interior"
+        and len(claim.row) < 3,
+        "a count that compares rows needs over.": claim.kind == "count"
+        and bool(claim.against)
+        and not claim.over,
+        "paper_effect and direction have different signs.": bool(claim.paper_effect)
+        and claim.kind != "equivalence"
+        and (claim.paper_effect or 0) * claim.direction < 0,
+    }
+    for sentence, found in wrong.items():
+        if found:
+            raise ClaimError(f"{claim.id}: {sentence}")
+
+
+def claims_digest(paper: Paper) -> str:
+    """The sha256 of everything that decides a verdict; prose does not enter."""
+    entries = [dataclasses.asdict(claim) for claim in paper.entries]
+    for entry in entries:
+        for name in PROSE:
+            del entry[name]
+    text = json.dumps(sorted(entries, key=operator.itemgetter("id")), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# --- the rule -----------------------------------------------------------------------
+
+
+def verdict(
+    evidence: Evidence,
+    smallest: float,
+    exclude: float,
+    *,
+    kind: Kind = "difference",
+    premise: bool = True,
+    converged: bool = True,
+) -> Verdict:
+    """The verdict that the numbers imply.
+
+    Args:
+      evidence: The effect times the claimed direction, with its intervals.
+      smallest: δ.
+      exclude: κ.
+      kind: Of the claim.
+      premise: Whether its premise holds.
+      converged: Whether no row chose an end of its grid or was still improving.
+
+    Returns:
+      The verdict; the first rule that applies decides.
+
+    Examples:
+      >>> str(verdict(Evidence(0.2, 0.05, 0.35, 0, 0, 5, 0.02, 0.2), 0.25, 0.5))
+      'contradicted (an effect of the same sign, less than half as large)'
+    """
+    if not premise:
+        return Verdict("inconclusive", "premise absent")
+    low, high = evidence.low, evidence.high
+    if kind == "equivalence":
+        reproduced = -smallest < evidence.low90 and evidence.high90 < smallest
+        contradicted, added = low > smallest or high < -smallest, ""
+    else:
+        reproduced = low > 0 and evidence.mean >= smallest
+        contradicted = high < exclude
+        added = "an effect of the same sign, less than half as large" if low > 0 else ""
+    if reproduced:
+        half = kind != "equivalence" and high < exclude
+        return Verdict("reproduced", "less than half as large" if half else "")
+    if contradicted and not converged:
+        return Verdict("inconclusive", "row not converged")
+    if contradicted:
+        return Verdict("contradicted", added)
+    return Verdict("inconclusive")
+
+
+# --- from rows to the effect --------------------------------------------------------
+
+
+class Side(NamedTuple):
+    """Lines of one label."""
+
+    label: str
+    where: Mapping[str, Any]
+
+    def of(self, claim: Claim, lines: Iterable[Line]) -> list[Line]:
+        """Those lines, at the claim's step."""
+        return [
+            line
+            for line in lines
+            if line.get("row") == self.label
+            and line.get("column", "chosen") == claim.column
+            and all(
+                line.get(key) in (value if isinstance(value, list | tuple) else [value])
+                for key, value in self.where.items()
+            )
+        ]
+
+
+def sides(claim: Claim) -> tuple[list[Side], list[Side]]:
+    """The rows, and what they are compared with."""
+    there = {**claim.where, **claim.where_against}
+    return (
+        [Side(label, claim.where) for label in claim.row],
+        [Side(label, there) for label in claim.against],
+    )
+
+
+def _number(claim: Claim, line: Line, metric: str) -> float:
+    value = line.get(metric)
+    if value is None:
+        raise ClaimError(f"{claim.id}: a line of {line['row']!r} has no {metric!r}.")
+    number = float(np.mean(value))
+    if claim.log and metric == claim.metric:
+        if number <= 0:
+            raise ClaimError(f"{claim.id}: {metric} of {line['row']!r} has no log.")
+        return math.log(number)
+    return number
+
+
+def by_seed(
+    claim: Claim, side: Side, lines: Iterable[Line], metric: str | None = None
+) -> dict[Any, float]:
+    """The metric of a row by seed, the mean over the lines of a seed.
+
+    Raises:
+      ClaimError: If a value is missing, or the seeds have different numbers of lines.
+    """
+    found: dict[Any, list[float]] = {}
+    for line in side.of(claim, lines):
+        number = _number(claim, line, metric or claim.metric)
+        found.setdefault(line["seed"], []).append(number)
+    if len({len(values) for values in found.values()}) > 1:
+        raise ClaimError(f"{claim.id}: seeds of {side.label!r} have different lines.")
+    return {seed: math.fsum(v) / len(v) for seed, v in sorted(found.items())}
+
+
+def _table(claim: Claim, of: Sequence[Side], lines: Sequence[Line]) -> np.ndarray:
+    """Values ``[rows, seeds]``; all rows must have the same seeds."""
+    found = [by_seed(claim, side, lines) for side in of]
+    for side, values in zip(of, found, strict=True):
+        if list(values) != list(found[0]):
+            raise ClaimError(
+                f"{claim.id}: {side.label!r} has the seeds {list(values)}, another row "
+                f"{list(found[0])}."
+            )
+    return np.array([list(values.values()) for values in found])
+
+
+def effects(claim: Claim, lines: Sequence[Line]) -> np.ndarray:
+    """The effect of every seed, or of every item of a count, without its direction.
+
+    Raises:
+      ClaimError: If rows are incomplete or their seeds differ.
+    """
+    if claim.kind == "count":
+        return _hits(claim, lines)
+    mine, others = sides(claim)
+    if claim.along:
+        key, (side,) = claim.along, mine
+        places = sorted({line[key] for line in side.of(claim, lines)})
+        parts = [Side(side.label, {**side.where, key: place}) for place in places]
+        rows = _table(claim, parts, lines)
+        return _slope(np.log10(places), rows) - claim.reference
+    values = _table(claim, [*mine, *others], lines)
+    rows, compared = values[: len(mine)], values[len(mine) :]
+    if claim.kind == "interior":
+        best = np.argmax(claim.item * rows, axis=0)
+        return ((best > 0) & (best < len(rows) - 1)).astype(float)
+    if claim.at:
+        return _slope(np.array(claim.at), rows) - claim.reference
+    if not len(compared):
+        return rows.mean(0) - claim.reference
+    return (rows - compared).mean(0) - claim.reference
+
+
+def _slope(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Least-squares slope of every column of ``[len(x), seeds]``."""
+    x = x - x.mean()
+    return x @ rows / (x @ x)
+
+
+def _hits(claim: Claim, lines: Sequence[Line]) -> np.ndarray:
+    """1 for every item of a count that is what is claimed, else 0."""
+    mine, others = sides(claim)
+    counted = [line for side in mine for line in side.of(claim, lines)]
+    if not others:
+        return np.array([_number(claim, line, claim.metric) for line in counted])
+    found = []
+    for item in dict.fromkeys(tuple(x[key] for key in claim.over) for x in counted):
+        here = dict(zip(claim.over, item, strict=True))
+        there = {key: here[key] for key in claim.match}
+        a = by_seed(claim, Side(others[0].label, {**others[0].where, **there}), lines)
+        b = by_seed(claim, Side(mine[0].label, {**mine[0].where, **here}), lines)
+        if list(a) != list(b):
+            raise ClaimError(f"{claim.id}: {item} has other seeds than its reference.")
+        found.append(paired(list(a.values()), list(b.values())))
+    p = np.nan_to_num([float(x.p) for x in found], nan=1.0)
+    adjusted = benjamini_hochberg(p)
+    sign = np.array([claim.item * float(x.mean) > 0 for x in found])
+    return (sign & (adjusted < 0.05)).astype(float)
+
+
+def measure(claim: Claim, lines: Sequence[Line], family: int = 1) -> Evidence | None:
+    """The effect with its intervals; None if no line of a row exists.
+
+    Args:
+      claim: The claim.
+      lines: Of a ``results.jsonl``, without its header.
+      family: Number of claims in its family; intervals have Bonferroni's width.
+
+    Raises:
+      ClaimError: If rows are incomplete or their seeds differ.
+    """
+    mine, others = sides(claim)
+    if not all(side.of(claim, lines) for side in (*mine, *others)):
+        return None
+    found = effects(claim, lines)
+    if claim.kind in ("count", "interior"):
+        return _share(claim, found, family)
+    if len(found) < 2:
+        raise ClaimError(f"{claim.id}: one seed has no interval.")
+    sign = claim.direction
+    wide = paired(np.zeros_like(found), sign * found, level=1 - 0.05 / family)
+    narrow = tost(
+        np.zeros_like(found), sign * found, claim.smallest, alpha=0.05 / family
+    )
+    p = narrow.p if claim.kind == "equivalence" else float(wide.p)
+    detectable = minimum_detectable(len(found), level=0.05 / family) * float(wide.sd)
+    ends = (float(x) for x in (wide.mean, wide.low, wide.high, narrow.low, narrow.high))
+    return Evidence(*ends, len(found), p, detectable)
+
+
+def _share(claim: Claim, hits: np.ndarray, family: int) -> Evidence:
+    """A share minus the reference, with the exact binomial interval."""
+    from scipy import stats
+
+    if not np.isin(hits, (0, 1)).all():
+        raise ClaimError(f"{claim.id}: a count needs lines of 0 or 1.")
+    test = stats.binomtest(
+        int(hits.sum()), len(hits), min(max(claim.reference, 1e-12), 1 - 1e-12)
+    )
+    ends = [
+        sorted(
+            claim.direction * (float(x) - claim.reference)
+            for x in test.proportion_ci(1 - alpha / family)
+        )
+        for alpha in (0.05, 0.1)
+    ]
+    mean = claim.direction * (float(hits.mean()) - claim.reference)
+    p = float(test.pvalue)
+    return Evidence(mean, *ends[0], *ends[1], len(hits), p, math.nan)
+
+
+def premise_holds(claim: Claim, lines: Sequence[Line]) -> bool:
+    """Whether the mean of the premise's metric lies in its range, for every row."""
+    premise = claim.premise
+    if premise is None:
+        return True
+    mine, others = sides(claim)
+    for side in mine if premise.of == "row" else others:
+        values = by_seed(claim, side, lines, premise.metric)
+        if not premise.at_least <= np.mean(list(values.values())) <= premise.at_most:
+            return False
+    return True
+
+
+def converged(claim: Claim, lines: Sequence[Line]) -> bool:
+    """Whether no line of the rows is at an end of its grid or still improving."""
+    mine, others = sides(claim)
+    return not any(
+        line.get("edge") or line.get("late", 0) > 0.5
+        for side in (*mine, *others)
+        for line in side.of(claim, lines)
+    )
+
+
+def decide(paper: Paper, lines: Sequence[Line]) -> list[Decision]:
+    """A verdict for every claim of a paper.
+
+    A family is corrected for all its claims, also those that were not run: by Holm up
+    to ten claims, by Benjamini and Hochberg above.
+
+    Args:
+      paper: From :func:`load_claims`.
+      lines: All lines that were run with this protocol.
+    """
+    sizes: dict[str, list[Claim]] = {}
+    for claim in paper.entries:
+        sizes.setdefault(claim.family, []).append(claim)
+    found = {c.id: measure(c, lines, len(sizes[c.family])) for c in paper.entries}
+    adjusted: dict[str, float] = {}
+    for claims in sizes.values():
+        evidence = [found[claim.id] for claim in claims]
+        p = [1.0 if e is None or math.isnan(e.p) else e.p for e in evidence]
+        correct = holm if len(claims) <= HOLM_LIMIT else benjamini_hochberg
+        adjusted |= zip((c.id for c in claims), correct(p).tolist(), strict=True)
+    decisions = []
+    for claim in paper.entries:
+        evidence = found[claim.id]
+        if evidence is None:
+            said = Verdict("inconclusive", NOT_RUN)
+        else:
+            said = verdict(
+                evidence,
+                claim.smallest,
+                claim.exclude,
+                kind=claim.kind,
+                premise=premise_holds(claim, lines),
+                converged=converged(claim, lines),
+            )
+        p = math.nan if evidence is None else adjusted[claim.id]
+        decisions.append(Decision(claim, said, evidence, p))
+    return decisions
