@@ -7,11 +7,10 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from experiments.common.provenance import header
 from mtljax import training
+from mtljax.data import Dataset
 from mtljax.training import tables
-
-LOCAL = ("data_dir", "out", "resume", "overwrite", "report_only")
-"""Fields that belong to a machine or a call, not to a result."""
 
 
 class Report(NamedTuple):
@@ -28,20 +27,20 @@ class Report(NamedTuple):
         )
 
 
-def settings(config: Any) -> dict[str, Any]:
-    """A configuration as results quote it."""
-    found = training.to_json(config)
-    return {name: value for name, value in found.items() if name not in LOCAL}
-
-
 def write_rows(
-    path: pathlib.Path, config: Any, rows: Iterable[Mapping[str, Any]], **about: Any
+    path: pathlib.Path,
+    config: Any,
+    rows: Iterable[Mapping[str, Any]],
+    data: Mapping[str, Dataset] | None = None,
+    **about: Any,
 ) -> pathlib.Path:
-    """``results.jsonl``: the configuration and the versions, then a line per row."""
+    """``results.jsonl``: the header of :mod:`provenance`, then a line per row.
+
+    ``data`` are the data sets by name, of which the header has digests.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    head = {"kind": "about", **about, "config": settings(config)}
     with path.open("w", encoding="utf-8") as file:
-        for row in [head | training.environment(), *rows]:
+        for row in [header(config, data, **about), *rows]:
             file.write(json.dumps(training.to_json(row)) + "\n")
     return path
 

@@ -137,7 +137,7 @@ def test_rows_come_back_without_the_paths_of_a_machine(tmp_path):
         tmp_path / "r" / "results.jsonl", config, [{"a": 1}], set="x"
     )
     head, rows = report.read_rows(path)
-    assert (head["kind"], head["set"], rows) == ("about", "x", [{"a": 1}])
+    assert (head["kind"], head["set"], rows) == ("header", "x", [{"a": 1}])
     assert head["config"]["seeds"] == 3
     assert "secret" not in path.read_text()
 
@@ -302,7 +302,7 @@ def test_every_experiment_names_a_committed_row_to_replay():
         module = importlib.import_module(f"experiments.{name}.replay")
         folder = ROOT / "experiments" / name / "results"
         head, rows = report.read_rows(folder / module.RESULTS)
-        assert head["kind"] == "about"
+        assert head["kind"] in ("about", "header")
         assert head["config"]["seeds"] == module.CONFIG.seeds
         labels = {tuple(str(row.get(key)) for key in module.KEYS) for row in rows}
         assert len(labels) == len(rows) >= module.LINES > 0
