@@ -15,10 +15,15 @@ FIND_NEWEST = for p in python3.14 python3.13 python3.12 \
   if $$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; \
     then echo $$p; break; fi; done
 
-.PHONY: demo test test-deep test-lowest test-newest lint format notebooks clean
+.PHONY: demo replay test test-deep test-lowest test-newest lint format notebooks clean
 
 demo: $(VENV)/.installed  ## all methods on real data, side by side; below 3 minutes
 	$(RUN) -m experiments.multidigits demo --resume
+
+# Folder of the data sets: make replay DATA_DIR=...
+DATA_DIR ?= $(MTLJAX_DATA_DIR)
+replay: $(VENV)/.installed  ## trains one committed row of every table again
+	$(RUN) -m experiments.common.replay $(if $(DATA_DIR),--data-dir $(DATA_DIR))
 
 test: $(VENV)/.installed  ## the suite, in parallel
 	$(RUN) -m pytest -q -n auto --dist loadgroup

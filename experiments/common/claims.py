@@ -513,8 +513,16 @@ def measure(claim: Claim, lines: Sequence[Line], family: int = 1) -> Evidence | 
     )
     p = narrow.p if claim.kind == "equivalence" else float(wide.p)
     detectable = minimum_detectable(len(found), level=0.05 / family) * float(wide.sd)
-    ends = (float(x) for x in (wide.mean, wide.low, wide.high, narrow.low, narrow.high))
-    return Evidence(*ends, len(found), p, detectable)
+    return Evidence(
+        mean=float(wide.mean),
+        low=float(wide.low),
+        high=float(wide.high),
+        low90=narrow.low,
+        high90=narrow.high,
+        n=len(found),
+        p=p,
+        detectable=detectable,
+    )
 
 
 def _share(claim: Claim, hits: np.ndarray, family: int) -> Evidence:
@@ -526,16 +534,15 @@ def _share(claim: Claim, hits: np.ndarray, family: int) -> Evidence:
     test = stats.binomtest(
         int(hits.sum()), len(hits), min(max(claim.reference, 1e-12), 1 - 1e-12)
     )
-    ends = [
-        sorted(
-            claim.direction * (float(x) - claim.reference)
-            for x in test.proportion_ci(1 - alpha / family)
-        )
-        for alpha in (0.05, 0.1)
-    ]
+
+    def ends(alpha: float) -> list[float]:
+        interval = test.proportion_ci(1 - alpha / family)
+        return sorted(claim.direction * (float(x) - claim.reference) for x in interval)
+
+    (low, high), (low90, high90) = ends(0.05), ends(0.1)
     mean = claim.direction * (float(hits.mean()) - claim.reference)
     p = float(test.pvalue)
-    return Evidence(mean, *ends[0], *ends[1], len(hits), p, math.nan)
+    return Evidence(mean, low, high, low90, high90, len(hits), p, math.nan)
 
 
 def premise_holds(claim: Claim, lines: Sequence[Line]) -> bool:

@@ -1,5 +1,7 @@
 """Data sets as users name them, models for them, and losses and scores of a task."""
 
+import hashlib
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,8 +31,8 @@ def load(
 
     Raises:
       DataError: As :func:`mtljax.data.load`.
-      ConfigError: If a task has a kind that the experiment cannot train, or a split is
-        empty.
+      ConfigError: If a task has a kind that the experiment cannot train, a split is
+        empty, or a task has no labels in a split or a constant one in training.
     """
     name, slash, subset = name.partition("/") if ":" not in name else (name, "", "")
     options = {key: value for key, value in options.items() if value is not None}
@@ -46,7 +48,63 @@ def load(
     for part in ("train", "val", "test"):
         if not len(getattr(found, part)["image"]):
             raise ConfigError(f"{name} has no examples in its {part} split.")
+    check_labels(found)
     return found
+
+
+def known_labels(task: data.Task, target: Any) -> Any:
+    """Which labels are there: not MISSING, and not NaN."""
+    if task.kind in ("classification", "segmentation"):
+        return target != data.MISSING
+    return target == target  # noqa: PLR0124 NaN marks a missing target
+
+
+def check_labels(found: data.Dataset) -> None:
+    """Checks that every task has labels to learn and to score.
+
+    Raises:
+      ConfigError: If a split has no label of a task, or a column of the training
+        labels is constant.
+    """
+    for task, part in itertools.product(found.tasks, data.SPLITS):
+        target = np.asarray(getattr(found, part)[task.name])
+        several = task.kind == "regression" and task.size > 1
+        columns = target.reshape(-1, task.size if several else 1).T
+        for at, column in enumerate(columns):
+            known = column[known_labels(task, column)]
+            where = f" (column {at})" if several else ""
+            if not known.size:
+                raise ConfigError(
+                    f"{found.name}: task {task.name!r}{where} has no labels in its "
+                    f"{part} split."
+                )
+            if part == "train" and known.min() == known.max():
+                raise ConfigError(
+                    f"{found.name}: task {task.name!r}{where} has one label only in "
+                    f"its training split, {known[0]:g}."
+                )
+
+
+def shared_examples(found: data.Dataset) -> dict[str, int]:
+    """Numbers of distinct examples that two splits share, by ``"train, test"``.
+
+    Examples are equal if their images and all their labels are, bit by bit.
+    """
+
+    def digests(part: str) -> set[bytes]:
+        split = getattr(found, part)
+        names = ("image", *(task.name for task in found.tasks))
+        arrays = [np.ascontiguousarray(split[name]) for name in names]
+        return {
+            hashlib.blake2b(
+                b"".join(array[i].tobytes() for array in arrays), digest_size=16
+            ).digest()
+            for i in range(len(arrays[0]))
+        }
+
+    parts = {part: digests(part) for part in data.SPLITS}
+    pairs = itertools.combinations(data.SPLITS, 2)
+    return {f"{a}, {b}": len(parts[a] & parts[b]) for a, b in pairs}
 
 
 def check_data(field: str, names: tuple[str, ...], known: tuple[str, ...]) -> None:
@@ -91,13 +149,10 @@ class Scorer:
     def __init__(self, dataset: data.Dataset, task: data.Task):
         self.task = task
         parts = [getattr(dataset, part)[task.name] for part in data.SPLITS]
-        self.masked = any(not self._known(np.asarray(part)).all() for part in parts)
+        self.masked = any(
+            not known_labels(task, np.asarray(part)).all() for part in parts
+        )
         self.columns = [f"{task.name}_{kind}" for kind in SCORES[task.kind]]
-
-    def _known(self, target: Any) -> Any:
-        if self.task.kind == "classification":
-            return target != data.MISSING
-        return target == target  # noqa: PLR0124 NaN marks a missing target
 
     def _parts(self, out: Array, target: Array) -> tuple[Array, Array, Array | None]:
         """Outputs, targets without gaps, and which of them count."""
@@ -105,7 +160,7 @@ class Scorer:
             out = out[:, 0]
         if not self.masked:
             return out, target, None
-        known = self._known(target)
+        known = known_labels(self.task, target)
         return out, jnp.where(known, target, 0), known
 
     def loss(self, out: Array, target: Array) -> Array:

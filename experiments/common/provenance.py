@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from experiments.common import claims
+from experiments.common.problem import shared_examples
 from mtljax import training
 from mtljax.data import Dataset, checksum
 
@@ -34,6 +35,7 @@ KEYS: dict[str, type | tuple[type, ...]] = {
     "xla_flags": str,
     "x64": bool,
     "data": dict,
+    "shared": dict,
     "claims": (str, type(None)),
     "started": str,
     "wall_s": (int, float),
@@ -56,7 +58,8 @@ def header(
 
     Args:
       config: Of the experiment.
-      data: Data sets by name; the header has their digests.
+      data: Data sets by name; the header has their digests, and the numbers of
+        examples that their splits share.
       **about: More entries.
 
     Returns:
@@ -85,6 +88,7 @@ def header(
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "x64": bool(jax.config.read("jax_enable_x64")),
         "data": {name: checksum(found) for name, found in (data or {}).items()},
+        "shared": {name: shared_examples(d) for name, d in (data or {}).items()},
         "claims": (
             claims.claims_digest(claims.load_claims(path)) if path.is_file() else None
         ),
@@ -127,7 +131,7 @@ def check_provenance(path: pathlib.Path) -> list[str]:
         return faults
     if not lines:
         faults.append("There are no rows.")
-    faults += _check_preset(head)
+    faults += _check_preset(head) + _check_splits(head)
     known = claims.claims_path(head["experiment"])
     if known.is_file():
         digest = claims.claims_digest(claims.load_claims(known))
@@ -168,6 +172,19 @@ def _check_preset(head: Mapping[str, Any]) -> list[str]:
     if head["config"] in presets or "older preset" in readme.read_text("utf-8"):
         return []
     return ["No preset has this configuration, and the README names no older preset."]
+
+
+def _check_splits(head: Mapping[str, Any]) -> list[str]:
+    """Whether splits are disjoint, or the README says that examples are repeated."""
+    readme = claims.ROOT / head["experiment"] / "README.md"
+    if "repeated examples" in readme.read_text("utf-8"):
+        return []
+    return [
+        f"{count} examples of {name} are in two splits ({pair})."
+        for name, pairs in head["shared"].items()
+        for pair, count in pairs.items()
+        if count
+    ]
 
 
 def _git(*words: str) -> str | None:

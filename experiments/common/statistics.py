@@ -289,4 +289,5 @@ def wilcoxon(differences: Any) -> float:
         return 1.0
     tied = len(np.unique(np.abs(d))) < d.size
     method = "approx" if tied or d.size > 50 else "exact"
-    return float(stats.wilcoxon(d, method=method).pvalue)
+    found: Any = stats.wilcoxon(d, method=method)
+    return float(found.pvalue)
