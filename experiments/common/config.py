@@ -81,6 +81,15 @@ class Common:
         return range(self.first_seed, self.first_seed + self.seeds)
 
 
+@dataclasses.dataclass(frozen=True)
+class Tuned(Common):
+    """An experiment whose rows choose from a grid of learning rates."""
+
+    extensions: Size = 2
+    """Times that the grid is extended by a factor of three, for all rows, where a row
+    chose an end of it; 0 only marks such rows."""
+
+
 def option(name: str) -> str:
     """A field as it is typed.
 

@@ -121,7 +121,7 @@ def train(
             resume="auto" if config.resume else False,
             overwrite=config.overwrite,
             config=plan.about,
-            may_differ=(*plan.may_differ, "data_dir", "quick_compile"),
+            may_differ=(*plan.may_differ, "data_dir", "quick_compile", "extensions"),
         ),
         logging=training.Logging(
             plan.log_every, tensorboard=config.tensorboard, title=plan.title

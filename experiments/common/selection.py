@@ -7,7 +7,7 @@ there is. All runs of a row have one rate, and test metrics are never read.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -122,6 +122,52 @@ def claim_lines(choice: Choice, label: str) -> list[dict[str, Any]]:
         for column, rows in (("chosen", choice.rows), ("last", choice.last))
         for row in rows
     ]
+
+
+def search(
+    train: Callable[[Sequence[float]], Mapping[str, Rows]],
+    choose: Callable[[Rows], Choice],
+    rates: Sequence[float],
+    extensions: int = 2,
+) -> tuple[dict[str, list[Row]], dict[str, Choice], list[float]]:
+    """Trains all rows of a table at all rates, and beyond an end that a row chose.
+
+    Args:
+      train: The rows of every method at some rates.
+      choose: The choice of a method, from its rows at all rates so far.
+      rates: The grid.
+      extensions: Times that the grid is extended by a factor of three, for all methods.
+
+    Returns:
+      All rows, the choices, and the rates that all methods were offered.
+
+    Examples:
+      >>> train = lambda rates: {"sum": [
+      ...     {"seed": 0, "lr": lr, "step": 1, "val_score": -abs(lr - 0.9)}
+      ...     for lr in rates]}
+      >>> search(train, select, (0.1, 0.3))[2]
+      [0.1, 0.3, 0.9, 2.7]
+    """
+    found: dict[str, list[Row]] = {}
+    grid, wanted = sorted(rates), sorted(rates)
+    for left in range(extensions, -1, -1):
+        for name, rows in train(wanted).items():
+            found.setdefault(name, []).extend(rows)
+        choices = {name: choose(rows) for name, rows in found.items()}
+        ends = {choice.edge for choice in choices.values()}
+        beyond = {"low": grid[0] / 3, "high": grid[-1] * 3}
+        wanted = [float(f"{beyond[end]:.6g}") for end in beyond if end in ends]
+        if not wanted or not left:
+            break
+        grid = sorted([*grid, *wanted])
+    return found, choices, grid
+
+
+def mark(choice: Choice) -> str:
+    """Beside a number of a table: ``⌄``, ``⌃`` ends of the grid, ``→`` improving."""
+    return {"low": "⌄", "high": "⌃"}.get(choice.edge or "", "") + "→" * (
+        choice.late > 0.5
+    )
 
 
 def edge_notes(choices: Mapping[str, Choice]) -> list[str]:

@@ -6,7 +6,7 @@ over the means of the sets.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -112,6 +112,29 @@ def benjamini_hochberg(p: Any) -> np.ndarray:
       [0.03, 0.04, 0.04]
     """
     return _adjust(p, len(p) / np.arange(1, len(p) + 1), ascending=False)
+
+
+def comparison_table(
+    pairs: Mapping[str, tuple[Any, Any]], digits: int = 2, head: str = "difference"
+) -> str:
+    """Paired differences over seeds as a Markdown table, with Holm's correction.
+
+    Args:
+      pairs: Name -> ``(a, b)`` ``[n]``; the difference is ``b - a``.
+      digits: Of the differences.
+      head: Of the first column.
+    """
+    found = {name: paired(a, b) for name, (a, b) in pairs.items() if len(a) > 1}
+    if not found:
+        return ""
+    adjusted = holm([1.0 if math.isnan(f.p) else f.p for f in found.values()])
+    lines = [
+        f"| {name} | {f.mean:+.{digits}f} | [{f.low:+.{digits}f}, {f.high:+.{digits}f}]"
+        f" | {f.p:.2g} | {p:.2g} | {f.n} |"
+        for (name, f), p in zip(found.items(), adjusted, strict=True)
+    ]
+    top = f"| {head} | mean | 95 % interval | p | p, Holm | n |"
+    return "\n".join([top, "|:--|--:|--:|--:|--:|--:|", *lines])
 
 
 def minimum_detectable(n: int, *, level: float = 0.05, power: float = 0.8) -> float:

@@ -1,8 +1,7 @@
-"""``python -m experiments.forkmerge [smoke|cpu|paper] --data-dir DIR``."""
+"""``python -m experiments.forkmerge [smoke|cpu|full|gpu|large] --data-dir DIR``."""
 
-import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from experiments.common import cli as common
@@ -21,80 +20,76 @@ def main(config: Config, command: str) -> None:
         f"{len(config.domains)} targets x {config.seeds} seeds, {config.steps} steps "
         f"each; writing to {config.out}"
     )
-    rows = train_all(config, screen.say)
-    kept = report.reported(rows)
-    written = [
-        report.write_rows(kept, config),
-        report.write_table(rows, kept, config, command),
-    ]
-    if config.plots:
-        from experiments.forkmerge import figures
+    written = []
+    for rows, last in train_all(config, screen.say):
+        kept = report.reported(rows)
+        written = [
+            report.write_rows(kept, config),
+            report.write_table(kept, config, command),
+        ]
+        if config.plots and last:
+            from experiments.forkmerge import figures
 
-        written += figures.write(rows, kept, config)
-    for part in ("table", "shared"):
-        if part in config.parts:
-            title = f"test score on the target, %, over {config.seeds} seeds"
-            table = report.make_report(kept, config, part)
-            screen.show(table, title, exclude=[LABELS["stl"]])
-    if "pairs" in config.parts:
-        for method, pairs in report.pair_gains(kept, config).items():
-            screen.say(
-                f"{LABELS[method]}, one auxiliary at a time: {pairs.negative} pairs "
-                f"worse than STL, {pairs.significant(-1)} of them significantly"
-            )
+            written += figures.write(rows, kept, config)
+    if "table" in config.parts:
+        title = f"test score on the target at the last step, %, {config.seeds} seeds"
+        screen.show(report.make_report(kept, config), title, exclude=[LABELS["stl"]])
     screen.finish(written)
 
 
-def train_all(config: Config, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Rows of all parts; what is on disk already is not trained again."""
-    from experiments.forkmerge import problem, report, shared, train
+def train_all(
+    config: Config, say: Callable[[str], None]
+) -> Iterator[tuple[list[dict[str, Any]], bool]]:
+    """The rows so far after every method, the rows of claims first; then all, and True.
+
+    What is on disk already is not trained again.
+    """
+    from experiments.common.selection import search
+    from experiments.forkmerge import problem, report, train
+    from experiments.forkmerge.steps import JOINT
 
     rows: list[dict[str, Any]] = []
+    found = problem.make_problem(config)
+    evaluate = problem.make_evaluate(found)
 
-    def finish(job: train.Job, label: str) -> None:
+    def finish(method: str, rates: Sequence[float], **more: Any):
         begun = time.perf_counter()
-        rows.extend(train.Run(config, job).finish())
-        say(f"{label}: {time.perf_counter() - begun:.0f} s")
+        job = train.make_job(config, found, evaluate, method, rates, **more)
+        made = train.Run(config, job).finish()
+        rows.extend(made)
+        say(f"{LABELS[method]}, {job.name}: {time.perf_counter() - begun:.0f} s")
+        return made
 
-    def tune(part: str, method: str) -> float:
-        tuned = report.tune(rows, part, method)
-        assert tuned is not None
-        say(f"{LABELS[method]}: learning rate {tuned:g} of {config.lrs}")
-        return tuned
-
-    domains = {"table", "pairs", "intervals"} & set(config.parts)
-    if domains:
-        found = problem.make_problem(config)
-        make = functools.partial(
-            train.make_job, config, found, problem.make_evaluate(found)
+    def tune(methods: Sequence[str], rates: Sequence[float], extensions: int):
+        return search(
+            lambda rates: {method: finish(method, rates) for method in methods},
+            report.choose,
+            rates,
+            extensions,
         )
-        tuned: dict[str, float] = {}
-        for method in train.TUNED:
-            finish(make(method, tuned=tuned), LABELS[method])
-            tuned[method] = tune("table", method)
-        if "pairs" in domains:
-            for method in ("ew", "forkmerge"):
-                label = f"{LABELS[method]}, one auxiliary"
-                finish(make(method, part="pairs", tuned=tuned), label)
-        if "table" in domains:
-            for method in dict.fromkeys(config.methods):
-                if method not in tuned:
-                    finish(make(method, tuned=tuned), LABELS[method])
-        if "intervals" in domains:
-            for interval in config.intervals:
-                job = make(
-                    "forkmerge", part="intervals", tuned=tuned, interval=interval
-                )
-                finish(job, f"{LABELS['forkmerge']}, Δt = {interval}")
-    if "shared" in config.parts:
-        one_input = shared.make_problem(config)
-        measure, tuned = shared.make_evaluate(one_input), {}
-        for method in (*train.TUNED, "forkmerge", "forkmerge_each"):
-            job = train.make_shared_job(config, one_input, measure, method, tuned=tuned)
-            finish(job, f"one input, {LABELS[method]}")
-            if method in train.TUNED:
-                tuned[method] = tune("shared", method)
-    return rows
+
+    _, choices, offered = tune(("stl", "ew"), config.lrs, config.extensions)
+    tuned = {method: (choice.lr,) for method, choice in choices.items()}
+    yield rows, False
+    joint = [m for m in config.methods if m in JOINT and m != "ew"]
+    alone = [m for m in config.methods if m not in (*joint, "stl", "ew")]
+    if "table" in config.parts:
+        for method in sorted(alone, key=lambda m: m in ("post_train", "lambda_grid")):
+            finish(method, tuned["stl"])
+            yield rows, False
+    if "pairs" in config.parts:
+        finish("ew", tuned["ew"], part="pairs")
+        finish("forkmerge", tuned["stl"], part="pairs")
+        yield rows, False
+    if "intervals" in config.parts:
+        for interval in config.intervals:
+            finish("forkmerge", tuned["stl"], part="intervals", interval=interval)
+        yield rows, False
+    if "table" in config.parts:
+        for method in joint:
+            tune((method,), offered, 0)  # no more rates than STL and EW had
+            yield rows, False
+    yield rows, True
 
 
 def cli() -> None:

@@ -9,10 +9,13 @@ from experiments.common.config import Bounds, ConfigError, NotNegative, Rates, W
 from experiments.common.problem import check_data
 from mtljax.data import DIGIT_DOMAINS, DOMAINNET_DOMAINS
 
-Part = Literal["table", "pairs", "intervals", "shared"]
+Part = Literal["table", "pairs", "intervals"]
 DOMAINS = {"digits": DIGIT_DOMAINS, "domainnet": DOMAINNET_DOMAINS}
 LABELS = {
-    "stl": "target only (STL)",
+    "stl": "STL",
+    "stl_2x": "STL, 2x steps",
+    "stl_ema": "STL + EMA",
+    "alone_x2": "alone x2",
     "ew": "EW",
     "gcs": "GCS",
     "ol_aux": "OL-AUX",
@@ -20,41 +23,40 @@ LABELS = {
     "auto_lambda": "Auto-λ",
     "post_train": "post-train",
     "lambda_grid": "grid search of λ",
-    "forkmerge": "ForkMerge, B = 2",
-    "forkmerge_each": "ForkMerge‡, target + each",
+    "forkmerge": "ForkMerge",
+    "forkmerge_each": "ForkMerge‡",
 }
 """Rows of the table, in its order."""
+CONTROLS = ("stl", "stl_2x", "stl_ema", "alone_x2")
+"""Rows that see the target only."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(common.Common):
+class Config(common.Tuned):
     """Trains every method for every target domain and compares them on the target."""
 
     data: str = "digits"
     """Digits from five sources, DomainNet as tensorflow-datasets prepares it, or
     module:function of your own, a function of domain=."""
-    parts: tuple[Part, ...] = ("table", "pairs", "intervals", "shared")
+    parts: tuple[Part, ...] = ("table", "pairs", "intervals")
     """table: every method with all auxiliaries; pairs: EW and ForkMerge with one
-    auxiliary at a time; intervals: ForkMerge at several Δt; shared: one input, three
-    tasks (multidigits)."""
+    auxiliary at a time; intervals: ForkMerge at several Δt."""
     domains: tuple[str, ...] = DIGIT_DOMAINS
     """Tasks. Each is the target of runs of its own, the others its auxiliaries."""
-    methods: tuple[str, ...] = tuple(LABELS)
-    """Rows of the table; stl always runs, as the reference."""
-    seeds: Annotated[int, Bounds(1, 1000)] = 5
+    methods: tuple[str, ...] = tuple(m for m in LABELS if m != "auto_lambda")
+    """Rows of the table; stl and ew always run."""
+    seeds: Annotated[int, Bounds(1, 1000)] = 10
     """Runs of every method and target, all in one program."""
 
     train_size: int | None = 300
     """Training examples of a domain (few: auxiliaries can help), other ones for every
     seed; None is all."""
     val_size: int = 200
-    """Validation examples of a domain; with --held-out a half is searched on."""
+    """Validation examples of a domain."""
     test_size: int = 1000
     """Test examples of a domain, at most."""
     image_size: Annotated[int, Bounds(1, 1024)] = 12
     """Side of the images, in pixels."""
-    held_out: bool = False
-    """Keep a half of the validation set out of the search, to show its optimism."""
 
     model: Literal["mlp", "lenet", "resnet18"] = "mlp"
     """Trunk that the domains share; each has a linear head of its own."""
@@ -74,16 +76,15 @@ class Config(common.Common):
     """Examples per update, of one domain or of all together."""
     lrs: Rates = (0.01, 0.03, 0.1, 0.3)
     """First learning rates of SGD with Nesterov momentum 0.9; it decays as a cosine.
-    STL and EW run at each and validation picks one for either: STL's serves all methods
-    that train on one domain a step, EW's those that train on all in every step."""
+    STL and all rows that train on all domains in every step run at each, and validation
+    picks one for each row. STL's rate is that of the rows that train on one domain a
+    step, EW's that of its pairs."""
     weight_decay: NotNegative = 5e-4
     """Of all parameters."""
     share: bool = True
     """Auxiliary weights of a branch are divided by their number (released code)."""
     keep: int = 3
     """Branches of forkmerge_each after the first merge."""
-    merge_source: Literal["last", "best_in_round", "best_ever"] = "last"
-    """What is merged; see mtljax.forkmerge.ForkMerge."""
     lambdas: Rates = (0.0625, 0.25, 1.0, 4.0)
     """Auxiliary weights of the grid, which also shows transfer gain and discrepancy."""
     ol_aux_lr: float = 1e-4
@@ -96,11 +97,8 @@ class Config(common.Common):
     """Its first weights. One, so that it starts as EW: the learning rate is shared; the
     released code starts at 0.1 with a learning rate of its own."""
 
-    shared_train_size: int = 300
-    """Training canvases of the part "shared", other ones for every seed."""
-
     eval_every: int = 150
-    """Steps between evaluations; validation picks the step that is reported."""
+    """Steps between evaluations."""
     save_every: int = 300
     """Steps between checkpoints, at the ends of chunks; the last is always kept."""
     strategy: Literal["auto", "vmap", "map"] = "auto"
@@ -127,21 +125,43 @@ PRESETS = {
             save_every=8,
             batch_size=16,
             lrs=(0.03,),
-            shared_train_size=64,
             quick_compile=True,
             out=pathlib.Path("results/forkmerge-smoke"),
         ),
     ),
     "cpu": (
-        "The default, made for 20 minutes on 2 CPU cores: all parts, 5 seeds.",
+        "The default, 25 minutes of one CPU core: all parts, 10 seeds, no Auto-λ.",
         Config(),
     ),
-    "paper": (
+    "full": (
+        "Hours: the same with Auto-λ, whose steps cost 50 of the others.",
+        Config(methods=tuple(LABELS), out=pathlib.Path("results/forkmerge-full")),
+    ),
+    "gpu": (
+        "10 minutes on one GPU: the same domains, a residual network, one rate.",
+        Config(
+            parts=("table", "pairs"),
+            methods=("stl", "alone_x2", "ew", "forkmerge"),
+            seeds=5,
+            model="resnet18",
+            image_size=32,
+            train_size=590,
+            steps=2000,
+            interval=500,
+            eval_every=500,
+            save_every=500,
+            lrs=(0.03,),
+            strategy="map",
+            out=pathlib.Path("results/forkmerge-gpu"),
+        ),
+    ),
+    "large": (
         "Many hours on one GPU: DomainNet, a residual network, the paper's lengths.",
         Config(
             data="domainnet",
             domains=DOMAINNET_DOMAINS,
             parts=("table", "pairs"),
+            methods=tuple(LABELS),
             seeds=3,
             model="resnet18",
             image_size=64,
@@ -154,7 +174,7 @@ PRESETS = {
             save_every=2500,
             lrs=(0.003, 0.01, 0.03),
             strategy="map",
-            out=pathlib.Path("results/forkmerge-paper"),
+            out=pathlib.Path("results/forkmerge-large"),
         ),
     ),
 }
@@ -175,11 +195,6 @@ def check(config: Config) -> None:
     common.check_some("parts", config.parts)
     if len(config.domains) < 2:
         raise ConfigError("--domains must name a target and an auxiliary at least.")
-    if config.held_out and config.val_size < 2:
-        raise ConfigError(
-            f"--held-out splits the validation set; --val-size {config.val_size} is "
-            "too small."
-        )
     if config.interval % config.eval_every:
         raise ConfigError(
             f"--interval {config.interval} must be a multiple of --eval-every "

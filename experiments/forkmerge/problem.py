@@ -29,7 +29,7 @@ class State(NamedTuple):
     params: Any  # {"trunk": ..., "heads": leaves [domains, ...]}
     batch_stats: Any
     opt_state: Any
-    weighting: Any  # state of a balancer or of Auto-λ; () without
+    weighting: Any  # state of a balancer or of Auto-λ, or averaged weights
     order: Int[Array, " tasks"]  # domains, the target first
     rows: Any  # [domains, train_size]: the training set of a seed; () is all rows
     key: PRNGKeyArray  # of the batches; equal for all branches and methods of a seed
@@ -38,7 +38,7 @@ class State(NamedTuple):
 class Problem(NamedTuple):
     """Splits on the device, and the model that is trained on them."""
 
-    splits: dict[str, Split]  # train, val, test, perhaps report: leaves [domains, ...]
+    splits: dict[str, Split]  # train, val, test: leaves [domains, ...]
     model: models.Model
     optimizer: optax.GradientTransformation
     domains: int
@@ -101,12 +101,12 @@ class Problem(NamedTuple):
         return ((logits.argmax(-1) == labels) & mask).sum() / mask.sum()
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformation:
+def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
     """SGD with Nesterov momentum; its learning rate is a number of the state."""
     return optax.chain(
         optax.add_decayed_weights(config.weight_decay),
         optax.trace(0.9, nesterov=True),
-        optax.scale_by_schedule(optax.cosine_decay_schedule(1.0, config.steps)),
+        optax.scale_by_schedule(optax.cosine_decay_schedule(1.0, steps)),
         optax.inject_hyperparams(optax.scale)(step_size=-config.lrs[0]),
     )
 
@@ -173,11 +173,6 @@ def load(config: Config) -> tuple[dict[str, dict[str, np.ndarray]], int]:
                 f"--train-size {config.train_size} is more than the {size} training "
                 f"examples of {domain}."
             )
-    if config.held_out:
-        middle, val = config.val_size // 2, found["val"]
-        half = lambda rows: {k: v[:, rows] for k, v in val.items() if k != "size"}
-        found["report"] = half(slice(middle, None))
-        found["val"] = half(slice(0, middle))
     return found, task.size
 
 
@@ -198,7 +193,7 @@ def make_problem(config: Config) -> Problem:
         model = models.build("mlp", {"label": classes}, hidden=config.hidden)
     else:
         model = models.build(config.model, {"label": classes})
-    optimizer = make_optimizer(config)
+    optimizer = make_optimizer(config, config.steps)
     return Problem(splits, model, optimizer, len(config.domains), config.batch_size)
 
 

@@ -6,12 +6,12 @@ from experiments.forkmerge import problem, report, train
 from experiments.forkmerge.config import PRESETS, Config
 
 CONFIG, RESULTS = PRESETS["cpu"][1], "results.jsonl"
-KEYS, LINES = ("part", "method", "target", "aux", "seed", "interval"), 25
+KEYS, LINES = ("part", "method", "target", "aux", "seed", "interval"), 50
 
 
 def rows(config: Config) -> list[dict[str, Any]]:
     """Its reported lines."""
     found = problem.make_problem(config)
     evaluate = problem.make_evaluate(found)
-    job = train.make_job(config, found, evaluate, "stl", tuned={})
+    job = train.make_job(config, found, evaluate, "stl", config.lrs)
     return report.reported(train.Run(config, job).finish())

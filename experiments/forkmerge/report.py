@@ -11,9 +11,14 @@ import numpy as np
 from experiments.common import report as common
 from experiments.common.report import Report
 from experiments.common.selection import Choice, edge_notes, select
-from experiments.common.statistics import benjamini_hochberg, paired
-from experiments.forkmerge import shared
-from experiments.forkmerge.config import LABELS, Config
+from experiments.common.statistics import (
+    benjamini_hochberg,
+    comparison_table,
+    minimum_detectable,
+    paired,
+)
+from experiments.forkmerge.config import CONTROLS, LABELS, Config
+from experiments.forkmerge.train import MERGED
 from mtljax import forkmerge, metrics
 
 Rows = Sequence[Mapping[str, Any]]
@@ -27,31 +32,33 @@ def of(rows: Rows, **wanted: Any) -> list[Mapping[str, Any]]:
 RUN = ("target", "aux", "seed")
 
 
-def choose(rows: Rows, part: str, method: str) -> Choice:
+def choose(rows: Rows) -> Choice:
     """The learning rate and the steps of a method, the rate for all its targets."""
-    return select(of(rows, part=part, method=method), "val", run=RUN)
-
-
-def tune(rows: Rows, part: str, method: str) -> float | None:
-    """The learning rate of the best validation score, mean over targets and seeds."""
-    return choose(rows, part, method).lr
+    return select(rows, "val", run=RUN)
 
 
 def chosen(rows: Rows) -> list[dict[str, Any]]:
-    """The reported row of every run of one method.
+    """Every run of one method: ``test_last``, and at the chosen step ``test``.
 
-    Of a merge the last; of all others, the step (and λ) that validation chooses, which
-    gives these an advantage that ForkMerge does not take.
+    Of a merge both are those of the last merge: it chooses no step. λ is chosen by
+    validation in both.
     """
-    choice = select(rows, "val", run=RUN)
-    merged = any(row["method"].startswith("forkmerge") for row in rows)
-    return choice.last if merged else choice.rows
+    choice = choose(rows)
+    end = max(row["step"] for row in rows)
+    last = [r for r in rows if r["lr"] == choice.lr and r["step"] == end]
+    final = choose(last).rows
+    merged = any(row["method"] in MERGED for row in rows)
+    marks = {"edge": choice.edge, "late": 0.0 if merged else choice.late}
+    return [
+        {**row, "test_last": at["test"], "label": LABELS[row["method"]], **marks}
+        for row, at in zip(final if merged else choice.rows, final, strict=True)
+    ]
 
 
 def reported(rows: Rows) -> list[dict[str, Any]]:
     """The rows that tables are made of: a learning rate, a step, a λ a run."""
     kept: list[dict[str, Any]] = []
-    for part in ("table", "pairs", "intervals", "shared"):
+    for part in ("table", "pairs", "intervals"):
         for method in LABELS:
             mine = of(rows, part=part, method=method)
             for interval in sorted({row.get("interval", 0) for row in mine}):
@@ -60,13 +67,11 @@ def reported(rows: Rows) -> list[dict[str, Any]]:
     return kept
 
 
-def targets_of(config: Config, part: str) -> tuple[str, ...]:
-    """Targets of a part."""
-    return shared.TASKS if part == "shared" else config.domains
-
-
 def values_of(
-    rows: Rows, targets: Sequence[str], config: Config, auxiliaries: Sequence[str] = ()
+    rows: Rows,
+    config: Config,
+    auxiliaries: Sequence[str] = (),
+    column: str = "test_last",
 ) -> np.ndarray:
     """Test scores in percent, ``[seeds, targets]``.
 
@@ -74,8 +79,8 @@ def values_of(
     target is its own.
     """
     percent = lambda score: math.nan if score is None else 100 * score
-    found = {(r["target"], r["aux"], r["seed"]): percent(r["test"]) for r in rows}
-    seeds = range(config.first_seed, config.first_seed + config.seeds)
+    found = {(r["target"], r["aux"], r["seed"]): percent(r[column]) for r in rows}
+    targets, seeds = config.domains, config.seed_range
     if not auxiliaries:
         return np.array([[found[t, "all", s] for t in targets] for s in seeds])
     return np.array(
@@ -86,17 +91,20 @@ def values_of(
     )
 
 
-def make_report(rows: Rows, config: Config, part: str) -> Report:
-    """The table of a part, from reported rows."""
-    targets = targets_of(config, part)
-    methods = [m for m in LABELS if of(rows, part=part, method=m)]
-    found = {m: of(rows, part=part, method=m) for m in methods}
-    values = {m: values_of(found[m], targets, config) for m in methods}
+def make_report(rows: Rows, config: Config) -> Report:
+    """The table of all methods, from reported rows."""
+    targets = config.domains
+    found = {m: of(rows, part="table", method=m) for m in LABELS}
+    found = {method: mine for method, mine in found.items() if mine}
+    values = {m: values_of(mine, config) for m, mine in found.items()}
     alone = values["stl"]
     table = {}
     for method, scores in values.items():
         row: dict[str, Any] = dict(zip(targets, scores.T, strict=True))
         row["average"] = scores.mean(1)
+        row["at the chosen step"] = values_of(
+            found[method], config, column="test"
+        ).mean(1)
         if method != "stl":
             if alone.mean(0).all():  # else there is nothing to be relative to
                 # The paper prints gains: the larger the better.
@@ -109,12 +117,27 @@ def make_report(rows: Rows, config: Config, part: str) -> Report:
         row["learning rate"] = found[method][0]["lr"]
         table[LABELS[method]] = row
     columns: dict[str, Any] = dict.fromkeys(
-        [*targets, "average", "gain % over STL"], "max"
+        [*targets, "average", "at the chosen step", "gain % over STL"], "max"
     )
     columns |= {"targets worse than STL": "min", "learning rate": ""}
-    digits = dict.fromkeys([*targets, "average"], 1)
+    digits = dict.fromkeys([*targets, "average", "at the chosen step"], 1)
     digits |= {"gain % over STL": 2, "targets worse than STL": 0, "learning rate": 2}
     return Report(columns, table, digits)
+
+
+def gains_text(rows: Rows, config: Config) -> str:
+    """Paired differences of the mean over targets, at the last step."""
+    found = {m: of(rows, part="table", method=m) for m in LABELS}
+    values = {m: values_of(x, config).mean(1) for m, x in found.items() if x}
+    pairs = [("forkmerge", control) for control in CONTROLS]
+    pairs += [("alone_x2", "stl"), ("ew", "stl"), ("forkmerge_each", "forkmerge")]
+    return comparison_table(
+        {
+            f"{LABELS[a]} - {LABELS[b]}": (values[b], values[a])
+            for a, b in pairs
+            if a in values and b in values
+        }
+    )
 
 
 class Pairs(NamedTuple):
@@ -122,6 +145,8 @@ class Pairs(NamedTuple):
 
     gains: np.ndarray  # [auxiliaries, targets], mean over seeds; NaN on the diagonal
     p_values: np.ndarray  # of a paired t-test over seeds, two-sided
+    sd: np.ndarray  # over seeds
+    seeds: np.ndarray  # [seeds], mean over pairs
 
     @property
     def negative(self) -> int:
@@ -141,47 +166,53 @@ class Pairs(NamedTuple):
 def pair_gains(rows: Rows, config: Config) -> dict[str, Pairs]:
     """Method -> gains of all pairs over STL, from reported rows."""
     stl = of(rows, part="table", method="stl")
-    alone = values_of(stl, config.domains, config)
+    alone = values_of(stl, config)
     found = {}
     for method in ("ew", "forkmerge"):
         mine = of(rows, part="pairs", method=method)
         if mine:
-            scores = values_of(mine, config.domains, config, config.domains)
+            scores = values_of(mine, config, config.domains)
             gains = np.asarray(
                 forkmerge.transfer_gain(scores, alone[:, None]), np.float64
             )
-            p = np.full(gains.shape[1:], math.nan)
+            p = sd = np.full(gains.shape[1:], math.nan)
             if len(gains) > 1:
-                p = paired(np.zeros_like(gains), gains).p
-            found[method] = Pairs(gains.mean(0), p)
+                test = paired(np.zeros_like(gains), gains)
+                p, sd = test.p, test.sd
+            seeds = np.nanmean(gains, (1, 2))
+            found[method] = Pairs(gains.mean(0), p, sd, seeds)
     return found
 
 
-def pairs_text(pairs: Mapping[str, Pairs]) -> str:
+def pairs_text(pairs: Mapping[str, Pairs], seeds: int) -> str:
     """Counts as a Markdown table."""
     lines = []
     for method, found in pairs.items():
         gains = found.gains[np.isfinite(found.gains)]
         counts = found.negative, found.significant(-1), found.significant(1)
-        extremes = f"{gains.mean():+.2f}", f"{gains.min():+.2f}"
+        extremes = [f"{gains.mean():+.2f}", f"{gains.min():+.2f}"]
+        if seeds > 1:
+            least = minimum_detectable(seeds) * np.nanmean(found.sd)
+            extremes.append(f"{least:.2f}")
         lines.append(
             [LABELS[method], gains.size, *counts, found.discoveries, *extremes]
         )
     head = ["method", "pairs", "worse than STL", "significantly worse"]
     head += ["significantly better", "after correction", "mean gain", "worst gain"]
+    head += ["detectable in one pair"] if seeds > 1 else []
     return common.markdown(head, lines)
 
 
 def interval_gains(rows: Rows, config: Config) -> dict[int, np.ndarray]:
     """Δt -> gain of ForkMerge over STL in points, ``[seeds, targets]``."""
-    alone = values_of(of(rows, part="table", method="stl"), config.domains, config)
+    alone = values_of(of(rows, part="table", method="stl"), config)
     found = {}
     for part in ("intervals", "table"):
         for row in of(rows, part=part, method="forkmerge"):
             interval = row["interval"]
             mine = of(rows, part=part, method="forkmerge", interval=interval)
             if interval not in found:
-                found[interval] = values_of(mine, config.domains, config) - alone
+                found[interval] = values_of(mine, config) - alone
     return dict(sorted(found.items()))
 
 
@@ -200,52 +231,47 @@ def intervals_text(found: Mapping[int, np.ndarray], config: Config) -> str:
     return Report(columns, table, digits).markdown(head="Δt")
 
 
-def sections(rows: Rows, kept: Rows, config: Config) -> list[str]:
+def sections(kept: Rows, config: Config) -> list[str]:
     """The body of ``table.md``, a section a part; ``kept`` are the reported rows."""
-    parts = []
-    stl, size = [LABELS["stl"]], config.train_size or "all"
-    if of(kept, part="table"):
-        choices = {LABELS[m]: choose(rows, "table", m) for m in ("stl", "ew")}
-        parts += [
-            f"## {len(config.domains)} domains, each in turn the target",
-            make_report(kept, config, "table").markdown(exclude=stl),
-            "Test accuracy in percent on the target of each run, mean ± standard "
-            f"deviation over {config.seeds} seeds (training set, first weights, "
-            f"batches); {size} training examples a domain, {config.steps} steps. The "
-            f"target's validation examples ({config.val_size}) choose the step (and λ, "
-            "and the learning rates of STL and EW) for all rows but ForkMerge's, which "
-            "are the last merge; it uses them for the merge weights.",
-            " ".join(edge_notes(choices)),
-        ]
+    size = config.train_size or "all"
+    table = of(kept, part="table")
+    marks = {r["label"]: Choice([], [], r["lr"], r["edge"], r["late"]) for r in table}
+    parts = [
+        f"## {len(config.domains)} domains, each in turn the target",
+        make_report(kept, config).markdown(exclude=[LABELS["stl"]]),
+        "Test accuracy in percent on the target of each run at the last step, mean ± "
+        f"standard deviation over {config.seeds} seeds (training set, first weights, "
+        f"batches); {size} training examples a domain, {config.steps} steps. The "
+        f"target's validation examples ({config.val_size}) choose the learning rate "
+        "and λ, in the second column also the step, and the merge weights.",
+        gains_text(kept, config),
+        "Differences of the mean over targets at the last step, in points.",
+        " ".join(edge_notes(marks)),
+    ]
     pairs = pair_gains(kept, config) if of(kept, part="pairs") else {}
     if pairs:
+        mean = {LABELS[m]: (0 * p.seeds, p.seeds) for m, p in pairs.items()}
         parts += [
             "## One auxiliary at a time",
-            pairs_text(pairs),
-            "Transfer gain: test accuracy minus that of STL with the same seed, in "
-            "points, mean over seeds; significant: paired t-test over seeds, "
+            pairs_text(pairs, config.seeds),
+            "Transfer gain: test accuracy minus that of STL with the same seed, both "
+            "at the last step, in points; significant: paired t-test over seeds, "
             "two-sided, p < 0.05, and in the next column after the correction of "
             "Benjamini and Hochberg for the number of pairs. All pairs: `pairs.png`.",
+            comparison_table(mean, head="mean over pairs"),
         ]
-    if of(kept, part="intervals"):
+    if of(kept, part="intervals") and of(kept, part="table", method="forkmerge"):
         parts += [
             "## Steps between merges, ForkMerge with two branches",
             intervals_text(interval_gains(kept, config), config),
-            "Gain over STL with the same seed, in points of test accuracy.",
-        ]
-    if of(kept, part="shared"):
-        parts += [
-            "## One input, three tasks (multidigits), each in turn the target",
-            make_report(kept, config, "shared").markdown(exclude=stl),
-            "Test accuracy in percent on left and right, percent of the variance that "
-            f"is explained on ink; {config.shared_train_size} training canvases.",
+            "Gain over STL with the same seed at the last step, in points.",
         ]
     return parts
 
 
-def write_table(rows: Rows, kept: Rows, config: Config, command: str) -> pathlib.Path:
+def write_table(kept: Rows, config: Config, command: str) -> pathlib.Path:
     """``table.md``: the command, the tables, the versions."""
-    parts = ["# ForkMerge", f"`{command}`", *sections(rows, kept, config)]
+    parts = ["# ForkMerge", f"`{command}`", *sections(kept, config)]
     return common.write_table(config.out / "table.md", parts)
 
 

@@ -14,6 +14,7 @@ from experiments.forkmerge.problem import Problem, Split, State
 from mtljax import forkmerge
 
 JOINT = ("ew", "gcs", "ol_aux", "arml", "auto_lambda")
+EMA_DECAY = 0.99
 LABELS = {"trunk": "shared", "heads": "own"}
 Step = Callable[..., tuple[State, Any]]
 
@@ -31,25 +32,37 @@ def update(
     )
 
 
-def sampled_step(problem: Problem, *, alone_from: int | None = None) -> Step:
+def sampled_step(
+    problem: Problem,
+    *,
+    alone_from: int | None = None,
+    apart: int = 0,
+    averaged: bool = False,
+) -> Step:
     """One batch of one drawn domain a step, as in the released code.
 
     ``step(state, slot, number of the step, train)``; from step ``alone_from`` on it is
-    always the target's.
+    always the target's. ``apart`` times the slot is added to the number that draws the
+    batch, so that two slots of one domain see different batches. ``averaged`` keeps an
+    exponential moving average of the weights in ``state.weighting``.
     """
 
     def step(state: State, slot: Array, number: Array, train: Split):
         if alone_from is not None:
             slot = jnp.where(number < alone_from, slot, 0)
         domain = state.order[slot]
-        key = jax.random.fold_in(state.key, number)
+        key = jax.random.fold_in(state.key, number + apart * slot)
         batch = problem.batch(state, domain, key, train, problem.batch_size)
 
         def objective(params):
             return problem.loss((params, state.batch_stats), domain, batch)
 
         grad, stats = jax.grad(objective, has_aux=True)(state.params)
-        return update(problem, state, grad, stats, ()), {}
+        new = update(problem, state, grad, stats, state.weighting)
+        if averaged:
+            mean = optax.incremental_update(new.params, state.weighting, 1 - EMA_DECAY)
+            new = new._replace(weighting=mean)
+        return new, {}
 
     return step
 

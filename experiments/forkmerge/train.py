@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,9 +12,14 @@ import numpy as np
 from jaxtyping import Array
 
 from experiments.common.runs import prepare
-from experiments.forkmerge import shared
-from experiments.forkmerge.config import Config
-from experiments.forkmerge.problem import Evaluate, Problem, Split, training_rows
+from experiments.forkmerge.config import CONTROLS, Config
+from experiments.forkmerge.problem import (
+    Evaluate,
+    Problem,
+    Split,
+    make_optimizer,
+    training_rows,
+)
 from experiments.forkmerge.steps import JOINT, joint_step, sampled_step
 from mtljax import forkmerge, training
 from mtljax.training import records
@@ -22,11 +27,12 @@ from mtljax.training import records
 MAY_DIFFER = (
     *("methods", "parts", "intervals", "data_dir", "quick_compile", "strategy"),
     "save_every",
+    "extensions",
 )
 BRANCHES = "branches.json"
 """File with the branches that are kept after pruning."""
-TUNED = ("stl", "ew")
-"""Run at every learning rate."""
+MERGED = ("alone_x2", "forkmerge", "forkmerge_each")
+"""Rows that fork and merge."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,20 +89,11 @@ class Drivers:
         return jax.jit(train)
 
     @functools.cached_property
-    def evaluate(self):
-        """``evaluate(state, validation) -> state``."""
-
-        def evaluate(state, validation):
-            return self.over(lambda d, s: d.evaluate(s, validation)[0], state)
-
-        return jax.jit(evaluate)
-
-    @functools.cached_property
     def merge(self):
-        """``merge(state, validation, report) -> (state, info)``."""
+        """``merge(state, validation) -> (state, info)``."""
 
-        def merge(state, validation, report):
-            return self.over(lambda d, s: d.merge(s, validation, report), state)
+        def merge(state, validation):
+            return self.over(lambda d, s: d.merge(s, validation), state)
 
         return jax.jit(merge)
 
@@ -111,26 +108,20 @@ class Drivers:
         on_merge: Callable[[Any, Any], None],
     ) -> forkmerge.ForkMergeState:
         """:meth:`mtljax.forkmerge.ForkMerge.run` of all runs."""
-        source, every = self.first.merge_source, None
-        if isinstance(source, forkmerge.Snapshots):
-            every = source.evaluate_every
-        periods = [p for p in (self.interval, every, chunk) if p]
         while True:
             step = step_of(state)
             fresh = step > int(state.merged_at[0])
             if fresh and (step % self.interval == 0 or step >= num_steps):
-                state, info = self.merge(state, splits["val"], splits.get("report"))
+                state, info = self.merge(state, splits["val"])
                 on_merge(state, info)
-            elif fresh and every and step % every == 0:
-                state = self.evaluate(state, splits["val"])
             if step >= num_steps:
                 return state
-            n = min(num_steps - step, *(p - step % p for p in periods))
+            n = min(num_steps - step, *(p - step % p for p in (self.interval, chunk)))
             state = self.train(state, jnp.arange(step, step + n), splits["train"])
             on_chunk(state)
 
     def prune(
-        self, state: forkmerge.ForkMergeState, *, keep: int, targets: tuple[int, ...]
+        self, state: forkmerge.ForkMergeState, *, keep: int
     ) -> tuple["Drivers", forkmerge.ForkMergeState]:
         """Goes on with the best branches of every run, equally many in all."""
         info = state.info
@@ -138,7 +129,7 @@ class Drivers:
             info.weights,
             info.branch_scores,
             self.branch_weights,
-            targets=targets,
+            targets=(0,) * len(self.branch_weights),
             keep=keep,
         )
         select = lambda d, s, rows: d.select(s, rows)
@@ -162,22 +153,19 @@ class Job(NamedTuple):
     driver: Drivers
     states: Any  # the first train states, [G, ...]
     runs: list[dict[str, Any]]  # what tells the G runs apart
-    targets: tuple[int, ...]  # the target's index in ν, a run
     splits: Mapping[str, Split]
     evaluate: Evaluate
+    steps: int
     branches: tuple[dict[str, Any], ...] = ({},)  # what tells the branches apart
     merges: bool = False
     keep: int | None = None  # branches after the first merge
 
 
-def is_merged(method: str) -> bool:
-    """Whether a method forks and merges."""
-    return method.startswith("forkmerge")
-
-
 def branch_weights(config: Config, method: str, tasks: int) -> Array:
     """ν ``[B, T]`` of a method, the target being task 0."""
-    if method == "stl":
+    if method == "alone_x2":  # both slots are the target
+        return jnp.eye(2)
+    if method in CONTROLS:
         return jnp.eye(tasks)[:1]
     if method == "forkmerge":
         return forkmerge.target_vs_all(tasks, share=config.share)
@@ -190,30 +178,16 @@ def branch_weights(config: Config, method: str, tasks: int) -> Array:
     return jnp.ones((1, tasks))
 
 
-def learning_rates(
-    config: Config, method: str, tuned: Mapping[str, float]
-) -> tuple[float, ...]:
-    """All for a method that is tuned, else that of the one it is like."""
-    if method in TUNED and method not in tuned:
-        return config.lrs
-    return (tuned["ew" if method in JOINT else "stl"],)
-
-
 def runs_of(
-    config: Config,
-    part: str,
-    method: str,
-    tuned: Mapping[str, float],
-    interval: int,
+    config: Config, part: str, method: str, rates: Sequence[float], interval: int
 ) -> list[dict[str, Any]]:
     """The G runs of a method, by what tells them apart."""
-    names = shared.TASKS if part == "shared" else config.domains
     found = []
-    for target in names:
-        others = [name for name in names if name != target]
+    for target in config.domains:
+        others = [name for name in config.domains if name != target]
         for aux in others if part == "pairs" else ("all",):
             for seed in config.seed_range:
-                for lr in learning_rates(config, method, tuned):
+                for lr in rates:
                     run = {
                         "part": part,
                         "method": method,
@@ -222,41 +196,9 @@ def runs_of(
                         "seed": seed,
                         "lr": lr,
                     }
-                    found.append(
-                        run | ({"interval": interval} if is_merged(method) else {})
-                    )
+                    more = {"interval": interval} if method in MERGED else {}
+                    found.append(run | more)
     return found
-
-
-def make_driver(
-    config: Config,
-    step: Callable[..., Any],
-    score: Callable[..., Any],
-    nu: Array,
-    *,
-    drawn: bool,
-    interval: int,
-) -> Drivers:
-    """The branches ν ``[G, B, T]`` of a method."""
-    source: Any = config.merge_source
-    if source != "last":
-        every = min(config.eval_every, interval)
-        source = forkmerge.Snapshots(source, every)
-
-    def make(nu):
-        return forkmerge.ForkMerge(
-            step,
-            score,
-            nu,
-            interval=interval,
-            training=forkmerge.BranchTraining(
-                "sample" if drawn else "sum", strategy=config.strategy
-            ),
-            policies={"opt_state": "keep"},
-            merge_source=source,
-        )
-
-    return Drivers(make, nu, config.strategy)
 
 
 def make_job(
@@ -264,18 +206,22 @@ def make_job(
     problem: Problem,
     evaluate: Evaluate,
     method: str,
+    rates: Sequence[float],
     *,
     part: str = "table",
-    tuned: Mapping[str, float],
     interval: int | None = None,
 ) -> Job:
     """A method on domains: with all auxiliaries, or with one in part ``"pairs"``."""
     interval = interval or config.interval
-    runs = runs_of(config, part, method, tuned, interval)
+    runs = runs_of(config, part, method, rates, interval)
+    steps = config.steps * (2 if method == "stl_2x" else 1)
+    problem = problem._replace(optimizer=make_optimizer(config, steps))
     place = config.domains.index
 
     def order(run):
         target = place(run["target"])
+        if method == "alone_x2":
+            return [target, target]
         if run["aux"] != "all":
             return [target, place(run["aux"])]
         return [target, *(d for d in range(problem.domains) if d != target)]
@@ -290,69 +236,49 @@ def make_job(
         step, first = joint_step(config, problem, method, tasks)
         states = states._replace(weighting=jax.vmap(first)(states.params))
     else:
-        alone_from = config.steps // 2 if method == "post_train" else None
-        step = sampled_step(problem, alone_from=alone_from)
+        step = sampled_step(
+            problem,
+            alone_from=steps // 2 if method == "post_train" else None,
+            apart=steps if method == "alone_x2" else 0,
+            averaged=method == "stl_ema",
+        )
+    measure = evaluate
+    if method == "stl_ema":
+        states = states._replace(weighting=states.params)
+        measure = lambda states: evaluate(
+            states._replace(params=states.weighting, weighting=())
+        )
     nu = branch_weights(config, method, tasks)
-    drawn = method not in JOINT
-    driver = make_driver(
-        config,
-        step,
-        problem.accuracy,
-        jnp.broadcast_to(nu[None], (len(runs), *nu.shape)),
-        drawn=drawn,
-        interval=interval,
-    )
+
+    def make(nu):
+        return forkmerge.ForkMerge(
+            step,
+            problem.accuracy,
+            nu,
+            interval=interval,
+            training=forkmerge.BranchTraining(
+                "sum" if method in JOINT else "sample", strategy=config.strategy
+            ),
+            policies={"opt_state": "keep"},
+        )
+
     each = tuple({"lambda": x} for x in config.lambdas)
     name = {"table": method, "pairs": f"pairs_{method}"}.get(part, f"every_{interval}")
+    if set(rates) - set(config.lrs):
+        name += "_at_" + "_".join(f"{rate:g}" for rate in rates)
     return Job(
         name,
-        driver,
+        Drivers(
+            make, jnp.broadcast_to(nu[None], (len(runs), *nu.shape)), config.strategy
+        ),
         states,
         runs,
-        (0,) * len(runs),
         problem.splits,
-        evaluate,
+        measure,
+        steps,
         branches=each if method == "lambda_grid" else ({},),
-        merges=is_merged(method),
+        merges=method in MERGED,
         keep=config.keep if method == "forkmerge_each" else None,
-    )
-
-
-def make_shared_job(
-    config: Config,
-    problem: shared.Problem,
-    evaluate: Evaluate,
-    method: str,
-    *,
-    tuned: Mapping[str, float],
-) -> Job:
-    """A method on one input with three tasks, each in turn the target."""
-    runs = runs_of(config, "shared", method, tuned, config.interval)
-    targets = tuple(shared.TASKS.index(run["target"]) for run in runs)
-    size = len(problem.splits["train"]["image"])
-    draw = lambda run: np.random.default_rng(run["seed"]).permutation(size)
-    rows = np.stack([draw(run)[: config.shared_train_size] for run in runs])
-    states = jax.jit(jax.vmap(problem.init))(
-        keys_of(runs), np.array(targets, np.int32), rows.astype(np.int32), lrs_of(runs)
-    )
-    nu = jnp.stack([shared.branch_weights(method, target) for target in targets])
-    driver = make_driver(
-        config,
-        problem.step,
-        problem.score,
-        nu,
-        drawn=False,
-        interval=config.interval,
-    )
-    return Job(
-        f"shared_{method}",
-        driver,
-        states,
-        runs,
-        targets,
-        problem.splits,
-        evaluate,
-        merges=is_merged(method),
     )
 
 
@@ -427,13 +353,13 @@ class Run:
     def _save(self, state: forkmerge.ForkMergeState) -> None:
         meta = {"config": self.config, "rows": self.rows}
         step = step_of(state)
-        due = step % self.config.save_every == 0 or step >= self.config.steps
+        due = step % self.config.save_every == 0 or step >= self.job.steps
         if due and step not in self._saver.steps():
             self._saver.save(step, state, training.to_json(meta))
 
     def _train(self, state: forkmerge.ForkMergeState) -> None:
         """Branches that never meet: every other method."""
-        every, steps = self.config.eval_every, self.config.steps
+        every, steps = self.config.eval_every, self.job.steps
         while (step := step_of(state)) < steps:
             n = min(every - step % every, steps - step)
             batches = jnp.arange(step, step + n)
@@ -446,8 +372,6 @@ class Run:
 
         def merged(state, info):
             more = {"weights": info.weights, "branch_scores": info.branch_scores}
-            if config.held_out:
-                more = info._asdict()
             one = jax.tree.map(lambda x: x[:, None], state.merged)
             self._record(one, step_of(state), jax.device_get(more))
 
@@ -464,9 +388,7 @@ class Run:
         if self.job.keep is not None and step_of(state) <= interval:
             state = run(state, min(interval, config.steps))
             before = self.driver
-            self.driver, state = self.driver.prune(
-                state, keep=self.job.keep, targets=self.job.targets
-            )
+            self.driver, state = self.driver.prune(state, keep=self.job.keep)
             kept = positions(before.branch_weights, self.driver.branch_weights)
             # No checkpoint may have been due yet.
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -185,11 +185,18 @@ def test_a_signal_while_importing_is_one_line(name, number, status):
     ("command", "number", "text"),
     [
         (["multidigits", "smoke", "--steps", "1000000"], signal.SIGTERM, "step 1/"),
-        (["forkmerge", "smoke", "--parts", "shared"], signal.SIGINT, "writing to"),
+        (
+            ["forkmerge", "smoke", "--data", "own:shapes", "--domains", "a", "b"],
+            signal.SIGINT,
+            "writing to",
+        ),
     ],
 )
 def test_a_signal_while_training_is_its_status(command, number, text, tmp_path):
     name, *options = command
+    (tmp_path / "own.py").write_text(MINE)
+    environ = environment()
+    environ["PYTHONPATH"] += f"{os.pathsep}{tmp_path}"
     run = subprocess.Popen(
         [
             sys.executable,
@@ -198,9 +205,9 @@ def test_a_signal_while_training_is_its_status(command, number, text, tmp_path):
             f"experiments.{name}",
             *options,
             "--out",
-            tmp_path,
+            tmp_path / "run",
         ],
-        env=environment(),
+        env=environ,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=ROOT,
