@@ -1,4 +1,4 @@
-"""``python -m experiments.alternating [smoke|cpu|paper] --data-dir DIR``."""
+"""``python -m experiments.alternating [smoke|cpu|large|gpu] --data-dir DIR``."""
 
 from experiments.alternating.config import PRESETS, SINGLE_TASK, Config, check
 from experiments.common import cli as common
@@ -6,39 +6,50 @@ from experiments.common import cli as common
 
 def run_set(config: Config, problem, command: str, screen) -> None:
     """Trains all rows of a set and writes its comparison."""
-    from experiments.alternating import figures, report, studies, timing, train
+    from experiments.alternating import figures, report, studies, train
+    from experiments.common.selection import search, select
 
     name = problem.name
     setting = config.setting(name)
+    seeds = len(config.seeds_of(name))
     screen.say(
-        f"{name}: {problem.num_tasks} tasks, {len(setting.rows)} rows x "
-        f"{config.seeds} seeds, {setting.steps} batches each; writing to "
-        f"{config.out / problem.folder}"
+        f"{name}: {problem.num_tasks} tasks, {len(setting.rows)} rows x {seeds} seeds, "
+        f"{setting.steps} batches each; writing to {config.out / problem.folder}"
     )
     evaluator = train.Evaluator(problem)
     names = (SINGLE_TASK, *setting.rows)
-    found = {row: train.run_row(config, problem, row, evaluator) for row in names}
-    rows = {row: found[row] for row in names if found[row]}
+
+    def trained(rates):
+        found = {
+            row: train.run_row(config, problem, row, evaluator, rates=rates)
+            for row in names
+        }
+        return {row: found[row] for row in names if found[row]}
+
+    rows, _, _ = search(
+        trained,
+        lambda found: select(found, run=("task", "seed")),
+        setting.lrs,
+        config.extensions,
+    )
     if SINGLE_TASK not in rows or len(rows) < 2:
         screen.say(f"{name}: nothing is finished")
         return
-    scales = studies.scale(config, problem, rows, evaluator) if setting.scales else {}
-    aligned = {}
-    if setting.alignment:
-        aligned = studies.alignment(config, problem, rows, evaluator)
+
+    def write(scales):
+        results = report.Results(problem, rows, scales, setting.steps)
+        table = report.make_report(results)
+        return results, table, report.write(results, table, config, command)
+
+    results, table, written = write({})
+    if setting.scales:
+        scales = studies.scale(config, problem, rows, evaluator)
+        results, table, written = write(scales)
     left = [row for row in names if row not in rows]
     if left:
         screen.say(f"{name}: not finished: {', '.join(left)}")
-    measured = {}
-    if config.time_rounds and not config.report_only:
-        measured = timing.measure(
-            problem, tuple(rows)[1:], setting.batch_size, config.time_rounds
-        )
-    results = report.Results(problem, rows, measured, scales, aligned, setting.steps)
-    table = report.make_report(results)
-    written = report.write(results, table, config, command)
     written += figures.write(results, config)
-    title = f"{name}, test, mean ± sd over {config.seeds} seeds"
+    title = f"{name}, test, mean ± sd over {seeds} seeds"
     screen.show(table, title, exclude=["single task"])
     screen.finish(written)
 

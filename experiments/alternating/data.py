@@ -1,5 +1,6 @@
 """The data sets as arrays: training, validation and test."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ PATCH = 6
 
 
 class Arrays(NamedTuple):
-    """Splits of a set; the leading axis of every array is that of examples."""
+    """Splits of a set: arrays ``[examples, splits, ...]``; a run has one split."""
 
     tasks: tuple[str, ...]
     train: dict[str, np.ndarray]
@@ -25,7 +26,10 @@ class Arrays(NamedTuple):
 def _make(dataset: data.Dataset, split, tasks: tuple[str, ...] | None = None) -> Arrays:
     """``split(arrays, part)`` of every part."""
     tasks = tasks or tuple(task.name for task in dataset.tasks)
-    train, val, test = (split(getattr(dataset, part), part) for part in data.SPLITS)
+    train, val, test = (
+        {k: v[:, None] for k, v in split(getattr(dataset, part), part).items()}
+        for part in data.SPLITS
+    )
     return Arrays(tasks, train, val, test, dataset)
 
 
@@ -45,9 +49,27 @@ def digits(config: Config) -> Arrays:
     return _make(found, split, (*tasks, "ink"))
 
 
+def by_seed(config: Config, name: str, make: Callable[[int], Arrays]) -> Arrays:
+    """A split for every seed; of longer ones the first examples are left out."""
+    sets = [make(seed) for seed in config.seeds_of(name)]
+
+    def stack(*arrays):
+        count = min(map(len, arrays))
+        return np.stack([array[len(array) - count :, 0] for array in arrays], 1)
+
+    parts = ([getattr(found, part) for found in sets] for part in data.SPLITS)
+    train, val, test = ({k: stack(*(s[k] for s in p)) for k in p[0]} for p in parts)
+    return Arrays(sets[0].tasks, train, val, test, sets[0].dataset)
+
+
 def faces(config: Config) -> Arrays:
     """Who, where to, how, with what on, and the face itself, at half the resolution."""
-    found = common.load(config, "cmu_faces", persons="mixed")
+    return by_seed(config, "faces", lambda seed: faces_of(config, seed))
+
+
+def faces_of(config: Config, seed: int) -> Arrays:
+    """The split of a seed."""
+    found = common.load(config, "cmu_faces", persons="mixed", seed=seed)
 
     def split(arrays, part):
         del part
@@ -101,12 +123,17 @@ def tox21(config: Config) -> Arrays:
 
 
 def school(config: Config) -> Arrays:
-    """Exam scores, a task for every school.
+    """Exam scores, a task for every school."""
+    return by_seed(config, "school", lambda seed: school_of(config, seed))
+
+
+def school_of(config: Config, seed: int) -> Arrays:
+    """The split of a seed.
 
     An example of the training split is one pupil of each school: the pupils of smaller
     schools come up more often, in orders of their own.
     """
-    found = common.load(config, "school")
+    found = common.load(config, "school", seed=seed)
     names = [task.name for task in found.tasks]
 
     def split(arrays, part):

@@ -11,18 +11,16 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
-import mtljax
 from experiments.alternating import data
 from experiments.alternating.config import Config, check_groups, option_of
 from experiments.common.config import check_batch
 from experiments.common.problem import Scorer
 from experiments.common.runs import LABELS as SHARES
 from experiments.common.runs import on_device
-from mtljax import metrics, models
+from mtljax import models
 from mtljax.alternating import indexed
 
 Batch = Mapping[str, Array]
-MANY = 40  # tasks for which cosines of all pairs are left out
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,7 +39,7 @@ class Problem:
     task_losses: Callable[[Any, Batch], Array]
     judge: Callable[[Any, Batch], tuple[Array, Array]]  # losses, metrics: more is more
     judge_alone: Callable[..., tuple[Array, Array]]  # of a task's network
-    probe_size: int
+    by_seed: bool  # whether each seed has a split
 
     @property
     def num_tasks(self) -> int:
@@ -63,34 +61,25 @@ class Problem:
         """The network of a single task."""
         return self.rows(lambda x: x[task], params)
 
-    def cosines(self, params: Any) -> dict[str, Array]:
-        """Mean cosine of the trunk's gradients over pairs of tasks; share below 0."""
-        if self.num_tasks > MANY:
-            return {}
-        probe = {k: v[: self.probe_size] for k, v in self.train.items()}
-        _, gramian = mtljax.task_gramian(
-            lambda trunk: self.task_losses({**params, "trunk": trunk}, probe)
-        )(params["trunk"])
-        return {
-            "cosine": metrics.mean_cosine(gramian),
-            "conflicts": metrics.conflict_rate(gramian),
-        }
+    def split(self, arrays: Batch, split: Any) -> Batch:
+        """The examples of one split, of arrays ``[examples, splits, ...]``."""
+        return jax.tree.map(lambda x: x[:, split], dict(arrays))
 
-    def evaluate(self, params: Any) -> dict[str, Array]:
+    def evaluate(self, params: Any, at: Array) -> dict[str, Array]:
         """Losses and metrics of all tasks; the score is the mean over the columns."""
         found = {}
         for name, split in self.splits.items():
-            losses, values = self.judge(params, split)
+            losses, values = self.judge(params, self.split(split, at))
             found |= {f"{name}_losses": losses, f"{name}_metrics": values}
         weights = jnp.asarray(np.mean(list(self.columns.values()), 0), jnp.float32)
         found["val_score"] = (weights * found["val_metrics"]).sum()
-        return found | self.cosines(params)
+        return found
 
-    def evaluate_alone(self, params: Any, task: Array) -> dict[str, Array]:
+    def evaluate_alone(self, params: Any, at: Array, task: Array) -> dict[str, Array]:
         """The same of a network of one task."""
         found = {}
         for name, split in self.splits.items():
-            loss, value = self.judge_alone(params, task, split)
+            loss, value = self.judge_alone(params, task, self.split(split, at))
             found |= {f"{name}_loss": loss, f"{name}_metric": value}
         return found | {"val_score": found["val_metric"]}
 
@@ -202,7 +191,7 @@ def _model(hidden: tuple[int, ...], heads: Mapping[str, int]) -> models.Model:
 
 def _digits(arrays: data.Arrays, hidden: tuple[int, ...]) -> Parts:
     count = len(arrays.tasks)
-    stack = Stack(_model(hidden, {"task": 1}), count, arrays.train["x"][0])
+    stack = Stack(_model(hidden, {"task": 1}), count, arrays.train["x"][0, 0])
 
     def positive(task, batch):
         label = jnp.where(task < 10, batch["left"], batch["right"])
@@ -229,7 +218,7 @@ def _digits(arrays: data.Arrays, hidden: tuple[int, ...]) -> Parts:
 
 def _tox21(arrays: data.Arrays, hidden: tuple[int, ...]) -> Parts:
     count = len(arrays.tasks)
-    stack = Stack(_model(hidden, {"task": 1}), count, arrays.train["x"][0])
+    stack = Stack(_model(hidden, {"task": 1}), count, arrays.train["x"][0, 0])
 
     def loss(out, task, batch):
         label = batch["y"][:, task]
@@ -246,7 +235,7 @@ def _tox21(arrays: data.Arrays, hidden: tuple[int, ...]) -> Parts:
 def _camvid(arrays: data.Arrays, hidden: tuple[int, ...]) -> Parts:
     count, pixels = len(arrays.tasks), data.PATCH**2
     model = _model(hidden, {"task": pixels})
-    stack = Stack(model, count, arrays.train["x"][0, 0])
+    stack = Stack(model, count, arrays.train["x"][0, 0, 0])
 
     def patches(batch):
         return batch["x"].reshape(-1, batch["x"].shape[-1])
@@ -275,7 +264,7 @@ def _camvid(arrays: data.Arrays, hidden: tuple[int, ...]) -> Parts:
 
 def _school(arrays: data.Arrays, hidden: tuple[int, ...]) -> Parts:
     count = len(arrays.tasks)
-    stack = Stack(_model(hidden, {"task": 1}), count, arrays.train["x"][0, 0])
+    stack = Stack(_model(hidden, {"task": 1}), count, arrays.train["x"][0, 0, 0])
 
     def task_loss(params, task, batch):
         out = stack.one(params, batch["x"][:, task])[:, 0]
@@ -300,7 +289,7 @@ def _school(arrays: data.Arrays, hidden: tuple[int, ...]) -> Parts:
 
         return jax.vmap(one)(params["heads"], jnp.arange(count))
 
-    pupils = (arrays.test["pupils"] != data.MISSING).sum(1)
+    pupils = (arrays.test["pupils"][:, 0] != data.MISSING).sum(1)
     columns = {"explained variance": pupils / pupils.sum()}
     return Parts(
         columns, stack.init, task_loss, task_losses, judge, judge_alone, SHARES
@@ -309,13 +298,13 @@ def _school(arrays: data.Arrays, hidden: tuple[int, ...]) -> Parts:
 
 def _named(arrays: data.Arrays, hidden: tuple[int, ...]) -> Parts:
     """Tasks with heads of their own sizes; the image itself may be the last one."""
-    pixels = int(np.prod(arrays.train["x"].shape[1:]))
+    pixels = int(np.prod(arrays.train["x"].shape[2:]))
     image = "image" in arrays.tasks
     tasks = arrays.dataset.tasks
     scorers = [Scorer(arrays.dataset, task) for task in tasks]
     sizes = {task.name: task.size for task in tasks}
     model = _model(hidden, sizes | ({"image": pixels} if image else {}))
-    example = jnp.asarray(arrays.train["x"][:1])
+    example = jnp.asarray(arrays.train["x"][:1, 0])
 
     def outputs(params, batch):
         return model.apply((params, {}), batch["x"], train=True)[0]
@@ -400,6 +389,5 @@ def make_problem(config: Config, name: str) -> Problem:
         task_losses=parts.task_losses,
         judge=parts.judge,
         judge_alone=parts.judge_alone,
-        # An image of camvid is 48 examples to its trunk.
-        probe_size=-(-config.probe_size // (8 if name == "camvid" else 1)),
+        by_seed=name in ("faces", "school"),
     )

@@ -1,16 +1,16 @@
-"""The committed row of the sum on the faces, trained again."""
+"""The committed joint row on the faces, trained again."""
 
 from typing import Any
 
 from experiments.alternating import problem, report, train
 from experiments.alternating.config import PRESETS, Config
 
-CONFIG, KEYS, LINES = PRESETS["cpu"][1], ("study", "row", "seed", "task", "scale"), 3
+CONFIG, KEYS, LINES = PRESETS["cpu"][1], ("study", "row", "seed", "task", "scale"), 5
 RESULTS = "faces/results.jsonl"
 
 
 def rows(config: Config) -> list[dict[str, Any]]:
     """Its reported lines."""
     faces = problem.make_problem(config, "faces")
-    found = train.run_row(config, faces, "sum", train.Evaluator(faces))
-    return [{"row": "sum", **row} for row in report.chosen_rows(found)]
+    found = train.run_row(config, faces, "joint", train.Evaluator(faces))
+    return [{"row": "joint", **row} for row in report.chosen_rows(found)]

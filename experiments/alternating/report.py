@@ -2,17 +2,18 @@
 
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from experiments.alternating.config import SINGLE_TASK, Config
 from experiments.alternating.problem import Problem
-from experiments.alternating.train import cost_of, row_of
+from experiments.alternating.train import cost_of, inner_steps, row_of
 from experiments.common import report as common
 from experiments.common.report import Report
 from experiments.common.selection import edge_notes, select, select_each
+from experiments.common.statistics import comparison_table
 from mtljax import metrics
 from mtljax.training import tables
 
@@ -21,21 +22,12 @@ Rows = Sequence[Mapping[str, Any]]
 Columns = Mapping[str, np.ndarray]
 
 
-class Measured(NamedTuple):
-    """What a program takes: of one run, one batch."""
-
-    milliseconds: float
-    megabytes: float  # arguments, results and temporary buffers
-
-
 class Results(NamedTuple):
-    """What was trained and measured on a set."""
+    """What was trained on a set."""
 
     problem: Problem
     rows: Mapping[str, Rows]
-    measured: Mapping[str, Measured]
     scales: Mapping[str, Rows]
-    aligned: Mapping[tuple[str, int], Rows]
     steps: int
 
     def cost(self, name: str) -> Any:
@@ -72,9 +64,21 @@ def travelled(rows: Rows) -> dict[str, list[float]]:
     return {m: [row[m] for row in train if row["step"] == last] for m in MEASURES}
 
 
+def last_rows(rows: Rows) -> list[dict[str, Any]]:
+    """The last evaluation of every run at the chosen rate, in the same order."""
+    tasks = dict.fromkeys(row["task"] for row in rows if row["kind"] == "eval")
+    choices = [select([r for r in rows if r.get("task") == task]) for task in tasks]
+    return [row for choice in choices for row in choice.last]
+
+
+def averages(results: Results, name: str) -> np.ndarray:
+    """Mean of the columns on the test split ``[seeds]``, at the chosen step."""
+    return columns_of(results.problem.columns, chosen_rows(results.rows[name])).mean(1)
+
+
 def make_report(results: Results) -> Report:
     """Metrics at equal batches, and their mean at equal backward passes."""
-    rows, measured, columns = results.rows, results.measured, results.problem.columns
+    rows, columns = results.rows, results.problem.columns
     names = [name for name in rows if name != SINGLE_TASK]
     budget = results.steps * min(results.cost(name).backward for name in names)
     baseline = columns_of(columns, chosen_rows(rows[SINGLE_TASK])).mean(0)
@@ -84,6 +88,7 @@ def make_report(results: Results) -> Report:
         values = columns_of(columns, chosen)
         row: dict[str, Any] = dict(zip(columns, values.T.tolist(), strict=True))
         row["average"] = values.mean(1)
+        row["average, last step"] = columns_of(columns, last_rows(found)).mean(1)
         if name != SINGLE_TASK:
             row["Δm %"] = metrics.delta_m(values, baseline, [True] * len(baseline))
             cost = results.cost(name)
@@ -92,19 +97,160 @@ def make_report(results: Results) -> Report:
                 row["average, equal passes"] = columns_of(columns, early).mean(1)
             row |= {"F": cost.forward, "B": cost.backward, "states": cost.states}
             row |= {"lr / 1e-3": 1e3 * chosen[0]["lr"], **travelled(found)}
-        if name in measured:
-            row["ms"], row["MB"] = measured[name]
         table[row_of(name).label] = row
     directions: dict[str, Literal["min", "max", ""]] = dict.fromkeys(columns, "max")
     if len(columns) > 1:
         directions["average"] = "max"
-    directions |= {"Δm %": "min", "average, equal passes": "max"}
-    directions |= dict.fromkeys(("lr / 1e-3", "F", "B", "states"), "")
-    directions |= dict.fromkeys(("ms", "MB") if measured else (), "")
-    directions |= dict.fromkeys(MEASURES, "")
+    directions |= {"average, last step": "max", "Δm %": "min"}
+    directions["average, equal passes"] = "max"
+    directions |= dict.fromkeys(("lr / 1e-3", "F", "B", "states", *MEASURES), "")
     digits = dict.fromkeys(directions, 3)
     digits |= {"Δm %": 1, "F": 0, "B": 0, "states": 0, "distance": 1, "lr / 1e-3": 1}
-    return Report(directions, table, digits | {"ms": 2, "MB": 2, "straightness": 2})
+    return Report(directions, table, digits | {"straightness": 2})
+
+
+Pair = tuple[np.ndarray, np.ndarray]
+
+
+def quality(results: Results) -> dict[str, Pair]:
+    """Δm of pairs of rows ``[seeds]``, and the slope of Δm over groups."""
+    rows, columns = results.rows, results.problem.columns
+    baseline = columns_of(columns, chosen_rows(rows[SINGLE_TASK])).mean(0)
+    better = [True] * len(baseline)
+    delta = {
+        name: np.asarray(
+            metrics.delta_m(columns_of(columns, chosen_rows(found)), baseline, better)
+        )
+        for name, found in rows.items()
+        if name != SINGLE_TASK
+    }
+    pairs = [
+        ("alternating", "joint"),
+        ("alternating", "alternating:shared"),
+        ("adatask", "joint"),
+        ("groups_4", "joint"),
+    ]
+    found = {
+        f"{row_of(a).label} - {row_of(b).label}": (delta[b], delta[a])
+        for a, b in pairs
+        if a in delta and b in delta
+    }
+    line = group_line(rows, results.problem.num_tasks)
+    if len(line) > 2:
+        values = np.array([delta[name] for name in line.values()])
+        slope = np.polyfit(np.log2(list(line)), values, 1)[0]
+        found["slope over G, a doubling"] = (np.zeros_like(slope), slope)
+    return found
+
+
+def group_line(rows: Mapping[str, Any], tasks: int) -> dict[int, str]:
+    """G -> row with a state a slot; one group is the joint row, T alternation."""
+    named = {row_of(n).groups: n for n in rows if n.startswith("groups_")}
+    line = {1: "joint", **dict(sorted(named.items())), tasks: "alternating:shared"}
+    return {g: n for g, n in line.items() if n in rows}
+
+
+def by_rate(rows: Rows, value: Callable[[Rows], float]) -> tuple[Any, np.ndarray]:
+    """Learning rates, and ``value`` of every run ``[seeds, rates]``."""
+    rates = sorted({row["lr"] for row in rows})
+    seeds = list(dict.fromkeys(row["seed"] for row in rows))
+    runs: dict[Any, list[Any]] = {}
+    for row in rows:
+        runs.setdefault((row["seed"], row["lr"]), []).append(row)
+    found = [[value(runs[seed, lr]) for lr in rates] for seed in seeds]
+    return np.array(rates), np.array(found)
+
+
+def _best(run: Rows) -> float:
+    scores = [r["val_score"] for r in run if r["kind"] == "eval"]
+    return max([s for s in scores if s is not None], default=0.0)
+
+
+def _trained(run: Rows) -> list[Mapping[str, Any]]:
+    return [row for row in run if row["kind"] == "train"]
+
+
+def _distance(run: Rows) -> float:
+    return _trained(run)[-1]["distance"] or math.nan
+
+
+def at_rates(rates: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Values ``[seeds, wanted]``, linear in the logarithm of the rate."""
+    return np.array([np.interp(np.log(wanted), np.log(rates), v) for v in values])
+
+
+def tolerance(results: Results) -> Pair:
+    """Mean validation score over the logarithm of the step length, joint first.
+
+    Over the step lengths that both rows have, alternation's being T rates.
+    """
+    found = {}
+    for name in ("joint", "alternating"):
+        rates, values = by_rate(results.rows[name], _best)
+        found[name] = rates * inner_steps(name, results.problem.num_tasks), values
+    low = max(reach[0] for reach, _ in found.values())
+    high = min(reach[-1] for reach, _ in found.values())
+    points = np.geomspace(low, high, 101)
+    joint, other = (at_rates(*found[n], points).mean(1) for n in found)
+    return joint, other
+
+
+def exploration(results: Results) -> dict[str, Pair]:
+    """Log distances of the trunk, joint first, at the rate that alternation chose.
+
+    At that rate for both; against the joint step T times as long; and at that rate
+    where the mean training loss first reaches the larger of their two lowest ones.
+    """
+    tasks, rate = results.problem.num_tasks, chosen_rate(results.rows["alternating"])
+    ends = {n: by_rate(results.rows[n], _distance) for n in ("joint", "alternating")}
+    log = {n: at_rates(r, np.log(v), np.array([rate])) for n, (r, v) in ends.items()}
+    rates, values = ends["joint"]
+    found = {"at one rate": (log["joint"][:, 0], log["alternating"][:, 0])}
+    if rate * tasks <= rates[-1]:
+        longer = at_rates(rates, np.log(values), np.array([rate * tasks]))
+        found["against a step of equal length"] = longer[:, 0], log["alternating"][:, 0]
+    runs = {
+        name: by_rate([r for r in results.rows[name] if r["lr"] == rate], _trained)[1]
+        for name in ("joint", "alternating")
+    }
+    reached: dict[str, list[float]] = {name: [] for name in runs}
+    for pair in zip(*(found[:, 0] for found in runs.values()), strict=True):
+        lowest = max(min(np.mean(r["losses"]) for r in run) for run in pair)
+        for name, run in zip(runs, pair, strict=True):
+            first = next(r for r in run if np.mean(r["losses"]) <= lowest)
+            reached[name].append(math.log(first["distance"]))
+    joint, other = (np.array(values) for values in reached.values())
+    return found | {"at equal training loss": (joint, other)}
+
+
+def scale_slopes(study: Mapping[str, Rows], columns: Columns) -> dict[str, Pair]:
+    """Change of the scaled task's metric for a factor of ten ``[seeds]``."""
+    slopes = {}
+    for name, found in study.items():
+        factors = sorted({row["scale"] for row in found})
+        values = [
+            columns_of(columns, chosen_rows([r for r in found if r["scale"] == f]))
+            for f in factors
+        ]
+        slope = np.polyfit(np.log10(factors), np.array(values)[..., -1], 1)[0]
+        slopes[row_of(name).label] = (np.zeros_like(slope), slope)
+    return slopes
+
+
+def comparisons(results: Results) -> list[str]:
+    """The paired differences that claims are about."""
+    parts = ["Δm, percent:", comparison_table(quality(results))]
+    if {"joint", "alternating"} <= set(results.rows):
+        area = {"alternating - joint": tolerance(results)}
+        parts += ["Mean validation score over the step lengths that both have:"]
+        parts += [comparison_table(area, digits=3)]
+        parts += ["Logarithm of the trunk's distance, alternating - joint:"]
+        parts += [comparison_table(exploration(results))]
+    if results.scales:
+        slopes = scale_slopes(results.scales, results.problem.columns)
+        parts += ["Change of the scaled task's metric for a factor of ten:"]
+        parts += [comparison_table(slopes, digits=3)]
+    return parts
 
 
 def scale_table(study: Mapping[str, Rows], columns: Columns) -> str:
@@ -123,69 +269,48 @@ def scale_table(study: Mapping[str, Rows], columns: Columns) -> str:
     return tables.markdown_table(shown, {f"{f:g}": "" for f in factors})
 
 
-def alignment_table(study: Mapping[tuple[str, int], Rows]) -> str:
-    """Agreement of the tasks' gradients over a run, and at its end."""
-    shown = {}
-    for (name, part), found in study.items():
-        evaluated = [row for row in found if row["kind"] == "eval"]
-        seeds = list(dict.fromkeys(row["seed"] for row in evaluated))
-        row: dict[str, Any] = {}
-        for key in ("cosine", "conflicts"):
-            each = [[r[key] for r in evaluated if r["seed"] == s] for s in seeds]
-            row[f"{key}, mean of the run"] = [float(np.mean(e[1:])) for e in each]
-            row[f"{key}, end"] = [e[-1] for e in each]
-        rate = "eta" if part == 1 else f"eta / {part}, {part} x as long"
-        shown[f"{row_of(name).label}, {rate}"] = row
-    columns = list(next(iter(shown.values())))
-    return tables.markdown_table(shown, dict.fromkeys(columns, ""), digits=4)
-
-
 def write(
     results: Results, table: Report, config: Config, command: str
 ) -> list[pathlib.Path]:
     """``results.jsonl`` and ``table.md`` of a set, with its studies."""
     name, rows = results.problem.name, results.rows
-    folder = config.out / results.problem.folder
+    folder, seeds = config.out / results.problem.folder, config.seeds_of(name)
     choices = {
         row_of(row).label: select(found)
         for row, found in rows.items()
         if row != SINGLE_TASK
     }
     parts = [
-        f"# Alternating steps, {name}, {config.seeds} seeds",
+        f"# Alternating steps, {name}, {len(seeds)} seeds",
         f"`{command}`",
         table.markdown(exclude=["single task"]),
         "Mean ± standard deviation over seeds on the test split, at the evaluation and "
-        'the learning rate that validation chose (the rate a row of "lr x T" '
-        "multiplies is shown before it does). Δm is relative to single-task networks, "
-        "in percent, lower is better. F, B: forward and backward passes per batch; "
-        "states: optimiser states of the shared parameters. Equal passes: only as many "
-        "batches as cost what the cheapest row spends on backward passes in its whole "
-        "run. Distance, straightness (distance over path) and turning (mean cosine of "
-        "successive batches' displacements) are the trunk's, at the end of the run.",
+        "the learning rate that validation chose. Δm is relative to single-task "
+        "networks, in percent, lower is better. F, B: forward and backward passes per "
+        "batch; states: optimiser states of the shared parameters. Equal passes: only "
+        "as many batches as cost what the cheapest row spends on backward passes in "
+        "its whole run. Distance, straightness (distance over path) and turning (mean "
+        "cosine of successive batches' displacements) are the trunk's, at the end of "
+        "the run.",
         " ".join(edge_notes(choices)),
+        *(comparisons(results) if len(seeds) > 1 else []),
     ]
     if results.scales:
         title = f"Test metric by the factor of the loss of {results.problem.tasks[-1]}:"
         parts += [title, scale_table(results.scales, results.problem.columns)]
-    if results.aligned:
-        title = "Gradients of the tasks on training examples, plain SGD:"
-        parts += [title, alignment_table(results.aligned)]
     lines: list[Any] = []
     for row_name, found in rows.items():
-        taken = results.measured.get(row_name)
-        timing = taken._asdict() if taken else {}
-        lines += [{"row": row_name, **row, **timing} for row in chosen_rows(found)]
-    studies = [("scale", row, found) for row, found in results.scales.items()]
-    studies += [
-        (f"alignment-{part}", row, found)
-        for (row, part), found in results.aligned.items()
-    ]
-    for study, row_name, found in studies:
+        choice = choices.get(row_of(row_name).label)
+        marks = {"edge": choice.edge, "late": choice.late} if choice else {}
+        for row, last in zip(chosen_rows(found), last_rows(found), strict=True):
+            ends = {f"{k}_last": v for k, v in last.items() if k.startswith("test_")}
+            label = {"row": row_name, "label": row_of(row_name).label}
+            lines.append({**label, **row, **ends, **marks})
+    for row_name, found in results.scales.items():
         for scale in dict.fromkeys(row["scale"] for row in found):
             at = [row for row in found if row["scale"] == scale]
             lines += [
-                {"study": study, "row": row_name, **row} for row in chosen_rows(at)
+                {"study": "scale", "row": row_name, **row} for row in chosen_rows(at)
             ]
     return [
         common.write_rows(folder / "results.jsonl", config, lines, set=name),

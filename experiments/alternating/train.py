@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-import mtljax
 from experiments.alternating.config import ROWS, SINGLE_TASK, Config, Row
-from experiments.alternating.problem import SHARES, Batch, Problem
+from experiments.alternating.problem import Batch, Problem
 from experiments.common import runs as common
 from mtljax import training
-from mtljax.alternating import Cost, Groups, alternate
+from mtljax.alternating import Cost, alternate
 
 
 class Exploration(NamedTuple):
@@ -31,11 +30,12 @@ class State(NamedTuple):
     """Everything that changes in a run, and what tells it apart."""
 
     params: Any
-    optimizer: Any  # of alternate, (balancer, Adam), or Adam for a single task
+    optimizer: Any  # of alternate, or Adam for a single task
     exploration: Exploration
     lr: Float[Array, ""]
     scale: Float[Array, ""]  # of the last task's loss
     task: Int[Array, ""]  # of a single-task network
+    split: Int[Array, ""]
     step: Int[Array, ""]
 
 
@@ -101,31 +101,19 @@ class _Mover:
         # The key of a run lives in its state; this one is never drawn from.
         self.unused = jax.random.key(0)
 
-    def optimizer(self, lr: Array) -> optax.GradientTransformation:
-        make = optax.adam if self.row.optimizer == "adam" else optax.sgd
-        return make((self.problem.num_tasks if self.row.rate == "T" else 1) * lr)
-
     def alternating(self, lr: Array, key: Array):
         return alternate(
-            self.optimizer(lr),
+            optax.adam(lr),
             self.problem.num_tasks,
             key=key,
             labels=self.problem.labels,
             **dict(self.row.options),
         )
 
-    def balancer(self, key: Array) -> mtljax.Balancer:
-        assert self.row.balancer is not None
-        method = mtljax.get_method(self.row.balancer)
-        return method.build(self.problem.num_tasks, key=key)
-
     def init(self, params: Any, key: Array, lr: Array) -> Any:
         if self.single:
-            return self.optimizer(lr).init(params)
-        if self.row.balancer is None:
-            return self.alternating(lr, key).init(params)
-        shared = mtljax.shared_params(params, SHARES)
-        return self.balancer(key).init(shared), self.optimizer(lr).init(params)
+            return optax.adam(lr).init(params)
+        return self.alternating(lr, key).init(params)
 
     def factor(self, state: State, task: Any) -> Array:
         last = task == self.problem.num_tasks - 1
@@ -133,13 +121,19 @@ class _Mover:
 
     def __call__(self, state: State, batch: Batch) -> tuple[Array, Any, Any]:
         """``(losses, params, optimizer)``; losses without their factor."""
+        batch = self.problem.split(batch, state.split)
         if self.single:
             return self._alone(state, batch)
+
+        def loss(params, task, batch):
+            found = self.problem.task_loss(params, task, batch)
+            return self.factor(state, task) * found
+
+        steps = self.alternating(state.lr, self.unused)
+        losses, params, optimizer = steps.step(
+            loss, state.params, state.optimizer, batch
+        )
         everyone = jnp.arange(self.problem.num_tasks)
-        if self.row.balancer is None:
-            losses, params, optimizer = self._in_turn(state, batch)
-        else:
-            losses, params, optimizer = self._jointly(state, batch)
         return losses / self.factor(state, everyone), params, optimizer
 
     def _alone(self, state: State, batch: Batch):
@@ -147,36 +141,11 @@ class _Mover:
             return self.problem.task_loss(params, state.task, batch)
 
         value, grad = jax.value_and_grad(loss)(state.params)
-        updates, optimizer = self.optimizer(state.lr).update(
+        updates, optimizer = optax.adam(state.lr).update(
             grad, state.optimizer, state.params
         )
         params: Any = optax.apply_updates(state.params, updates)
         return value[None], params, optimizer
-
-    def _in_turn(self, state: State, batch: Batch):
-        def loss(params, task, batch):
-            return self.factor(state, task) * self.problem.task_loss(
-                params, task, batch
-            )
-
-        steps = self.alternating(state.lr, self.unused)
-        return steps.step(loss, state.params, state.optimizer, batch)
-
-    def _jointly(self, state: State, batch: Batch):
-        def losses_of(params, batch):
-            losses = self.problem.task_losses(params, batch)
-            return self.factor(state, jnp.arange(len(losses))) * losses
-
-        balancer_state, opt_state = state.optimizer
-        gradient = mtljax.value_and_balanced_grad(
-            losses_of, self.balancer(self.unused), labels=SHARES
-        )
-        losses, grad, balancer_state = gradient(state.params, balancer_state, batch)
-        updates, opt_state = self.optimizer(state.lr).update(
-            grad, opt_state, state.params
-        )
-        params: Any = optax.apply_updates(state.params, updates)
-        return losses, params, (balancer_state, opt_state)
 
 
 def make_program(problem: Problem, name: str) -> Program:
@@ -192,7 +161,8 @@ def make_program(problem: Problem, name: str) -> Program:
         trip = Exploration(trunk, zeros, jnp.zeros(()), jnp.zeros(()))
         lr, scale = jnp.float32(lr), jnp.float32(scale)
         optimizer = move.init(params, key, lr)
-        return State(params, optimizer, trip, lr, scale, task, jnp.int32(0))
+        zero = jnp.int32(0)
+        return State(params, optimizer, trip, lr, scale, task, zero, zero)
 
     def step(state: State, batch: Batch):
         losses, params, optimizer = move(state, batch)
@@ -208,40 +178,28 @@ def make_program(problem: Problem, name: str) -> Program:
 
 def cost_of(name: str, num_tasks: int) -> Cost:
     """Passes per batch."""
-    row = row_of(name)
     if name == SINGLE_TASK:
         return Cost(1, 1, 1)
-    if row.balancer is None:
-        key = jax.random.key(0)
-        return alternate(optax.sgd(0.0), num_tasks, key=key, **dict(row.options)).cost
-    method = mtljax.get_method(row.balancer)
-    needs = method.build(num_tasks, key=jax.random.key(0)).needs
-    return Cost(1, 1 if needs == "losses" else num_tasks, 1)
+    options, key = dict(row_of(name).options), jax.random.key(0)
+    return alternate(optax.sgd(0.0), num_tasks, key=key, **options).cost
 
 
 def inner_steps(name: str, num_tasks: int) -> int:
-    """Steps of length eta in a batch, as a joint step with a rate T eta has."""
-    row = row_of(name)
-    if row.rate == "T":
-        return num_tasks
-    options = dict(row.options)
-    if row.balancer is not None or options.get("schedule") == "per_batch":
-        return 1
+    """Steps of length eta in a batch."""
+    options = dict(row_of(name).options)
     # Side by side, displacements of the tasks' own optimisers add up.
     if options.get("state") == "per_task":
         return num_tasks
-    groups: Any = options.get("groups", num_tasks)
-    number = groups.number if isinstance(groups, Groups) else groups
-    return num_tasks if number is None else number
+    return options.get("groups", num_tasks)
 
 
-def runs_of(config: Config, problem: Problem, name: str) -> list[Run]:
+def runs_of(
+    config: Config, problem: Problem, name: str, rates: Sequence[float]
+) -> list[Run]:
     """The vmapped axis: seeds x learning rates, and tasks for the baseline."""
-    setting = config.setting(problem.name)
-    lrs = setting.lrs if row_of(name).optimizer == "adam" else setting.sgd_lrs
-    seeds = config.seed_range
+    seeds = config.seeds_of(problem.name)
     tasks = range(problem.num_tasks) if name == SINGLE_TASK else (-1,)
-    return [Run(seed, lr, task) for task in tasks for lr in lrs for seed in seeds]
+    return [Run(seed, lr, task) for task in tasks for lr in rates for seed in seeds]
 
 
 @functools.lru_cache(maxsize=4)
@@ -257,8 +215,11 @@ def initial_state(problem: Problem, program: Program, runs: Sequence[Run]):
     columns = [
         jnp.array([getattr(r, f) for r in runs]) for f in ("lr", "task", "scale")
     ]
+    first = min(run.seed for run in runs)
+    splits = jnp.array([(run.seed - first) * problem.by_seed for run in runs])
     start = jax.jit(jax.vmap(program.init))
-    return start(params, keys.method, *columns), keys.order
+    state = start(params, keys.method, *columns)
+    return state._replace(split=splits.astype(jnp.int32)), keys.order
 
 
 class Evaluator:
@@ -271,8 +232,8 @@ class Evaluator:
     def of(self, name: str) -> Callable[[State], dict[str, Array]]:
         """That of a row."""
         if name == SINGLE_TASK:
-            return lambda states: self._alone(states.params, states.task)
-        return lambda states: self._all(states.params)
+            return lambda states: self._alone(states.params, states.split, states.task)
+        return lambda states: self._all(states.params, states.split)
 
 
 def run_row(
@@ -281,9 +242,9 @@ def run_row(
     name: str,
     evaluator: Evaluator,
     *,
-    runs: Sequence[Run] | None = None,
+    rates: Sequence[float] = (),
+    runs: Sequence[Run] = (),
     study: str = "",
-    longer: int = 1,
 ) -> list[dict[str, Any]]:
     """Trains all runs of a row; rows and checkpoints go below ``config.out``.
 
@@ -292,19 +253,20 @@ def run_row(
       or none if it did not come to its end.
     """
     setting = config.setting(problem.name)
-    last = "-".join([name.replace(":", "-"), *([study] if study else [])])
+    beyond = [f"{rate:g}" for rate in rates if rate not in setting.lrs]
+    last = "-".join([name.replace(":", "-"), *([study] if study else []), *beyond])
     folder = config.out / problem.folder / "runs" / last
     if config.report_only:
-        return common.finished(folder, setting.steps * longer)
+        return common.finished(folder, setting.steps)
     program = make_program(problem, name)
-    runs = runs_of(config, problem, name) if runs is None else runs
+    runs = runs or runs_of(config, problem, name, rates or setting.lrs)
     state, order_keys = initial_state(problem, program, runs)
-    about = dataclasses.replace(setting, rows=(), scales=(), alignment=False)
+    about = dataclasses.replace(setting, rows=(), scales=())
     plan = common.Plan(
-        steps=setting.steps * longer,
+        steps=setting.steps,
         batch_size=setting.batch_size,
-        eval_every=setting.eval_every * longer,
-        log_every=config.log_every * longer,
+        eval_every=setting.eval_every,
+        log_every=config.log_every,
         evaluate=evaluator.of(name),
         labels=[run.label() for run in runs],
         folder=folder,
@@ -312,10 +274,8 @@ def run_row(
             "set": problem.name,
             "row": name,
             "setting": training.to_json(about),
-            "probe_size": config.probe_size,
         },
         title=f"{problem.name} {name} {study}".strip(),
-        eval_at_start=bool(study),
     )
     return common.train(
         config,
