@@ -5,13 +5,16 @@ from typing import Any
 from experiments.igb import train
 from experiments.igb.config import PRESETS, Config
 
-CONFIG, KEYS, LINES = PRESETS["cpu"][1], ("method", "seed", "step", "task"), 3
-RESULTS, DERIVED = "mulan_mtr-wq/results.jsonl", ("val_delta",)
+CONFIG, KEYS, LINES = PRESETS["cpu"][1], ("method", "seed", "lr", "step", "task"), 10
+RESULTS = "mulan_mtr-enb/results.jsonl"
+DERIVED = (
+    *("val_delta", "delta", "delta_last", "late"),
+    "test_mae_last",
+)
 
 
 def rows(config: Config) -> list[dict[str, Any]]:
     """All its evaluations: the committed ones were chosen by all single-task rows."""
-    problem = train.make_problem(config, "mulan_mtr/wq")
-    program = train.make_program(config, problem, "linear")
-    found = train.run_method(config, problem, "linear", program).rows
+    problem = train.make_problem(config, "mulan_mtr/enb")
+    found = train.run_method(config, problem, "linear", config.table.lrs)
     return [{"method": "linear", **row} for row in found if row["kind"] == "eval"]

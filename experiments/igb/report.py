@@ -1,5 +1,6 @@
 """From rows to the tables and the plots; no training code."""
 
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -9,20 +10,32 @@ import numpy as np
 from experiments.common import figures
 from experiments.common import report as common
 from experiments.common.report import Report
-from experiments.common.selection import select, select_each
+from experiments.common.selection import Choice, edge_notes, select, select_each
+from experiments.common.statistics import comparison_table
 from experiments.igb import train
-from experiments.igb.config import ROWS, SINGLE_TASK, TABLE_3, Config, is_graph
+from experiments.igb.config import ROWS, SINGLE_TASK, Config, is_graph
 from mtljax import metrics
 from mtljax.training import plots, tables
 
 Rows = Sequence[Mapping[str, Any]]
-Times = Mapping[str, tuple[float, float]]  # ms of a step, ratio to EW's
 
 # QM9's tables print energies in meV, the rest in the target's unit.
 MILLI = ("homo", "lumo", "zpve", "u0", "u", "h", "g")
-DM_METRICS, DM_TASKS, RANK, TIME = (
-    "Δm % (metrics)", "Δm % (tasks)", "mean rank", "step time / EW",
+DM_METRICS, DM_TASKS, DM_LAST, RANK, LR = (
+    "Δm % (metrics)", "Δm % (tasks)", "Δm %, last step", "mean rank", "lr / 1e-3",
 )  # fmt: skip
+COMPARED = (
+    ("scale_invariant", "linear"),
+    ("scale_invariant", "static"),
+    ("igb_v1", "scale_invariant"),
+    ("igb_v2", "scale_invariant"),
+    ("igb_v2", "random_si"),
+    ("igb_v2", "igb_v2:frozen"),
+    ("igb_v2", "igb_v2:mean"),
+    ("igb_v1+nash_mtl", "nash_mtl"),
+    ("igb_v2+nash_mtl", "nash_mtl"),
+)
+"""Pairs of rows that claims are about."""
 
 
 def label_of(method: str) -> str:
@@ -49,51 +62,87 @@ def baseline(rows: Rows, names: Sequence[str]) -> dict[str, np.ndarray]:
     return found
 
 
-def chosen_rows(rows: Rows, single: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
-    """For every seed, the row of the step with the best Δm on validation."""
+def any_choice(rows: Rows) -> Choice:
+    """The rate by the mean logarithm of the errors: needs no baseline."""
     scored = []
     for row in rows:
         if row.get("kind") == "eval":
-            change = np.array(row["val_mae"]) / single["val_mae"] - 1
-            scored.append({**row, "val_delta": 100 * float(change.mean())})
-    return select(scored, "val_delta", maximise=False).rows
+            alone = row["task"] != "all"
+            errors = [row["val_score"]] if alone else row["val_mae"]
+            value = math.nan if None in errors else float(np.mean(np.log(errors)))
+            scored.append({**row, "val_log": value})
+    return select(scored, "val_log", maximise=False, run=("task", "seed"))
 
 
-def make_report(
-    rows: Mapping[str, Rows], names: Sequence[str], data: str, times: Times
-) -> Report:
-    """Errors in their units, Δm both ways, mean rank and step time."""
-    single = baseline(rows[SINGLE_TASK], names)
-    lower = np.zeros(len(names), bool)
-    scale = factors(names, data)
-    values = {
-        method: np.array([row["test_mae"] for row in chosen_rows(found, single)])
-        for method, found in rows.items()
-        if method != SINGLE_TASK
+def choose(rows: Rows, single: Mapping[str, np.ndarray]) -> Choice:
+    """The rate, and for every seed the step, with the best Δm on validation."""
+    scored = []
+    for row in rows:
+        if row.get("kind") == "eval":
+            errors = np.array(row["val_mae"], np.float64)
+            change = 100 * float((errors / single["val_mae"] - 1).mean())
+            scored.append({**row, "val_delta": change})
+    return select(scored, "val_delta", maximise=False)
+
+
+class Values:
+    """What a data set's rows are worth.
+
+    Attributes:
+      rows: As trained.
+      names: Of the tasks.
+      single: Errors of the single-task networks.
+      choices: Method -> its choice.
+      delta: Method -> Δm in percent ``[seeds]``.
+      last: The same at the last step.
+    """
+
+    def __init__(self, rows: Mapping[str, Rows], names: Sequence[str]):
+        self.rows, self.names = rows, list(names)
+        self.single = baseline(rows[SINGLE_TASK], names)
+        methods = [method for method in rows if method != SINGLE_TASK]
+        self.choices = {m: choose(rows[m], self.single) for m in methods}
+        self.delta = {m: self._delta(c.rows) for m, c in self.choices.items()}
+        self.last = {m: self._delta(c.last) for m, c in self.choices.items()}
+
+    def _delta(self, rows: Rows, **options: Any) -> np.ndarray:
+        lower = np.zeros(len(self.names), bool)
+        value = np.array([row["test_mae"] for row in rows], np.float64)
+        found = metrics.delta_m(value, self.single["test_mae"], lower, **options)
+        return np.asarray(found, np.float64)
+
+    def over_tasks(self, method: str, groups: list[int]) -> np.ndarray:
+        """Δm where metrics of a group count once."""
+        return self._delta(self.choices[method].rows, groups=groups)
+
+
+def make_report(values: Values, data: str) -> Report:
+    """Errors in their units, Δm both ways and at the last step, and mean rank."""
+    names, scale = values.names, factors(values.names, data)
+    errors = {
+        method: np.array([row["test_mae"] for row in choice.rows])
+        for method, choice in values.choices.items()
     }
-    ranks = np.asarray(
-        metrics.mean_rank(np.array([v.mean(0) for v in values.values()]), lower)
-    )
+    means = np.array([value.mean(0) for value in errors.values()])
+    ranks = np.asarray(metrics.mean_rank(means, np.zeros(len(names), bool)))
+    alone = scale * values.single["test_mae"]
     table: dict[str, dict[str, Any]] = {
-        "single task": dict(zip(names, scale * single["test_mae"], strict=True))
+        "single task": dict(zip(names, alone, strict=True))
     }
-    for (method, value), rank in zip(values.items(), ranks, strict=True):
+    for (method, value), rank in zip(errors.items(), ranks, strict=True):
         row = dict(zip(names, (scale * value).T, strict=True))
-        row[DM_METRICS] = metrics.delta_m(value, single["test_mae"], lower)
-        row[DM_TASKS] = metrics.delta_m(
-            value, single["test_mae"], lower, groups=groups_of(names, data)
-        )
+        row[DM_METRICS] = values.delta[method]
+        row[DM_TASKS] = values.over_tasks(method, groups_of(names, data))
+        row[DM_LAST] = values.last[method]
         row[RANK] = float(rank)
-        if method in times:
-            row[TIME] = times[method][1]
+        row[LR] = 1e3 * (values.choices[method].lr or math.nan)
         table[label_of(method)] = row
     directions: dict[str, Literal["min", "max", ""]] = dict.fromkeys(names, "min")
-    directions |= {DM_METRICS: "min", DM_TASKS: "min", RANK: "min"}
-    if times:
-        directions[TIME] = ""
+    directions |= dict.fromkeys((DM_METRICS, DM_TASKS, DM_LAST, RANK), "min")
+    directions[LR] = ""
     digits = dict.fromkeys(directions, 3)
     digits |= {n: 1 for n, f in zip(names, scale, strict=True) if f > 1}
-    digits |= {DM_METRICS: 1, DM_TASKS: 1, RANK: 2, TIME: 2}
+    digits |= {DM_METRICS: 1, DM_TASKS: 1, DM_LAST: 1, RANK: 2, LR: 2}
     return Report(directions, table, digits)
 
 
@@ -111,77 +160,105 @@ def groups_of(names: Sequence[str], data: str) -> list[int]:
     return [order.index(kind) for kind in kinds]
 
 
-def write(  # noqa: PLR0917
-    rows: Mapping[str, Rows],
-    table: Report,
-    times: Times,
-    config: Config,
-    problem: train.Problem,
-    command: str,
+def differences(delta: Mapping[str, np.ndarray]) -> str:
+    """The paired differences of Δm that claims are about."""
+    pairs = {
+        f"{label_of(a)} - {label_of(b)}": (delta[b], delta[a])
+        for a, b in COMPARED
+        if a in delta and b in delta
+    }
+    return comparison_table(pairs)
+
+
+def write(
+    values: Values, table: Report, config: Config, problem: train.Problem, command: str
 ) -> list[pathlib.Path]:
     """``results.jsonl``, ``table.md`` and the figures of a data set."""
-    folder, names = train.folder(config, problem.name), problem.names
+    folder = train.folder(config, problem.name)
+    signal = np.asarray(problem.signal)
+    marks = {label_of(m): choice for m, choice in values.choices.items()}
     parts = [
         f"# {problem.name}: {len(table.rows)} rows, {config.seeds} seeds, "
         f"{problem.settings.steps} steps",
         f"`{command}`",
+        f"Ridge regression explains {signal.mean():.2f} of the variance on test: the "
+        "median over targets, the mean over splits."
+        if problem.by_seed
+        else "",
         table.markdown(exclude=["single task"]),
         "Mean absolute errors on the test split in the targets' units (energies of "
-        "molecules in meV), mean ± standard deviation over seeds, at the step with the "
-        "best Δm on validation. Δm is the mean relative change of the errors against "
-        "single-task networks (mean over seeds), in percent, lower is better: over all "
-        "metrics, and over tasks, where the four atomisation energies count as one. "
-        "Mean rank is among the multi-task rows. Bold is the best of these. Step time "
-        "is that of all seeds together, measured alternately with EW's, after "
-        "training.",
+        "molecules in meV), mean ± standard deviation over seeds, at the learning rate "
+        "and the step with the best Δm on validation. Δm is the mean relative change "
+        "of the errors against single-task networks (mean over seeds), in percent, "
+        "lower is better: over all metrics, and over tasks, where the four atomisation "
+        "energies count as one. Mean rank is among the multi-task rows.",
+        " ".join(edge_notes(marks)),
+        differences(values.delta) if config.seeds > 1 else "",
     ]
-    single = baseline(rows[SINGLE_TASK], names)
-    lines = []
-    for method, found in rows.items():
-        ms, ratio = times.get(method, (None, None))
-        alone = method == SINGLE_TASK
-        best = select_each(found, maximise=False) if alone else None
-        for row in chosen_rows(found, single) if best is None else best:
-            about = {"data": problem.name, "method": method}
-            lines.append({**about, **row, "step_ms": ms, "step_ratio": ratio})
+    alone = select_each(values.rows[SINGLE_TASK], maximise=False)
+    lines = [{"method": SINGLE_TASK, "label": "single task", **row} for row in alone]
+    for method, choice in values.choices.items():
+        for i, (row, last) in enumerate(zip(choice.rows, choice.last, strict=True)):
+            about = {"method": method, "label": label_of(method)}
+            ends = {
+                "delta": values.delta[method][i],
+                "delta_last": values.last[method][i],
+            }
+            ends |= {"test_mae_last": last["test_mae"]}
+            lines.append(
+                {**about, **row, **ends, "edge": choice.edge, "late": choice.late}
+            )
+    lines = [{"data": problem.name, **line} for line in lines]
     return [
-        common.write_rows(folder / "results.jsonl", config, lines),
+        common.write_rows(
+            folder / "results.jsonl", config, lines, signal_r2=signal.tolist()
+        ),
         common.write_table(folder / "table.md", parts),
-        *write_plots(rows, table, names, config=config, data=problem.name),
+        *write_plots(values, config, problem.name),
     ]
 
 
-def write_plots(
-    rows: Mapping[str, Rows],
-    report: Report,
-    names: Sequence[str],
-    *,
-    config: Config,
-    data: str,
-) -> list[pathlib.Path]:
-    """Weights, gaps, reward and temperature over time; the ablations."""
+def write_summary(
+    found: Mapping[str, Values], config: Config, command: str
+) -> pathlib.Path:
+    """``summary.md``: the differences of the mean over all data sets."""
+    shared = set.intersection(*(set(values.delta) for values in found.values()))
+    mean = {
+        method: np.mean([values.delta[method] for values in found.values()], 0)
+        for method in shared
+    }
+    rows = {
+        label_of(m): {name: values.delta[m] for name, values in found.items()}
+        | {"mean": mean[m]}
+        for m in ROWS
+        if m in mean
+    }
+    columns: dict[str, Literal["min", "max", ""]] = dict.fromkeys(
+        [*found, "mean"], "min"
+    )
+    parts = [
+        f"# IGB: {len(found)} data sets, {config.seeds} seeds",
+        f"`{command}`",
+        Report(columns, rows, dict.fromkeys(columns, 1)).markdown(),
+        "Δm in percent of single-task networks, lower is better, mean ± standard "
+        "deviation over seeds. Differences of the mean over data sets, paired:",
+        differences(mean),
+    ]
+    return common.write_table(config.out / "summary.md", parts)
+
+
+def write_plots(values: Values, config: Config, data: str) -> list[pathlib.Path]:
+    """Δm of all rows; reward and temperature of the agents over time."""
     if not config.plots:
         return []
-    agent, steps = config.training_of(data).agent, config.training_of(data).steps
-    window = train.phases(agent, steps).window
-    labels = {m: label_of(m) for m in rows if m != SINGLE_TASK}
-    order = list(labels.values())
-    made = {}
-    weights = {
-        labels[m]: plots.curve(rows[m], "log_weights")
-        for m in labels
-        if ROWS[m].loss.startswith("igb")
+    made = {
+        "rows": rows_figure({label_of(m): d for m, d in values.delta.items()}),
     }
-    if weights:
-        made["weights"] = plots.weight_trajectories(weights, names, window=5)
-    alone = [m for m in labels if not set("+:") & set(m)]
-    gaps = {labels[m]: gap_curve(rows[m], window) for m in alone}
-    made["gaps"] = plots.loss_curves(
-        gaps, names, ylabel="improvable gap L / L_base", window=5, methods=order
-    )
-    agents = {
-        labels[m]: agent_curve(rows[m]) for m in labels if ROWS[m].loss == "igb_v2"
-    }
+    agents = {}
+    for method, choice in values.choices.items():
+        if ROWS[method].loss == "igb_v2":
+            mine = [row for row in values.rows[method] if row.get("lr") == choice.lr]
+            agents[label_of(method)] = agent_curve(mine)
     if agents:
         made["agent"] = plots.loss_curves(
             agents,
@@ -189,23 +266,9 @@ def write_plots(
             ylabel="",
             log=False,
             window=5,
-            methods=order,
-        )
-    shown = [label_of(m) for m in TABLE_3 if m in labels]
-    if any(":" in m for m in labels):
-        made["ablations"] = ablation_figure(
-            {label: report.rows[label][DM_METRICS] for label in shown}
+            methods=[label_of(method) for method in values.choices],
         )
     return figures.save(made, train.folder(config, data), config)
-
-
-def gap_curve(rows: Rows, window: tuple[int, int]) -> plots.Curve:
-    """Training losses over their mean in the window: also for rows without L_base."""
-    steps, losses = plots.curve(rows, "losses")
-    inside = (steps > window[0]) & (steps <= window[1])
-    # Rows are means over the steps before them; one covers a window shorter than that.
-    inside[np.argmax(steps >= window[1])] |= not inside.any()
-    return plots.Curve(steps, losses / losses[:, inside].mean(1, keepdims=True))
 
 
 def agent_curve(rows: Rows) -> plots.Curve:
@@ -215,8 +278,8 @@ def agent_curve(rows: Rows) -> plots.Curve:
     return plots.Curve(steps, np.stack([reward, temperature], -1))
 
 
-def ablation_figure(values: Mapping[str, Any]) -> Any:
-    """Δm of the rows of the paper's Table 3: mean over seeds and ± 1 sd."""
+def rows_figure(values: Mapping[str, Any]) -> Any:
+    """Δm of rows: mean over seeds and ± 1 sd."""
     figure, axes = figures.panels(1, 1, 5.6, 0.35 * len(values) + 0.4)
     axis = axes[0, 0]
     for i, (label, value) in enumerate(values.items()):

@@ -1,13 +1,14 @@
 """The problem, one step of a row of the table, and its run with all seeds."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 import mtljax
 from experiments.common import problem as problems
@@ -23,7 +24,7 @@ from experiments.igb.config import (
     Training,
     is_graph,
 )
-from mtljax import data, models, training
+from mtljax import data, models
 from mtljax.models.mpnn import MPNN
 
 Batch = Mapping[str, Array]
@@ -40,7 +41,9 @@ class State(NamedTuple):
     opt_state: Any
     loss_balancer: Any
     gradient_balancer: Any
-    constants: Float[Array, " tasks"]  # task weights of the single-task baselines
+    constants: Float[Array, " tasks"]  # task weights: of single-task baselines, static
+    lr: Float[Array, ""]  # in the beginning
+    split: Int[Array, ""]
 
 
 class Problem(NamedTuple):
@@ -50,7 +53,10 @@ class Problem(NamedTuple):
     dataset: data.Dataset
     settings: Training
     init_models: Callable[[Array], Any]  # of many keys, compiled once
-    train: Batch
+    train: Batch  # [examples, splits, ...]
+    by_seed: bool  # whether each seed has a split
+    units: Float[Array, "splits tasks"]  # deviations of the targets
+    signal: Float[Array, " splits"]  # R² of ridge regression on test, median over tasks
     task_losses: Callable[[Any, Batch], Array]
     evaluate: Callable[[State], dict[str, Array]]
 
@@ -73,11 +79,13 @@ class Run(NamedTuple):
 
     seed: int
     task: int | None
+    lr: float
 
     def label(self, names: list[str]) -> dict[str, Any]:
         """What tells this run apart in the rows."""
         return {
             "seed": self.seed,
+            "lr": self.lr,
             "task": "all" if self.task is None else names[self.task],
         }
 
@@ -107,16 +115,51 @@ def in_chunks(function: Callable[[Array], Array], x: Array, size: int) -> Array:
     return jnp.concatenate([parts, function(rest)]) if len(rest) else parts
 
 
+def ridge_r2(dataset: data.Dataset) -> float:
+    """R² of ridge regression on the test split, the median over tasks.
+
+    Validation chooses the penalty; the fit is on training and validation examples.
+    """
+    names = [task.name for task in dataset.tasks]
+    x, y = {}, {}
+    for part in data.SPLITS:
+        split = getattr(dataset, part)
+        x[part] = np.asarray(split["image"], np.float64).reshape(
+            len(split["image"]), -1
+        )
+        y[part] = np.stack([split[name] for name in names], -1).astype(np.float64)
+
+    def scores(fitted, part, penalty):
+        a = np.concatenate([x[p] for p in fitted])
+        b = np.concatenate([y[p] for p in fitted])
+        gram = (a - a.mean(0)).T @ (a - a.mean(0)) + penalty * np.eye(a.shape[1])
+        slope = np.linalg.solve(gram, (a - a.mean(0)).T @ (b - b.mean(0)))
+        error = y[part] - b.mean(0) - (x[part] - a.mean(0)) @ slope
+        return 1 - (error**2).mean(0) / y[part].var(0)
+
+    penalty = max((1.0, 10.0, 100.0), key=lambda p: scores(["train"], "val", p).mean())
+    return float(np.median(scores(["train", "val"], "test", penalty)))
+
+
+def split_tables(
+    config: Config, name: str, settings: Training
+) -> tuple[list[data.Dataset], bool]:
+    """The sets of all splits, and whether they are of seeds."""
+    kinds, size = ("regression",), settings.train_size
+    if not name.startswith("mulan_mtr"):
+        source = config.source if name == "qm9" else None
+        return [
+            problems.load(config, name, kinds, train_size=size, source=source)
+        ], False
+    load = lambda seed: problems.load(config, name, kinds, train_size=size, seed=seed)
+    return [load(seed) for seed in config.seed_range], True
+
+
 def make_problem(config: Config, name: str) -> Problem:
     """Loads the data and binds model, losses and metrics."""
     settings = config.training_of(name)
-    dataset = problems.load(
-        config,
-        name,
-        ("regression",),
-        train_size=settings.train_size,
-        source=config.source if name == "qm9" else None,
-    )
+    sets, by_seed = split_tables(config, name, settings)
+    dataset = sets[0]
     kind = "graph" if is_graph(name) else "table"
     examples = len(dataset.train["image"])
     check_batch(f"{kind}.batch_size", settings.batch_size, examples)
@@ -126,56 +169,69 @@ def make_problem(config: Config, name: str) -> Problem:
         problems.Scorer(dataset, task).masked for task in dataset.tasks
     ):
         raise ConfigError(f"--data {name} needs one number a task, none missing.")
-    units = dataset.origin.get("targets", {"std": [1.0] * len(tasks)})
-    scale = jnp.asarray(units["std"], jnp.float32)
+    ones = {"std": [1.0] * len(tasks)}
+    scale = np.array([s.origin.get("targets", ones)["std"] for s in sets], np.float32)
+    # Tables keep the ratios of their units; one number for all makes them of order one.
+    common_unit = np.sqrt((scale**2).mean(1, keepdims=True))
+    units = scale / common_unit if by_seed else np.ones_like(scale)
+    per_unit = jnp.asarray(common_unit if by_seed else scale)
+    units = jnp.asarray(units)
+
+    def stacked(part, size=None):
+        parts = [common.on_device(getattr(found, part), size) for found in sets]
+        return {key: jnp.stack([p[key] for p in parts], 1) for key in parts[0]}
 
     def predict(params, images, *, train):
         outputs, _ = model.apply((params, {}), images, train=train)
         return jnp.stack([outputs[task][:, 0] for task in tasks], -1)
 
-    def targets(batch):
-        return jnp.stack([batch[task] for task in tasks], -1)
+    def targets(batch, split):
+        found = jnp.stack([batch[task][:, split] for task in tasks], -1)
+        return found * units[split]
 
-    def task_losses(params, batch):
-        error = predict(params, batch["image"], train=True) - targets(batch)
-        return jnp.square(error).mean(0)
+    def task_losses(params, batch, split):
+        out = predict(params, batch["image"][:, split], train=True)
+        return jnp.square(out - targets(batch, split)).mean(0)
 
-    train = common.on_device(dataset.train)
-    splits = {
-        "val": common.on_device(dataset.val, settings.eval_size),
-        "test": common.on_device(dataset.test, settings.eval_size),
-    }
+    train = stacked("train")
+    splits = {part: stacked(part, settings.eval_size) for part in ("val", "test")}
 
-    def evaluate(params, constants, splits):
+    def evaluate(params, constants, at, splits):
         found = {}
         for part, split in splits.items():
             run = lambda images: predict(params, images, train=False)
-            outputs = in_chunks(run, split["image"], EVAL_CHUNK)
-            error = jnp.abs(outputs - targets(split)).mean(0)
-            found[f"{part}_mae"] = error * scale  # in the target's unit
+            outputs = in_chunks(run, split["image"][:, at], EVAL_CHUNK)
+            error = jnp.abs(outputs - targets(split, at)).mean(0)
+            found[f"{part}_mae"] = error * per_unit[at]  # in the target's unit
             if part == "val":  # a single-task run is judged by its own task
                 found["val_score"] = (constants * error).sum() / constants.sum()
         return found
 
-    jitted = jax.jit(jax.vmap(evaluate, in_axes=(0, 0, None)))
+    jitted = jax.jit(jax.vmap(evaluate, in_axes=(0, 0, 0, None)))
 
     def evaluate_states(state: State):
-        return jitted(state.params, state.constants, splits)
+        return jitted(state.params, state.constants, state.split, splits)
 
-    init_one = jax.jit(lambda key: model.init(key, train["image"][:1]).params)
-
-    def init_models(keys):
-        return common.stack([init_one(k) for k in keys])
-
+    init_one = jax.jit(jax.vmap(lambda k: model.init(k, train["image"][:1, 0]).params))
+    signal = [ridge_r2(found) for found in sets] if by_seed else [np.nan]
     return Problem(
-        name, dataset, settings, init_models, train, task_losses, evaluate_states
+        name=name,
+        dataset=dataset,
+        settings=settings,
+        init_models=init_one,
+        train=train,
+        by_seed=by_seed,
+        units=units,
+        signal=jnp.asarray(signal),
+        task_losses=task_losses,
+        evaluate=evaluate_states,
     )
 
 
 def learning_rate(settings: Training) -> optax.Schedule:
-    """Halved at every fifth of the run, as in the paper's NYUv2 runs."""
+    """The share of the first rate: halved at every fifth, as in the NYUv2 runs."""
     fifths = [max(1, settings.steps * i // 5) for i in range(1, 5)]
-    return optax.piecewise_constant_schedule(settings.lr, dict.fromkeys(fifths, 0.5))
+    return optax.piecewise_constant_schedule(1.0, dict.fromkeys(fifths, 0.5))
 
 
 def phases(agent: Agent, steps: int) -> mtljax.IGBPhases:
@@ -192,7 +248,7 @@ def loss_balancer(
 ) -> mtljax.Balancer:
     """The first of the two: weights from the losses alone."""
     agent, steps = settings.agent, settings.steps
-    if row.loss == "linear":
+    if row.loss in ("linear", "static"):
         return mtljax.linear(num_tasks, weights=constants)
     if row.loss == "random_loss_weighting":  # of sum T, as in the authors' code
         return mtljax.random_loss_weighting(num_tasks, key=key, scale="sum")
@@ -201,7 +257,8 @@ def loss_balancer(
         return mtljax.igb_v1(num_tasks, window=when.window, num_steps=steps)
     if row.loss == "igb_v2":
         options: dict[str, Any] = dict(row.agent)
-        capacity = max(1, round(agent.capacity * options.pop("buffer", 1.0)))
+        # Never trained: no step is as late as its first training.
+        period = 2**30 if options.pop("frozen", False) else agent.period
         return mtljax.igb_v2(
             num_tasks,
             key=key,
@@ -209,8 +266,8 @@ def loss_balancer(
             schedule=learning_rate(settings),
             agent=mtljax.IGBAgent(
                 density=agent.density,
-                capacity=capacity,
-                period=agent.period,
+                capacity=agent.capacity,
+                period=period,
                 updates=agent.updates,
                 batch_size=agent.batch_size,
                 hidden=agent.hidden,
@@ -247,7 +304,7 @@ def make_program(config: Config, problem: Problem, method: str) -> Program:
             gradient_balancer(row, num_tasks, two),
         )
 
-    def init(params, key, constants):
+    def init(params, key, constants, lr, split):
         first, second = balancers(key, constants)
         shared = mtljax.shared_params(params, LABELS)
         return State(
@@ -256,6 +313,8 @@ def make_program(config: Config, problem: Problem, method: str) -> Program:
             loss_balancer=first.init(shared),
             gradient_balancer=second.init(shared),
             constants=constants,
+            lr=lr,
+            split=split,
         )
 
     def step(state: State, batch: Batch):
@@ -266,11 +325,12 @@ def make_program(config: Config, problem: Problem, method: str) -> Program:
 
         def weighted_losses(params, balancer_state, batch):
             """The first's losses, for the second: Algorithm 3, heads included."""
-            losses = problem.task_losses(params, batch)
+            losses = problem.task_losses(params, batch, state.split)
             seen = jax.lax.stop_gradient(losses)
             weights, balancer_state = weigh(balancer_state, losses=seen)
             weights = jax.lax.stop_gradient(weights)
-            return weights * losses, (losses, weights, balancer_state)
+            shown = jnp.log(losses) if row.log else losses
+            return weights * shown, (losses, weights, balancer_state)
 
         gradient = mtljax.value_and_balanced_grad(
             weighted_losses,
@@ -283,42 +343,55 @@ def make_program(config: Config, problem: Problem, method: str) -> Program:
             state.params, state.gradient_balancer, state.loss_balancer, batch
         )
         updates, opt_state = optimizer.update(grad, state.opt_state, state.params)
+        updates = jax.tree.map(lambda u: state.lr * u, updates)
         params = optax.apply_updates(state.params, updates)
         logged = {"losses": losses, "task_weights": weights * two.task_weights}
         if row.loss.startswith("igb"):
             logged["log_weights"] = one.log_weights
         if row.loss == "igb_v2":
             logged |= {"reward": one.reward, "temperature": one.temperature}
-        return State(params, opt_state, one, two, state.constants), logged
+        rest = (state.constants, state.lr, state.split)
+        return State(params, opt_state, one, two, *rest), logged
 
     example, _ = balancers(jax.random.key(0), jnp.ones(num_tasks))
-    return Program(init, step, example.positive_losses)
+    return Program(init, step, example.positive_losses or row.log)
 
 
-def runs_of(config: Config, problem: Problem, method: str) -> list[Run]:
-    """The vmapped axis: seeds, and tasks for the baselines."""
+def runs_of(
+    config: Config, problem: Problem, method: str, rates: Sequence[float]
+) -> list[Run]:
+    """The vmapped axis: seeds, learning rates, and tasks for the baselines."""
     tasks = range(problem.dataset.num_tasks) if method == SINGLE_TASK else (None,)
-    return [Run(seed, task) for task in tasks for seed in config.seed_range]
+    seeds = config.seed_range
+    return [Run(seed, task, lr) for task in tasks for lr in rates for seed in seeds]
 
 
-def initial_state(config: Config, problem: Problem, method: str, program: Program):
+def initial_state(problem: Problem, method: str, program: Program, runs: Sequence[Run]):
     """The stacked states of all runs of a row, and their keys of data order."""
-    runs = runs_of(config, problem, method)
     keys = common.keys_of(run.seed for run in runs)
     params = problem.init_models(keys.model)
+    first = min(run.seed for run in runs)
+    splits = jnp.array([(run.seed - first) * problem.by_seed for run in runs])
     constants = common.chosen_tasks(
         [run.task for run in runs], problem.dataset.num_tasks
     )
-    state = jax.jit(jax.vmap(program.init))(params, keys.method, constants)
-    return state, keys.order
+    if method == "static":  # of standardised targets, with sum T
+        constants = 1 / problem.units[splits] ** 2
+        constants *= constants.shape[1] / constants.sum(1, keepdims=True)
+    rates = jnp.array([run.lr for run in runs])
+    start = jax.jit(jax.vmap(program.init))
+    return start(params, keys.method, constants, rates, splits), keys.order
 
 
 def run_method(
-    config: Config, problem: Problem, method: str, program: Program
-) -> training.FitResult:
+    config: Config, problem: Problem, method: str, rates: Sequence[float]
+) -> list[dict[str, Any]]:
     """Trains all runs of a row; rows and checkpoints go below ``config.out``."""
     settings = problem.settings
-    state, order_keys = initial_state(config, problem, method, program)
+    program = make_program(config, problem, method)
+    runs = runs_of(config, problem, method, rates)
+    state, order_keys = initial_state(problem, method, program, runs)
+    beyond = [f"{rate:g}" for rate in rates if rate not in settings.lrs]
     about = {
         "data": problem.name,
         "method": method,
@@ -331,12 +404,14 @@ def run_method(
         eval_every=settings.eval_every,
         log_every=settings.log_every,
         evaluate=problem.evaluate,
-        labels=[run.label(problem.names) for run in runs_of(config, problem, method)],
-        folder=folder(config, problem.name) / "runs" / method.replace(":", "-"),
+        labels=[run.label(problem.names) for run in runs],
+        folder=folder(config, problem.name)
+        / "runs"
+        / "-".join([method.replace(":", "-"), *beyond]),
         about=about,
         title=f"{problem.name} {method}",
         task_names=problem.names,
-        may_differ=("training.methods", "training.time_steps"),
+        may_differ=("training.methods",),
         # The step is picked later, by Δm on validation; these are for a resume.
         checkpoint_every=max(1, settings.steps // 4),
         positive_losses=program.positive_losses,
@@ -348,7 +423,7 @@ def run_method(
         step=program.step,
         data=problem.train,
         order=order_keys,
-    )
+    ).rows
 
 
 def folder(config: Config, data_name: str):
