@@ -1,4 +1,4 @@
-"""``python -m experiments.trajectories [smoke|cpu|paper] --data-dir DIR``."""
+"""``python -m experiments.trajectories [smoke|cpu|...] --data-dir DIR``."""
 
 from experiments.common import cli as common
 from experiments.trajectories.config import PRESETS, Config, check
@@ -23,14 +23,29 @@ def main(config: Config, command: str) -> None:
             f"{scale.steps} steps each; writing to {config.out}"
         )
         shared: dict[int, model.Functions] = {}  # by K: data are arguments
-        for row in rows:
-            chosen = problem.select(row.tasks)
-            if len(row.tasks) not in shared:
-                made = model.make_functions(config, scale, chosen)
-                shared[len(row.tasks)] = made
-            functions = shared[len(row.tasks)]
-            lines += train.run_tuned(config, scale, chosen, functions, row)
-    screen.finish(report.write(config, lines, command))
+
+        def functions_of(tasks, problem=problem, scale=scale, shared=shared):
+            if len(tasks) not in shared:
+                chosen = problem.select(tasks)
+                shared[len(tasks)] = model.make_functions(config, scale, chosen)
+            return shared[len(tasks)]
+
+        choice, grid = train.choose_rate(config, scale, problem, functions_of)
+        others = [lr for lr in grid if lr != choice.lr and config.blocks == "all"]
+        screen.say(f"{name}: learning rate {choice.lr:g} of {grid}")
+        for lr in (choice.lr, *others):
+            for row in rows:
+                lines += train.run_at(
+                    config,
+                    scale,
+                    problem.select(row.tasks),
+                    functions_of(row.tasks),
+                    row,
+                    lr=lr,
+                    edge=lr == choice.lr and choice.edge is not None,
+                )
+                written = report.write(config, lines, command)
+    screen.finish(written)
 
 
 def cli() -> None:

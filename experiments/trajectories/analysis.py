@@ -13,6 +13,8 @@ from experiments.trajectories.data import TARGET
 from mtljax import trajectory
 
 FACTORS = ("sharpness", "covariance", "fisher")
+LEVELS = (0.3, 0.2, 0.1, 0.05)
+"""Of the own-task training loss, where test scores are compared."""
 FACTOR_NAMES = {
     "min_loss": "minimum loss",
     "sharpness": "sharpness",
@@ -78,6 +80,55 @@ def _group(key, lines) -> Group:
         nonfinite=sum(n or 0 for line in lines for n in line["nonfinite"]),
         values={name: np.stack([array(x, name) for x in lines]) for name in ARRAYS},
     )
+
+
+def blocks(lines: Sequence[Mapping[str, Any]]) -> dict[float, Groups]:
+    """Groups of every learning rate, in the order in which they were trained."""
+    rates = dict.fromkeys(line["lr"] for line in lines)
+    return {lr: group([x for x in lines if x["lr"] == lr]) for lr in rates}
+
+
+def first_passage(found: Group, task: str, level: float) -> np.ndarray:
+    """Test scores ``[S]`` where the task's training loss first falls below a level."""
+    below = found.of("train_loss", task) < level
+    scores = found.of("test_score", task)
+    first = scores[np.arange(len(scores)), below.argmax(1)]
+    return np.where(below.any(1), first, np.nan)
+
+
+Pair = tuple[np.ndarray, np.ndarray]
+
+
+def target_differences(config: Config, groups: Groups) -> dict[str, dict[str, Pair]]:
+    """Quantity -> comparison -> the target alone and in another row, ``[S]`` each."""
+    alone = baseline_of(groups, "fashion_mtl", TARGET)
+    if alone is None:
+        return {}
+    base = aggregates(config, alone, TARGET)
+    found: dict[str, dict[str, Pair]] = {}
+    for (setting, tasks, method), mine in groups.items():
+        if setting != "fashion_mtl" or method != SUM or len(tasks) != 2:
+            continue
+        name, values = " + ".join(tasks), aggregates(config, mine, TARGET)
+        label = f"{name} - {TARGET}"
+        points = {"test accuracy, points": (100 * base["score"], 100 * values["score"])}
+        last = (100 * g.of("test_score", TARGET)[:, -1] for g in (alone, mine))
+        points["test accuracy at the last step, points"] = tuple(last)
+        for level in LEVELS:
+            at = (100 * first_passage(g, TARGET, level) for g in (alone, mine))
+            points[f"test accuracy at first passage of {level:g}, points"] = tuple(at)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            for factor in FACTORS:
+                points[f"log {FACTOR_NAMES[factor]}"] = (
+                    np.log(base[factor]),
+                    np.log(values[factor]),
+                )
+        for quantity, pair in points.items():
+            fine = np.isfinite(pair[0]) & np.isfinite(pair[1])
+            if fine.sum() > 1:
+                kept = pair[0][fine], pair[1][fine]
+                found.setdefault(quantity, {})[label] = kept
+    return found
 
 
 def aggregates(config: Config, found: Group, task: str) -> dict[str, np.ndarray]:

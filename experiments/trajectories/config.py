@@ -25,6 +25,8 @@ class Scale:
     """Validation images."""
     test_size: int | None = None
     """Test images; None for all."""
+    eval_size: int | None = None
+    """Training images on which the training loss is measured; None for all."""
     steps: int = 2400
     """Updates of every run, single-task runs included."""
     batch_size: int = 32
@@ -32,30 +34,42 @@ class Scale:
     eval_every: int = 120
     """Steps between checkpoints of the trajectory."""
     lrs: Rates = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
-    """Learning rates of SGD with momentum; constant in a run, tuned for every row."""
+    """Learning rates of SGD with momentum, constant in a run. The validation scores of
+    the single-task rows choose one for all rows."""
     rho: float = 1e-3
     """Half-width of the sharpness box, relative to the weights."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(common.Common):
+class Config(common.Tuned):
     """Trains single tasks and sets of tasks, measures along the way, compares."""
 
-    settings: tuple[str, ...] = ("fashion_mtl", "cmu_faces")
+    settings: tuple[str, ...] = ("fashion_mtl",)
     """Which data; cifar100 and celeba come from tensorflow-datasets. Any set of
     mtljax.data with classes as targets, NAME/SUBSET, or module:function of your own is
     trained by the options --other.*."""
-    methods: tuple[str, ...] = ("mgda", "pcgrad", "gradnorm")
+    methods: tuple[str, ...] = ()
     """Multi-task optimisers compared with the plain sum, on --optimiser-sets."""
     download: bool = False
     """Let tensorflow-datasets download what is absent."""
 
-    model: Literal["mlp", "lenet", "resnet18"] = "mlp"
+    blocks: Literal["chosen", "all"] = "chosen"
+    """Rates that all rows are trained at: the chosen one, or all, that one first. Rows
+    are compared at one rate only."""
+
+    model: Literal["mlp", "lenet", "resnet18"] = "lenet"
     """Shared trunk; every task has a linear head of its own."""
     hidden: Widths = (32,)
     """Widths of the MLP."""
-    fashion_mtl: Scale = Scale(train_size=1000, test_size=2000)
-    """Two halves of FashionMNIST, noisy labels, and another domain (MNIST)."""
+    fashion_mtl: Scale = Scale(
+        train_size=4500,
+        eval_size=2000,
+        steps=10_000,
+        eval_every=500,
+        lrs=(0.003, 0.01, 0.03),
+    )
+    """Two halves of FashionMNIST, noisy labels, another domain (MNIST), and a copy of
+    the first half: more tasks without new information."""
     cmu_faces: Scale = Scale()
     """Attributes of faces; split by person."""
     cifar100: Scale = Scale(train_size=2000, val_size=500, steps=9375, eval_every=125)
@@ -64,14 +78,15 @@ class Config(common.Common):
     """Forty attributes."""
     other: Scale = Scale()
     """Any other set; its sizes are those of the set."""
-    sets: Literal["all", "largest"] = "all"
-    """All sets of tasks (random ones where tasks are many), or the largest only."""
+    sets: Literal["pairs", "all", "largest"] = "pairs"
+    """The target of FashionMTL with the other half, the noisy labels and the copy; all
+    sets of tasks (random ones where tasks are many); or the largest only."""
     random_sets: tuple[int, ...] = (1, 1, 1, 1, 1, 3, 3, 3, 9)
     """Numbers of auxiliary tasks of the random sets, where there are many tasks."""
     num_targets: int = 3
     """Targets of the random sets."""
 
-    sharpness_batches: int = 2
+    sharpness_batches: int = 4
     """Batches of 128 probe images whose worst case is sought."""
     sharpness_every: int = 4
     """Checkpoints between two measurements of sharpness, by far the dearest."""
@@ -79,10 +94,10 @@ class Config(common.Common):
     """Probe images with one drawn label each."""
     covariance_size: int = 256
     """Probe images, in micro-batches of 16."""
-    similarity_batches: int = 20
+    similarity_batches: int = 10
     """Batches of the training size (twice as many half-batches for the split form)."""
 
-    last: int = 5
+    last: int = 8
     """Checkpoints averaged at the end for sharpness and covariance; the paper: 20."""
     largest: int = 5
     """Largest values averaged for the Fisher trace; the paper: 20."""
@@ -106,6 +121,7 @@ PRESETS = {
         Config(
             settings=("cmu_faces",),
             methods=("pcgrad",),
+            model="mlp",
             sets="largest",
             seeds=2,
             hidden=(8,),
@@ -122,13 +138,45 @@ PRESETS = {
         ),
     ),
     "cpu": (
-        "Sized for a quarter of an hour on 2 idle cores: small sets, an MLP, 3 seeds.",
-        Config(),
+        "Half an hour of 2 idle CPU cores: halves of FashionMNIST, LeNet, 5 seeds.",
+        Config(seeds=5),
+    ),
+    "large": (
+        "Hours of 2 CPU cores: all sets at three rates, optimisers, and the faces.",
+        Config(
+            settings=("fashion_mtl", "cmu_faces"),
+            methods=("mgda", "pcgrad", "gradnorm"),
+            seeds=5,
+            sets="all",
+            blocks="all",
+            fashion_mtl=dataclasses.replace(
+                Config.fashion_mtl, steps=12_000, eval_every=250
+            ),
+            best=10,
+            out=pathlib.Path("results/trajectories-large"),
+        ),
+    ),
+    "gpu": (
+        "10 minutes on one GPU: the same rows at six rates, 10 seeds.",
+        Config(
+            seeds=10,
+            blocks="all",
+            fashion_mtl=dataclasses.replace(
+                Config.fashion_mtl, lrs=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+            ),
+            sharpness_batches=8,
+            fisher_size=1000,
+            covariance_size=1024,
+            out=pathlib.Path("results/trajectories-gpu"),
+        ),
     ),
     "paper": (
         "For an accelerator: all four settings, the paper's sizes where files allow.",
         Config(
             settings=SETTINGS,
+            methods=("mgda", "pcgrad", "gradnorm"),
+            seeds=3,
+            sets="all",
             model="resnet18",
             fashion_mtl=Scale(
                 train_size=25_000,

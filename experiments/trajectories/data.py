@@ -15,6 +15,7 @@ from mtljax import data
 Split = dict[str, np.ndarray]
 
 TARGET, OTHER, NOISY, DOMAIN = "fashion", "other half", "noisy labels", "mnist"
+COPY = "copy"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,7 @@ def _folder(config: Config, name: str) -> pathlib.Path:
 
 
 def fashion_mtl(config: Config, scale: Scale) -> Problem:
-    """FashionMNIST in two halves; the second also with wrong labels; and MNIST.
+    """FashionMNIST in two halves, the second also with wrong labels; MNIST; a copy.
 
     Validation and test images of the halves are the same; those of the noisy task have
     their true labels, so that its scores are of what it could have learnt.
@@ -111,12 +112,12 @@ def fashion_mtl(config: Config, scale: Scale) -> Problem:
         return {"image": np.stack(image, 1)[..., None], "label": np.stack(label, 1)}
 
     def evaluation(split, digit_split) -> Split:
-        return stacked([split, split, split, digit_split])
+        return stacked([split, split, split, digit_split, split])
 
     return Problem(
         "fashion_mtl",
-        (TARGET, OTHER, NOISY, DOMAIN),
-        (10, 10, 10, 10),
+        (TARGET, OTHER, NOISY, DOMAIN, COPY),
+        (10,) * 5,
         shared=False,
         train=stacked(
             [
@@ -124,6 +125,7 @@ def fashion_mtl(config: Config, scale: Scale) -> Problem:
                 (images[halves[1]], labels[halves[1]]),
                 (images[halves[1]], noisy),
                 (mnist.train_images[digits], mnist.train_labels[digits]),
+                (images[halves[0]], labels[halves[0]]),
             ]
         ),
         val=evaluation(
@@ -268,14 +270,18 @@ def task_sets(config: Config, problem: Problem) -> list[tuple[str, ...]]:
 
     Every set of FashionMTL has the target. All the tasks together come last.
     """
-    tasks = problem.tasks
+    fashion = problem.name == "fashion_mtl"
+    tasks = problem.tasks[:4] if fashion else problem.tasks
+    if fashion and config.sets == "pairs":
+        return [(TARGET, other) for other in (NOISY, OTHER, COPY)]
     if config.sets == "largest":
         return [tasks]
     if len(tasks) <= 4:
         sizes = range(2, len(tasks) + 1)
         found = [s for size in sizes for s in itertools.combinations(tasks, size)]
-        target = problem.name == "fashion_mtl"
-        return [s for s in found if not target or TARGET in s]
+        if fashion:
+            found = [(TARGET, COPY), *(s for s in found if TARGET in s)]
+        return found
     rng = np.random.default_rng(0)
     targets = rng.choice(len(tasks), min(config.num_targets, len(tasks)), replace=False)
     found = []
@@ -291,5 +297,5 @@ def task_sets(config: Config, problem: Problem) -> list[tuple[str, ...]]:
 def optimiser_sets(problem: Problem) -> list[tuple[str, ...]]:
     """Where multi-task optimisers are compared: all tasks, and target and domain."""
     if problem.name == "fashion_mtl":
-        return [(TARGET, DOMAIN), problem.tasks]
+        return [(TARGET, DOMAIN), problem.tasks[:4]]
     return [problem.tasks]

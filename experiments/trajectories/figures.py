@@ -9,7 +9,7 @@ from experiments.common.figures import legend, panels
 from experiments.trajectories import analysis
 from experiments.trajectories.analysis import FACTOR_NAMES, FACTORS, Group, Groups
 from experiments.trajectories.config import SUM, Config
-from experiments.trajectories.data import DOMAIN, NOISY, OTHER, TARGET
+from experiments.trajectories.data import COPY, DOMAIN, NOISY, OTHER, TARGET
 from mtljax.training import plots
 
 LOOKS = {
@@ -17,6 +17,7 @@ LOOKS = {
     (TARGET, OTHER): (f"+ {OTHER}", "#228833", "s"),
     (TARGET, NOISY): (f"+ {NOISY}", "#EE6677", "^"),
     (TARGET, DOMAIN): (f"+ {DOMAIN}", "#4477AA", "D"),
+    (TARGET, COPY): (f"+ {COPY}", "#CCBB44", "v"),
 }
 """Name, colour and marker of the rows of Figures 1 and 3."""
 

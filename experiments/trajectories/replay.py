@@ -1,4 +1,4 @@
-"""The committed row of one attribute of the faces alone, trained again."""
+"""The committed rows of the target of FashionMTL alone, trained again."""
 
 from typing import Any
 
@@ -6,12 +6,15 @@ from experiments.trajectories import data, model, train
 from experiments.trajectories.config import PRESETS, Config
 
 CONFIG, RESULTS = PRESETS["cpu"][1], "results.jsonl"
-KEYS, LINES = ("setting", "tasks", "method", "seed"), 3
+KEYS, LINES = ("setting", "tasks", "method", "lr", "seed"), 5
 
 
 def rows(config: Config) -> list[dict[str, Any]]:
     """Its lines: the choice of the rate, and all measurements."""
-    row, scale = train.Row(("pose",)), config.scale("cmu_faces")
-    problem = data.load(config, "cmu_faces").select(row.tasks)
+    row, scale = train.Row((data.TARGET,)), config.fashion_mtl
+    problem = data.load(config, "fashion_mtl").select(row.tasks)
     functions = model.make_functions(config, scale, problem)
-    return train.run_tuned(config, scale, problem, functions, row)
+    choice, _ = train.choose_rate(config, scale, problem, lambda _: functions)
+    assert choice.lr is not None
+    edge = choice.edge is not None
+    return train.run_at(config, scale, problem, functions, row, lr=choice.lr, edge=edge)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 import mtljax
 from experiments.common import runs as common
 from experiments.common.runs import LABELS, on_device
-from experiments.common.selection import select
+from experiments.common.selection import Choice, search, select
 from experiments.trajectories.config import SUM, Config, Scale
 from experiments.trajectories.data import (
     Problem,
@@ -27,7 +27,7 @@ from mtljax import stack, training
 Batch = Mapping[str, Array]
 
 MOMENTUM = 0.9
-TUNING_SEED = 1000  # learning rates are chosen on a seed that is not reported
+TUNING_SEEDS = range(1000, 1003)  # rates are chosen on seeds that are not reported
 
 
 class State(NamedTuple):
@@ -113,8 +113,8 @@ def run_row(
     lrs: tuple[float, ...],
     measured: bool,
 ) -> training.FitResult:
-    """Trains a row: all learning rates on the tuning seed, or all seeds, measured."""
-    seeds = config.seed_range if measured else (TUNING_SEED,)
+    """Trains a row: all learning rates on the tuning seeds, or all seeds, measured."""
+    seeds = config.seed_range if measured else TUNING_SEEDS
     runs = [(seed, lr) for lr in lrs for seed in seeds]
     keys = common.keys_of(seed for seed, _ in runs)
     train = on_device(problem.train)
@@ -129,7 +129,8 @@ def run_row(
     state = jax.vmap(init)(params, stats, keys.method, rates)
     splits = {"val": on_device(problem.val)}
     if measured:
-        splits |= {"train": train, "test": on_device(problem.test)}
+        splits["train"] = on_device(problem.train, scale.eval_size)
+        splits["test"] = on_device(problem.test)
 
     def evaluate(state: State):
         return functions.evaluate(state.params, state.batch_stats, splits)
@@ -149,7 +150,10 @@ def run_row(
         log_every=scale.eval_every,
         evaluate=probed or evaluate,
         labels=[{"seed": seed, "lr": lr} for seed, lr in runs],
-        folder=config.out / problem.folder / part / row.folder,
+        folder=config.out
+        / problem.folder
+        / "-".join([part, *(f"{lr:g}" for lr in lrs)])
+        / row.folder,
         about={"row": row, "scale": scale, "model": config.model, "lrs": lrs},
         title=f"{problem.name}: {row.label}{'' if measured else ', learning rates'}",
         task_names=row.tasks,
@@ -172,20 +176,50 @@ def rows_of(config: Config, problem: Problem) -> list[Row]:
     return rows
 
 
-def run_tuned(
-    config: Config, scale: Scale, problem: Problem, functions: Functions, row: Row
+def choose_rate(
+    config: Config, scale: Scale, problem: Problem, functions_of: Any
+) -> tuple[Choice, list[float]]:
+    """The rate of a setting, by the single-task rows on the tuning seeds; the grid."""
+
+    def tuned(rates):
+        found = []
+        for tasks in single_tasks(problem):
+            row, chosen = Row(tasks), problem.select(tasks)
+            result = run_row(
+                config,
+                scale,
+                chosen,
+                functions_of(tasks),
+                row,
+                lrs=tuple(rates),
+                measured=False,
+            )
+            found += [{**r, "task": tasks[0]} for r in result.rows]
+        return {"alone": found}
+
+    def choose(rows):
+        return select(rows, "val_mean", run=("task", "seed"))
+
+    if len(scale.lrs) == 1:
+        return Choice([], [], scale.lrs[0], None, 0.0), list(scale.lrs)
+    _, choices, grid = search(tuned, choose, scale.lrs, config.extensions)
+    return choices["alone"], grid
+
+
+def run_at(
+    config: Config,
+    scale: Scale,
+    problem: Problem,
+    functions: Functions,
+    row: Row,
+    *,
+    lr: float,
+    edge: bool,
 ) -> list[dict[str, Any]]:
-    """A row at its best learning rate: a line a seed."""
-    lr, edge = scale.lrs[0], None
-    if len(scale.lrs) > 1:
-        tuned = run_row(
-            config, scale, problem, functions, row, lrs=scale.lrs, measured=False
-        )
-        choice = select(tuned.rows, "val_mean")
-        lr, edge = choice.lr or lr, choice.edge
+    """A row at a learning rate: a line a seed."""
     result = run_row(config, scale, problem, functions, row, lrs=(lr,), measured=True)
     about = functions.probe.on(probe_set(problem)).config()
-    return lines_of(problem, row, result.rows, about, edge is not None)
+    return lines_of(problem, row, result.rows, about, edge)
 
 
 FACTORS = {
@@ -212,6 +246,7 @@ def lines_of(problem, row, rows, about, at_edge) -> list[dict[str, Any]]:
         mine = [r for r in evals if r["seed"] == seed]
         line: dict[str, Any] = {
             "setting": problem.name,
+            "label": row.label,
             "tasks": list(row.tasks),
             "method": row.method,
             "seed": seed,
