@@ -1,4 +1,4 @@
-"""``python -m experiments.fs_mtl [smoke|cpu|lenet|paper] [--field value ...]``."""
+"""``python -m experiments.fs_mtl [smoke|cpu|...] [--field value ...]``."""
 
 import time
 from typing import Any, NamedTuple
@@ -23,27 +23,18 @@ class Bench(NamedTuple):
     """What the entries of a data set share, compiled once."""
 
     problem: Any
-    instruments: Any
     probe: Any
     score: Any
 
 
 def make_benches(config: Config, splits: Any, wanted: set[int | None]):
     """One for the multi-task entries and one for every single task."""
-    from experiments.fs_mtl import analysis, problem, train
-
-    strangers = None
-    if config.ood is not None:
-        strangers = problem.load(config, config.ood).test["image"]
+    from experiments.fs_mtl import problem, train
 
     def make(task: int | None) -> Bench:
         subject = problem.make_problem(config, splits, task)
-        return Bench(
-            subject,
-            analysis.make_instruments(config, subject, strangers),
-            train.make_probe(config, subject) if task is None else None,
-            train.make_score(subject),
-        )
+        probe = train.make_probe(config, subject) if task is None else None
+        return Bench(subject, probe, train.make_score(subject))
 
     return {task: make(task) for task in wanted}
 
@@ -54,44 +45,49 @@ class Runner(NamedTuple):
     config: Config
     name: str
     benches: dict[int | None, Bench]
-    steps: int
+    epoch: int  # its steps
 
     def __call__(self, entry: Entry):
-        """Rows and measurements of all seeds; None if they are not finished."""
+        """Rows of all seeds; None if they are not finished."""
         from experiments.common import runs
-        from experiments.fs_mtl import analysis, train
+        from experiments.fs_mtl import train
 
         config, bench = self.config, self.benches[entry.task]
-        program = None
-        rows, measured = [], []
+        program, rows = None, []
         for seeds in seed_groups(config):
             folder = entry.folder(config, self.name, seeds)
             if config.report_only:
-                found = runs.finished(folder, self.steps)
+                steps = train.epochs_of(config, entry) * self.epoch
+                found = runs.finished(folder, steps)
                 if not found:
                     return None
-                rows, measured = (
-                    rows + found,
-                    measured + analysis.stored(config, folder),
-                )
+                rows += found
                 continue
             if program is None:  # one compilation for all seeds
                 program = train.make_program(
                     config, bench.problem, entry, bench.probe, bench.score
                 )
-            place: dict[str, Any] = {"seeds": seeds, "folder": folder}
-            result = train.run_entry(config, bench.problem, entry, program, **place)
-            rows += result.rows
-            measured += analysis.analyse(
-                config, entry, result.state, bench.instruments, **place
+            result = train.run_entry(
+                config, bench.problem, entry, program, seeds=seeds, folder=folder
             )
-        return rows, measured
+            rows += result.rows
+        return rows
+
+
+def with_radii(config: Config, entry: Entry, chosen: dict[str, float]) -> list[Entry]:
+    """An entry at the radii that are tried: that of the F-line, if there is one."""
+    if entry.variant == "plain":
+        return [entry]
+    split = entry.variant == "split"
+    rhos = config.rhos if split or entry.method not in chosen else None
+    found = (chosen[entry.method],) if rhos is None else rhos
+    return [entry._replace(rho=rho) for rho in found]
 
 
 def run_set(config: Config, name: str, command: str, clock: "Clock") -> None:
-    """Trains, measures and reports one data set."""
+    """Trains and reports one data set; the report is written after every line."""
     from experiments.common.runs import prepare
-    from experiments.fs_mtl import analysis, problem, report, train
+    from experiments.fs_mtl import problem, report, train
 
     splits = problem.load(config, name)
     names = tuple(task.name for task in splits.tasks)
@@ -101,22 +97,33 @@ def run_set(config: Config, name: str, command: str, clock: "Clock") -> None:
     )
     todo = entries(config)
     benches = make_benches(config, splits, {entry.task for entry in todo})
-    folders = [e.folder(config, name, s) for e in todo for s in seed_groups(config)]
-    prepare(config, folders, extra=(analysis.FILE,))
+    folders = [
+        one.folder(config, name, seeds)
+        for entry in todo
+        for one in with_radii(config, entry, {})
+        for seeds in seed_groups(config)
+    ]
+    prepare(config, folders)
     epoch = train.steps_per_epoch(config, next(iter(benches.values())).problem)
-    run = Runner(config, name, benches, config.epochs * epoch)
+    run = Runner(config, name, benches, epoch)
     runs = report.Runs(name, names, {}, {}, epoch)
+    radii: dict[str, float] = {}
     for entry in todo:
         clock.next(entry.label)
-        found = run(entry)
-        if found is None:
+        found = {one: run(one) for one in with_radii(config, entry, radii)}
+        if any(rows is None for rows in found.values()):
             continue
-        runs.rows[entry], measured = found
-        if measured:
-            runs.analysis[entry] = measured
+        choice, rows = report.choose_radius(found)
+        runs.rows.update(report.at_lengths(config, entry, rows, epoch))
+        if entry.variant == "split" and choice.lr is not None:
+            radii[entry.method] = choice.lr
+        if len(found) > 1:
+            runs.radii[entry] = {one.rho: rows for one, rows in found.items()}
         best = report.chosen(runs.rows[entry])
         mean = sum(row["test_score"] for row in best) / len(best)
         clock.done(f"{entry.label}: test accuracy {100 * mean:.2f}")
+        if not config.report_only:
+            report.write(config, runs, command, splits.notes)
     publish(config, runs, command, splits.notes)
 
 

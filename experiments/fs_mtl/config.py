@@ -3,15 +3,14 @@
 import dataclasses
 import pathlib
 import re
-from typing import Annotated, Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import mtljax
 from experiments.common import config as common
 from experiments.common.config import (
-    HUGE,
-    Bounds,
     ConfigError,
     NotNegative,
+    Rates,
     Share,
     Size,
     Widths,
@@ -19,7 +18,9 @@ from experiments.common.config import (
 from experiments.common.problem import check_data
 from mtljax import data
 
-Variant: TypeAlias = Literal["plain", "split", "direct", "samo", "second", "each"]
+Variant: TypeAlias = Literal[
+    "plain", "plain2", "plain4", "split", "direct", "samo", "second", "each"
+]
 
 STL = "single_task"
 BALANCERS = ("mgda", "pcgrad", "cagrad", "imtl_g", "nash_mtl", "fairgrad")
@@ -47,12 +48,15 @@ class Config(common.Common):
     """Seed of pairs and offsets: one data set for all runs."""
     shrink: int = 1
     """Images are averaged over squares of this side: 2 makes 36x36 into 18x18."""
-    ood: str | None = None
-    """Set whose test images are strangers to the model, for the predictive entropy."""
 
     methods: tuple[str, ...] = BALANCERS
     """Balancers, each in every one of --variants."""
-    variants: tuple[Variant, ...] = ("plain", "split", "direct", "samo")
+    variants: tuple[Literal["plain", "split", "direct", "samo"], ...] = (
+        "plain",
+        "split",
+        "direct",
+        "samo",
+    )
     """plain X, F-X of FS-MTL, its direct ablation, SAMO-X."""
     ablations: tuple[str, ...] = ("cagrad",)
     """Balancers also run in the other two orders of aggregation (Table 6)."""
@@ -76,11 +80,15 @@ class Config(common.Common):
     """Examples per update."""
     epochs: int = 200
     """Passes over the training canvases."""
+    longer: Literal[1, 2, 4] = 1
+    """Plain lines run so many times as long, and are reported at each length: at equal
+    backward passes as well as at equal epochs."""
     cagrad_c: NotNegative = 0.4
     """c of CAGrad, in the paper's code for g and h alike."""
 
-    rho: NotNegative = 2.0
-    """Radius of all variants with SAM; equal, so that they can be compared."""
+    rhos: Rates = (2.0,)
+    """Radii. Validation picks one for each F-line; the other orders of the same
+    balancer have its radius. Conflict is measured at the largest."""
     adaptive: bool = True
     """ASAM, on in the paper's code."""
     norm: Literal["separate", "joint"] = "joint"
@@ -98,25 +106,31 @@ class Config(common.Common):
     """Training batches on which conflict is measured, always the same."""
     checkpoint_every: int = 20
     """Epochs between checkpoints, from which a killed run goes on."""
-    noise: Annotated[tuple[float, ...], Bounds(0, HUGE)] = tuple(
-        float(x) for x in range(0, 1000, 50)
-    )
-    """Distances of random weight noise, over all parameters."""
-    noise_draws: int = 10
-    """Directions of it."""
-    radii: Annotated[tuple[float, ...], Bounds(0, HUGE)] = (0.01, 0.05)
-    """Radii at which sharpness is measured, not adaptive, in evaluation mode."""
-    landscape: Annotated[int, Bounds(0, 1000)] = 21
-    """Points a side of the loss landscapes; 0 leaves them out."""
-    landscape_span: float = 1.0
-    """Half their width, relative to the length of every filter."""
-    analysis_size: int = 2000
-    """Test canvases for noise, sharpness and landscapes."""
-
     out: pathlib.Path = pathlib.Path("results/fs_mtl")
     report_only: bool = False
     """Train nothing: tables and plots of the runs that are finished."""
 
+
+CPU = Config(
+    methods=("cagrad",),
+    variants=("plain", "split", "direct"),
+    ablations=(),
+    controls=("linear", "random_loss_weighting"),
+    seeds=5,
+    train_size=10_000,
+    val_size=2000,
+    test_size=4000,
+    shrink=2,
+    together=False,
+    model="lenet",
+    kernels=(5, 3),
+    batch_size=128,
+    epochs=15,
+    longer=4,
+    rhos=(0.5, 1.0, 2.0),
+    checkpoint_every=15,
+    out=pathlib.Path("results/fs_mtl-cpu"),
+)
 
 PRESETS = {
     "smoke": (
@@ -135,41 +149,40 @@ PRESETS = {
             hidden=(16,),
             batch_size=64,
             epochs=2,
-            rho=0.1,
+            rhos=(0.1,),
             probe_every=2,
             probe_batches=1,
             checkpoint_every=1,
-            noise=(1.0,),
-            noise_draws=1,
-            landscape=0,
-            analysis_size=64,
             plots=False,
             out=pathlib.Path("results/fs_mtl-smoke"),
         ),
     ),
     "cpu": (
-        "Below 25 minutes on 2 CPU cores: 4,000 MultiMNIST canvases at half the size "
-        "and an MLP, few enough to overfit.",
+        "Half an hour of 2 idle CPU cores: 10,000 MultiMNIST canvases at half the size "
+        "and a LeNet, 5 seeds.",
+        CPU,
+    ),
+    "large": (
+        "Hours of 2 CPU cores: the same for 30 epochs, with single tasks.",
+        dataclasses.replace(
+            CPU,
+            ablations=("cagrad",),
+            controls=CONTROLS,
+            epochs=30,
+            out=pathlib.Path("results/fs_mtl-large"),
+        ),
+    ),
+    "gpu": (
+        "10 minutes on one GPU: ResNet-18 on all canvases for 10 epochs, 3 seeds.",
         Config(
-            methods=(*BALANCERS, NATIVE),
-            train_size=4000,
-            val_size=2000,
-            test_size=4000,
-            shrink=2,
-            model="mlp",
-            hidden=(256, 128),
-            batch_size=64,
-            epochs=36,
-            rho=1.0,
-            eval_every=2,
-            probe_every=4,
-            probe_batches=16,
-            checkpoint_every=12,
-            noise=(0.0, 2.0, 4.0, 6.0, 8.0, 12.0),
-            noise_draws=5,
-            landscape=13,
-            analysis_size=1000,
-            out=pathlib.Path("results/fs_mtl-cpu"),
+            methods=("cagrad",),
+            variants=("plain", "split", "direct"),
+            ablations=(),
+            controls=("linear",),
+            together=False,
+            strategy="unrolled",
+            epochs=10,
+            out=pathlib.Path("results/fs_mtl-gpu"),
         ),
     ),
     "lenet": (
@@ -183,9 +196,8 @@ PRESETS = {
             model="lenet",
             batch_size=128,
             epochs=50,
-            rho=0.5,
+            rhos=(0.5,),
             probe_batches=32,
-            noise=(0.0, 2.0, 4.0, 6.0, 8.0, 12.0),
             out=pathlib.Path("results/fs_mtl-lenet"),
         ),
     ),
@@ -217,12 +229,14 @@ class Entry(NamedTuple):
     method: str
     variant: Variant
     task: int | None = None
+    rho: float | None = None  # of those that are tried
 
     @property
     def name(self) -> str:
         """Of its folder."""
         task = "" if self.task is None else f"-{self.task + 1}"
-        return f"{self.method}-{self.variant}{task}"
+        rho = "" if self.rho is None else f"-rho_{self.rho:g}"
+        return f"{self.method}-{self.variant}{task}{rho}"
 
     def folder(self, config: Config, name: str, seeds: list[int]) -> pathlib.Path:
         """Where a run of it on a data set is kept."""
@@ -242,6 +256,8 @@ class Entry(NamedTuple):
             base = mtljax.METHODS[self.method].label
         return {
             "plain": base,
+            "plain2": f"{base}, 2x epochs",
+            "plain4": f"{base}, 4x epochs",
             "split": f"F-{base}",
             "direct": f"direct {base}",
             "samo": f"SAMO-{base}",
@@ -252,7 +268,7 @@ class Entry(NamedTuple):
     @property
     def backward_passes(self) -> int:
         """Through the trunk, per step, for the two tasks together."""
-        if self.variant == "plain":
+        if self.variant.startswith("plain"):
             cheap = self.method in ("linear", "random_loss_weighting")
             return 1 if cheap or self.method == STL else 2
         if self.method == STL:
@@ -261,19 +277,19 @@ class Entry(NamedTuple):
 
 
 def entries(config: Config) -> list[Entry]:
-    """All runs of a data set, the controls first."""
+    """All runs of a data set but for radii, those of the claims first."""
     found: list[Entry] = []
-    if STL in config.controls:
-        for variant in ("plain", "split"):
-            found += [Entry(STL, variant, task) for task in (0, 1)]
     if "linear" in config.controls:
         found += [Entry("linear", "plain"), Entry("linear", "split")]
-    if "random_loss_weighting" in config.controls:
-        found.append(Entry("random_loss_weighting", "split"))
     for method in config.methods:
         found += [Entry(method, variant) for variant in config.variants]
         if method in config.ablations:
             found += [Entry(method, "second"), Entry(method, "each")]
+    if "random_loss_weighting" in config.controls:
+        found.append(Entry("random_loss_weighting", "split"))
+    if STL in config.controls:
+        for variant in ("plain", "split"):
+            found += [Entry(STL, variant, task) for task in (0, 1)]
     return list(dict.fromkeys(found))
 
 
@@ -287,8 +303,6 @@ def check(config: Config) -> None:
     common.check_names("methods", config.methods, (*BALANCERS, NATIVE))
     common.check_names("ablations", config.ablations, config.methods)
     common.check_names("controls", config.controls, CONTROLS)
-    ood = () if config.ood is None else (config.ood,)
     check_data("sets", config.sets, data.available())
-    check_data("ood", ood, data.available())
     if not config.sets or not entries(config):
         raise ConfigError("Nothing to run: --sets, or --methods and --controls, empty.")

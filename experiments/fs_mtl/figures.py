@@ -15,6 +15,8 @@ from mtljax.training import plots
 
 FAMILY = {
     "plain": ("#4477AA", ":"),
+    "plain2": ("#4477AA", "--"),
+    "plain4": ("#4477AA", "-"),
     "split": ("#EE6677", "-"),
     "direct": ("#228833", "--"),
     "samo": ("#AA3377", "-."),
@@ -129,66 +131,11 @@ def conflict(config: Config, runs: Runs, kind: str):
     )  # fmt: skip
 
 
-def noise(config: Config, runs: Runs):
-    """Accuracy under weight noise: a panel a balancer."""
-    methods = _by_method(runs)
-    figure, axes = _panels(len(methods))
-    for axis, (name, group) in zip(axes, methods.items(), strict=True):
-        for entry in group:
-            if entry not in runs.analysis:
-                continue
-            values = np.array(
-                [row["noise"] for row in runs.analysis[entry]]
-            )  # [S, M, D]
-            colour, dash = _look(entry)
-            mean = 100 * values.mean((0, 2))
-            axis.plot(
-                config.noise, mean, color=colour, linestyle=dash, label=entry.label
-            )
-        axis.set_title(name, fontsize=10)
-        axis.set_xlabel("distance in weight space")
-        axis.legend(fontsize=7, frameon=False)
-    axes[0].set_ylabel("accuracy, %")
-    return figure
-
-
-def landscapes(config: Config, runs: Runs):
-    """Contours of the test loss, the same two directions in every panel; or None."""
-    found = {
-        entry: row["landscape"]
-        for entry, rows in runs.analysis.items()
-        for row in rows
-        if row.get("landscape")
-    }
-    if not found:
-        return None
-    figure, axes = _panels(len(found), columns=4)
-    span = config.landscape_span
-    grids = {entry: np.array(grid) for entry, grid in found.items()}
-    low = min(grid.min() for grid in grids.values())
-    levels = low * np.geomspace(1.02, 20, 14)
-    for axis, (entry, grid) in zip(axes, grids.items(), strict=True):
-        axis.grid(visible=False)
-        ticks = np.linspace(-span, span, len(grid))
-        lines = axis.contour(
-            ticks, ticks, grid, levels=levels, cmap="viridis", linewidths=0.9
-        )
-        axis.clabel(lines, lines.levels[::3], fontsize=6, fmt="%.2g")
-        axis.plot(0, 0, marker="+", color="black")
-        axis.set_title(entry.label, fontsize=10)
-        axis.set_aspect("equal")
-    return figure
-
-
 def write(config: Config, runs: Runs) -> list[pathlib.Path]:
     """All figures that the rows allow."""
     made: dict[str, Any] = {
         "accuracy_over_epochs": accuracy_over_epochs(runs),
         "accuracy_over_cost": accuracy_over_cost(runs),
     }
-    for kind in ("inter_loss", "inter_flat"):
-        made[f"conflict_{kind}"] = conflict(config, runs, kind)
-    if runs.analysis:
-        made["noise"] = noise(config, runs)
-        made["landscape"] = landscapes(config, runs)
+    made["conflict_inter_loss"] = conflict(config, runs, "inter_loss")
     return figures.save(made, set_folder(config, runs.name), config)

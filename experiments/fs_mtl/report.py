@@ -9,7 +9,8 @@ import numpy as np
 
 from experiments.common import report as common
 from experiments.common.report import Report, markdown, pm
-from experiments.common.selection import select
+from experiments.common.selection import Choice, select
+from experiments.common.statistics import comparison_table
 from experiments.fs_mtl import paper
 from experiments.fs_mtl.config import (
     BALANCERS,
@@ -30,8 +31,37 @@ class Runs(NamedTuple):
     name: str
     tasks: tuple[str, ...]
     rows: dict[Entry, Rows]
-    analysis: dict[Entry, Rows]
+    radii: dict[Entry, dict[float | None, Rows]]  # all that were tried
     steps_per_epoch: int
+
+
+def choose_radius(found: Mapping[Entry, Rows]) -> tuple[Choice, Rows]:
+    """The radius by validation, as its learning rate, and the rows at it."""
+    tagged = [
+        {**row, "lr": entry.rho}
+        for entry, rows in found.items()
+        for row in rows
+        if row["kind"] == "eval"
+    ]
+    choice = select(tagged)
+    best = next(rows for e, rows in found.items() if e.rho == choice.lr)
+    return choice, [{**row, "rho": choice.lr} for row in best]
+
+
+def at_lengths(
+    config: Config, entry: Entry, rows: Rows, epoch: int
+) -> dict[Entry, Rows]:
+    """A line, and a plain one also at twice and four times the epochs it ran."""
+    if entry.variant != "plain":
+        return {entry: rows}
+    variants = {1: "plain", 2: "plain2", 4: "plain4"}
+    return {
+        entry._replace(variant=variants[times]): [
+            row for row in rows if row["step"] <= times * config.epochs * epoch
+        ]
+        for times in variants
+        if times <= config.longer
+    }
 
 
 def chosen(rows: Rows) -> list[dict[str, Any]]:
@@ -250,43 +280,115 @@ def conflict_table(runs: Runs) -> str:
     return markdown(head, body)
 
 
-def analysis_table(config: Config, runs: Runs) -> str:
-    """Markdown: sharpness and weight noise of the final weights."""
-    if not runs.analysis:
-        return ""
-    titles = [f"gap at {r:g}" for r in config.radii]
-    titles += [f"acc. at noise {n:g}" for n in config.noise]
-    if config.ood is not None:
-        titles.append(f"entropy on {config.ood}")
+def radius_table(runs: Runs) -> str:
+    """Markdown: accuracy on validation and test at every radius that was tried."""
+    radii = sorted({rho for tried in runs.radii.values() for rho in tried})
     body = []
-    for entry, rows in runs.analysis.items():
-        if entry.method == STL:
-            continue
-        cells = [
-            pm([np.mean(row["gaps"][r]) for row in rows], 4)
-            for r in range(len(config.radii))
-        ]
-        cells += [
-            pm([100 * np.mean(row["noise"][n]) for row in rows], 1)
-            for n in range(len(config.noise))
-        ]
-        if config.ood is not None:
-            cells.append(pm([row["ood_entropy"] for row in rows], 3))
-        body.append([entry.label, *cells])
-    return markdown(["line", *titles], body)
+    for entry, tried in runs.radii.items():
+        for split in ("val", "test"):
+            cells = [
+                pm([100 * row[f"{split}_score"] for row in chosen(tried[rho])])
+                for rho in radii
+            ]
+            body.append([f"{entry.label}, {split}", *cells])
+    return (
+        markdown(["line", *(f"radius {rho:g}" for rho in radii)], body) if body else ""
+    )
+
+
+def intra_conflict(runs: Runs, entry: Entry) -> float:
+    """Share of probe batches with a conflict inside a task, first half of the run."""
+    found = [row for row in runs.rows[entry] if "probe_intra" in row]
+    end = max((row["step"] for row in found), default=0)
+    values = [row["probe_intra"] for row in found if row["step"] <= end / 2]
+    return float(np.mean(values)) if values else math.nan
+
+
+def premise(runs: Runs) -> str:
+    """Whether the split can matter: conflict inside a task, of the plain lines."""
+    shares = {
+        entry.label: intra_conflict(runs, entry)
+        for entry in runs.rows
+        if entry.variant == "plain" and entry.method != STL
+    }
+    return ", ".join(f"{label} {100 * x:.0f} %" for label, x in shares.items())
+
+
+def at_passes(found: Mapping[str, np.ndarray], base: str) -> str | None:
+    """The plain line with the backward passes of an F-line, as far as it was run."""
+    wanted = f"{base}, {4 if base == 'LS' else 2}x epochs"
+    return wanted if wanted in found else None
+
+
+def comparisons(runs: Runs) -> list[str]:
+    """The paired differences that claims are about."""
+    groups = {label: g for label, g in lines(runs).items() if len(g) == 1}
+    found = {label: accuracy(runs, group) for label, group in groups.items()}
+    ece = {
+        label: np.mean([column(runs, g, "ece", task) for task in (0, 1)], 0)
+        for label, g in groups.items()
+    }
+    bases = [base for base in found if f"F-{base}" in found]
+    if not bases or len(found[bases[0]]) < 2:
+        return []
+    flat = [f"F-{base}" for base in bases]
+    mean = lambda table, labels: np.mean([table[label] for label in labels], 0)
+    pairs = {"F-X - X, mean": (mean(found, bases), mean(found, flat))}
+    equal = [at_passes(found, base) for base in bases]
+    if all(equal):
+        longer = [label for label in equal if label]
+        pairs["F-X - X at equal passes, mean"] = mean(found, longer), mean(found, flat)
+    wanted = [(f"F-{base}", base) for base in bases]
+    wanted += [(f"F-{b}", at) for b, at in zip(bases, equal, strict=True) if at]
+    wanted += [(f"F-{base}", f"direct {base}") for base in bases]
+    wanted += [("F-CAGrad", "F-LS"), ("RLW+SAM", "F-CAGrad")]
+    for one, two in wanted:
+        if one in found and two in found:
+            pairs[f"{one} - {two}"] = found[two], found[one]
+    parts = ["Points of accuracy:", comparison_table(pairs)]
+    calibration = {"F-X - X, mean": (mean(ece, bases), mean(ece, flat))}
+    parts += ["Expected calibration error:", comparison_table(calibration, digits=4)]
+    shares = conflict_shares(runs)
+    common_ = [base for base in bases if base in shares and f"F-{base}" in shares]
+    by_epoch = {
+        f"F-X - X, mean, epoch {epoch}": (
+            np.mean([shares[base][epoch] for base in common_], 0),
+            np.mean([shares[f"F-{base}"][epoch] for base in common_], 0),
+        )
+        for epoch in (shares[f"F-{common_[0]}"] if common_ else ())
+        if all(epoch in shares[base] for base in common_)
+    }
+    if by_epoch:
+        parts += ["Batches with a conflict of tasks, points:"]
+        parts += [comparison_table(by_epoch, digits=1)]
+    return parts
+
+
+def conflict_shares(runs: Runs) -> dict[str, dict[int, np.ndarray]]:
+    """Label -> epoch -> percent of probe batches in conflict, over seeds."""
+    found: dict[str, dict[int, np.ndarray]] = {}
+    for entry, rows in runs.rows.items():
+        mine = [row for row in rows if "probe_inter_loss" in row]
+        for step in sorted({row["step"] for row in mine}):
+            values = [100 * r["probe_inter_loss"] for r in mine if r["step"] == step]
+            epoch = step // runs.steps_per_epoch
+            found.setdefault(entry.label, {})[epoch] = np.array(values)
+    return found
 
 
 def write(config: Config, runs: Runs, command: str, notes: str) -> pathlib.Path:
     """``<set>/table.md`` with everything in words and numbers."""
     missing = [e.label for e in entries(config) if e not in runs.rows]
     ball = "adaptive" if config.adaptive else "not adaptive"
+    radii = ", ".join(f"{rho:g}" for rho in config.rhos)
     parts = [
         f"# {runs.name}: {len(lines(runs))} lines, {config.seeds} seeds",
         f"`{command.replace(' --report-only', '')}`",
         f"Data: {notes}. Model {config.model}, {config.epochs} epochs of "
         f"{runs.steps_per_epoch} steps, Adam {config.lr:g}, batch size "
-        f"{config.batch_size}. SAM: rho {config.rho:g}, {ball}, {config.norm} norm, "
-        "the same in every line.",
+        f"{config.batch_size}. SAM: {ball}, {config.norm} norm; validation picks one "
+        f"of the radii {radii} for each F-line, and other orders of the same balancer "
+        "have it.",
         f"Not finished: {', '.join(missing)}." if missing else "",
         main_table(runs),
         "Accuracy in percent on the test split, mean ± sd over seeds, at the epoch "
@@ -294,6 +396,10 @@ def write(config: Config, runs: Runs, command: str, notes: str) -> pathlib.Path:
         "the multi-task lines. ECE, Brier score and predictive entropy (nats) at that "
         "epoch. Conflict: percent of the probe's training batches at its last "
         "measurement. Backward passes through the trunk are those of a step.",
+        "## Differences, paired over seeds",
+        *comparisons(runs),
+        f"Conflict inside a task, mean of the first half of training: {premise(runs)}. "
+        "Below 10 % the split has nothing to separate.",
         "## Beside the paper (Tables 1 and 6)",
         beside_paper(runs),
         "Levels differ by construction (another re-creation of the data, another "
@@ -311,8 +417,8 @@ def write(config: Config, runs: Runs, command: str, notes: str) -> pathlib.Path:
         conflict_table(runs),
         f"Paper, Multi-MNIST: plain {paper.CONFLICT['plain']}, "
         f"F- {paper.CONFLICT['split']} (epoch: percent).",
-        "## Flatness of the final weights",
-        analysis_table(config, runs),
+        "## Radii",
+        radius_table(runs),
     ]
     return common.write_table(set_folder(config, runs.name) / "table.md", parts)
 
@@ -321,14 +427,11 @@ def result_lines(runs: Runs) -> list[dict[str, Any]]:
     """A line per entry and seed."""
     lines = []
     for entry, rows in runs.rows.items():
-        measured = {row["seed"]: row for row in runs.analysis.get(entry, ())}
         about = {"set": runs.name, "entry": entry.name, "label": entry.label}
-        for row in chosen(rows):
-            extra = dict(measured.get(row["seed"], {}))
-            for field in ("entry", "seed", "step", "landscape"):
-                extra.pop(field, None)
+        about |= {"intra": intra_conflict(runs, entry)}
+        for row, end in zip(chosen(rows), last(rows), strict=True):
             cost = {"backward_passes": entry.backward_passes}
-            lines.append(about | row | extra | cost)
+            lines.append(about | row | {"test_score_last": end["test_score"]} | cost)
     return lines
 
 

@@ -18,8 +18,7 @@ from mtljax import sharpness, training
 
 MAY_DIFFER = (
     "sets", "methods", "variants", "ablations", "controls", "epochs", "report_only",
-    "ood", "seeds", "first_seed", "noise", "noise_draws",
-    "radii", "landscape", "landscape_span", "analysis_size", "checkpoint_every",
+    "seeds", "first_seed", "longer", "checkpoint_every",
 )  # fmt: skip
 """Fields that a run may be gone on with: they do not change its numbers."""
 
@@ -69,7 +68,9 @@ def build_gradient(
         problem.task_losses,
         build_balancer(config, entry, len(problem.names), balancer_key),
         rho=sharpness.Ball(
-            0.0 if plain else config.rho, adaptive=config.adaptive, norm=config.norm
+            0.0 if plain else entry.rho or config.rhos[0],
+            adaptive=config.adaptive,
+            norm=config.norm,
         ),
         perturb=sharpness.Samo(config.samo_alpha) if samo else "local",
         mode=mode,
@@ -87,7 +88,9 @@ def make_probe(config: Config, problem: Problem) -> Callable[[State], dict[str, 
     """
     function = sharpness.sam_task_grads(
         problem.task_losses,
-        rho=sharpness.Ball(config.rho, adaptive=config.adaptive, norm=config.norm),
+        rho=sharpness.Ball(
+            max(config.rhos), adaptive=config.adaptive, norm=config.norm
+        ),
         labels=LABELS,
         has_aux=True,
         strategy=config.strategy,
@@ -182,6 +185,11 @@ def steps_per_epoch(config: Config, problem: Problem) -> int:
     return size // config.batch_size
 
 
+def epochs_of(config: Config, entry: Entry) -> int:
+    """Passes over the training canvases."""
+    return config.epochs * (config.longer if entry.variant == "plain" else 1)
+
+
 def run_entry(
     config: Config,
     problem: Problem,
@@ -195,7 +203,7 @@ def run_entry(
     state, order_keys = initial_state(program, seeds)
     epoch = steps_per_epoch(config, problem)
     plan = common.Plan(
-        steps=config.epochs * epoch,
+        steps=epochs_of(config, entry) * epoch,
         batch_size=config.batch_size,
         eval_every=config.eval_every * epoch,
         log_every=epoch,
