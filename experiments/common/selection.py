@@ -163,13 +163,6 @@ def search(
     return found, choices, grid
 
 
-def mark(choice: Choice) -> str:
-    """Beside a number of a table: ``⌄``, ``⌃`` ends of the grid, ``→`` improving."""
-    return {"low": "⌄", "high": "⌃"}.get(choice.edge or "", "") + "→" * (
-        choice.late > 0.5
-    )
-
-
 def edge_notes(choices: Mapping[str, Choice]) -> list[str]:
     """Warnings for a report: ends of a grid, and runs that were still improving.
 

@@ -16,9 +16,10 @@ import pytest
 from experiments.common import replay, report, runs
 from experiments.common.config import Common
 from experiments.common.problem import Scorer
-from experiments.common.selection import edge_notes, select, select_each
+from experiments.common.selection import edge_notes, search, select, select_each
 from experiments.common.statistics import (
     benjamini_hochberg,
+    comparison_table,
     holm,
     minimum_detectable,
     paired,
@@ -224,6 +225,55 @@ def test_a_signal_while_training_is_its_status(command, number, text, tmp_path):
     assert "Stopped by" in printed
 
 
+# --- grids and differences ------------------------------------------------------------
+
+
+def at_rates(best):
+    """Rows of two seeds whose score falls with the distance to the best rate."""
+    score = lambda lr: -abs(np.log(lr / best))
+    return lambda rates: [
+        {"seed": seed, "lr": lr, "step": 1, "val_score": score(lr)}
+        for lr in rates
+        for seed in (0, 1)
+    ]
+
+
+def test_an_end_of_the_grid_extends_it_for_all_rows():
+    calls = []
+
+    def train(rates):
+        calls.append(list(rates))
+        return {"a": at_rates(0.27)(rates), "b": at_rates(0.03)(rates)}
+
+    found, choices, grid = search(train, select, (0.01, 0.03))
+    assert calls == [[0.01, 0.03], [0.09], [0.27]]  # "a" chose the end twice
+    assert grid == [0.01, 0.03, 0.09, 0.27]
+    assert {name: choice.lr for name, choice in choices.items()} == {
+        "a": 0.27,
+        "b": 0.03,
+    }
+    assert choices["a"].edge == "high"  # still the end after all extensions
+    assert {len(rows) for rows in found.values()} == {8}
+    calls.clear()
+    assert search(train, select, (0.01, 0.03), 0)[2] == [0.01, 0.03]
+    assert len(calls) == 1
+    # Both ends at once, and no extension where nothing chose an end.
+    train = lambda rates: {"a": at_rates(1e-3)(rates), "b": at_rates(0.3)(rates)}
+    assert search(train, select, (0.01, 0.03), 1)[2] == [0.00333333, 0.01, 0.03, 0.09]
+    train = lambda rates: {"a": at_rates(0.03)(rates)}
+    assert search(train, select, (0.01, 0.03, 0.1))[2] == [0.01, 0.03, 0.1]
+
+
+def test_a_table_of_differences_has_intervals_and_holms_p():
+    a = np.array([77.64, 78.10, 76.90, 78.30, 77.25])
+    b = np.array([78.48, 79.05, 77.10, 79.40, 78.60])
+    text = comparison_table({"b - a": (a, b), "a - a": (a, a)})
+    row = "| b - a | +0.89 | [+0.35, +1.42] | 0.0099 | 0.02 | 5 |"
+    assert row in text.splitlines()
+    assert "| a - a | +0.00 | [+0.00, +0.00] | nan | 1 | 5 |" in text
+    assert comparison_table({"one": (a[:1], b[:1])}) == ""
+
+
 # --- data sets of users ---------------------------------------------------------------
 
 MINE = """
@@ -243,7 +293,7 @@ NUMBERS = MINE.replace("shapes", "sums").replace('classification", 2', 'regressi
 NUMBERS = NUMBERS.replace("> 0 for", "* 2 for").replace("int)", "np.float32)")
 SMALL = {
     "multidigits": {"methods": ("mgda",), "steps": 4, "train_size": None},
-    "fs_mtl": {"analysis_size": 32},
+    "fs_mtl": {},
     "igb": {},
     "alternating": {},
     "trajectories": {},
