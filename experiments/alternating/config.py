@@ -132,7 +132,10 @@ CPU = Config(
         eval_every=20,
     ),
     camvid=Setting(
-        rows=(*_ALTERNATING, "groups_4"), steps=240, batch_size=4, eval_every=20
+        rows=(*_ALTERNATING, "groups_2", "groups_4"),
+        steps=240,
+        batch_size=4,
+        eval_every=20,
     ),
 )
 

@@ -269,6 +269,70 @@ def scale_table(study: Mapping[str, Rows], columns: Columns) -> str:
     return tables.markdown_table(shown, {f"{f:g}": "" for f in factors})
 
 
+def seed_values(results: Results) -> dict[str, dict[str, np.ndarray]]:
+    """Label -> metric -> values ``[seeds]``, of the two rows that are compared."""
+    if not {"joint", "alternating"} <= set(results.rows):
+        return {}
+    pairs = {"val_score_area": tolerance(results)}
+    names = {
+        "at one rate": "distance_same_rate",
+        "against a step of equal length": "distance_same_length",
+        "at equal training loss": "distance_same_loss",
+    }
+    for name, logs in exploration(results).items():
+        joint, other = logs
+        pairs[names[name]] = np.exp(joint), np.exp(other)
+    labels = [row_of(name).label for name in ("joint", "alternating")]
+    found: dict[str, dict[str, np.ndarray]] = {label: {} for label in labels}
+    for metric, pair in pairs.items():
+        for label, values in zip(labels, pair, strict=True):
+            found[label][metric] = values
+    # At one rate of Adam the mean of the losses is the sum: a row of that name.
+    found["mean"] = {"distance_same_rate": pairs["distance_same_rate"][0]}
+    return found
+
+
+def result_lines(results: Results) -> list[dict[str, Any]]:
+    """Lines by row, seed and column; single-task networks have one for each task."""
+    rows, columns = results.rows, results.problem.columns
+    alone = chosen_rows(rows[SINGLE_TASK])
+    baseline = columns_of(columns, alone).mean(0)
+    better = [True] * len(baseline)
+    delta = lambda at: np.asarray(
+        metrics.delta_m(columns_of(columns, at), baseline, better)
+    )
+    values = seed_values(results) if len(alone) > results.problem.num_tasks else {}
+    joint = rows.get("joint")
+    lines: list[dict[str, Any]] = [
+        {"row": "single task", "column": "chosen", **row} for row in alone
+    ]
+    for name, found in rows.items():
+        if name == SINGLE_TASK:
+            continue
+        label, choice = row_of(name).label, select(found)
+        about = {"edge": choice.edge, "late": choice.late, "method": name}
+        for column in ("chosen", "last"):
+            at = choice.rows if column == "chosen" else choice.last
+            gain = 0 * delta(at)
+            if joint is not None:
+                base = select(joint)
+                gain = delta(base.rows if column == "chosen" else base.last) - delta(at)
+            for i, row in enumerate(at):
+                more = {metric: v[i] for metric, v in values.get(label, {}).items()}
+                more |= {"delta_m": delta(at)[i], "gain_over_joint": gain[i]}
+                lines.append({"row": label, "column": column, **row, **about, **more})
+    for i, value in enumerate(values.get("mean", {}).get("distance_same_rate", ())):
+        seed = sorted({row["seed"] for row in alone})[i]
+        lines.append({"row": "mean", "seed": seed, "distance_same_rate": value})
+    for name, found in results.scales.items():
+        for scale in dict.fromkeys(row["scale"] for row in found):
+            for row in chosen_rows([r for r in found if r["scale"] == scale]):
+                r2 = float(columns_of(columns, [row])[0, -1])
+                about = {"study": "scales", "row": row_of(name).label, "image_r2": r2}
+                lines.append({**about, **row})
+    return lines
+
+
 def write(
     results: Results, table: Report, config: Config, command: str
 ) -> list[pathlib.Path]:
@@ -298,20 +362,7 @@ def write(
     if results.scales:
         title = f"Test metric by the factor of the loss of {results.problem.tasks[-1]}:"
         parts += [title, scale_table(results.scales, results.problem.columns)]
-    lines: list[Any] = []
-    for row_name, found in rows.items():
-        choice = choices.get(row_of(row_name).label)
-        marks = {"edge": choice.edge, "late": choice.late} if choice else {}
-        for row, last in zip(chosen_rows(found), last_rows(found), strict=True):
-            ends = {f"{k}_last": v for k, v in last.items() if k.startswith("test_")}
-            label = {"row": row_name, "label": row_of(row_name).label}
-            lines.append({**label, **row, **ends, **marks})
-    for row_name, found in results.scales.items():
-        for scale in dict.fromkeys(row["scale"] for row in found):
-            at = [row for row in found if row["scale"] == scale]
-            lines += [
-                {"study": "scale", "row": row_name, **row} for row in chosen_rows(at)
-            ]
+    lines = [{"set": name, **line} for line in result_lines(results)]
     return [
         common.write_rows(folder / "results.jsonl", config, lines, set=name),
         common.write_table(folder / "table.md", parts),

@@ -12,7 +12,7 @@ from mtljax.data import DIGIT_DOMAINS, DOMAINNET_DOMAINS
 Part = Literal["table", "pairs", "intervals"]
 DOMAINS = {"digits": DIGIT_DOMAINS, "domainnet": DOMAINNET_DOMAINS}
 LABELS = {
-    "stl": "STL",
+    "stl": "target only (STL)",
     "stl_2x": "STL, 2x steps",
     "stl_ema": "STL + EMA",
     "alone_x2": "alone x2",
@@ -23,8 +23,8 @@ LABELS = {
     "auto_lambda": "Auto-λ",
     "post_train": "post-train",
     "lambda_grid": "grid search of λ",
-    "forkmerge": "ForkMerge",
-    "forkmerge_each": "ForkMerge‡",
+    "forkmerge": "ForkMerge, B = 2",
+    "forkmerge_each": "ForkMerge‡, target + each",
 }
 """Rows of the table, in its order."""
 CONTROLS = ("stl", "stl_2x", "stl_ema", "alone_x2")

@@ -6,7 +6,7 @@ from experiments.forkmerge import problem, report, train
 from experiments.forkmerge.config import PRESETS, Config
 
 CONFIG, RESULTS = PRESETS["cpu"][1], "results.jsonl"
-KEYS, LINES = ("part", "method", "target", "aux", "seed", "interval"), 50
+KEYS, LINES = ("part", "method", "target", "aux", "seed", "interval", "column"), 100
 
 
 def rows(config: Config) -> list[dict[str, Any]]:
@@ -14,4 +14,5 @@ def rows(config: Config) -> list[dict[str, Any]]:
     found = problem.make_problem(config)
     evaluate = problem.make_evaluate(found)
     job = train.make_job(config, found, evaluate, "stl", config.lrs)
-    return report.reported(train.Run(config, job).finish())
+    kept = report.reported(train.Run(config, job).finish())
+    return list(report.result_lines(kept))

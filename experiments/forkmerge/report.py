@@ -2,7 +2,7 @@
 
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -275,9 +275,30 @@ def write_table(kept: Rows, config: Config, command: str) -> pathlib.Path:
     return common.write_table(config.out / "table.md", parts)
 
 
+def result_lines(kept: Rows) -> Iterator[dict[str, Any]]:
+    """A line for each reported run at the chosen and at the last step.
+
+    Runs of the table's Δt are among those of the intervals too.
+    """
+    more = [
+        {**row, "part": "intervals"}
+        for row in of(kept, part="table", method="forkmerge")
+        if of(kept, part="intervals")
+    ]
+    for row in [*kept, *more]:
+        label = row["label"]
+        if row["part"] == "intervals":
+            label = f"Δt = {row['interval']}"
+        for column, score in (("chosen", row["test"]), ("last", row["test_last"])):
+            accuracy = None if score is None else 100 * score
+            found = {"row": label, "column": column, "test_accuracy": accuracy}
+            yield rounded(found | dict(row))
+
+
 def write_rows(rows: Rows, config: Config) -> pathlib.Path:
-    """``results.jsonl``: first what made them, then a line a reported run."""
-    return common.write_rows(config.out / "results.jsonl", config, map(rounded, rows))
+    """``results.jsonl``: first what made them, then the lines of reported runs."""
+    path = config.out / "results.jsonl"
+    return common.write_rows(path, config, result_lines(rows))
 
 
 def rounded(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from experiments.fs_mtl import problem, report, train
 from experiments.fs_mtl.config import PRESETS, Config, Entry, seed_groups
 
 CONFIG, RESULTS = PRESETS["cpu"][1], "results.jsonl"
-KEYS, LINES = ("entry", "seed"), 15
+KEYS, LINES = ("entry", "seed", "column"), 30
 
 
 def rows(config: Config) -> list[dict[str, Any]]:

@@ -424,14 +424,26 @@ def write(config: Config, runs: Runs, command: str, notes: str) -> pathlib.Path:
 
 
 def result_lines(runs: Runs) -> list[dict[str, Any]]:
-    """A line per entry and seed."""
-    lines = []
+    """Lines by entry, seed and column."""
+    lines: list[dict[str, Any]] = []
     for entry, rows in runs.rows.items():
         about = {"set": runs.name, "entry": entry.name, "label": entry.label}
-        about |= {"intra": intra_conflict(runs, entry)}
+        plain = entry._replace(variant="plain")
+        if plain in runs.rows:
+            about["plain_intra_conflict"] = intra_conflict(runs, plain)
+        about |= {"row": entry.label, "late": select(rows).late}
         for row, end in zip(chosen(rows), last(rows), strict=True):
-            cost = {"backward_passes": entry.backward_passes}
-            lines.append(about | row | {"test_score_last": end["test_score"]} | cost)
+            probed = [
+                r["probe_inter_loss"]
+                for r in rows
+                if r.get("seed") == row["seed"] and "probe_inter_loss" in r
+            ]
+            about["backward_passes"] = entry.backward_passes
+            about["conflict_share"] = 100 * float(np.mean(probed)) if probed else None
+            for column, at in (("chosen", row), ("last", end)):
+                ece = [v for k, v in at.items() if k.endswith("_ece")]
+                more = {"column": column, "test_accuracy": 100 * at["test_score"]}
+                lines.append(about | dict(at) | more | {"test_ece": np.mean(ece)})
     return lines
 
 

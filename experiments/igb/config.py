@@ -61,7 +61,7 @@ ALONE = (*_LOSS, *_GRADIENT)
 TABLE = (
     *("linear", "scale_invariant", "random_si", "igb_v1", "igb_v2", "igb_v2:frozen"),
     *("static", "random_loss_weighting", "igb_v2:mean"),
-    *("nash_mtl", "igb_v1+nash_mtl", "igb_v2+nash_mtl"),
+    *("nash_mtl", "igb_v1+nash_mtl", "igb_v2+nash_mtl", "uncertainty", "dwa"),
 )
 """Rows of the claims, the first first."""
 SETS = ("enb", "jura", "oes97", "oes10", "atp1d", "slump")

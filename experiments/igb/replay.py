@@ -5,16 +5,21 @@ from typing import Any
 from experiments.igb import train
 from experiments.igb.config import PRESETS, Config
 
-CONFIG, KEYS, LINES = PRESETS["cpu"][1], ("method", "seed", "lr", "step", "task"), 10
-RESULTS = "mulan_mtr-enb/results.jsonl"
-DERIVED = (
-    *("val_delta", "delta", "delta_last", "late"),
-    "test_mae_last",
+CONFIG, KEYS, LINES = (
+    PRESETS["cpu"][1],
+    ("method", "column", "seed", "lr", "step", "task"),
+    10,
 )
+RESULTS = "mulan_mtr-enb/results.jsonl"
+DERIVED = ("val_delta", "delta_m", "late", "signal_r2")
 
 
 def rows(config: Config) -> list[dict[str, Any]]:
     """All its evaluations: the committed ones were chosen by all single-task rows."""
     problem = train.make_problem(config, "mulan_mtr/enb")
     found = train.run_method(config, problem, "linear", config.table.lrs)
-    return [{"method": "linear", **row} for row in found if row["kind"] == "eval"]
+    return [
+        {"method": "linear", "column": "chosen", **row}
+        for row in found
+        if row["kind"] == "eval"
+    ]

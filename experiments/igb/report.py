@@ -196,18 +196,23 @@ def write(
         differences(values.delta) if config.seeds > 1 else "",
     ]
     alone = select_each(values.rows[SINGLE_TASK], maximise=False)
-    lines = [{"method": SINGLE_TASK, "label": "single task", **row} for row in alone]
+    lines: list[dict[str, Any]] = [
+        {"method": SINGLE_TASK, "row": "single task", "column": "chosen", **row}
+        for row in alone
+    ]
     for method, choice in values.choices.items():
-        for i, (row, last) in enumerate(zip(choice.rows, choice.last, strict=True)):
-            about = {"method": method, "label": label_of(method)}
-            ends = {
-                "delta": values.delta[method][i],
-                "delta_last": values.last[method][i],
-            }
-            ends |= {"test_mae_last": last["test_mae"]}
-            lines.append(
-                {**about, **row, **ends, "edge": choice.edge, "late": choice.late}
-            )
+        about = {"method": method, "row": label_of(method)}
+        about |= {"edge": choice.edge, "late": choice.late}
+        columns = {
+            "chosen": (choice.rows, values.delta[method]),
+            "last": (choice.last, values.last[method]),
+        }
+        for column, (rows, delta) in columns.items():
+            for i, row in enumerate(rows):
+                more = {"column": column, "delta_m": delta[i]}
+                if problem.by_seed:
+                    more["signal_r2"] = signal[i]
+                lines.append({**about, **row, **more})
     lines = [{"data": problem.name, **line} for line in lines]
     return [
         common.write_rows(

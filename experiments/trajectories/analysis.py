@@ -39,6 +39,7 @@ class Group(NamedTuple):
     lr_at_edge: bool
     measured: Mapping[str, Any]
     nonfinite: int  # entries of measurements that were NaN or infinite
+    seeds: tuple[int, ...]
     values: dict[str, np.ndarray]  # [S, T, K]; step [S, T]
 
     def of(self, name: str, task: str) -> np.ndarray:
@@ -78,6 +79,7 @@ def _group(key, lines) -> Group:
         lr_at_edge=first["lr_at_edge"],
         measured=first["measured"],
         nonfinite=sum(n or 0 for line in lines for n in line["nonfinite"]),
+        seeds=tuple(line["seed"] for line in lines),
         values={name: np.stack([array(x, name) for x in lines]) for name in ARRAYS},
     )
 
@@ -129,6 +131,50 @@ def target_differences(config: Config, groups: Groups) -> dict[str, dict[str, Pa
                 kept = pair[0][fine], pair[1][fine]
                 found.setdefault(quantity, {})[label] = kept
     return found
+
+
+def claim_lines(config: Config, blocks: Mapping[float, Groups]) -> list[dict[str, Any]]:
+    """Numbers of the target of FashionMTL by row and seed; the first rate is primary.
+
+    Where a training loss was never reached, those at the end of the run.
+    """
+    lines = []
+    for block, groups in enumerate(blocks.values()):
+        for (setting, tasks, method), mine in groups.items():
+            if setting != "fashion_mtl" or method != SUM or len(tasks) > 2:
+                continue
+            values = aggregates(config, mine, TARGET)
+            metrics = {
+                "test_accuracy": 100 * values["score"],
+                "train_loss_last": mine.of("train_loss", TARGET)[:, -1],
+                "sharpness": values["sharpness"],
+                "sharpness_at_loss_0.1": passage(mine, TARGET, 0.1, "sharpness"),
+                "fisher_peak": values["fisher"],
+            }
+            for level in LEVELS:
+                at = passage(mine, TARGET, level, "test_score")
+                metrics[f"test_at_loss_{level:g}"] = 100 * at
+            others = [task for task in tasks if task != TARGET]
+            about = {"row": f"+ {others[0]}" if others else "alone", "lr": mine.lr}
+            about |= {"column": "chosen", "setting": setting, "primary": block == 0}
+            about |= {"edge": "end" if mine.lr_at_edge else None}
+            for i, seed in enumerate(mine.seeds):
+                numbers = {name: float(found[i]) for name, found in metrics.items()}
+                lines.append({**about, "seed": seed, **numbers})
+    return lines
+
+
+def passage(found: Group, task: str, level: float, name: str) -> np.ndarray:
+    """What was measured ``[S]`` from the first passage on; the last if none was."""
+    values, rows = found.of(name, task), found.of("train_loss", task) < level
+    result = []
+    for value, below in zip(values, rows, strict=True):
+        start = int(below.argmax()) if below.any() else len(value) - 1
+        known = np.flatnonzero(np.isfinite(value))
+        after = known[known >= start]
+        at = after[0] if len(after) else known[-1] if len(known) else -1
+        result.append(value[at])
+    return np.array(result)
 
 
 def aggregates(config: Config, found: Group, task: str) -> dict[str, np.ndarray]:

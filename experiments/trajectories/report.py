@@ -26,7 +26,12 @@ def write(
         parts += [f"# All rows at the learning rate {lr:g}"]
         parts += make_table(config, groups)
     written = [
-        common.write_rows(config.out / "results.jsonl", config, lines, command=command),
+        common.write_rows(
+            config.out / "results.jsonl",
+            config,
+            [*lines, *analysis.claim_lines(config, blocks)],
+            command=command,
+        ),
         common.write_table(config.out / "table.md", parts),
     ]
     if config.plots:

@@ -62,7 +62,7 @@ def test_the_table_part_writes_table_rows_and_plots(folder, tmp_path, capsys):
     assert "`the command`" in table
     about, *lines = lines_of(config)
     assert about["config"]["steps"] == config.steps
-    assert len(lines) == 3 * 2 * 2  # methods, targets, seeds
+    assert len(lines) == 3 * 2 * 2 * 2  # methods, targets, seeds, columns
     assert str(folder) not in json.dumps([about, *lines]) + table
     merged = [row for row in lines if row["method"] == "forkmerge"]
     assert all(row["step"] == config.steps for row in merged)
@@ -98,7 +98,7 @@ def test_all_parts_of_the_smoke_preset(folder, tmp_path):
     for name in ("weights", "pairs", "intervals"):
         assert (config.out / f"{name}.png").stat().st_size > 5000
     lines = lines_of(config)[1:]
-    count = lambda **wanted: len(report.of(lines, **wanted))
+    count = lambda **wanted: len(report.of(lines, column="last", **wanted))
     seeds = config.seeds
     assert count(part="table") == len(config.methods) * 2 * seeds
     assert count(part="pairs", method="ew") == 2 * seeds
@@ -228,7 +228,7 @@ def test_domainnet_takes_the_place_of_the_digits(tmp_path, monkeypatch):
     command.main(config, "")
     rows = lines_of(config)[1:]
     assert {row["target"] for row in rows} == {"real", "sketch"}
-    assert len(rows) == 3 * 2 * 3
+    assert len(rows) == 3 * 2 * 3 * 2
 
 
 def test_methods_see_the_same_data_and_start(folder, tmp_path):

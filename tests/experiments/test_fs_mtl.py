@@ -212,9 +212,9 @@ def test_smoke_is_resumed_and_reported(tmp_path, capsys):
     command.main(config, "the command")
     first = (tmp_path / "multidigits" / "results.jsonl").read_text()
     lines = [json.loads(line) for line in first.splitlines()][1:]
-    assert len(lines) == 2 * 2
+    assert len(lines) == 2 * 2 * 2  # lines, seeds, columns
     assert all(np.isfinite(line["test_score"]) for line in lines)
-    assert {"probe_intra", "intra", "test_score_last"} <= set(lines[0])
+    assert {"plain_intra_conflict", "conflict_share", "test_ece"} <= set(lines[0])
     printed = capsys.readouterr().out
     assert "[2/2] F-IMTL-G: test accuracy" in printed
     stamps = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("metrics.jsonl")}

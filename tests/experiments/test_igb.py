@@ -196,7 +196,8 @@ def test_the_smoke_preset_writes_table_rows_and_plots(folder, tmp_path, capsys):
     text = (out / "results.jsonl").read_text()
     assert str(folder) not in text
     about, *lines = [json.loads(line) for line in text.splitlines()]
-    assert len(lines) == config.seeds * (len(config.table.methods) + 2)
+    # At the chosen and the last step; two tasks alone at the chosen one.
+    assert len(lines) == config.seeds * (2 * len(config.table.methods) + 2)
     assert len(about["signal_r2"]) == config.seeds
     assert about["config"]["table"]["steps"] == 24
     for name in ("rows", "agent"):
