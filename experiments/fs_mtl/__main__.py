@@ -124,6 +124,7 @@ def run_set(config: Config, name: str, command: str, clock: "Clock") -> None:
         clock.done(f"{entry.label}: test accuracy {100 * mean:.2f}")
         if not config.report_only:
             report.write(config, runs, command, splits.notes)
+            report.write_rows(config, runs)
     publish(config, runs, command, splits.notes)
 
 
