@@ -40,6 +40,7 @@ class Problem:
     judge: Callable[[Any, Batch], tuple[Array, Array]]  # losses, metrics: more is more
     judge_alone: Callable[..., tuple[Array, Array]]  # of a task's network
     by_seed: bool  # whether each seed has a split
+    dataset: Any  # the first split
 
     @property
     def num_tasks(self) -> int:
@@ -390,4 +391,5 @@ def make_problem(config: Config, name: str) -> Problem:
         judge=parts.judge,
         judge_alone=parts.judge_alone,
         by_seed=name in ("faces", "school"),
+        dataset=arrays.dataset,
     )

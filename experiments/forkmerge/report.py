@@ -295,10 +295,12 @@ def result_lines(kept: Rows) -> Iterator[dict[str, Any]]:
             yield rounded(found | dict(row))
 
 
-def write_rows(rows: Rows, config: Config) -> pathlib.Path:
+def write_rows(
+    rows: Rows, config: Config, data: Mapping[str, Any] | None = None
+) -> pathlib.Path:
     """``results.jsonl``: first what made them, then the lines of reported runs."""
     path = config.out / "results.jsonl"
-    return common.write_rows(path, config, result_lines(rows))
+    return common.write_rows(path, config, result_lines(rows), data=data)
 
 
 def rounded(row: Mapping[str, Any]) -> dict[str, Any]:

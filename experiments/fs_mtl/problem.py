@@ -32,6 +32,7 @@ class Splits(NamedTuple):
     tasks: tuple[data.Task, ...]
     image_max: int
     notes: str
+    dataset: data.Dataset  # as it was read
 
 
 class Problem(NamedTuple):
@@ -88,6 +89,7 @@ def load(config: Config, name: str) -> Splits:
         tasks,
         found.image_max,
         found.notes,
+        found,
     )
 
 

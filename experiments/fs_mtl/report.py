@@ -33,6 +33,7 @@ class Runs(NamedTuple):
     rows: dict[Entry, Rows]
     radii: dict[Entry, dict[float | None, Rows]]  # all that were tried
     steps_per_epoch: int
+    dataset: Any = None  # for the digests of the header
 
 
 def choose_radius(found: Mapping[Entry, Rows]) -> tuple[Choice, Rows]:
@@ -450,7 +451,8 @@ def result_lines(runs: Runs) -> list[dict[str, Any]]:
 def write_rows(config: Config, runs: Runs) -> pathlib.Path:
     """``<set>/results.jsonl``: a line per entry and seed."""
     path = set_folder(config, runs.name) / "results.jsonl"
-    return common.write_rows(path, config, result_lines(runs))
+    found = {} if runs.dataset is None else {runs.name: runs.dataset}
+    return common.write_rows(path, config, result_lines(runs), data=found)
 
 
 def summary(runs: Runs) -> list[str]:

@@ -216,7 +216,11 @@ def write(
     lines = [{"data": problem.name, **line} for line in lines]
     return [
         common.write_rows(
-            folder / "results.jsonl", config, lines, signal_r2=signal.tolist()
+            folder / "results.jsonl",
+            config,
+            lines,
+            data={problem.name: problem.dataset},
+            signal_r2=signal.tolist(),
         ),
         common.write_table(folder / "table.md", parts),
         *write_plots(values, config, problem.name),

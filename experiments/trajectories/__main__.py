@@ -13,6 +13,7 @@ def main(config: Config, command: str) -> None:
 
     screen = Screen()
     problems = {name: data.load(config, name) for name in config.settings}
+    sets = {name: problem.dataset() for name, problem in problems.items()}
     lines = []
     for name, problem in problems.items():
         scale = config.scale(name)
@@ -44,7 +45,7 @@ def main(config: Config, command: str) -> None:
                     lr=lr,
                     edge=lr == choice.lr and choice.edge is not None,
                 )
-                written = report.write(config, lines, command)
+                written = report.write(config, lines, command, sets)
     screen.finish(written)
 
 

@@ -16,7 +16,10 @@ from experiments.trajectories.config import Config
 
 
 def write(
-    config: Config, lines: Sequence[Mapping[str, Any]], command: str
+    config: Config,
+    lines: Sequence[Mapping[str, Any]],
+    command: str,
+    data: Mapping[str, Any] | None = None,
 ) -> list[pathlib.Path]:
     """``results.jsonl``, ``table.md`` and the figures."""
     blocks = analysis.blocks(lines)
@@ -30,6 +33,7 @@ def write(
             config.out / "results.jsonl",
             config,
             [*lines, *analysis.claim_lines(config, blocks)],
+            data=data,
             command=command,
         ),
         common.write_table(config.out / "table.md", parts),
