@@ -198,7 +198,8 @@ def tolerance(results: Results) -> Pair:
 def exploration(results: Results) -> dict[str, Pair]:
     """Log distances of the trunk, joint first, at the rate that alternation chose.
 
-    At that rate for both; against the joint step T times as long; and at that rate
+    At that rate for both; against the joint step T times as long, or the longest of the
+    grid if that is shorter; and at that rate
     where the mean training loss first reaches the larger of their two lowest ones.
     """
     tasks, rate = results.problem.num_tasks, chosen_rate(results.rows["alternating"])
@@ -206,9 +207,8 @@ def exploration(results: Results) -> dict[str, Pair]:
     log = {n: at_rates(r, np.log(v), np.array([rate])) for n, (r, v) in ends.items()}
     rates, values = ends["joint"]
     found = {"at one rate": (log["joint"][:, 0], log["alternating"][:, 0])}
-    if rate * tasks <= rates[-1]:
-        longer = at_rates(rates, np.log(values), np.array([rate * tasks]))
-        found["against a step of equal length"] = longer[:, 0], log["alternating"][:, 0]
+    longer = at_rates(rates, np.log(values), np.array([rate * tasks]))
+    found["against a step of equal length"] = longer[:, 0], log["alternating"][:, 0]
     runs = {
         name: by_rate([r for r in results.rows[name] if r["lr"] == rate], _trained)[1]
         for name in ("joint", "alternating")
