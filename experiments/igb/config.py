@@ -183,6 +183,7 @@ PRESETS = {
                 methods=("linear", "igb_v2+mgda"),
                 steps=24,
                 batch_size=32,
+                lrs=(1e-3,),
                 hidden=(8,),
                 eval_every=12,
                 log_every=4,
