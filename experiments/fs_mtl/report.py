@@ -230,9 +230,9 @@ def caution_1(config: Config, runs: Runs) -> str:
         body.append([base, *cells])
     text = markdown(head, body)
     if means:
-        everything = np.concatenate(means)
+        everything = np.mean(means, axis=0)  # a balancer is no run of its own
         text += (
-            "\n\nOver the balancers of degree 0 or 1, and seeds: split - direct = "
+            "\n\nThe mean over balancers of degree 0 or 1, by seed: split - direct = "
             f"{pm(everything)} points (n = {len(everything)}; "
             f"{(everything > 0).sum()} positive)."
         )
