@@ -6,6 +6,7 @@ Code is not checked: identifiers, doctest lines, fenced blocks and text in backt
 """
 
 import ast
+import functools
 import io
 import pathlib
 import re
@@ -110,7 +111,8 @@ def prose_of_python(source):
             text = re.sub(r"""^[rbfuRBFU]*(?=["'])|["'#]""", _spaces, text)
             old = shown[number - 1]
             shown[number - 1] = old[:a] + text + old[b:]
-    return re.sub(r"`+[^`\n]+`+", blank, "".join(shown))
+    text = re.sub(r"`+[^`\n]+`+", blank, "".join(shown))
+    return re.sub(rf"{CODE}[{CODE} ]*", CODE, text)
 
 
 def _spaces(match):
@@ -152,29 +154,39 @@ def words_to_avoid(path, source):
         yield Finding(path, line, f"write {new!r} instead of {word!r}")
 
 
-def raised_texts(tree):
+@functools.cache
+def nodes(source):
+    """The module and all statements, without their expressions."""
+    found: list[ast.AST] = [ast.parse(source)]
+    for node in found:
+        for field in ("body", "orelse", "finalbody", "handlers", "cases"):
+            found += getattr(node, field, [])
+    return found
+
+
+def raised_texts(source):
     """Error messages as ``(line, exception, parts)``; a part is None if computed."""
-    for node in ast.walk(tree):
+    for node in nodes(source):
         call = node.exc if isinstance(node, ast.Raise) else None
         if not isinstance(call, ast.Call) or not call.args:
             continue
         message = call.args[0]
         parts = message.values if isinstance(message, ast.JoinedStr) else [message]
         if isinstance(message, ast.Constant | ast.JoinedStr):
-            texts = [p.value if isinstance(p, ast.Constant) else None for p in parts]
+            texts = [
+                str(p.value) if isinstance(p, ast.Constant) else None for p in parts
+            ]
             yield node.lineno, ast.unparse(call.func), texts
 
 
 def errors_to_improve(path, source):
     """Messages that are no full sentence."""
-    for line, exception, (*_, last) in raised_texts(ast.parse(source)):
+    for line, exception, parts in raised_texts(source):
         # Python defines the form of this message, and SystemExit carries any text.
-        if exception in ("AttributeError", "SystemExit") or last is None:
-            continue
-        if not str(last).endswith("."):
+        python = exception in ("AttributeError", "SystemExit")
+        if not python and parts[-1] is not None and not parts[-1].endswith("."):
             yield Finding(path, line, "end the error message with a full stop")
-    for line, _, (first, *_) in raised_texts(ast.parse(source)):
-        if str(first).startswith("There is no"):
+        if parts[0] is not None and parts[0].startswith("There is no"):
             yield Finding(path, line, "begin the message with what was given")
 
 
@@ -186,9 +198,9 @@ def docstrings_to_improve(path, source):
 
     Napoleon renders the text before the first colon in ``Returns:`` as a type.
     """
-    tree = ast.parse(source)
-    kinds = ast.FunctionDef | ast.ClassDef | ast.Module
-    for node in (n for n in ast.walk(tree) if isinstance(n, kinds)):
+    for node in nodes(source):
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
+            continue
         text = ast.get_docstring(node) or ""
         line = getattr(node, "lineno", 1)
         first = text.partition("\n")[0]
