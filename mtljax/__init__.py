@@ -1,9 +1,9 @@
 """Multi-task optimisation for JAX.
 
-Methods that balance several losses, as ``optax`` transformations of stacked per-task
-gradients. ``import mtljax`` imports the core, which depends on jax, optax, jaxtyping
-and numpy only. Every other public module, for example ``mtljax.training``, is imported
-when it is first used as an attribute. ``mtljax.models``, ``mtljax.data`` and
+mtljax implements methods that balance several losses as ``optax`` transformations of
+stacked task gradients. ``import mtljax`` imports the core, which depends on jax, optax,
+jaxtyping and numpy only. Every other public module, for example ``mtljax.training``, is
+imported when it is first used as an attribute. ``mtljax.models``, ``mtljax.data`` and
 ``mtljax.training`` need the extra ``mtljax[train]``.
 """
 
@@ -144,7 +144,7 @@ __all__ = [
     "pcd",
     "krum",
     "trimmed_mean",
-    # balancers made of balancers
+    # wrappers of balancers
     "compose",
     "smooth_weights",
     "per_layer",
@@ -154,7 +154,7 @@ __all__ = [
     # the list of methods
     "METHODS",
     "get_method",
-    # subpackages of the core that are imported at once
+    # subpackages of the core that are imported with the package
     "alternating",
     "forkmerge",
     "metrics",
@@ -165,18 +165,18 @@ __all__ = [
 
 
 def _modules() -> set[str]:
-    """Names of the public modules and subpackages, imported or not."""
+    """Returns the names of all public modules and subpackages, imported or not."""
     found = {module.name for module in pkgutil.iter_modules(__path__)}
     return {name for name in found if not name.startswith("_")}
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a public module when it is first used."""
+    """Imports a public module when it is first used as an attribute."""
     if not name.startswith("_") and name in _modules():
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    """Lists the public names, and the modules that are not imported yet."""
+    """Returns the public names, including modules that are not imported yet."""
     return sorted({*__all__, *_modules(), "__version__"})

@@ -14,7 +14,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the tables of methods and wrappers, or the version.
 
     Args:
-      arguments: The arguments of the command; those of the process by default.
+      arguments: Command-line arguments. By default those of the process.
     """
     parser = argparse.ArgumentParser(
         prog="mtljax", description="Lists the methods and the wrappers of mtljax."
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print()
         print(wrappers_table())
         print(f"\n{len(METHODS)} methods and {len(WRAPPERS)} wrappers.", flush=True)
-    except BrokenPipeError:  # the reader, for example `head`, has closed the pipe
+    except BrokenPipeError:  # the reading process, for example `head`, closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

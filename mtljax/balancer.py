@@ -1,10 +1,11 @@
-"""The one abstraction: an optax transformation that turns T gradients into one.
+"""Balancers: optax transformations that combine T task gradients.
 
-A :class:`Balancer` is an ``optax.GradientTransformationExtraArgs``: its input is
-the *stacked* gradients (the tree of the parameters, every leaf ``[T, ...]``), its
-output one update shaped like the parameters. It also says what it ``needs`` to
-know, so that :func:`mtljax.value_and_balanced_grad` can compute the same update
-without stacking anything when T numbers are enough.
+A :class:`Balancer` is an ``optax.GradientTransformationExtraArgs``. Its input is the
+tree of *stacked gradients*, which has the structure of the parameters and leaves of
+shape ``[T, ...]``. Its output is one update with the shapes of the parameters. The
+attribute ``needs`` states what the balancer reads. With it,
+:func:`mtljax.value_and_balanced_grad` computes the same update without stacked
+gradients if T weights are sufficient.
 """
 
 import dataclasses
@@ -26,50 +27,53 @@ from mtljax.types import Grads, Losses, Mask, Needs, Scale, Weights
 
 # weigh(state, *, losses, gramian, mask) -> (weights, state)
 WeighFn: TypeAlias = Callable[..., tuple[Weights, Any]]
-# domain(losses[T]) -> bool[T]: the losses that the method is defined for
+# domain(losses[T]) -> bool[T]: the losses for which the method is defined
 Domain: TypeAlias = Callable[[Any], Any]
 _Call = TypeVar("_Call", bound=Callable[..., Any])
 
 
 class Balancer(optax.GradientTransformationExtraArgs):
-    """A multi-task method as an optax transformation, still the pair (init, update).
+    """A multi-task method as an optax transformation, a pair (init, update).
 
     ``update(grads, state, params=None, *, losses=None, mask=None, **ignored)`` maps
-    stacked gradients to one update. ``losses`` ``[T]`` is required by the methods
-    that read them. ``mask`` ``[T]``, boolean or integer, marks the tasks present in
-    this batch: the result is that of the method on the present tasks alone, and the
-    entries of an absent task in the state do not change. If ``params`` is given, every
-    gradient must have the shape ``[T, *parameter.shape]``.
+    stacked gradients to one update. Methods that read the losses require ``losses``,
+    shape ``[T]``. ``mask``, shape ``[T]``, boolean or integer, marks the tasks that are
+    present in this batch. The result is then that of the method on the present tasks
+    only, and the entries of an absent task in the state do not change. If ``params`` is
+    given, every gradient must have the shape ``[T, *parameter.shape]``.
 
-    A step is applied completely or not at all. The update is NaN and the state comes
-    back bit-identical if a loss or a gradient of a present task is not finite, if a
-    loss is outside the domain of the method, or if the update or the new state would
-    not be finite. ``optax.apply_if_finite`` further down the chain then skips the step.
-    With all tasks absent the update is zero and the state does not change.
+    A step is applied completely or not at all. The update is NaN and the state is
+    returned bit-identical in each of the following cases: a loss or a gradient of a
+    present task is not finite, a loss is outside the domain of the method, or the
+    update or the new state would not be finite. A later ``optax.apply_if_finite`` in
+    the chain then skips the step. If all tasks are absent, the update is zero and the
+    state does not change.
 
-    Every leaf of the state has a buffer of its own, so that a step may donate it.
+    Every leaf of the state has its own buffer, so that a step may donate the state.
     A call outside ``jit`` compiles once per balancer and shape.
 
     Attributes:
-      init: ``init(params) -> state``.
-      update: As above.
+      init: Function ``init(params) -> state``.
+      update: Function of stacked gradients and state, as described above.
       name: Name of the factory, used in errors and logs.
-      num_tasks: T.
-      needs: What the weights are a function of: ``"losses"`` (or nothing),
-        ``"gramian"`` (``[T, T]``, and possibly the losses), or ``"grads"``.
-      weigh: ``weigh(state, *, losses, gramian, mask) -> (weights[T], state)``; None
-        when ``needs == "grads"``. The update is then ``sum_i weights[i] * grads[i]``.
-        The weights of a step that cannot be applied are NaN, with the old state.
-      reads_losses: True when ``losses`` must be given.
-      positive_losses: True when the domain of the method is losses above zero.
-      domain: ``domain(losses[T]) -> bool[T]``, the losses that the method is defined
-        for; None for all finite losses.
-      observe: For methods that read the losses again *after* the step (FAMO):
-        ``observe(state, *, losses, mask=None) -> state``; None for all others.
-        Call it through :func:`mtljax.observe`.
-      hyperparams: Arguments of the factory by name, for ``repr``.
-      names: Names of the tasks, if the factory got a tuple of names for ``num_tasks``;
-        ``losses`` and ``mask`` may then be dicts.
+      num_tasks: Number of tasks T.
+      needs: Inputs of the task weights. ``"losses"`` means the losses or nothing,
+        ``"gramian"`` the Gramian ``[T, T]`` and possibly the losses, and ``"grads"``
+        the stacked gradients.
+      weigh: Function ``weigh(state, *, losses, gramian, mask) -> (weights[T], state)``.
+        The update is then ``sum_i weights[i] * grads[i]``. For a step that cannot be
+        applied, the function returns NaN weights and the old state. None if
+        ``needs == "grads"``.
+      reads_losses: Whether ``losses`` must be given.
+      positive_losses: Whether the domain of the method is losses above zero.
+      domain: Function ``domain(losses[T]) -> bool[T]`` that marks the losses for which
+        the method is defined. None if all finite losses are allowed.
+      observe: Function ``observe(state, *, losses, mask=None) -> state`` of methods
+        that read the losses *after* the step, such as FAMO. Call it through
+        :func:`mtljax.observe`. None for all other methods.
+      hyperparams: Arguments of the factory by name, shown by ``repr``.
+      names: Names of the tasks, if the factory received a sequence of names as
+        ``num_tasks``. ``losses`` and ``mask`` may then be dicts. None otherwise.
     """
 
     name: str
@@ -98,7 +102,7 @@ class Balancer(optax.GradientTransformationExtraArgs):
         observe: Callable[..., Any] | None = None,
         names: tuple[str, ...] | None = None,
     ) -> "Balancer":
-        """Attaches what the method reads to the pair (init, update)."""
+        """Attaches the attributes of the method to the pair (init, update)."""
 
         def by_name(function):
             compiled = _compiled_once(function)
@@ -128,13 +132,13 @@ class Balancer(optax.GradientTransformationExtraArgs):
         return self
 
     def __repr__(self) -> str:
-        """The call of the factory with all hyper-parameters."""
+        """Returns the call of the factory with all hyper-parameters."""
         if not self.hyperparams:
             return (
                 f"Balancer({self.name}, num_tasks={self.num_tasks}, "
                 f"needs={self.needs!r})"
             )
-        # The name of a wrapper holds the names of what it wraps.
+        # The name of a wrapper contains the names of the wrapped balancers.
         arguments = ", ".join(
             _shown(value) if isinstance(value, Balancer) else f"{key}={_shown(value)}"
             for key, value in self.hyperparams.items()
@@ -143,7 +147,7 @@ class Balancer(optax.GradientTransformationExtraArgs):
 
 
 def _shown(value: Any) -> str:
-    """A hyper-parameter in one short line; a traced one by its shape and dtype."""
+    """Formats a hyper-parameter in one line. An array is shown by dtype and shape."""
     if isinstance(value, jax.Array | np.ndarray):
         concrete = not isinstance(value, Tracer)
         plain = concrete and not jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
@@ -160,10 +164,10 @@ def _shown(value: Any) -> str:
 
 
 def _own_buffers(init: Callable[..., Any]) -> Callable[..., Any]:
-    """Gives each leaf of the state a buffer of its own, of a strong dtype.
+    """Copies each leaf of the state to its own buffer with a strong dtype.
 
-    A leaf that occurs twice, or that is an array of the caller (a key, a preference),
-    could not be donated. A weak dtype would change in the first step.
+    A leaf that occurs twice cannot be donated. Neither can an array of the caller, such
+    as a key or a preference. A weak dtype would change in the first step.
     """
 
     def copy(leaf):
@@ -179,10 +183,10 @@ def _own_buffers(init: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _compiled_once(function: _Call) -> _Call:
-    """Compiles calls outside of any trace; inside one, the function is unchanged.
+    """Compiles calls outside a trace. Inside a trace the function is unchanged.
 
-    Without it every call outside ``jit`` would compile the loops of the solvers again,
-    as their bodies are new functions each time.
+    Otherwise every call outside ``jit`` would compile the loops of the solvers again,
+    because each call creates new functions as loop bodies.
     """
     compiled = jax.jit(lambda args, kwargs: function(*args, **kwargs))
 
@@ -196,7 +200,7 @@ def _compiled_once(function: _Call) -> _Call:
 
 
 def _is_concrete(leaf: Any) -> bool:
-    """Whether ``jit`` takes the leaf as an argument."""
+    """Returns whether ``jit`` accepts the leaf as an argument."""
     if isinstance(leaf, Tracer):
         return False
     if isinstance(leaf, np.ndarray | np.generic):
@@ -205,16 +209,17 @@ def _is_concrete(leaf: Any) -> bool:
 
 
 def factory(function: _Call) -> _Call:
-    """Decorates the factory of a balancer: its arguments are checked and recorded.
+    """Decorates the factory of a balancer to check and record its arguments.
 
-    ``num_tasks`` may be any integer, also of NumPy or a concrete array; ``key`` must
-    be a key of ``jax.random``. The arguments are what ``repr`` of the balancer shows.
+    ``num_tasks`` may be an integer, a NumPy integer, a concrete integer array or a
+    sequence of task names. ``key`` must be a key of ``jax.random``. The ``repr`` of the
+    balancer shows the arguments.
 
     Args:
-      function: Returns a :class:`Balancer`.
+      function: A function that returns a :class:`Balancer`.
 
     Returns:
-      The function with the same signature.
+      A function with the same signature.
 
     Examples:
       >>> @factory
@@ -248,31 +253,34 @@ def factory(function: _Call) -> _Call:
 
 
 def task_names(name: str, num_tasks: Any) -> tuple[str, ...] | None:
-    """The names of the tasks, if ``num_tasks`` is a sequence of names."""
+    """Returns the names of the tasks if ``num_tasks`` is a sequence, else None."""
     if not isinstance(num_tasks, list | tuple):
         return None
     names = tuple(num_tasks)
     named = all(isinstance(task, str) for task in names)
     if not (names and named and len(set(names)) == len(names)):
         raise ValueError(
-            f"{name}: num_tasks must be a number, or a sequence of distinct names, not "
-            f"{num_tasks!r}."
+            f"{name}: num_tasks must be an integer or a sequence of distinct names, "
+            f"not {num_tasks!r}."
         )
     return names
 
 
 def task_vector(values: Any, names: Sequence[str] | None) -> Any:
-    """A dict by task as a vector in the order of the names; anything else unchanged.
+    """Converts a dict by task to a vector in the order of the names.
+
+    A list or tuple becomes an array. Any other value is returned unchanged.
 
     Raises:
-      ValueError: If the tasks have no names, or the names differ.
+      ValueError: If a dict is given and the tasks have no names, or if the names
+        differ.
     """
     if not isinstance(values, Mapping):
         return jnp.asarray(values) if isinstance(values, list | tuple) else values
     if names is None:
         raise ValueError(
             f"a dict with the names {list(values)} was given, but the tasks have no "
-            "names; return a dict of losses from task_losses, or build the balancer "
+            "names. Return a dict of losses from task_losses, or build the balancer "
             "with names."
         )
     if set(values) != set(names):
@@ -284,14 +292,18 @@ def task_vector(values: Any, names: Sequence[str] | None) -> Any:
 
 
 def named(values: Any, balancer: Balancer) -> dict[str, Any]:
-    """Returns the entries of a vector over the tasks, by the names of the tasks.
+    """Returns a dict from the names of the tasks to the entries of an array.
 
     Args:
-      values: Any array ``[T, ...]``, such as ``state.task_weights`` or losses.
+      values: Array of shape ``[T, ...]``, such as ``state.task_weights`` or the losses.
       balancer: A balancer that was built with names.
 
+    Returns:
+      A dict ``{name: values[i]}`` with T entries, in the order of the tasks.
+
     Raises:
-      ValueError: If the balancer has no names, or another number of tasks.
+      ValueError: If the balancer has no names, or if its number of tasks differs from
+        the number of values.
 
     Examples:
       >>> import jax.numpy as jnp, mtljax
@@ -302,23 +314,23 @@ def named(values: Any, balancer: Balancer) -> dict[str, Any]:
     """
     if balancer.names is None:
         raise ValueError(
-            f"{balancer.name} was built without names of tasks; pass a tuple of names "
-            "for num_tasks."
+            f"named: {balancer.name} was built without names of tasks. Pass a tuple of "
+            "names as num_tasks."
         )
     if len(values) != len(balancer.names):
         raise ValueError(
-            f"{balancer.name} has {len(balancer.names)} tasks, but {len(values)} "
-            "values were given."
+            f"named: {balancer.name} has {len(balancer.names)} tasks, but "
+            f"{len(values)} values were given."
         )
     return dict(zip(balancer.names, values, strict=True))
 
 
 def check_num_tasks(name: str, num_tasks: Any) -> int:
-    """Returns ``num_tasks`` as an ``int``; raises unless it is a positive integer."""
+    """Returns ``num_tasks`` as an ``int``. Raises if it is not a positive integer."""
     if isinstance(num_tasks, Tracer):
         raise ValueError(
-            f"{name}: num_tasks is traced, but it sets the shapes and must be static; "
-            "with optax.inject_hyperparams, pass static_args=('num_tasks',)."
+            f"{name}: num_tasks is traced, but it determines shapes and must be "
+            "static. With optax.inject_hyperparams, pass static_args=('num_tasks',)."
         )
     try:
         number = 0 if _is_boolean(num_tasks) else operator.index(num_tasks)
@@ -336,11 +348,11 @@ def _is_boolean(value: Any) -> bool:
 
 
 def check_key(name: str, key: Any) -> None:
-    """Raises unless ``key`` is a key, of ``jax.random.key`` or ``PRNGKey``."""
+    """Raises if ``key`` is not one key of ``jax.random.key`` or ``PRNGKey``."""
     dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
     if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
         valid = shape == ()
-    else:  # raw keys have two words, those of rbg four
+    else:  # a raw key has two words, or four for the generator "rbg"
         valid = dtype == jnp.uint32 and shape in ((2,), (4,))
     if not valid:
         given = repr(key) if dtype is None else f"an array {dtype}{list(shape or ())}"
@@ -351,7 +363,7 @@ def check_key(name: str, key: Any) -> None:
 
 
 def check_choice(name: str, argument: str, value: Any, choices: Any) -> None:
-    """Raises unless ``value`` is one of the choices (a tuple or a Literal)."""
+    """Raises if ``value`` is not one of the choices (a tuple or a ``Literal``)."""
     choices = choices if isinstance(choices, tuple) else get_args(choices)
     if value not in choices:
         listed = ", ".join(map(repr, choices))
@@ -368,10 +380,10 @@ def check_number(
     at_most: float | int | None = None,
     below: float | int | None = None,
 ) -> None:
-    """Raises unless a concrete hyper-parameter is a finite number in its range.
+    """Raises if a concrete hyper-parameter is not a finite number in its range.
 
-    A traced value cannot be judged and passes: this is what makes ``vmap`` over a
-    hyper-parameter, a schedule and ``optax.inject_hyperparams`` possible.
+    A traced value is not checked. Hyper-parameters therefore work with ``vmap``, with a
+    schedule and with ``optax.inject_hyperparams``.
     """
     if isinstance(value, Tracer):
         return
@@ -398,16 +410,17 @@ def check_number(
 def commit(healthy: Any, update: Any, new: Any, old: Any) -> tuple[Any, Any]:
     """Applies the state policy to the result of one step.
 
-    The update and the new state are returned if ``healthy`` holds and every entry of
-    both is finite. Otherwise every entry of the update is NaN and the state is the old
-    one, bit for bit. All methods, engines and wrappers end with this function. An
-    entry of the state that was infinite before the step and is unchanged is allowed.
+    The function returns the update and the new state if ``healthy`` is True and every
+    entry of both is finite. Otherwise every entry of the update is NaN and the state is
+    the old one, bit for bit. All methods, engines and wrappers end with this function.
+    An entry of the state may be infinite if it was infinite before the step and is
+    unchanged.
 
     Args:
-      healthy: Boolean scalar; False if an input of a present task was not usable.
-      update: Tree of the update; ``MaskedNode`` is allowed.
-      new: State that the method proposes. Its leaves are cast to the dtypes of the
-        old state, which ``scan`` requires to stay.
+      healthy: Boolean scalar. False if an input of a present task was not usable.
+      update: Tree of the update, which may contain ``MaskedNode``.
+      new: State that the method proposes. Its leaves are cast to the dtypes of the old
+        state, because ``scan`` requires constant dtypes.
       old: State before the step.
 
     Returns:
@@ -424,7 +437,7 @@ def commit(healthy: Any, update: Any, new: Any, old: Any) -> tuple[Any, Any]:
     healthy = placement.agreed(healthy, old)
 
     def mark(u):
-        # A frozen leaf may hold integers, which have no NaN.
+        # A frozen leaf may contain integers, which cannot be NaN.
         if not jnp.issubdtype(jnp.result_type(u), jnp.inexact):
             return u
         return jnp.where(healthy, u, jnp.asarray(jnp.nan, jnp.result_type(u)))
@@ -434,17 +447,17 @@ def commit(healthy: Any, update: Any, new: Any, old: Any) -> tuple[Any, Any]:
 
 
 def choose_state(keep: Any, new: Any, old: Any) -> Any:
-    """The new state if ``keep``, else the old one, in the dtypes of the old one."""
+    """Returns the new state if ``keep``, else the old one, with the old dtypes."""
 
     def leaf(n, o):
-        # A state keeps its sharding, which scan requires like its dtypes.
+        # scan requires a constant sharding as well as constant dtypes.
         return o if n is o else jnp.where(keep, placement.like(_like(n, o), o), o)
 
     return jax.tree.map(leaf, new, old)
 
 
 def _like(new: Any, old: Any) -> Any:
-    """The leaf in the dtype of the old one."""
+    """Casts a leaf to the dtype of the old one."""
     if new is old:
         return new
     old_dtype = jnp.asarray(old).dtype
@@ -453,10 +466,10 @@ def _like(new: Any, old: Any) -> Any:
 
 
 def as_mask(name: str, num_tasks: int, mask: Any) -> Mask:
-    """The mask as booleans ``[num_tasks]``; None means that all are present.
+    """Returns the mask as booleans ``[num_tasks]``. None marks all tasks as present.
 
-    A mask is boolean or integer. A float mask is refused whatever its values, so that
-    the same call is valid inside and outside ``jit``.
+    A mask is boolean or integer. A float mask raises an error for all values, so that
+    the same calls are valid inside and outside ``jit``.
     """
     if mask is None:
         return jnp.ones(num_tasks, bool)
@@ -468,17 +481,17 @@ def as_mask(name: str, num_tasks: int, mask: Any) -> Mask:
         )
     if not (mask.dtype == bool or jnp.issubdtype(mask.dtype, jnp.integer)):
         raise ValueError(
-            f"{name}: mask has dtype {mask.dtype}, but a task is present or absent; "
-            "pass booleans, for example mask > 0."
+            f"{name}: mask has dtype {mask.dtype}, but booleans or integers are "
+            "required. Pass booleans, for example mask > 0."
         )
     return mask.astype(bool)
 
 
 def as_losses(name: str, num_tasks: int, losses: Any) -> Losses:
-    """The losses as a float vector ``[num_tasks]`` of at least float32."""
+    """Returns the losses as a vector ``[num_tasks]`` of at least float32."""
     if losses is None:
         raise ValueError(
-            f"{name} reads the task losses: call update(grads, state, params, "
+            f"{name} reads the task losses. Call update(grads, state, params, "
             "losses=losses) with one loss per task."
         )
     losses = jnp.asarray(losses)
@@ -499,10 +512,11 @@ def _positive(losses: Losses) -> Mask:
 def judge_losses(
     name: str, num_tasks: int, losses: Any, present: Mask, domain: Domain | None
 ) -> tuple[Losses, Scalar]:
-    """The losses, and whether those of the present tasks are usable.
+    """Returns the losses, and whether those of the present tasks are usable.
 
-    Usable losses are finite and in the domain. Losses of absent tasks are replaced by
-    one, and all of them if one is not usable, so that a rule never sees NaN.
+    A usable loss is finite and in the domain. The losses of absent tasks are replaced
+    by one. If a loss of a present task is not usable, all losses are replaced by one,
+    so that the input of a rule is never NaN.
     """
     losses = as_losses(name, num_tasks, losses)
     usable = jnp.isfinite(losses)
@@ -513,43 +527,58 @@ def judge_losses(
 
 
 def check_state(name: str, state: Any, expected: Any, *, only_type: bool = False):
-    """Raises unless the state has the structure and the shapes of an expected one.
+    """Raises if the structure or a shape of the state differs from the expected one.
 
     Args:
-      name: Method on whose behalf the check is made.
-      state: State as the caller gave it.
+      name: Name of the method, for the error message.
+      state: State that the caller passed.
       expected: State of ``init``, or its shapes (``jax.eval_shape``).
-      only_type: Compare the type and the entries ``task_weights`` only; what the state
-        holds for every parameter is checked elsewhere.
+      only_type: Whether to compare only the type and the entry ``task_weights``. The
+        entries per parameter are then checked elsewhere.
+
+    Raises:
+      ValueError: If the type, the structure or the shape of a leaf differs.
     """
-    remedy = "create it with init(params) of this balancer."
+    remedy = "Create it with init(params) of this balancer."
     if type(state) is not type(expected):
         raise ValueError(
             f"{name}: the state is of type {type(state).__name__}, not "
-            f"{type(expected).__name__}; {remedy}"
+            f"{type(expected).__name__}. {remedy}"
         )
     if only_type:
         state, expected = (getattr(s, "task_weights", ()) for s in (state, expected))
     elif jax.tree.structure(state) != jax.tree.structure(expected):
-        raise ValueError(f"{name}: the state has another structure; {remedy}")
+        raise ValueError(
+            f"{name}: the state has a different structure than a state of this "
+            f"balancer. {remedy}"
+        )
     given = jax.tree_util.tree_leaves_with_path(state)
     for (path, leaf), wanted in zip(given, jax.tree.leaves(expected), strict=True):
         if jnp.shape(leaf) != wanted.shape:
             raise ValueError(
                 f"{name}: leaf {stack.path_name(path)!r} of the state has shape "
-                f"{jnp.shape(leaf)}, but this balancer has {wanted.shape}; {remedy}"
+                f"{jnp.shape(leaf)}, but shape {wanted.shape} is required. {remedy}"
             )
 
 
 def rescale(
     weights: Weights, mask: Mask, scale: Scale, native: Literal["sum", "mean", "free"]
 ) -> Weights:
-    """Brings weights to a declared scale.
+    """Converts weights to the requested scale.
 
-    ``"sum"`` is the scale of the plain sum of losses (weights that add up to the
-    number of present tasks), ``"mean"`` that of their mean (weights that add up
-    to 1). A method whose own convention is one of the two is multiplied by a
-    constant; the others (``native="free"``) are normalised by the sum of weights.
+    ``"sum"`` is the scale of the sum of the losses: the weights sum to the number of
+    present tasks. ``"mean"`` is the scale of the mean of the losses: the weights sum to
+    1. If the convention of a method is one of the two, its weights are multiplied by a
+    constant. Otherwise (``native="free"``) they are divided by their sum.
+
+    Args:
+      weights: Native task weights, shape ``[T]``.
+      mask: Present tasks, shape ``[T]``.
+      scale: Requested scale. ``"native"`` returns the weights unchanged.
+      native: Convention of the method.
+
+    Returns:
+      Task weights, shape ``[T]``.
     """
     if scale in ("native", native):
         return weights
@@ -576,35 +605,39 @@ def from_weights(
     side_inputs: tuple[str, ...] = (),
     observe: Callable[..., Any] | None = None,
 ) -> Balancer:
-    """A :class:`Balancer` from a rule that yields T weights.
+    """Builds a :class:`Balancer` from a rule that returns T weights.
 
-    All that the methods have in common is defined here once: shape checks, masks, the
-    declared scale, dtypes that do not change in ``scan``, and the state policy.
+    This builder defines the common behaviour of the methods: shape checks, masks, the
+    scale, dtypes that do not change in ``scan``, and the state policy.
 
     Args:
       name: Name of the factory.
-      num_tasks: T, the length of the leading axis.
-      init: ``init() -> state``, a NamedTuple with a field ``task_weights`` ``[T]``,
-        which this builder fills with the weights last used.
-      weigh: ``weigh(state, *, losses, gramian, mask) -> (weights, state)``. It gets
-        a boolean mask, losses of absent tasks replaced by one, and a Gramian whose
-        rows and columns of absent tasks are zero; of a step that is not applied all
-        losses are one and the Gramian is the identity. What it returns for absent tasks
-        is ignored, but the state it returns for them must be the one it got.
-      needs: ``"losses"`` when the rule does not read the Gramian.
-      native: Convention of the rule's own weights, see :func:`rescale`.
-      scale: What the user asked for.
-      reads_losses: The rule reads ``losses``.
-      positive_losses: The domain of the rule is losses above zero.
-      domain: ``domain(losses[T]) -> bool[T]`` for any other domain. Losses must be
-        finite in addition.
-      side_inputs: Further keywords of ``update`` that ``weigh`` gets, None when the
-        user gave none (``"preference"`` ``[T]``, ``"cross_gramian"`` ``[T, T]``).
-      observe: ``observe(state, *, losses, mask) -> state``, see :class:`Balancer`. It
-        gets losses and a mask as ``weigh`` does.
+      num_tasks: Number of tasks T.
+      init: Function ``init() -> state``. The state is a NamedTuple with a field
+        ``task_weights`` of shape ``[T]``. The builder stores the weights of the last
+        step there.
+      weigh: Function ``weigh(state, *, losses, gramian, mask) -> (weights, state)``. It
+        receives a boolean mask, losses with ones for absent tasks, and a Gramian with
+        zero rows and columns for absent tasks. In a step that is not applied, all
+        losses are one and the Gramian is the identity. The returned weights of absent
+        tasks are ignored. Their entries of the state must be returned unchanged.
+      needs: ``"losses"`` if the rule does not read the Gramian.
+      native: Convention of the weights of the rule, see :func:`rescale`.
+      scale: Scale that the user requested.
+      reads_losses: Whether the rule reads ``losses``.
+      positive_losses: Whether the domain of the rule is losses above zero.
+      domain: Function ``domain(losses[T]) -> bool[T]`` for any other domain. The losses
+        must also be finite.
+      side_inputs: Names of further keywords of ``update`` that ``weigh`` receives, such
+        as ``"preference"`` of shape ``[T]`` and ``"cross_gramian"`` of shape
+        ``[T, T]``. The value is None if the user passed none.
+      observe: Function ``observe(state, *, losses, mask) -> state``, see
+        :class:`Balancer`. It receives the losses and the mask in the same form as
+        ``weigh``.
 
     Returns:
-      The balancer.
+      The balancer. Its call costs the operations of ``weigh`` and, with stacked
+      gradients, one Gramian and one weighted sum.
     """
     num_tasks = check_num_tasks(name, num_tasks)
     check_choice(name, "scale", scale, Scale)
@@ -622,13 +655,13 @@ def from_weights(
         if needs == "gramian":
             if gramian is None or gramian.shape != (num_tasks, num_tasks):
                 raise ValueError(
-                    f"{name} reads the Gramian of the task gradients, of shape "
-                    f"({num_tasks}, {num_tasks}), not "
+                    f"{name} reads the Gramian of the task gradients, which must have "
+                    f"shape ({num_tasks}, {num_tasks}), not "
                     f"{None if gramian is None else gramian.shape}."
                 )
             gramian = jnp.where(present[:, None] & present[None, :], gramian, 0)
             healthy = placement.agreed(healthy & jnp.isfinite(gramian).all(), state)
-            # Solvers may loop: give them numbers they can finish on.
+            # A solver loops until it converges, so its input must be finite.
             gramian = jnp.where(
                 healthy, gramian, jnp.eye(num_tasks, dtype=gramian.dtype)
             )
@@ -673,15 +706,16 @@ def from_weights(
 def weighted(
     name: str, num_tasks: int, *, init: Any, weigh: WeighFn, **attributes: Any
 ) -> Balancer:
-    """A balancer whose update weights the gradients by what ``weigh`` returns.
+    """Builds a balancer whose update is the sum of gradients weighted by ``weigh``.
 
     Args:
-      name: As for :class:`Balancer`, like the other attributes.
-      num_tasks: T.
-      init: ``init(params) -> state``.
-      weigh: As for :class:`Balancer`; it applies the state policy to the weights, and
-        the update applies it again to the combined gradient.
-      **attributes: Further attributes of the balancer.
+      name: Name of the factory, see :class:`Balancer`.
+      num_tasks: Number of tasks T.
+      init: Function ``init(params) -> state``.
+      weigh: Function of :class:`Balancer` with the same name. It applies the state
+        policy to the weights. The update applies the policy again to the combined
+        gradient.
+      **attributes: Further attributes of the :class:`Balancer`.
 
     Returns:
       The balancer.
@@ -715,7 +749,23 @@ def weigh_stacked(
     mask: Any = None,
     **side: Any,
 ) -> tuple[Weights, Any, Any]:
-    """Weights from stacked gradients; also returns these with absent rows zeroed."""
+    """Computes the task weights from stacked gradients.
+
+    Args:
+      balancer: A balancer with task weights.
+      grads: Stacked gradients, leaves of shape ``[T, ...]``.
+      state: State of the balancer.
+      params: Parameters for the shape check, if known.
+      losses: Losses, shape ``[T]``.
+      mask: Present tasks, shape ``[T]``.
+      **side: Side inputs of the balancer.
+
+    Returns:
+      The triple ``(weights, grads, state)``. The gradients of absent tasks are zero.
+
+    Raises:
+      ValueError: If the balancer has no task weights, or an input has a wrong shape.
+    """
     name, num_tasks = balancer.name, balancer.num_tasks
     if balancer.weigh is None:
         raise ValueError(f"{name} combines gradients without task weights.")
@@ -739,21 +789,22 @@ def from_grads(
     positive_losses: bool = False,
     domain: Domain | None = None,
 ) -> Balancer:
-    """A :class:`Balancer` from a rule that reads the gradients themselves.
+    """Builds a :class:`Balancer` from a rule that reads the stacked gradients.
 
     Args:
       name: Name of the factory.
-      num_tasks: T.
-      init: ``init(params) -> state``, a NamedTuple.
-      combine: ``combine(state, grads, *, losses, mask) -> (update, state)``. ``grads``
-        are stacked, rows of absent tasks zero; ``losses`` of absent tasks are one. The
-        state it returns for absent tasks must be the one it got.
-      reads_losses: The rule reads ``losses``.
-      positive_losses: The domain of the rule is losses above zero.
-      domain: ``domain(losses[T]) -> bool[T]`` for any other domain.
+      num_tasks: Number of tasks T.
+      init: Function ``init(params) -> state``. The state is a NamedTuple.
+      combine: Function ``combine(state, grads, *, losses, mask) -> (update, state)``.
+        It receives stacked gradients with zeros for absent tasks, and losses with ones
+        for absent tasks. The entries of absent tasks in the state must be returned
+        unchanged.
+      reads_losses: Whether the rule reads ``losses``.
+      positive_losses: Whether the domain of the rule is losses above zero.
+      domain: Function ``domain(losses[T]) -> bool[T]`` for any other domain.
 
     Returns:
-      The balancer, with the same policies as those of :func:`from_weights`.
+      The balancer. It follows the policies of :func:`from_weights`.
     """
     num_tasks = check_num_tasks(name, num_tasks)
 
@@ -798,22 +849,26 @@ def from_grads(
 def observe(
     balancer: Balancer, state: Any, *, losses: Losses, mask: Mask | None = None
 ) -> Any:
-    """Passes the losses of the same batch *after* the optimizer's step to a balancer.
+    """Passes the losses of the same batch *after* the optimizer step to a balancer.
 
-    Only methods like FAMO read them. Every other balancer returns the state unchanged,
-    so a training script may call this for any balancer. Cost for the caller: one
-    forward pass, to be made only when ``balancer.observe`` is not None. A loss of a
-    present task that is not finite, or outside the domain, leaves the state unchanged.
+    Only methods such as FAMO read these losses. For every other balancer the function
+    returns the state unchanged, so a training script can call it for any balancer. The
+    caller needs one more forward pass to compute the losses. Skip this pass if
+    ``balancer.observe`` is None. The state is unchanged if a loss of a present task is
+    not finite or is outside the domain.
 
     Args:
-      balancer: The balancer whose state is meant.
-      state: Its state, or any optimiser state that holds it (of an
-        ``optax.chain`` or ``optax.partition``).
-      losses: Losses ``[T]`` of the batch just used, at the new parameters.
-      mask: Tasks present ``[T]``, as given to the update.
+      balancer: The balancer that reads the losses.
+      state: State of the balancer, or an optimizer state that contains it, for example
+        the state of an ``optax.chain`` or ``optax.partition``.
+      losses: Losses of the last batch at the new parameters, shape ``[T]``.
+      mask: Present tasks, shape ``[T]``, as passed to the update.
 
     Returns:
-      The state, of the same structure.
+      The new state, with the same structure.
+
+    Raises:
+      ValueError: If ``state`` does not contain a state of the balancer.
 
     Examples:
       >>> import jax.numpy as jnp, mtljax, optax
@@ -839,7 +894,7 @@ def observe(
 
     if not any(map(is_state, jax.tree.leaves(state, is_leaf=is_state))):
         raise ValueError(
-            f"observe: no {kind.__name__} in the given state; pass the state of "
-            f"{balancer.name} or of the optax.chain that holds it."
+            f"observe: found no {kind.__name__} in the given state. Pass the state of "
+            f"{balancer.name} or of the optax.chain that contains it."
         )
     return jax.tree.map(visit, state, is_leaf=is_state)

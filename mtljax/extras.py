@@ -11,8 +11,8 @@ def require(user: str, extra: str, *modules: str) -> None:
     costs no import time.
 
     Args:
-      user: What needs the modules, for example ``"mtljax.training"``.
-      extra: The extra of this distribution that installs them.
+      user: Name of the module that needs them, for example ``"mtljax.training"``.
+      extra: Name of the extra of this distribution that installs them.
       *modules: Absolute names of modules, for example ``"orbax.checkpoint"``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Examples without a label for some task, and parameters of absent tasks."""
+"""Missing labels, and parameters of absent tasks."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -12,19 +12,24 @@ from mtljax.balancer import task_vector
 
 
 def masked_task_means(values: Any, present: Any) -> tuple[Any, Any]:
-    """Averages the losses of the examples that have a label, task by task.
+    """Averages the losses of the labelled examples, separately for each task.
 
-    A mean over the labelled examples alone, where ``jnp.nanmean`` would give NaN
-    gradients. A task without any labelled example gets loss zero and is absent.
+    The gradients are finite, unlike those of ``jnp.nanmean``. A task without labelled
+    examples has loss zero and is marked as absent.
 
     Args:
-      values: Losses of the examples ``[N, T]`` (or ``[N, ..., T]``), or a dict of
-        arrays by task. Values of examples without a label are ignored, but they must
-        have finite derivatives: 0 · NaN is NaN in any backward pass.
-      present: Booleans of the same shape, or a dict of these.
+      values: Losses of the examples, shape ``[N, T]`` or ``[N, ..., T]``, or a dict of
+        arrays by task. Values without a label are ignored, but their derivatives must
+        be finite, because ``0 * NaN`` is NaN in a backward pass.
+      present: Booleans of the same shape that mark the available labels, or a dict of
+        such arrays.
 
     Returns:
-      ``(losses[T], mask[T])``, or two dicts. Pass the mask to the balancer.
+      The losses and the mask, each of shape ``[T]`` or a dict by task. Pass the mask to
+      the balancer.
+
+    Raises:
+      ValueError: If the shapes or the names of ``values`` and ``present`` differ.
 
     Examples:
       >>> import jax.numpy as jnp, mtljax
@@ -38,12 +43,12 @@ def masked_task_means(values: Any, present: Any) -> tuple[Any, Any]:
     def mean(values, present, axes):
         if jnp.shape(values) != jnp.shape(present):
             raise ValueError(
-                f"masked_task_means: values has shape {jnp.shape(values)}, but present "
-                f"has shape {jnp.shape(present)}; they must be equal."
+                f"masked_task_means: values has shape {jnp.shape(values)} and present "
+                f"has shape {jnp.shape(present)}, but the shapes must be equal."
             )
         present = jnp.asarray(present, bool)
         count = present.sum(axes)
-        # As jnp.mean does: a sum or a count may be out of range in half precision.
+        # A sum or a count may overflow in half precision. jnp.mean also uses float32.
         wide = jnp.promote_types(jnp.result_type(values), jnp.float32)
         total = jnp.where(present, values, 0).sum(axes, dtype=wide)
         found = total / jnp.maximum(count, 1).astype(wide)
@@ -51,7 +56,10 @@ def masked_task_means(values: Any, present: Any) -> tuple[Any, Any]:
 
     if isinstance(values, Mapping):
         if not isinstance(present, Mapping) or set(values) != set(present):
-            raise ValueError("masked_task_means: the two dicts have different names.")
+            raise ValueError(
+                "masked_task_means: values and present must be dicts with the same "
+                "names."
+            )
         found = {name: mean(x, present[name], None) for name, x in values.items()}
         losses = {name: loss for name, (loss, _) in found.items()}
         return losses, {name: here for name, (_, here) in found.items()}
@@ -59,7 +67,7 @@ def masked_task_means(values: Any, present: Any) -> tuple[Any, Any]:
 
 
 class SkipAbsentState(NamedTuple):
-    """State of :func:`skip_absent`: one state of the optimizer per group."""
+    """State of :func:`skip_absent`, one optimizer state per group of parameters."""
 
     shared: Any
     tasks: dict[int, Any]
@@ -73,19 +81,26 @@ def skip_absent(
 ) -> optax.GradientTransformationExtraArgs:
     """Leaves the parameters of absent tasks and their optimizer states unchanged.
 
-    An absent task has zero gradients, for which an optimizer with momentum still takes
-    a step and decays its moments. Here the parameters of every task have an optimizer
-    state of their own, step count included, that moves only if the task is present.
+    An absent task has zero gradients. An optimizer with momentum nevertheless takes a
+    step and decays its moments. With this wrapper, the parameters of each task have
+    their own optimizer state and step count. They change only if the task is present.
 
     Args:
       optimizer: Any optax optimizer.
-      owner: ``owner(path) -> task``, the number or the name of the task that a
-        parameter belongs to, None for a shared one. A path is ``heads/0/kernel``.
-      names: Names of the tasks, if ``owner`` returns names or the mask is a dict.
+      owner: Function ``owner(path) -> task`` that returns the index or the name of the
+        task of a parameter, or None for a shared parameter. A path has the form
+        ``heads/0/kernel``.
+      names: Names of the tasks. Required if ``owner`` returns names or if the mask is a
+        dict.
 
     Returns:
-      A transformation whose ``update`` takes ``mask=`` ``[T]``; None means that all
-      tasks are present. Its other extra arguments go to the optimizer.
+      A transformation whose ``update`` accepts ``mask=``, booleans of shape ``[T]``.
+      None marks all tasks as present. Other extra arguments are passed to the
+      optimizer. The state contains one optimizer state per group of parameters.
+
+    Raises:
+      ValueError: If ``owner`` returns an unknown name, a negative index or an index
+        outside the mask.
 
     Examples:
       >>> import jax.numpy as jnp, mtljax, optax
@@ -106,13 +121,13 @@ def skip_absent(
             return task
         if names is None or task not in names:
             raise ValueError(
-                f"skip_absent: owner returned the name {task!r}, which is not one of "
+                f"skip_absent: owner returned {task!r}, which is not one of "
                 f"names={names!r}."
             )
         return names.index(task)
 
     def groups(tree):
-        """The owner of every leaf."""
+        """Returns the owner of every leaf, as a tuple of length one."""
         return jax.tree_util.tree_map_with_path(
             lambda path, _: (number(owner(stack.path_name(path))),), tree
         )
@@ -129,7 +144,10 @@ def skip_absent(
     def init(params):
         marks = groups(params)
         if any(task < 0 for task in tasks_of(marks)):
-            raise ValueError("skip_absent: owner returned a negative number.")
+            raise ValueError(
+                "skip_absent: owner returned a negative index, but an index of at "
+                "least 0 is required."
+            )
         return SkipAbsentState(
             optimizer.init(part(params, marks, None)),
             {t: optimizer.init(part(params, marks, t)) for t in tasks_of(marks)},
@@ -140,7 +158,7 @@ def skip_absent(
         if mask is not None and state.tasks and max(state.tasks) >= len(mask):
             raise ValueError(
                 f"skip_absent: owner returned task {max(state.tasks)}, but the mask "
-                f"has {len(mask)} tasks."
+                f"has {len(mask)} entries."
             )
 
         def step(task, old):

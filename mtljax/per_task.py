@@ -1,8 +1,8 @@
-"""An optax optimiser for one learned number per task, with masks.
+"""An optax optimizer for one learned number per task, with masks.
 
-Log-variances (UW), logits (FAMO) and the like are vectors ``[T]`` that a method
-learns beside the model. Each entry gets its own optimiser state, step count
-included, so that a task absent from a batch is not moved by its momentum.
+Some methods learn a vector of shape ``[T]`` in addition to the model, for example the
+log-variances of UW or the logits of FAMO. Each entry has its own optimizer state and
+step count. Momentum therefore does not change the entry of an absent task.
 """
 
 from typing import Any, NamedTuple
@@ -15,21 +15,31 @@ from mtljax.types import Mask, Weights
 
 
 class PerTask(NamedTuple):
-    """Variables ``[T]`` and the optimiser state of each."""
+    """Learned numbers of shape ``[T]`` and the optimizer state of each."""
 
     value: Weights
-    opt_state: Any  # every leaf leads with the task axis
+    opt_state: Any  # every leaf has a leading task axis
 
 
 def init(optimizer: optax.GradientTransformation, value: Weights) -> PerTask:
-    """Starts every entry of ``value`` ``[T]`` with its own optimiser state."""
+    """Creates an optimizer state for each entry of ``value``, shape ``[T]``."""
     return PerTask(value, jax.vmap(optimizer.init)(value))
 
 
 def step(
     optimizer: optax.GradientTransformation, state: PerTask, grad: Weights, mask: Mask
 ) -> PerTask:
-    """One optimiser step on the entries of present tasks; the others stay."""
+    """Takes one optimizer step on the entries of present tasks.
+
+    Args:
+      optimizer: An optax optimizer.
+      state: Learned numbers and their optimizer states.
+      grad: Gradient with respect to the numbers, shape ``[T]``.
+      mask: Tasks whose entries are updated, shape ``[T]``.
+
+    Returns:
+      The new state. The entries of all other tasks are unchanged.
+    """
     updates, opt_state = jax.vmap(optimizer.update)(grad, state.opt_state, state.value)
     new = PerTask(state.value + jnp.asarray(updates), opt_state)
 

@@ -1,10 +1,10 @@
-"""Shardings and varying axes of values: the only module that knows about them.
+"""Shardings of arrays, and the mapped axes over which they vary.
 
-JAX records two facts in the type of an array: its sharding, if the axes of the mesh are
-Explicit, and the mapped axes over which it varies, inside ``jax.shard_map`` with
-``check_vma=True``. Cotangents, zeros and contractions have to agree with both. The
-names of these features differ between JAX versions; no other module of mtljax uses
-them.
+JAX records two properties in the type of an array. The first is its sharding, if the
+axes of the mesh are Explicit. The second is the set of mapped axes over which it varies
+inside ``jax.shard_map`` with ``check_vma=True``. Cotangents, zeros and contractions
+must agree with both. The names of these features differ between JAX versions, so no
+other module of mtljax uses them.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ Backward: TypeAlias = Literal["auto", "jax", "rewritten"]
 
 
 def _type(x: Any) -> Any:
-    """The type of an array, or an abstract value itself."""
+    """Returns the type of an array. An abstract value is returned unchanged."""
     return x if isinstance(x, AbstractValue) else jax.typeof(x)
 
 
@@ -33,7 +33,7 @@ def _varying(x: Any) -> frozenset[str]:
 
 
 def varying(tree: Any) -> frozenset[str]:
-    """The mapped axes over which some leaf varies; empty if nothing tracks them."""
+    """Returns the mapped axes over which a leaf varies. Empty if JAX tracks none."""
     return frozenset().union(*map(_varying, jax.tree.leaves(tree)))
 
 
@@ -52,12 +52,12 @@ def cast(tree: Any, axes: Any) -> Any:
 
 
 def tracks(axis: str) -> bool:
-    """Whether the surrounding mapped region records varying axes."""
+    """Returns whether the surrounding mapped region records varying axes."""
     return axis in _varying(cast(jnp.zeros(()), (axis,)))
 
 
 def _explicit_sharding(x: Any) -> NamedSharding | None:
-    """The sharding in the type, if it names an Explicit axis of a mesh."""
+    """Returns the sharding in the type if its mesh has an Explicit axis, else None."""
     sharding = getattr(_type(x), "sharding", None)
     mesh = getattr(sharding, "mesh", None)
     if mesh is None or mesh.empty:
@@ -67,7 +67,7 @@ def _explicit_sharding(x: Any) -> NamedSharding | None:
 
 
 def explicit_mesh(tree: Any) -> Any:
-    """The mesh with Explicit axes in the types of the leaves; None if there is none."""
+    """Returns the mesh with Explicit axes in the types of the leaves, else None."""
     for leaf in jax.tree.leaves(tree):
         sharding = _explicit_sharding(leaf)
         if sharding is not None:
@@ -76,18 +76,21 @@ def explicit_mesh(tree: Any) -> Any:
 
 
 def plain(tree: Any) -> bool:
-    """Whether no leaf has an Explicit sharding or varies over a mapped axis."""
+    """Returns whether no leaf has an Explicit sharding or varies over a mapped axis."""
     return not varying(tree) and explicit_mesh(tree) is None
 
 
 def replicated(tree: Any, ndim: int) -> NamedSharding | None:
-    """The ``out_sharding`` of a contraction with a replicated result; None if Auto."""
+    """Returns the ``out_sharding`` of a contraction with a replicated result.
+
+    The value is None if all axes are Auto.
+    """
     mesh = explicit_mesh(tree)
     return mesh and NamedSharding(mesh, PartitionSpec(*[None] * ndim))
 
 
 def like(x: Any, y: Any) -> Any:
-    """``x`` with the varying axes and the Explicit sharding of ``y``, leaf by leaf."""
+    """Gives each leaf of ``x`` the varying axes and the Explicit sharding of ``y``."""
 
     def leaf(x, y):
         if getattr(x, "dtype", None) == jax.dtypes.float0:
@@ -101,15 +104,15 @@ def like(x: Any, y: Any) -> Any:
 
 
 def zeros(aval: Any) -> Any:
-    """Zeros with shape, dtype, varying axes and Explicit sharding of a type."""
+    """Builds zeros with the shape, dtype, varying axes and sharding of a type."""
     return like(jnp.zeros(aval.shape, aval.dtype), aval)
 
 
 def free(function: Callable[..., Any], *args: Any) -> Any:
-    """``function(*args)``, with a replicated result if an argument is Explicit.
+    """Calls ``function(*args)`` with a replicated result if an argument is Explicit.
 
-    The function may reshape and slice without a word about shardings: the compiler
-    chooses them inside.
+    The function may reshape and slice without naming shardings, because the compiler
+    chooses the shardings inside it.
     """
     mesh = explicit_mesh(args)
     if mesh is None:
@@ -119,9 +122,9 @@ def free(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def like_first(function: Callable[..., Any], x: Any, *args: Any) -> Any:
-    """``function(x, *args)``, whose result lies as ``x`` does if that is Explicit.
+    """Calls ``function(x, *args)`` with the sharding of ``x`` if that is Explicit.
 
-    For indexing along an axis that is not sharded, and writing there.
+    Use it to read or write at an index along an axis that is not sharded.
     """
     sharding = _explicit_sharding(x)
     if sharding is None:
@@ -131,43 +134,43 @@ def like_first(function: Callable[..., Any], x: Any, *args: Any) -> Any:
 
 
 def total(tree: Any, axes: Axes) -> Any:
-    """Sums over mapped axes; every leaf is marked as varying first."""
+    """Sums every leaf over mapped axes, after marking it as varying."""
     return jax.lax.psum(cast(tree, axes), axes) if axes else tree
 
 
 def largest(x: Any, axes: Axes) -> Any:
-    """The largest value over mapped axes."""
+    """Returns the largest value over mapped axes."""
     return jax.lax.pmax(cast(x, axes), axes) if axes else x
 
 
 def agreed(flag: Any, state: Any) -> Any:
-    """The flag, set only if it is set on all devices that share a state.
+    """Returns True only if the flag is True on all devices that share a state.
 
-    In a mapped region a device judges its own losses and its part of the gradients. A
-    state that is equal on all devices has to be kept or replaced on all of them.
+    In a mapped region, each device checks its own losses and its part of the gradients.
+    A state that is equal on all devices must be kept or replaced on all of them.
     """
     axes = tuple(sorted(_varying(flag) - varying(state)))
     return total((~flag).astype(jnp.int32), axes) == 0 if axes else flag
 
 
 def gathered(x: Any, axes: Axes, axis: int) -> Any:
-    """The parts of all devices along an axis of the array."""
+    """Concatenates the parts of all devices along an axis of the array."""
     if not axes:
         return x
     return jax.lax.all_gather(cast(x, axes), axes, axis=axis, tiled=True)
 
 
 def scattered(x: Any, axes: Axes, axis: int) -> Any:
-    """The sum over the devices, of which each keeps a part along an axis."""
+    """Sums over the devices. Each device keeps one part along an axis."""
     return jax.lax.psum_scatter(cast(x, axes), axes, scatter_dimension=axis, tiled=True)
 
 
 def assembled(x: Any, axes: Axes) -> Any:
-    """The parts of all devices along the first axis, known to be equal everywhere."""
+    """Concatenates the parts of all devices along axis 0, as an invarying array."""
     try:
         return jax.lax.all_gather(x, axes, tiled=True, to="invarying")  # pyright: ignore[reportCallIssue]
     except TypeError:
-        # JAX 0.7 has no gather whose result is known to be the same on all devices.
+        # In JAX 0.7 no gather has a result that is marked as equal on all devices.
         at = jax.lax.axis_index(axes) * x.shape[0]
         shape = (x.shape[0] * size(axes), *x.shape[1:])
         whole = cast(jnp.zeros(shape, x.dtype), axes)
@@ -175,7 +178,7 @@ def assembled(x: Any, axes: Axes) -> Any:
 
 
 def size(axes: Axes) -> int:
-    """Number of devices along mapped axes."""
+    """Returns the number of devices along mapped axes."""
     found = 1
     for axis in axes:
         found *= jax.lax.axis_size(axis)
@@ -183,7 +186,7 @@ def size(axes: Axes) -> int:
 
 
 def constrain(tree: Any, shardings: Any, *, stacked: bool = False) -> Any:
-    """Applies ``grad_shardings``, with the task axis replicated if stacked."""
+    """Applies ``grad_shardings``. With ``stacked`` the task axis is replicated."""
     if shardings is None:
         return tree
 
@@ -197,15 +200,16 @@ def constrain(tree: Any, shardings: Any, *, stacked: bool = False) -> Any:
 
 
 def rewrites(backward: Backward, tree: Any) -> bool:
-    """Whether backward passes are rewritten for XLA:CPU.
+    """Returns whether backward passes are rewritten for XLA:CPU.
 
     Raises:
-      ValueError: If ``"rewritten"`` is asked for and cannot be done.
+      ValueError: If ``backward="rewritten"`` is requested on another backend, with
+        Explicit shardings, or in a mapped region.
     """
     on_cpu = jax.default_backend() == "cpu"
     if backward == "rewritten" and not (on_cpu and plain(tree)):
         raise ValueError(
-            "backward='rewritten' rewrites passes for one CPU device; the backend is "
+            "backward='rewritten' requires one CPU device. The backend is "
             f"{jax.default_backend()!r}, or the parameters have Explicit shardings or "
             "vary over a mapped axis. Use backward='auto' or 'jax'."
         )

@@ -1,4 +1,4 @@
-"""Algebra on stacked trees: pytrees whose leaves lead with the task axis."""
+"""Linear algebra on stacked gradients, trees with leaves ``[T, ...]``."""
 
 import functools
 import operator
@@ -13,25 +13,26 @@ from mtljax.types import Grads, Gramian, Mask, Update, Weights
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """The path of a leaf as people write it: ``trunk/dense/kernel``."""
+    """Formats the path of a leaf, for example ``trunk/dense/kernel``."""
     return jax.tree_util.keystr(path, simple=True, separator="/") or "(root)"
 
 
 def check(
     grads: Any, num_tasks: int, name: str = "balancer", params: Any = None
 ) -> None:
-    """Raises unless every leaf is a float array with ``num_tasks`` leading rows.
+    """Raises if a leaf is not a float array with a leading axis of ``num_tasks``.
 
     Args:
       grads: Stacked gradients.
-      num_tasks: Length that the first axis of every leaf must have.
-      name: Method on whose behalf the check is made; the error starts with it.
-      params: Parameters, if known. The leaf of each must be ``[T, *parameter.shape]``,
-        which finds a gradient that is not stacked but whose first axis happens to
-        have the length T.
+      num_tasks: Required length of the first axis of every leaf.
+      name: Name of the method, with which the error message starts.
+      params: Parameters, if known. Every gradient must then have the shape
+        ``[T, *parameter.shape]``. This detects a gradient that is not stacked, but
+        whose first axis has length T by coincidence.
 
     Raises:
-      ValueError: Naming the first offending leaf, its shape and ``num_tasks``.
+      ValueError: If the tree is empty, or a leaf has a wrong shape or dtype. The
+        message names the first such leaf, its shape and ``num_tasks``.
     """
     leaves = jax.tree_util.tree_leaves_with_path(grads)
     if not leaves:
@@ -40,10 +41,10 @@ def check(
         if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] != num_tasks:
             raise ValueError(
                 f"{name}: gradient {path_name(path)!r} has shape {jnp.shape(leaf)}; "
-                f"its first axis must be num_tasks={num_tasks} (one row per task, as "
-                "mtljax.value_and_task_grads returns them)."
+                f"its first axis must be num_tasks={num_tasks}. Pass stacked gradients "
+                "as mtljax.value_and_task_grads returns them."
             )
-        # The dtype itself: float0, the gradient of an integer, is no dtype of jax.
+        # jnp.result_type does not accept float0, the dtype of integer gradients.
         dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.floating):
             shown = "float0" if dtype == jax.dtypes.float0 else dtype
@@ -61,27 +62,48 @@ def check(
             raise ValueError(
                 f"{name}: gradient {path_name(path)!r} has shape {jnp.shape(leaf)}, "
                 f"but its parameter has shape {expected[1:]}; stacked gradients have "
-                f"the shape {expected}, as mtljax.value_and_task_grads returns them."
+                f"shape {expected}, as mtljax.value_and_task_grads returns them."
             )
 
 
 def gramian(grads: Grads) -> Gramian:
-    """Computes the inner products of the task gradients over all leaves.
+    """Computes the Gramian, the inner products of the task gradients over all leaves.
 
-    Accumulated in float32 (float64 where a leaf is) at the highest matmul
-    precision, whatever the dtype of the leaves.
+    The sums are accumulated in float32, or in float64 if a leaf is float64, with the
+    highest matmul precision. This does not depend on other dtypes of the leaves.
+
+    Args:
+      grads: Stacked gradients, leaves of shape ``[T, ...]``.
+
+    Returns:
+      The Gramian, shape ``[T, T]``.
+
+    Examples:
+      >>> import jax.numpy as jnp, mtljax
+      >>> grads = {"w": jnp.array([[1.0, 0.0], [1.0, 2.0]])}
+      >>> mtljax.stack.gramian(grads).tolist()
+      [[1.0, 1.0], [1.0, 5.0]]
     """
     return cross_gramian(grads, grads)
 
 
 def cross_gramian(left: Grads, right: Grads) -> Gramian:
-    """Computes ``J₁ J₂ᵀ`` of the task gradients of two batches, not symmetric.
+    """Computes ``J₁ J₂ᵀ``, the inner products of the task gradients of two batches.
 
-    Without the noise that :func:`gramian` has on its diagonal. Precision as there.
+    The matrix is not symmetric. If the batches are independent, it is an unbiased
+    estimate, whereas the gradient noise adds a bias to the diagonal of
+    :func:`gramian`. The precision is that of :func:`gramian`.
+
+    Args:
+      left: Stacked gradients of the first batch, leaves of shape ``[T, ...]``.
+      right: Stacked gradients of the second batch, with the same shapes.
+
+    Returns:
+      The cross Gramian, shape ``[T, T]``.
     """
 
     def leaf(a, b):
-        # Over the axes of the leaf itself: a reshape would gather sharded ones.
+        # Contract all axes of the leaf. A reshape would gather sharded axes.
         wide = jnp.promote_types(a.dtype, jnp.float32)
         axes = tuple(range(1, a.ndim))
         return jax.lax.dot_general(
@@ -98,14 +120,28 @@ def cross_gramian(left: Grads, right: Grads) -> Gramian:
 
 
 def all_finite(tree: Any) -> Scalar:
-    """Whether every entry of every leaf is finite."""
+    """Returns whether every entry of every leaf is finite."""
     return functools.reduce(
         operator.and_, (jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
     )
 
 
 def combine(grads: Grads, weights: Weights) -> Update:
-    """Weighted sum of the task gradients; each leaf keeps its own dtype."""
+    """Computes the weighted sum of the task gradients. Each leaf keeps its dtype.
+
+    Args:
+      grads: Stacked gradients, leaves of shape ``[T, ...]``.
+      weights: Task weights, shape ``[T]``.
+
+    Returns:
+      The update ``Σ_i w_i g_i``, leaves of shape ``[...]``.
+
+    Examples:
+      >>> import jax.numpy as jnp, mtljax
+      >>> grads = {"w": jnp.array([[1.0, 0.0], [1.0, 2.0]])}
+      >>> mtljax.stack.combine(grads, jnp.array([0.5, 1.0]))["w"].tolist()
+      [1.5, 2.0]
+    """
 
     def leaf_sum(g):
         wide = jnp.promote_types(g.dtype, jnp.float32)
@@ -118,7 +154,15 @@ def combine(grads: Grads, weights: Weights) -> Update:
 
 
 def select(grads: Grads, mask: Mask) -> Grads:
-    """Zeroes the rows of absent tasks, also where they hold NaN or infinity."""
+    """Sets the gradients of absent tasks to zero, including NaN and infinite entries.
+
+    Args:
+      grads: Stacked gradients, leaves of shape ``[T, ...]``.
+      mask: Present tasks, shape ``[T]``.
+
+    Returns:
+      Stacked gradients with the same shapes.
+    """
 
     def leaf_select(g):
         return jnp.where(

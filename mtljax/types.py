@@ -1,7 +1,7 @@
-"""Vocabulary: the shapes that every file of the core speaks about.
+"""Type aliases for the arrays and the options of the core.
 
-``tasks`` is the number of losses T. A *stacked* tree has the structure of the
-parameters and one more axis, the first, of length T.
+``tasks`` is the number of tasks T. The leaves of *stacked* gradients have the shapes of
+the parameters with an additional leading axis of length T.
 """
 
 from typing import Any, Literal, TypeAlias
@@ -20,5 +20,5 @@ Needs: TypeAlias = Literal["losses", "gramian", "grads"]
 Scale: TypeAlias = Literal["native", "sum", "mean"]
 Heads: TypeAlias = Literal["own", "weighted"]
 Label: TypeAlias = Literal["shared", "own", "frozen"]
-# A hyper-parameter: a number, or a traced or concrete scalar array.
+# A hyper-parameter: a number, or a concrete or traced scalar array.
 Number: TypeAlias = int | float | Float[Array, ""] | Int[Array, ""]

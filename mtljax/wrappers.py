@@ -1,4 +1,4 @@
-"""Balancers made of balancers: composition, smoothing, grouping."""
+"""Wrappers of balancers: composition, smoothing, reuse and groups."""
 
 import functools
 import inspect
@@ -31,7 +31,7 @@ class ComposeState(NamedTuple):
 
     loss_balancer: Any
     gradient_balancer: Any
-    task_weights: Weights  # the product that was used
+    task_weights: Weights  # product of the weights of both balancers
 
 
 class SmoothState(NamedTuple):
@@ -39,12 +39,12 @@ class SmoothState(NamedTuple):
 
     inner: Any
     average: Weights
-    seen: Bool[Array, " tasks"]  # tasks that have an average yet
+    seen: Bool[Array, " tasks"]  # tasks that have an average
     task_weights: Weights
 
 
 class PerLayerState(NamedTuple):
-    """State of :func:`per_layer`: that of the inner balancer for every group."""
+    """State of :func:`per_layer`, one state of the inner balancer per group."""
 
     groups: dict[str, Any]
 
@@ -53,8 +53,9 @@ class InjectState(NamedTuple):
     """State of :func:`inject_hyperparams`.
 
     Attributes:
-      step: Number of steps that were applied.
-      hyperparams: Values of the last step; an entry without a schedule may be replaced.
+      step: Number of applied steps.
+      hyperparams: Values of the last step. You may replace an entry that has no
+        schedule.
       inner: State of the balancer.
     """
 
@@ -65,25 +66,27 @@ class InjectState(NamedTuple):
 
 @factory
 def compose(loss_balancer: Balancer, gradient_balancer: Balancer) -> Balancer:
-    """A loss balancer, then a gradient balancer on what it weighted.
+    """Applies a gradient balancer to the gradients that a loss balancer weighted.
 
-    The gradient balancer sees ``w_i g_i``, the gradients of the weighted losses; the
-    result is again a :class:`Balancer`, with weights ``w_i a_i``. With
-    ``scale_invariant`` first, a gradient method acts on the gradients of the log losses
-    (the LOG_ variants of FAMO's code). Methods whose direction does not depend on the
-    scale of a task (``nash_mtl``, ``imtl_g``) keep their direction. If the second
-    reads losses too, it gets them unweighted.
+    The gradient balancer reads ``w_i g_i``, the gradients of the losses weighted with
+    ``w_i``, and returns weights ``a_i``. The composition is a :class:`Balancer` with
+    weights ``w_i a_i``. With ``scale_invariant`` as the loss balancer, the gradient
+    balancer reads the gradients of the log losses, as in the LOG_ variants of the FAMO
+    code. The direction of ``nash_mtl`` and ``imtl_g`` does not depend on the scale of a
+    loss, so it does not change. If the gradient balancer also reads the losses, it
+    receives them unweighted.
 
     Args:
       loss_balancer: A balancer that reads at most the losses.
-      gradient_balancer: A balancer of the same number of tasks that yields weights.
+      gradient_balancer: A balancer with task weights and the same number of tasks.
 
     Returns:
-      A balancer; it needs what the second needs, costs what both cost.
+      A :class:`Balancer` that reads the inputs of both balancers. A step costs the
+      passes that the two need. The state contains both states and T numbers.
 
     Raises:
-      ValueError: If the first reads gradients, the second yields no weights, or the
-        numbers of tasks differ.
+      ValueError: If the first balancer reads gradients, the second has no task weights,
+        or the numbers or the names of the tasks differ.
 
     Examples:
       >>> import jax.numpy as jnp, mtljax
@@ -101,16 +104,21 @@ def compose(loss_balancer: Balancer, gradient_balancer: Balancer) -> Balancer:
             f"{first.name} needs the {first.needs}."
         )
     if second.weigh is None or first.weigh is None:
-        raise ValueError(f"compose: {second.name} does not act by task weights.")
+        raise ValueError(
+            "compose: the second balancer must have task weights, but "
+            f"{second.name} has none."
+        )
     if first.num_tasks != second.num_tasks:
         raise ValueError(
-            f"compose: {first.name} has num_tasks={first.num_tasks}, "
+            "compose: the numbers of tasks must be equal, but "
+            f"{first.name} has num_tasks={first.num_tasks} and "
             f"{second.name} has num_tasks={second.num_tasks}."
         )
     if first.names and second.names and first.names != second.names:
         raise ValueError(
-            f"compose: {first.name} has the tasks {list(first.names)}, {second.name} "
-            f"has {list(second.names)}; they must be the same, in the same order."
+            f"compose: {first.name} has the tasks {list(first.names)} and "
+            f"{second.name} has {list(second.names)}, but the names must be the same, "
+            "in the same order."
         )
     weigh_losses, weigh_gradients = first.weigh, second.weigh
     num_tasks = first.num_tasks
@@ -132,7 +140,7 @@ def compose(loss_balancer: Balancer, gradient_balancer: Balancer) -> Balancer:
         weights = outer * inner
         keep = as_mask(name, num_tasks, mask).any()
         new = choose_state(keep, ComposeState(s1, s2, weights), state)
-        # The first may have moved before the second met what is not finite.
+        # Restores the first state if the second balancer found a non-finite input.
         return commit(True, weights, new, state)
 
     def domain(losses):
@@ -167,21 +175,23 @@ def compose(loss_balancer: Balancer, gradient_balancer: Balancer) -> Balancer:
 
 @factory
 def smooth_weights(balancer: Balancer, *, decay: float | Array = 0.9) -> Balancer:
-    """Exponential moving average of a balancer's weights (CR-MOGM).
+    """Exponential moving average of the task weights (CR-MOGM).
 
-    ``λ_k = a λ_{k-1} + (1 - a) λ̂_k``, started at the first weights. The paper lets a
-    tend to 1 as the learning rate decays; here it is constant, as in TorchJD. A
-    promise of the inner method that no task gets worse is lost.
+    The weights of step k are ``λ_k = a λ_{k-1} + (1 - a) λ̂_k``, where ``λ̂_k`` are the
+    weights of the inner balancer. The average starts at the first weights. In the
+    paper, a tends to 1 as the learning rate decays. Here it is constant, as in TorchJD.
+    If the inner method guarantees that no task gets worse, the average does not.
 
     Args:
-      balancer: Any balancer that yields weights.
-      decay: a, at least 0 (the inner method) and below 1.
+      balancer: A balancer with task weights.
+      decay: Decay a, at least 0 and below 1. With 0 the weights are unchanged.
 
     Returns:
-      A balancer that needs what the inner one needs; state: 2 T numbers more.
+      A :class:`Balancer` that reads the inputs of the inner balancer. A step costs the
+      passes of the inner balancer. The state has 2 T more numbers.
 
     Raises:
-      ValueError: If ``decay`` is outside [0, 1), or the balancer yields no weights.
+      ValueError: If ``decay`` is outside [0, 1), or the balancer has no task weights.
 
     Examples:
       >>> import jax.numpy as jnp, mtljax
@@ -200,7 +210,10 @@ def smooth_weights(balancer: Balancer, *, decay: float | Array = 0.9) -> Balance
     check_number("smooth_weights", "decay", decay, at_least=0, below=1)
     inner_weigh = balancer.weigh
     if inner_weigh is None:
-        raise ValueError(f"smooth_weights: {balancer.name} yields no task weights.")
+        raise ValueError(
+            "smooth_weights requires a balancer with task weights, but "
+            f"{balancer.name} has none."
+        )
     num_tasks = balancer.num_tasks
     name = f"smooth_weights({balancer.name})"
 
@@ -251,19 +264,22 @@ class ReuseState(NamedTuple):
     """State of :func:`reuse`."""
 
     inner: Any
-    kept: Weights  # those of the last computation
-    seen: Bool[Array, " tasks"]  # tasks that were present then
-    steps: Int[Array, ""]  # steps that were applied
+    kept: Weights  # weights of the last computation
+    seen: Bool[Array, " tasks"]  # tasks that were present at the last computation
+    steps: Int[Array, ""]  # number of applied steps
     task_weights: Weights
 
 
 class Reuse(Balancer):
-    """A balancer that can tell before the T passes whether it needs them.
+    """A balancer that determines before the T passes whether a step needs them.
 
     Attributes:
-      refresh: ``refresh(state, mask) -> bool``, whether this step computes weights.
-      keep: ``keep(state, *, losses, mask) -> (weights[T], state)`` of another step.
-      renew: The same of a step that computes weights, with the arguments of ``weigh``.
+      refresh: Function ``refresh(state, mask) -> bool`` that returns whether this step
+        computes new weights.
+      keep: Function ``keep(state, *, losses, mask) -> (weights[T], state)`` for a step
+        that reuses the weights.
+      renew: Function for a step that computes new weights, with the arguments of
+        ``weigh``. It returns ``(weights[T], state)``.
     """
 
     refresh: Callable[..., Any]
@@ -273,23 +289,27 @@ class Reuse(Balancer):
 
 @factory
 def reuse(balancer: Balancer, *, every: int) -> Balancer:
-    """Computes the task weights every k steps and keeps them in between.
+    """Computes the task weights every k steps and reuses them in between.
 
-    :func:`mtljax.value_and_balanced_grad` then skips the T backward passes of the other
-    steps: they cost one weighted pass. A task that was absent at the last computation
-    causes a new one. Kept weights of absent tasks are zero, and the others are scaled
-    to the former sum. Under ``vmap`` over the state the passes are not skipped.
+    In the other steps :func:`mtljax.value_and_balanced_grad` skips the T backward
+    passes and runs one weighted pass. If a present task was absent at the last
+    computation, the weights are computed again. Reused weights of absent tasks are
+    zero. The other weights are scaled to the previous sum. Under ``vmap`` over the
+    state the passes are not skipped.
 
     Args:
-      balancer: Any balancer that yields weights.
-      every: k, at least 1. The paper of Nash-MTL uses up to 50.
+      balancer: A balancer with task weights.
+      every: Number of steps k between two computations, at least 1. The Nash-MTL paper
+        uses up to 50.
 
     Returns:
-      A balancer that needs what the inner one needs. State: that of the inner one and
-      3 T + 1 numbers. With k = 1 the balancer itself.
+      A :class:`Balancer` that reads the inputs of the inner balancer. The state is that
+      of the inner balancer and 3 T + 1 numbers. With k = 1 the function returns the
+      inner balancer.
 
     Raises:
-      ValueError: If k is not a positive integer, or the balancer yields no weights.
+      ValueError: If ``every`` is not a positive integer, or the balancer has no task
+        weights.
 
     Examples:
       >>> import jax.numpy as jnp, mtljax
@@ -309,7 +329,10 @@ def reuse(balancer: Balancer, *, every: int) -> Balancer:
         raise ValueError(f"reuse: every must be a positive integer, not {every!r}.")
     inner_weigh = balancer.weigh
     if inner_weigh is None:
-        raise ValueError(f"reuse: {balancer.name} yields no task weights.")
+        raise ValueError(
+            f"reuse requires a balancer with task weights, but {balancer.name} has "
+            "none."
+        )
     if every == 1:
         return balancer
     num_tasks = balancer.num_tasks
@@ -393,25 +416,26 @@ def reuse(balancer: Balancer, *, every: int) -> Balancer:
 def per_layer(
     balancer: Balancer, *, group: Callable[[str], str] | None = None
 ) -> Balancer:
-    """Balances every leaf, or every group of leaves, on its own.
+    """Balances every leaf, or every group of leaves, separately.
 
-    Each group has its own Gramian, weights and state: cheaper conflicts to resolve, and
-    no promise about the whole gradient (GradVac's "layer" grouping, for any method).
-    Random methods draw from a different key in each group. Losses, masks and side
-    inputs go to every group as they are. If one group's update is not finite, none is,
-    and no state changes.
+    Each group has its own Gramian, weights and state. A guarantee of the method then
+    holds within each group, but not for the whole gradient. This is the "layer"
+    grouping of GradVac for any method. Random methods use a different key in each
+    group. Every group receives the same losses, masks and side inputs. If the update of
+    one group is not finite, all updates are NaN and no state changes.
 
     Args:
-      balancer: The balancer to run in every group.
-      group: ``group(path) -> name`` with paths written ``trunk/dense/kernel``; None
-        makes every leaf a group of its own.
+      balancer: The balancer that is applied to every group.
+      group: Function ``group(path) -> name``. A path has the form
+        ``trunk/dense/kernel``. By default every leaf is a group.
 
     Returns:
-      A balancer that needs the stacked gradients. State: one inner state per group;
-      initialise it with the parameters that are balanced (``mtljax.shared_params``).
+      A :class:`Balancer` that reads the stacked gradients. A step costs T backward
+      passes. The state contains one inner state per group. Initialise it with the
+      parameters that are balanced, see :func:`mtljax.shared_params`.
 
     Raises:
-      ValueError: If the groups of the gradients are not those of the state.
+      ValueError: If the groups of the gradients differ from those of the state.
 
     Examples:
       >>> import jax.numpy as jnp, mtljax
@@ -427,7 +451,7 @@ def per_layer(
         return [name if group is None else group(name) for name in names]
 
     def split(tree):
-        """The leaves of every group, in the order of the tree."""
+        """Returns the leaves of every group, in the order of the tree."""
         groups: dict[str, list[Any]] = {}
         for name, leaf in zip(groups_of(tree), jax.tree.leaves(tree), strict=True):
             groups.setdefault(name, []).append(leaf)
@@ -448,9 +472,9 @@ def per_layer(
         groups = split(updates)
         if set(groups) != set(state.groups):
             raise ValueError(
-                f"per_layer: the gradients have groups {sorted(groups)}, the state "
-                f"has {sorted(state.groups)}; initialise it with the parameters that "
-                "are balanced (mtljax.shared_params)."
+                f"per_layer: the gradients have groups {sorted(groups)}, but the state "
+                f"has {sorted(state.groups)}. Initialise the state with the parameters "
+                "that are balanced (mtljax.shared_params)."
             )
         parts, states = {}, {}
         for name, leaves in groups.items():
@@ -488,23 +512,27 @@ def per_layer(
 def inject_hyperparams(
     method: Callable[..., Balancer], *, static_args: tuple[str, ...] = ()
 ) -> Callable[..., Balancer]:
-    """Makes the float hyper-parameters of a balancer scheduled, and part of its state.
+    """Stores the float hyper-parameters of a balancer in its state.
 
-    Like ``optax.inject_hyperparams``, but the result is again a :class:`Balancer`: it
-    keeps ``needs`` and ``weigh``, so that :func:`mtljax.value_and_balanced_grad` takes
-    the same engine as for the method itself, and a step that is not applied does not
-    advance the schedules.
+    The function corresponds to ``optax.inject_hyperparams``, but the result is a
+    :class:`Balancer` with the attributes ``needs`` and ``weigh``. Therefore
+    :func:`mtljax.value_and_balanced_grad` uses the same engine as for the method
+    itself. A step that is not applied does not advance the schedules.
 
     Args:
       method: Factory of a balancer, such as ``mtljax.cagrad``.
-      static_args: Names of arguments to pass on unchanged, for a callable that is not a
-        schedule or a float that the factory needs to know. Integers, strings,
-        booleans, keys and balancers are always passed on.
+      static_args: Names of arguments that are passed to the factory unchanged. Use it
+        for a callable that is not a schedule, or for a float that must be concrete.
+        Integers, strings, booleans, keys and balancers are always passed unchanged.
 
     Returns:
-      A factory with the arguments of ``method``. A float argument is a number, which
-      ``state.hyperparams`` holds and which may be replaced there, or a schedule
-      ``count -> value``. State: that of the method, the values and the count.
+      A factory with the arguments of ``method``. A float argument is a number or a
+      schedule ``count -> value``. A number is stored in ``state.hyperparams``, where
+      you may replace it. The state contains the state of the method, the values and
+      the count.
+
+    Raises:
+      ValueError: If ``static_args`` contains a name that is not an argument.
 
     Examples:
       >>> import jax.numpy as jnp, mtljax, optax
@@ -521,8 +549,8 @@ def inject_hyperparams(
     for argument in static_args:
         if argument not in signature.parameters:
             raise ValueError(
-                f"inject_hyperparams: {method.__name__} has no argument {argument!r}; "
-                f"its arguments are {', '.join(signature.parameters)}."
+                f"inject_hyperparams: {method.__name__} has no argument {argument!r}. "
+                f"Its arguments are {', '.join(signature.parameters)}."
             )
 
     @functools.wraps(method)
@@ -554,14 +582,14 @@ def _injected(
     values: dict[str, Any],
     schedules: dict[str, Callable[[Any], Any]],
 ) -> Balancer:
-    """The balancer of :func:`inject_hyperparams`."""
+    """Builds the balancer of :func:`inject_hyperparams`."""
 
     def scheduled(count):
         found = {key: schedule(count) for key, schedule in schedules.items()}
         return {key: jnp.asarray(value, float) for key, value in found.items()}
 
-    # Concrete numbers are checked here, once. A method may take another form where a
-    # number is known (db_mtl without an average): what counts is the traced form.
+    # This call checks concrete numbers once. With a concrete number a method may have
+    # another form, such as db_mtl without an average. The traced form is used.
     example = method(**static, **values, **scheduled(0))
 
     def probe(hyperparams):
@@ -625,18 +653,18 @@ def _injected(
 
 
 def check_type(name: str, state: Any, expected: type) -> None:
-    """Raises unless the state is of the type of this wrapper's states."""
+    """Raises if the state does not have the type of the states of a wrapper."""
     if not isinstance(state, expected):
         raise ValueError(
             f"{name}: the state is of type {type(state).__name__}, not "
-            f"{expected.__name__}; create it with init(params) of this balancer."
+            f"{expected.__name__}. Create it with init(params) of this balancer."
         )
 
 
 def fold_keys(state: Any, number: int) -> Any:
-    """The state with every key folded with the number of the group.
+    """Folds the number of the group into every key of the state.
 
-    Keys of the old kind, two integers, are known by the name of their field.
+    A raw key, an array of two integers, is recognised by the name of its field.
     """
 
     def leaf(path, x):

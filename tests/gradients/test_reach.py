@@ -419,7 +419,7 @@ def test_reuse_skips_a_bad_step_and_computes_again():
     assert mtljax.reuse(balancer, every=1) is balancer
     with pytest.raises(ValueError, match="every must be a positive integer"):
         mtljax.reuse(balancer, every=0)
-    with pytest.raises(ValueError, match="yields no task weights"):
+    with pytest.raises(ValueError, match="requires a balancer with task weights"):
         mtljax.reuse(mtljax.trimmed_mean(3), every=2)
 
 
