@@ -1,4 +1,4 @@
-"""Small convex problems over T tasks: exact, jitted, batched by ``vmap``."""
+"""Solvers of small convex problems over T tasks, for ``jit`` and ``vmap``."""
 
 from mtljax.solvers._bargaining import solve_bargaining as solve_bargaining
 from mtljax.solvers._conditional import on_present as on_present

@@ -1,4 +1,4 @@
-"""The bargaining equation ``Gw = w^(-1/α)`` by damped Newton (Nash-MTL, FairGrad)."""
+"""Damped Newton solver of the bargaining equation ``Gw = w^(-1/α)``."""
 
 import functools
 from typing import NamedTuple
@@ -14,16 +14,17 @@ from mtljax.solvers._status import SolverStatus
 from mtljax.types import Gramian, Mask, Number, Weights
 
 _MAX_STEPS = 60
-_QUADRATIC = 0.1  # largest relative change below which the full Newton step is taken
-# Shares of the Newton step among which the line search chooses.
+_QUADRATIC = 0.1  # below this relative change, the full Newton step is taken
+# Fractions of the Newton step that the line search evaluates.
 _TRIALS = (1.0, 0.7, 0.5, 0.35, 0.25, 0.15, 0.08, 0.03)
 
 
 class _Scaled(NamedTuple):
-    """``C u = b u^(-p)`` for unit gradients, with ``u = w n`` for lengths ``n``.
+    """The equation ``C u = b u^(-p)`` for unit gradients, with ``u = w n``.
 
-    For a small p an entry of u may be smaller than the smallest number: it is then held
-    at a floor, where the force on it is at most the slope.
+    ``n`` are the gradient norms. For a small p, an entry of u may be below the range of
+    the dtype. It is then fixed at a lower bound, where ``b u^(-p)`` is at most the
+    slope ``C u``.
     """
 
     cosines: Gramian
@@ -38,20 +39,20 @@ class _Scaled(NamedTuple):
         return self.target * u ** (-self.power)
 
     def held(self, u: Weights, slope: Weights) -> Mask:
-        """Entries at the floor that would fall further."""
+        """Returns the entries at the lower bound that would decrease further."""
         return (u <= _floor(u)) & (slope >= self.force(u))
 
     def path(self, relative: Weights) -> Weights:
-        """``log(u(t)/u)`` for the relative step ``t``: u stays positive.
+        """Returns ``log(u(t)/u)`` for the relative step ``t``. u remains positive.
 
-        A step up is linear in u. A step down is exact for an entry of u so small that
-        only the force on it depends on it.
+        An increase is linear in u. A decrease is exact for an entry of u that is so
+        small that only its force ``b u^(-p)`` depends on it.
         """
         down = -jnp.log1p(-self.power * jnp.minimum(relative, 0)) / self.power
         return jnp.where(relative > 0, jnp.log1p(jnp.maximum(relative, 0)), down)
 
     def gain(self, u: Weights, logs: Weights) -> Weights:
-        """Terms of the rise of ``Σ b u^(1-p)/(1-p)`` from u to ``u exp(logs)``."""
+        """Terms of the increase of ``Σ b u^(1-p)/(1-p)`` from u to ``u exp(logs)``."""
         rest = jnp.asarray(1 - self.power, u.dtype)
         straight = jnp.abs(rest) < jnp.finfo(u.dtype).eps
         rest = jnp.where(straight, 1, rest)
@@ -59,9 +60,9 @@ class _Scaled(NamedTuple):
         return self.force(u) * u * bent
 
     def gain_left(self, u: Weights, slope: Weights) -> Bool[Array, ""]:
-        """Whether the convex combination of unit gradients has a length.
+        """Returns whether the convex combination of unit gradients is nonzero.
 
-        Rounding moves its square by a few eps at most.
+        Rounding changes its squared norm by at most a few eps.
         """
         total = jnp.where(self.active, u, 0).sum()
         square = jnp.where(self.active, u * slope, 0).sum()
@@ -70,7 +71,7 @@ class _Scaled(NamedTuple):
 
 
 def _floor(u: Weights) -> float:
-    """The smallest u: force and curvature are in the range of the dtype there."""
+    """Lower bound of u, at which force and curvature are in the range of the dtype."""
     return float(jnp.finfo(u.dtype).tiny) ** 0.8
 
 
@@ -84,35 +85,38 @@ class _Newton(NamedTuple):
 def solve_bargaining(
     gramian: Gramian, alpha: Number = 1.0, mask: Mask | None = None
 ) -> tuple[Weights, SolverStatus]:
-    """The unique ``w > 0`` with ``Gw = w^(-1/α)``, elementwise power.
+    """Computes the unique ``w > 0`` with ``Gw = w^(-1/α)`` (elementwise power).
 
-    It is the minimiser of ``½ wᵀGw − Σ f(w_i)``, strictly convex on ``w > 0`` with
-    ``f = log`` for ``α = 1`` (Nash) and ``f(w) = w^(1−1/α)/(1−1/α)`` otherwise.
-    Newton with a line search, on the rows scaled to unit length, converges in 4 to 15
-    steps in float32, also for gradients of very different length. A weight below the
-    range of the dtype (possible for large α) is zero.
+    The solution minimises ``½ wᵀGw − Σ f(w_i)``, which is strictly convex on ``w > 0``.
+    Here ``f = log`` for ``α = 1`` (Nash bargaining) and ``f(w) = w^(1−1/α)/(1−1/α)``
+    otherwise. Newton's method with a line search runs on gradients scaled to unit norm.
+    It converges in 4 to 15 steps in float32, even if the gradient norms differ by
+    orders of magnitude. A weight below the range of the dtype, possible for large α, is
+    zero.
 
-    There is no solution when the gradients are positively dependent (the point is
-    Pareto-stationary). When the combination of unit gradients that is found is not
-    longer than the rounding of the Gramian allows to tell from zero, the declared
-    fallback is the weights of the min-norm point, whose direction vanishes there
-    (constants for derivatives). When the residual is above ``√eps`` at a point that is
-    not stationary, the last iterate is returned. ``status.converged`` is False in both
-    cases. Tasks with a zero gradient take no part and get weight zero.
+    The equation has no solution if the gradients are positively dependent, that is, at
+    a Pareto-stationary point. The solver detects this if the combination of unit
+    gradients is zero up to the rounding of the Gramian. It then returns the weights of
+    the min-norm point, whose direction vanishes there. These weights are constant under
+    differentiation. If the residual is above ``√eps`` at any other point, the solver
+    returns the last iterate. ``status.converged`` is False in both cases. The weight of
+    a task with a zero gradient is zero.
 
     Args:
-      gramian: ``[T, T]``.
-      alpha: α > 0; 1 is Nash bargaining. May be traced. A new concrete number compiles
-        a new program.
-      mask: Tasks that take part.
+      gramian: Gramian G, shape ``[T, T]``.
+      alpha: α > 0, where 1 is Nash bargaining. May be traced. Each new concrete value
+        compiles a new program.
+      mask: Tasks of the problem, shape ``[T]``. By default all tasks.
 
     Returns:
-      Weights ``[T]`` and the status; its residual is
-      ``max_i |(Gw)_i − w_i^(-1/α)|``, each relative to the terms that are added up.
+      The weights of shape ``[T]`` and the :class:`SolverStatus`. The residual is
+      ``max_i |(Gw)_i − w_i^(-1/α)|``, each relative to its summed terms.
 
     References:
-      Navon et al., arXiv 2202.01017; Ban and Ji, arXiv 2402.15638. The Newton form
-      is ours.
+      Navon et al., `Multi-Task Learning as a Bargaining Game
+      <https://arxiv.org/abs/2202.01017>`_, 2022; Ban and Ji, `Fair Resource Allocation
+      in Multi-Task Learning <https://arxiv.org/abs/2402.15638>`_, 2024. The Newton
+      method is not from these papers.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -137,7 +141,7 @@ def _solve(
     norms, active = unit_lengths(gramian, mask)
     norms = jnp.where(active, norms, 1)
     pairs = active[:, None] & active[None, :]
-    # Inactive entries become an independent task of their own, solved by u = 1.
+    # Each inactive entry becomes an independent task with the solution u = 1.
     cosines = jnp.where(
         pairs & ~jnp.eye(num, dtype=bool),
         gramian / norms[:, None] / norms[None, :],
@@ -159,13 +163,14 @@ def _solve(
     size = jnp.abs(cosines * start[None, :]).sum(1) + problem.force(start)
     size = jax.lax.stop_gradient(jnp.where(held, 1, size))
 
-    def bargain(logs):  # the lengths are constants, the diagonal is not
+    def bargain(logs):  # the norms are constants, but the diagonal is not
         matrix = jnp.where(pairs, given / norms[:, None] / norms[None, :], cosines)
         u = start * jnp.exp(logs)
         left = jnp.matmul(matrix, u, precision="highest") - problem.force(u)
         return jnp.where(held, logs, left / size)
 
-    # A loop of one turn at most: its cost is paid where some problem needs it.
+    # A loop of at most one iteration. Under vmap its cost arises only if a problem
+    # needs the fallback.
     fallback = jax.lax.while_loop(
         lambda s: s[0],
         lambda _: (jnp.zeros((), bool), min_norm_point(gramian, mask)[0]),
@@ -183,7 +188,7 @@ _solve_traced = jax.jit(_solve)
 
 
 def _newton(problem: _Scaled) -> _Newton:
-    """Damped Newton from the best point on a ray."""
+    """Runs damped Newton steps from the best point on a ray."""
     num, dtype = problem.target.shape[0], problem.target.dtype
     eps = jnp.finfo(dtype).eps
     power, times, force = problem.power, problem.times, problem.force
@@ -201,14 +206,14 @@ def _newton(problem: _Scaled) -> _Newton:
         relative = jnp.where(held, 0, scaling * step / s.u)
         length = _step_length(problem, s.u, slope, relative)
         logs = problem.path(length * relative)
-        # Near the answer a step squares the relative change, until it is rounding.
+        # Near the solution each step squares the relative change, down to rounding.
         change = jnp.max(jnp.abs(logs))
         stuck = (s.change < 0.1) & (change > 0.5 * s.change)
         moving = (change > jnp.sqrt(eps)) & ~stuck & problem.gain_left(s.u, slope)
         u = jnp.maximum(s.u * jnp.exp(logs), _floor(s.u))
         return _Newton(u, change, moving, s.iteration + 1)
 
-    # The best point on the ray of the answer for orthogonal gradients.
+    # The best point on the ray of the solution for orthogonal gradients.
     u = problem.target ** (1 / (1 + power))
     ratio = (u * force(u)).sum() / jnp.maximum(u @ times(u), eps * u.sum() ** 2)
     start = _Newton(
@@ -225,7 +230,7 @@ def _newton(problem: _Scaled) -> _Newton:
 def _step_length(
     problem: _Scaled, u: Weights, slope: Weights, relative: Weights
 ) -> Scalar:
-    """The full step near the answer, the best of some shares of it before."""
+    """Selects the full step near the solution, and else the best trial fraction."""
     eps = jnp.finfo(u.dtype).eps
     trials = jnp.array(_TRIALS, u.dtype)
 
@@ -237,7 +242,7 @@ def _step_length(
         return (bent - gain).sum(), (jnp.abs(bent) + jnp.abs(gain)).sum()
 
     values, sizes = jax.vmap(terms)(trials)
-    # Of shares that rounding cannot tell apart, the largest.
+    # Of fractions whose values differ by rounding only, select the largest.
     best = jnp.argmin(values)
     good = values <= values[best] + 4 * eps * sizes[best]
     chosen = trials[jnp.argmax(good)]
@@ -247,7 +252,7 @@ def _step_length(
 def _certificate(
     problem: _Scaled, u: Weights, slope: Weights
 ) -> tuple[Scalar, Bool[Array, ""]]:
-    """The residual, and whether it is finite."""
+    """Returns the residual, and whether it is finite."""
     force = problem.force(u)
     terms = jnp.abs(problem.cosines * u[None, :]).sum(1) + force
     wrong = jnp.where(problem.held(u, slope), 0, jnp.abs(slope - force)) / terms

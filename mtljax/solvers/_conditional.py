@@ -1,4 +1,4 @@
-"""Weights on the simplex that outlive the absence of some of their tasks."""
+"""Simplex weights that are kept while some tasks are absent."""
 
 from collections.abc import Callable
 
@@ -10,20 +10,21 @@ from mtljax.types import Mask, Weights
 def on_present(
     weights: Weights, mask: Mask, step: Callable[[Weights], Weights]
 ) -> tuple[Weights, Weights]:
-    """Applies a map of the simplex to the shares of the present tasks alone.
+    """Applies a map of the simplex to the weights of the present tasks only.
 
-    The conditional distribution of the present tasks goes through ``step`` and
-    comes back with the mass they had together; the entries of absent tasks stay.
-    With every task present this is just ``step(weights)``, and a task that is
-    always absent does not show.
+    The function normalises the weights of the present tasks, applies ``step``, and
+    multiplies the result by the sum that these weights had before. The entries of
+    absent tasks do not change. If all tasks are present, the result is
+    ``step(weights)``. A task that is always absent has no effect.
 
     Args:
-      weights: Non-negative ``[T]``; only their ratios matter.
-      mask: Tasks present.
-      step: From the simplex over the present tasks (zero elsewhere) to itself.
+      weights: Non-negative weights, shape ``[T]``. Only their ratios matter.
+      mask: Present tasks, shape ``[T]``.
+      step: Function from the simplex over the present tasks to itself. The entries of
+        absent tasks are zero.
 
     Returns:
-      What ``step`` gave, and the weights ``[T]`` to keep.
+      The output of ``step`` and the weights to store, each of shape ``[T]``.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -34,7 +35,7 @@ def on_present(
     inside = jnp.where(mask, weights, 0)
     mass = inside.sum()
     count = jnp.maximum(mask.sum(), 1).astype(weights.dtype)
-    # Present tasks without any mass start afresh, from equal shares.
+    # If the weights of all present tasks are zero, start from equal weights.
     uniform = mask.astype(weights.dtype) / count
     shares = jnp.where(mass > 0, inside / jnp.where(mass > 0, mass, 1), uniform)
     mass = jnp.where(mass > 0, mass, count / weights.shape[0])

@@ -1,4 +1,4 @@
-"""Projection of a direction on the cone in which no task gets worse."""
+"""Projection onto the dual cone, in which no task gets worse."""
 
 import jax
 import jax.numpy as jnp
@@ -12,18 +12,20 @@ from mtljax.types import Gramian, Mask, Weights
 def project_cone(
     gramian: Gramian, weights: Weights, mask: Mask | None = None
 ) -> tuple[Weights, SolverStatus]:
-    """Projects ``Jᵀw`` on ``{d : <g_i, d> ≥ 0 for all i}``, in weights.
+    """Projects ``Jᵀw`` onto ``{d : <g_i, d> ≥ 0 for all i}``, the dual cone.
 
-    By duality the projection is ``Jᵀv`` with ``v = argmin_{v ≥ w} vᵀGv``; what is
-    added to the weights is the solution of a non-negative QP. Exact, no ridge.
+    By duality the projection is ``Jᵀv`` with ``v = argmin_{v ≥ w} vᵀGv``. The
+    difference ``v − w`` is the solution of a non-negative QP. The solution is exact and
+    uses no ridge.
 
     Args:
-      gramian: ``[T, T]``.
-      weights: ``[T]``.
-      mask: Tasks that take part; the weights of the others come back as they were.
+      gramian: Gramian G of the task gradients J, shape ``[T, T]``.
+      weights: Weights w, shape ``[T]``.
+      mask: Tasks that define the cone, shape ``[T]``. The weights of other tasks are
+        returned unchanged. By default all tasks.
 
     Returns:
-      Weights ``[T]``, none smaller than given, and the status.
+      The weights v of shape ``[T]``, with ``v ≥ w``, and the :class:`SolverStatus`.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Derivatives of a solution through the equations that it solves."""
+"""Implicit differentiation of the solution of a system of equations."""
 
 from collections.abc import Callable
 
@@ -11,13 +11,20 @@ def implicit(
     equations: Callable[[Float[Array, " n"]], Float[Array, " n"]],
     solution: Float[Array, " n"],
 ) -> Float[Array, " n"]:
-    """The solution, unchanged, with the derivatives of a root of ``equations``.
+    """Returns the solution with the derivatives of a root of ``equations``.
 
-    Whatever array ``equations`` closes over gets derivatives by the implicit function
-    theorem, of any order, forward and reverse: one n×n solve, done only where a
-    derivative is asked for. The loop that found the solution is not differentiated.
-    Scale the equations such that their Jacobian has entries about one; a ridge of a few
-    rounding errors keeps the derivatives of degenerate problems finite.
+    The arrays over which ``equations`` closes have derivatives of any order, in forward
+    and reverse mode, by the implicit function theorem. A derivative costs one n×n
+    solve. The loop that found the solution is not differentiated. Scale the equations
+    such that the entries of their Jacobian are about one. A ridge of a few rounding
+    errors keeps the derivatives of degenerate problems finite.
+
+    Args:
+      equations: Function of x, shape ``[n]``, that is zero at the solution.
+      solution: The root, shape ``[n]``.
+
+    Returns:
+      The solution with unchanged values, shape ``[n]``.
     """
 
     def tangent_solve(linear, target):

@@ -1,4 +1,4 @@
-"""The step in a ball around the mean that improves the worst task most (CAGrad)."""
+"""The step in a ball that maximises the smallest gain of a task (CAGrad)."""
 
 from typing import NamedTuple
 
@@ -15,20 +15,20 @@ _MAX_STEPS = 40
 
 
 class _Scaled(NamedTuple):
-    """The problem of unit gradients, so that short and long ones are solved for alike.
+    """The problem for unit gradients, which is independent of the gradient norms.
 
-    Its unknown is ``y = x n / max n`` for lengths ``n``.
+    The unknown is ``y = x n / max n`` for gradient norms ``n``.
     """
 
     cosines: Gramian
     place: Weights  # the centre
     slope: Weights  # gains at the centre
-    shares: Weights  # <u_i, d> ≥ v shares_i, for v in units of the shortest gradient
+    shares: Weights  # <u_i, d> ≥ v shares_i, with v in units of the smallest norm
     radius: Scalar
     mask: Mask
     active: Mask
-    lengths: Weights
-    size: Scalar  # the largest of them
+    lengths: Weights  # gradient norms
+    size: Scalar  # the largest norm
 
 
 class _Search(NamedTuple):
@@ -47,30 +47,40 @@ def max_min_in_ball(
     radius: Scalar,
     mask: Mask | None = None,
 ) -> tuple[Weights, SolverStatus]:
-    """Solves ``max_d min_i <g_i, d>`` over ``‖d − Jᵀc‖ ≤ r``, in weights.
+    """Solves ``max_d min_i <g_i, d>`` subject to ``‖d − Jᵀc‖ ≤ r``.
 
-    For a value ``v`` of the minimum the nearest ``d`` to ``Jᵀc`` is ``Jᵀ(c + x(v))``
-    with ``x(v)`` the solution of a non-negative QP, and its distance is convex and
-    increasing in ``v``. Newton's method on "distance = r", started at ``v = ∞`` where
-    ``x`` points to the min-norm point, therefore descends to the answer without a line
-    search; each step is one small exact solve, warm started. This is the dual of the
-    simplex problem ``min_w <g_w, g_c> + r ‖g_w‖`` without its kink at ``g_w = 0``.
+    For a value ``v`` of the minimum, the nearest ``d`` to ``Jᵀc`` is
+    ``Jᵀ(c + x(v))``, where ``x(v)`` solves a non-negative QP. Its distance is convex
+    and increasing in ``v``. Newton's method solves "distance = r" from ``v = ∞``, where
+    ``x`` is the direction of the min-norm point. It therefore decreases monotonically
+    to the solution without a line search. Each step is one small exact solve with a
+    warm start. The problem is the dual of the simplex problem
+    ``min_w <g_w, g_c> + r ‖g_w‖``, without its kink at ``g_w = 0``.
 
     Args:
-      gramian: ``[T, T]``.
-      center: Weights ``c`` ``[T]`` of the centre of the ball.
-      radius: r, in units of the gradients.
-      mask: Tasks that take part.
+      gramian: Gramian of the task gradients J, shape ``[T, T]``.
+      center: Weights c of the centre of the ball, shape ``[T]``.
+      radius: Radius r of the ball, in units of the gradients.
+      mask: Tasks of the problem, shape ``[T]``. By default all tasks.
 
     Returns:
-      ``x`` ``[T]``, non-negative, such that ``d = Jᵀ(c + x)``, and the status. When
-      no direction improves every task (the min-norm point of the unit gradients has no
-      length but the rounding of the Gramian) and the ball reaches the cone where none
-      gets worse, ``d`` is the projection of the centre on that cone. The residual is
-      ``max_i (v − <g_i, d>)``, each relative to the terms that are added up in it.
+      Non-negative weights ``x`` of shape ``[T]`` such that ``d = Jᵀ(c + x)``, and the
+      :class:`SolverStatus`. In some cases no direction improves every task, that is,
+      the min-norm point of the unit gradients is zero up to the rounding of the
+      Gramian. If the ball then intersects the dual cone, ``d`` is the projection of the
+      centre onto that cone. The residual is ``max_i (v − <g_i, d>)``, each relative to
+      its summed terms.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> gramian, center = jnp.diag(jnp.array([1.0, 4.0])), jnp.array([0.5, 0.5])
+      >>> x, status = max_min_in_ball(gramian, center, jnp.float32(0.0))
+      >>> x.tolist(), bool(status.converged)
+      ([0.0, 0.0], True)
 
     References:
-      Liu et al., arXiv 2110.14048, for the problem.
+      Liu et al., `Conflict-Averse Gradient Descent for Multi-task Learning
+      <https://arxiv.org/abs/2110.14048>`_, 2021, for the problem.
     """
     mask = jnp.ones(gramian.shape[0], bool) if mask is None else mask
     given = (gramian, center, radius)
@@ -85,7 +95,7 @@ def max_min_in_ball(
         cosines, place, slope, shares, radius / size, mask, active, lengths, size
     )
     state = _newton(scaled)
-    # The bound comes from above, so the norm does too: the last step is exact.
+    # The bound decreases to the solution, so the norm is at least r. Scale it to r.
     reach = jnp.where(state.reach > 0, state.reach, 1)
     y = state.y * jnp.minimum(scaled.radius / reach, 1)
     bound = jnp.where(active.any(), state.bound, 0)
@@ -103,14 +113,14 @@ def _square(cosines: Gramian, y: Weights) -> Scalar:
 
 
 def _newton(problem: _Scaled) -> _Search:
-    """The value of the minimum, from above, and the last x that was solved for."""
+    """Computes the value of the minimum from above, and the corresponding x."""
     cosines, _, slope, shares, radius, mask, active, _, _ = problem
     num, dtype = slope.shape[0], slope.dtype
     eps = jnp.finfo(dtype).eps
 
     def body(s: _Search):
         started = s.iteration > 0
-        # At v = ∞ only the direction of x counts, and that is the min-norm point's.
+        # At v = ∞ only the direction of x matters. It is that of the min-norm point.
         linear = jnp.where(started, slope - s.bound * shares, -shares)
         solution = nonnegative_qp(cosines, linear, mask=active, start=s.free)
         y = solution.x
@@ -120,7 +130,7 @@ def _newton(problem: _Scaled) -> _Search:
         gain = unit @ slope + radius * jnp.sqrt(length)
         step = jnp.where(total > 0, unit @ shares, 1)
         bound = jnp.minimum(gain / step, s.bound)
-        # No direction helps all, or there is a zero gradient, which nothing helps.
+        # No direction improves all tasks, or a task has a zero gradient.
         stuck = ~started & ((length <= 4 * eps) | (mask & ~active).any())
         bound = jnp.where(stuck, jnp.minimum(bound, 0), bound)
         noise = jnp.abs(unit) @ jnp.abs(slope) + radius * jnp.sqrt(length)
@@ -150,9 +160,10 @@ def _differentiable(
     problem: _Scaled,
     given: tuple[Gramian, Weights, Scalar],
 ) -> Weights:
-    """y, with derivatives in what was given (lengths and size are constants).
+    """Returns y with derivatives with respect to the inputs of the problem.
 
-    Which tasks are worst, and whether the ball binds, are constants as well.
+    The norms, the set of worst tasks and whether the ball constraint is active are
+    constants under differentiation.
     """
     radius, mask, shares = problem.radius, problem.mask, problem.shares
     lengths, size = problem.lengths, problem.size

@@ -12,26 +12,27 @@ from mtljax.types import Gramian, Mask, Weights
 def min_norm_point(
     gramian: Gramian, mask: Mask | None = None
 ) -> tuple[Weights, SolverStatus]:
-    """Minimises ``wᵀGw`` over the probability simplex, exactly.
+    """Minimises ``wᵀGw`` over the probability simplex exactly.
 
-    The minimiser is the normalised solution of the non-negative program
-    ``min ½ xᵀGx − 1ᵀx``, so no Frank-Wolfe tail and no step size. With a zero
-    gradient among the tasks the answer is that task alone (the norm is then zero; of
-    several each gets an equal share); if the tasks' gradients are positively dependent,
-    the weights are a near-certificate: the norm is zero up to the rounding of the
-    Gramian.
+    The minimiser is the normalised solution of the non-negative QP
+    ``min ½ xᵀGx − 1ᵀx``. There is no step size and no slow Frank-Wolfe convergence. If
+    a task has a zero gradient, its weight is 1, and several such tasks have equal
+    weights. If the gradients are positively dependent, the norm at the solution is zero
+    up to the rounding of the Gramian.
 
     Args:
-      gramian: ``[T, T]``.
-      mask: Tasks that take part; the others get weight zero.
+      gramian: Gramian G, shape ``[T, T]``.
+      mask: Tasks of the problem, shape ``[T]``. The weights of other tasks are zero. By
+        default all tasks.
 
     Returns:
-      Weights ``[T]`` on the simplex (all zero when the mask is empty) and the
-      status; its residual is ``max_i max(0, wᵀGw − (Gw)_i)``, each relative to the
-      terms that are added up in it.
+      The weights of shape ``[T]`` and the :class:`SolverStatus`. The weights lie on the
+      simplex, or are zero if the mask is empty. The residual is
+      ``max_i max(0, wᵀGw − (Gw)_i)``, each relative to its summed terms.
 
     References:
-      Désidéri, 2012; Wolfe, Finding the nearest point in a polytope, 1976.
+      Désidéri, Multiple-gradient descent algorithm, 2012; Wolfe, Finding the nearest
+      point in a polytope, 1976.
 
     Examples:
       >>> import jax.numpy as jnp

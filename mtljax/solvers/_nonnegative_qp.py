@@ -2,22 +2,25 @@
 
     minimise  ½ xᵀQx + qᵀx   subject to  x ≥ 0,      Q positive semi-definite.
 
-The method is block principal pivoting (Júdice and Pires, 1994; Kim and Park, SIAM
-J. Sci. Comput. 2011): guess which variables are free, solve the linear system,
-exchange every variable whose sign is wrong, and exchange single ones when that stops
-helping (Murty's in the end, which makes it finite). No step size, no duality gap.
+The method is block principal pivoting (Júdice and Pires, 1994; Kim and Park, SIAM J.
+Sci. Comput. 2011). It guesses the free variables, solves the linear system for them,
+and exchanges every variable whose sign is wrong. If the number of wrong signs does not
+decrease, it exchanges single variables. The final rule for single exchanges is Murty's
+rule, which makes the method finite. There is no step size and no duality gap.
 
-It is done twice. First with products only: projected gradient steps of Barzilai and
-Borwein's length guess the free variables, conjugate gradients solve for them. That is
-all for most problems, and cheap for many at a time. What is left, ill-conditioned or
-degenerate, is pivoted with Cholesky factors.
+The method runs in two stages. The first stage uses matrix-vector products only.
+Projected gradient steps with Barzilai-Borwein step sizes guess the free variables, and
+conjugate gradients solve for them. This stage solves most problems and is cheap for
+many problems at a time. The second stage solves ill-conditioned and degenerate problems
+by pivoting with Cholesky factors.
 
-Two things make that safe in float32. Variables are scaled so that the diagonal of Q
-is one, hence gradients of very different length do not hurt. And the pivoting runs on
-Q plus a ridge of a few rounding errors, so that every face is solvable and it ends;
-proximal-point steps then take the ridge out of the solution again.
+Two measures make the method robust in float32. The variables are scaled such that the
+diagonal of Q is one, so that gradient norms may differ by orders of magnitude. The
+pivoting runs on Q plus a ridge of a few rounding errors, so that every face has a
+solution and the method terminates. Proximal-point steps then remove the effect of the
+ridge.
 
-Derivatives are those of the linear system on the free variables.
+The derivatives are those of the linear system for the free variables.
 """
 
 from typing import NamedTuple
@@ -30,20 +33,26 @@ from mtljax.solvers._implicit import implicit
 from mtljax.solvers._status import SolverStatus
 from mtljax.types import Gramian, Mask, Weights
 
-_INLINE = 8  # up to so many variables XLA runs a sum faster than a product
+_INLINE = 8  # up to this number of variables, XLA runs a sum faster than a matmul
 _DESCENT_STEPS = 10  # projected gradient steps that guess the free variables
-_DESCENT_SHARE = 2  # and not more than T divided by this, plus two
-_ROUNDS = 4  # of conjugate gradients
-_CONJUGATE_STEPS = 16  # in each of them
+_DESCENT_SHARE = 2  # at most T divided by this, plus two, of these steps
+_ROUNDS = 4  # rounds of conjugate gradients
+_CONJUGATE_STEPS = 16  # steps per round
 _REFINEMENTS = 2
 _PROXIMAL_STEPS = 10
-_RIDGE = 2  # of the pivoting, in units of T times the rounding error
-_MURTY = 3  # iterations, in units of T, before Murty picks the single exchange
-_PATIENCE = 1  # full exchanges without progress before single ones
+_RIDGE = 2  # ridge of the pivoting, in units of T times the rounding error
+_MURTY = 3  # iterations, in units of T, before Murty's rule selects single exchanges
+_PATIENCE = 1  # full exchanges without progress before single exchanges
 
 
 class QPSolution(NamedTuple):
-    """A minimiser ``x`` ``[T]``, its free variables and its certificate."""
+    """Solution of :func:`nonnegative_qp`.
+
+    Attributes:
+      x: The minimiser, shape ``[T]``.
+      free: Variables with a positive value, booleans of shape ``[T]``.
+      status: The solver status.
+    """
 
     x: Weights
     free: Mask
@@ -78,9 +87,10 @@ class _Proximal(NamedTuple):
 
 
 def unit_lengths(gramian: Gramian, mask: Mask) -> tuple[Weights, Mask]:
-    """Lengths of the gradients, and which are in the mask and not zero.
+    """Returns the gradient norms, and the tasks in the mask with a nonzero gradient.
 
-    Rows without a length of their own get the shortest there is.
+    For all other tasks the norm is replaced by the smallest nonzero norm, or by 1 if
+    there is none.
     """
     lengths = jnp.sqrt(jnp.maximum(jnp.diagonal(gramian), 0))
     active = mask & (lengths > 0)
@@ -100,18 +110,19 @@ def nonnegative_qp(
     """Minimises ``½ xᵀQx + qᵀx`` over ``x ≥ 0``.
 
     Args:
-      quadratic: Q, symmetric positive semi-definite ``[T, T]``.
-      linear: q, ``[T]``.
-      mask: Variables that exist; the others are fixed at zero.
-      start: Guess of the free (positive) variables, for warm starts.
+      quadratic: Symmetric positive semi-definite matrix Q, shape ``[T, T]``.
+      linear: Vector q, shape ``[T]``.
+      mask: Variables of the problem, shape ``[T]``. All others are fixed at zero. By
+        default all variables.
+      start: Guess of the free (positive) variables, shape ``[T]``, for a warm start.
 
     Returns:
-      The solution. ``status.residual`` is the largest violation of
-      ``Qx + q ≥ 0``, ``x ≥ 0`` and complementarity, relative to the size of the
-      terms that are added up. When Q is singular along a direction in which the
-      objective falls there is no minimiser: x is then finite and very large. x can be
-      differentiated in Q and q, as long as no free variable sits at zero (there it has
-      only one-sided derivatives); the certificate counts as constant.
+      The :class:`QPSolution`. ``status.residual`` is the largest violation of
+      ``Qx + q ≥ 0``, ``x ≥ 0`` and complementarity, relative to the size of the summed
+      terms. If Q is singular along a direction in which the objective decreases, there
+      is no minimiser and x is finite and very large. The solution is differentiable
+      with respect to Q and q unless a free variable is zero, where only one-sided
+      derivatives exist. The status is constant under differentiation.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -126,7 +137,7 @@ def nonnegative_qp(
     given = (quadratic, linear)
     quadratic, linear = jax.lax.stop_gradient(given)
     lengths, _ = unit_lengths(quadratic, mask)
-    # One after the other: products of lengths may leave the range of float32.
+    # Two separate divisions, because a product of two norms may overflow in float32.
     quadratic = quadratic / lengths[:, None] / lengths[None, :]
     linear = jnp.where(mask, linear / lengths, 0)
     size = jnp.max(jnp.abs(linear), initial=0)
@@ -139,14 +150,14 @@ def nonnegative_qp(
     def proximal(s: _Proximal):
         state = _pivot_to_signs(regular, linear - ridge * s.x, s.free, mask)
 
-        def sharpen(x, _):  # two more steps on the same face: the ridge cubed
+        def sharpen(x, _):  # two more steps on the same face reduce the error to ridge³
             rest = -linear - _times(quadratic, x)
             rest = jnp.where(state.free, rest, 0)
             return x + jax.scipy.linalg.cho_solve((state.factor, True), rest), None
 
         sharp = jax.lax.scan(sharpen, state.x, length=_REFINEMENTS)[0]
         done = ~_wrong_signs(quadratic, linear, state.free, mask, sharp).any()
-        # Signs that changed mean another face; the plain step leads there safely.
+        # If a sign changed, the face changed, so take the step without refinement.
         x = jnp.where(done, sharp, state.x)
         x = jnp.where(jnp.isfinite(x), jnp.maximum(x, 0), 0)
         iterations = s.iterations + state.iteration
@@ -162,7 +173,7 @@ def nonnegative_qp(
     converged = residual <= jnp.sqrt(eps)
     status = SolverStatus(residual, state.iterations, converged)
 
-    def stationary(x):  # in the units of the scaled problem, which are constants
+    def stationary(x):  # in the units of the scaled problem, with constant scales
         matrix = given[0] / lengths[:, None] / lengths[None, :]
         slope = jnp.matmul(matrix, x, precision="highest") + given[1] / lengths / size
         return jnp.where(free, slope, x)
@@ -180,9 +191,10 @@ def _times(matrix: Gramian, vector: Weights) -> Weights:
 def _by_products(
     quadratic: Gramian, linear: Weights, start: Mask | None, mask: Mask
 ) -> tuple[Weights, Mask, Scalar, Scalar]:
-    """Tries without a factor: x, its free variables, faces seen, and whether it is it.
+    """Tries to solve the problem with matrix-vector products only.
 
-    Where it is not, x is of no use but the free variables are a good start.
+    Returns x, its free variables, the number of faces, and whether x is the solution.
+    If it is not, the free variables are a good start for the pivoting.
     """
     if start is None:
         x = _descend(quadratic, linear, mask)
@@ -196,7 +208,8 @@ def _by_products(
         x = _conjugate_gradients(quadratic, linear, free, jnp.where(free, s.x, 0))
         wrong = _wrong_signs(quadratic, linear, free, mask, x)
         error = _residual(quadratic, linear, x, mask & free)
-        # Among huge terms any x looks right: a face that may be singular needs factors.
+        # With large terms the relative error of any x is small. A face that may be
+        # singular therefore needs a factorisation.
         accurate = (error <= 16 * eps) & (jnp.max(jnp.abs(x), initial=0) < eps**-0.5)
         faces = s.faces + s.wrong.any()
         done = accurate & ~wrong.any()
@@ -209,7 +222,7 @@ def _by_products(
 
 
 def _descend(quadratic: Gramian, linear: Weights, mask: Mask) -> Weights:
-    """A few projected gradient steps of Barzilai and Borwein's length."""
+    """Takes a few projected gradient steps with Barzilai-Borwein step sizes."""
     num = linear.shape[0]
 
     def step(carry, _):
@@ -231,7 +244,10 @@ def _descend(quadratic: Gramian, linear: Weights, mask: Mask) -> Weights:
 def _conjugate_gradients(
     quadratic: Gramian, linear: Weights, free: Mask, x: Weights
 ) -> Weights:
-    """Towards ``(Qx + q)_free = 0``, from x, which is zero elsewhere."""
+    """Solves ``(Qx + q)_free = 0`` approximately, starting at x.
+
+    The fixed variables of x are zero.
+    """
     eps = jnp.finfo(x.dtype).eps
     slope = _times(quadratic, x) + linear
     rest = jnp.where(free, -slope, 0)
@@ -255,7 +271,7 @@ def _conjugate_gradients(
 
 
 def _residual(quadratic: Gramian, linear: Weights, x: Weights, mask: Mask) -> Scalar:
-    """Largest complementarity violation relative to the terms in each slope."""
+    """Returns the largest violation of complementarity, relative to the terms."""
     slope = _times(quadratic, x) + linear
     terms = jnp.abs(quadratic * x[None, :]).sum(1) + jnp.abs(linear)
     terms = jnp.where(terms > 0, terms, 1)
@@ -266,7 +282,7 @@ def _residual(quadratic: Gramian, linear: Weights, x: Weights, mask: Mask) -> Sc
 def _wrong_signs(
     quadratic: Gramian, linear: Weights, free: Mask, mask: Mask, x: Weights
 ) -> Mask:
-    """Free variables that are negative, fixed ones whose slope is."""
+    """Returns negative free variables and fixed variables with a negative slope."""
     eps = jnp.finfo(quadratic.dtype).eps
     slope = _times(quadratic, x) + linear
     terms = jnp.abs(quadratic * x[None, :]).sum(1) + jnp.abs(linear)
@@ -277,7 +293,7 @@ def _wrong_signs(
 def _pivot_to_signs(
     quadratic: Gramian, linear: Weights, free: Mask, mask: Mask
 ) -> _Pivot:
-    """Exchanges variables until all signs are right; Q must be positive definite."""
+    """Exchanges variables until all signs are right. Requires Q positive definite."""
     num = linear.shape[0]
     identity = jnp.eye(num, dtype=quadratic.dtype)
 

@@ -6,17 +6,23 @@ from mtljax.types import Mask, Weights
 
 
 def project_simplex(vector: Weights, mask: Mask | None = None) -> Weights:
-    """The point of the probability simplex nearest to ``vector`` ``[T]``.
+    """Projects a vector onto the probability simplex.
 
-    Exact, by sorting: O(T log T). Entries outside ``mask`` are fixed at zero; with
-    nothing in the mask the result is zero.
+    The projection is exact. It sorts the entries and costs O(T log T) operations.
+
+    Args:
+      vector: The vector, shape ``[T]``.
+      mask: Entries that may be nonzero, shape ``[T]``. By default all entries.
+
+    Returns:
+      The nearest point of the simplex, shape ``[T]``. It is zero if the mask is empty.
 
     Examples:
       >>> project_simplex(jnp.array([0.5, 1.5, -1.0])).tolist()
       [0.0, 1.0, 0.0]
     """
     mask = jnp.ones(vector.shape, bool) if mask is None else mask
-    # Shifting by the maximum keeps sums of huge entries exact.
+    # Subtracting the maximum keeps sums of large entries exact.
     vector = vector - jnp.max(vector, where=mask, initial=-jnp.inf)
     descending = jnp.sort(jnp.where(mask, vector, -jnp.inf))[::-1]
     count = jnp.arange(1, vector.shape[0] + 1, dtype=vector.dtype)

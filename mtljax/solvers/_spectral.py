@@ -1,4 +1,4 @@
-"""Spectral functions of a Gramian, with absent tasks left out."""
+"""Spectral functions of a Gramian that ignore absent tasks."""
 
 import jax.numpy as jnp
 from jaxtyping import Scalar
@@ -7,14 +7,18 @@ from mtljax.types import Gramian, Weights
 
 
 def pinv_solve(matrix: Gramian, vector: Weights) -> tuple[Weights, Scalar]:
-    """``M⁺v`` for a symmetric positive semi-definite ``M`` ``[T, T]``.
+    """Computes ``M⁺v`` for a symmetric positive semi-definite matrix ``M``.
 
-    Eigenvalues below ``T · eps`` times the largest count as zero. Rows and columns
-    of zeros (absent tasks) drop out by themselves.
+    Eigenvalues below ``T · eps`` times the largest are treated as zero. Zero rows and
+    columns, which belong to absent tasks, do not change the solution.
+
+    Args:
+      matrix: The matrix M, shape ``[T, T]``.
+      vector: The vector v, shape ``[T]``.
 
     Returns:
-      The solution ``[T]`` and the share of ``v`` outside the range of ``M``
-      (0 when ``M M⁺ v = v``).
+      The solution of shape ``[T]``, and the relative norm of the part of ``v`` outside
+      the range of ``M``. This norm is 0 if ``M M⁺ v = v``.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What every solver says about its answer."""
+"""Convergence status that all solvers return."""
 
 from typing import NamedTuple
 
@@ -7,13 +7,13 @@ from jaxtyping import Scalar
 
 
 class SolverStatus(NamedTuple):
-    """Certificate of a small convex solve; lives in the method's state.
+    """Convergence status of a small convex solve, stored in the state of a method.
 
     Attributes:
-      residual: Scale-free violation of the optimality conditions, 0 when exact.
-      iterations: Iterations of the outer loop.
-      converged: False when the residual is above the solver's tolerance or the
-        problem has no solution; the method then used its declared fallback.
+      residual: Scale-free violation of the optimality conditions, 0 if exact.
+      iterations: Number of iterations of the outer loop.
+      converged: False if the residual is above the tolerance of the solver or if the
+        problem has no solution. The method then uses its documented fallback.
     """
 
     residual: Scalar
@@ -22,5 +22,5 @@ class SolverStatus(NamedTuple):
 
 
 def unsolved() -> SolverStatus:
-    """The status before the first solve."""
+    """Returns the status before the first solve."""
     return SolverStatus(jnp.float32(0), jnp.int32(0), jnp.ones((), bool))
