@@ -1,4 +1,4 @@
-"""The list of balancers made of balancers, beside the list of methods."""
+"""The table of wrappers, which build a balancer from other balancers."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,14 +13,14 @@ class Wrapper(NamedTuple):
     """A row of the table of wrappers."""
 
     factory: Callable[..., Balancer]
-    label: str  # what the field calls it
-    source: str  # arXiv id, or venue where there is none
-    needs: str  # which balancers it takes
-    promise: str
+    label: str  # name in the literature
+    source: str  # arXiv id, or the venue if there is none
+    needs: str  # balancers that the wrapper accepts
+    promise: str  # one-line summary
 
     @property
     def name(self) -> str:
-        """Name of the factory."""
+        """Returns the name of the factory."""
         return self.factory.__name__
 
 
@@ -31,14 +31,14 @@ WRAPPERS: dict[str, Wrapper] = {
             compose,
             "A ∘ B",
             "2307.15429",
-            "a loss balancer, and one that yields weights",
+            "a loss balancer, and one with task weights",
             "gradient balancing of the weighted losses",
         ),
         Wrapper(
             smooth_weights,
             "CR-MOGM",
             "NeurIPS 2022",
-            "one that yields weights",
+            "one with task weights",
             "a moving average of the weights",
         ),
         Wrapper(
@@ -46,27 +46,27 @@ WRAPPERS: dict[str, Wrapper] = {
             "layer-wise",
             "2010.05874",
             "any",
-            "balances every group of leaves on its own",
+            "balances every group of leaves separately",
         ),
         Wrapper(
             flat_split,
             "F-X",
             "2211.13723",
             "any, on the gradients of `sharpness.sam_task_grads`",
-            "balances the loss part and the flat part of SAM apart",
+            "balances the loss part and the flat part of SAM separately",
         ),
     )
 }
 
 
 def wrappers_table() -> str:
-    """The Markdown table of the balancers made of balancers, as the README prints it.
+    """Returns the Markdown table of the wrappers that the README contains.
 
     Examples:
       >>> print(wrappers_table().splitlines()[2][:26])
       | `compose` | A ∘ B | [230
     """
-    lines = ["| name | called | source | takes | what it is |", "|:--|:--|:--|:--|:--|"]
+    lines = ["| name | called | source | takes | summary |", "|:--|:--|:--|:--|:--|"]
     for wrapper in WRAPPERS.values():
         cells = (
             f"`{wrapper.name}`",

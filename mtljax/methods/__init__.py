@@ -1,4 +1,4 @@
-"""One paper, one file: every method as a :class:`mtljax.Balancer`."""
+"""Methods of the literature as :class:`mtljax.Balancer` factories."""
 
 from mtljax.methods._aligned_mtl import aligned_mtl as aligned_mtl
 from mtljax.methods._cagrad import cagrad as cagrad

@@ -1,4 +1,4 @@
-"""Aligned-MTL: the nearest gradients that are orthogonal and of one length."""
+"""Aligned-MTL: sums the nearest orthogonal gradients of equal norm."""
 
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -29,7 +29,7 @@ def aligned_mtl_weights(
     condition: Condition = "min",
     mask: Mask | None = None,
 ) -> tuple[Weights, SolverStatus]:
-    """``√s V Λ^(-1/2) Vᵀ p`` over the eigenvalues that are not rounding."""
+    """Computes ``√s V Λ^(-1/2) Vᵀ p`` over the eigenvalues above rounding."""
     num = gramian.shape[0]
     mask = jnp.ones(num, bool) if mask is None else mask
     count = mask.sum()
@@ -68,35 +68,40 @@ def aligned_mtl(
 ) -> Balancer:
     """Independent component alignment (Aligned-MTL).
 
-    The gradient matrix is replaced by the nearest one whose rows are orthogonal and of
-    equal length (condition number 1), which are then summed: with ``G = VΛVᵀ`` the
-    weights are ``w = √s V Λ^(-1/2) Vᵀ p``.
+    The method replaces the matrix of task gradients by the nearest matrix with
+    orthogonal rows of equal norm (condition number 1), and sums these rows. With the
+    eigendecomposition ``G = VΛVᵀ`` of the Gramian the weights are
+    ``w = √s V Λ^(-1/2) Vᵀ p``.
 
-    Two warnings. Eigenvalues below ``T · eps`` of the largest are dropped, so the
-    update *jumps* when one crosses that line; ``state.solver.converged`` is False while
-    any is dropped, its residual the share of p that went with them. With all of them
-    dropped, ``w = p``. And the update may make tasks of short gradient *worse*;
-    ``cone=True`` prevents that.
+    Eigenvalues below ``T · eps`` times the largest are ignored. The update is therefore
+    *discontinuous* where an eigenvalue crosses this threshold. While an eigenvalue is
+    ignored, ``state.solver.converged`` is False, and the residual is the relative norm
+    of the part of p that is lost. If all eigenvalues are ignored, ``w = p``.
+
+    The update may make a task with a small gradient *worse*. ``cone=True`` prevents
+    this.
 
     Args:
-      num_tasks: T, length of the leading axis of every leaf of the gradients.
-      condition: Eigenvalue s that all others are replaced by: the smallest one kept
-        (``"min"``, the paper's), the lower ``"median"``, or the mean of all (named
-        ``"rmse"`` in every codebase).
-      preference: p ``[T]``, not negative, normalised to sum to the number of present
-        tasks: all ones by default (paper, LibMTL). TorchJD's is 1/T, which is
-        ``scale="mean"``. ``update(..., preference=p)`` overrides it.
-      cone: Projects the update on the cone of directions in which no task gets worse
-        (one small QP). Ours, not the paper's; off.
-      scale: ``"native"`` and ``"sum"``: the sum of gradients that are orthogonal and of
-        equal length; ``"mean"`` divides by the number of present tasks.
+      num_tasks: Number of tasks T, or a sequence of T task names.
+      condition: Eigenvalue s that replaces all others. ``"min"``, as in the paper, is
+        the smallest eigenvalue that is not ignored. ``"median"`` is the lower median.
+        ``"rmse"`` is the mean, under its name in all codebases.
+      preference: Preference p, shape ``[T]``, non-negative. It is normalised to sum to
+        the number of present tasks. By default all entries are equal, as in the paper
+        and LibMTL. TorchJD uses 1/T, which corresponds to ``scale="mean"``.
+        ``update(..., preference=p)`` overrides it.
+      cone: Whether to project the update onto the cone of directions in which no task
+        gets worse, with one small QP. This is not in the paper.
+      scale: ``"native"`` and ``"sum"`` are the sum of the orthogonal gradients of equal
+        norm. ``"mean"`` divides it by the number of present tasks.
 
     Returns:
-      A balancer; needs the Gramian: T backward passes. State: the certificate.
+      A :class:`mtljax.Balancer` that reads the Gramian. A step costs T backward passes.
+      The state contains the solver status.
 
     Raises:
-      ValueError: If ``condition`` is unknown, or the preference has another length than
-        T or a negative entry.
+      ValueError: If ``condition`` is unknown, the number of preferences differs from T,
+        or a preference is negative.
 
     Examples:
       >>> import jax.numpy as jnp, mtljax

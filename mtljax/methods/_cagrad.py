@@ -1,4 +1,4 @@
-"""CAGrad: near the mean gradient, the step that helps the worst task most."""
+"""CAGrad: maximises the smallest gain in a ball around the mean gradient."""
 
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -21,7 +21,7 @@ class CAGradState(NamedTuple):
 def cagrad_weights(
     gramian: Gramian, c: Number, mask: Mask | None = None
 ) -> tuple[Weights, SolverStatus]:
-    """Weights of ``argmax_d min_i <g_i, d>`` over ``‖d − g_0‖ ≤ c ‖g_0‖``."""
+    """Computes the weights of ``argmax min_i <g_i, d>`` for ``‖d − g_0‖ ≤ c ‖g_0‖``."""
     mask = jnp.ones(gramian.shape[0], bool) if mask is None else mask
     mean = mask.astype(gramian.dtype) / jnp.maximum(mask.sum(), 1)
     square = mean @ jnp.matmul(gramian, mean, precision="highest")
@@ -40,27 +40,32 @@ def cagrad(
 ) -> Balancer:
     """Conflict-averse gradient descent (CAGrad).
 
-    With ``g_0`` the mean gradient, ``d`` maximises ``min_i <g_i, d>`` subject to
-    ``‖d − g_0‖ ≤ c ‖g_0‖``: the mean for ``c = 0``, the direction of MGDA for large c.
-    Equivalently ``d = g_0 + c ‖g_0‖ g_w/‖g_w‖`` with w minimising
-    ``<g_w, g_0> + c ‖g_0‖ ‖g_w‖`` over the simplex. Solved exactly; at points where
-    ``g_w = 0`` is optimal, ``d`` is the projection of ``g_0`` on the cone of directions
-    that hurt no task, instead of 0/0.
+    The update d maximises ``min_i <g_i, d>`` subject to ``‖d − g_0‖ ≤ c ‖g_0‖``, where
+    ``g_0`` is the mean gradient. It is the mean for ``c = 0`` and has the direction of
+    MGDA for large c. Equivalently ``d = g_0 + c ‖g_0‖ g_w/‖g_w‖``, where w minimises
+    ``<g_w, g_0> + c ‖g_0‖ ‖g_w‖`` over the simplex and ``g_w = Σ_i w_i g_i``.
+
+    The problem is solved exactly. If ``g_w = 0`` is optimal, the formula is 0/0. The
+    update is then the projection of ``g_0`` onto the cone of directions in which no
+    task gets worse.
 
     Args:
-      num_tasks: T, length of the leading axis of every leaf of the gradients.
-      c: Radius of the ball relative to ``‖g_0‖``, not negative. 0.4 in the paper's
-        NYUv2 and Cityscapes runs, 0.5 in its toy problem and LibMTL.
-      rescale: Divides d by ``1+c^2`` (LibMTL, nash-mtl) or ``1+c`` (the authors' toy
-        script); ``"none"`` is the paper's algorithm, and TorchJD's.
-      scale: ``"native"`` and ``"mean"``: the mean of the gradients for c = 0; ``"sum"``
-        multiplies by the number of tasks, as nash-mtl and its descendants do.
+      num_tasks: Number of tasks T, or a sequence of T task names.
+      c: Radius of the ball relative to ``‖g_0‖``, at least 0. The paper uses 0.4 on
+        NYUv2 and Cityscapes and 0.5 in its toy problem. LibMTL uses 0.5.
+      rescale: Divisor of d. ``"1+c^2"`` is that of LibMTL and nash-mtl, and ``"1+c"``
+        that of the authors' toy script. ``"none"`` is the algorithm of the paper and of
+        TorchJD.
+      scale: ``"native"`` and ``"mean"`` are the mean of the gradients for c = 0.
+        ``"sum"`` multiplies the update by the number of tasks, as in nash-mtl and
+        codebases derived from it.
 
     Returns:
-      A balancer; needs the Gramian: T backward passes. State: the solver's certificate.
+      A :class:`mtljax.Balancer` that reads the Gramian. A step costs T backward passes.
+      The state contains the solver status.
 
     Raises:
-      ValueError: If c is negative or ``rescale`` unknown.
+      ValueError: If ``c`` is negative or ``rescale`` is unknown.
 
     Examples:
       >>> import jax.numpy as jnp, mtljax

@@ -1,4 +1,4 @@
-"""ConFIG: a direction at the same angle to every task gradient."""
+"""ConFIG: a direction with equal angles to all task gradients."""
 
 import functools
 import operator
@@ -29,7 +29,8 @@ from mtljax.types import Grads, Gramian, Mask, Scale, Weights
 Length: TypeAlias = Literal["projection", "min", "max", "mean", "harmonic", "geometric"]
 
 
-# Steps with residuals of the gradients; each gains the digits that the Gramian has.
+# Refinement steps with residuals from the gradients. Each adds as many correct digits
+# as a solution from the Gramian has.
 _REFINEMENTS = 2
 
 
@@ -41,7 +42,7 @@ class ConflictFreeState(NamedTuple):
 
 
 def _length(norms: Weights, shares: Weights, active: Mask, length: Length) -> Scalar:
-    """‖d‖ from ``‖g_i‖`` and the cosines of the direction with the gradients."""
+    """Computes ‖d‖ from ``‖g_i‖`` and the cosines of d with the gradients."""
     count = jnp.maximum(active.sum(), 1).astype(norms.dtype)
 
     def total(x):
@@ -69,21 +70,21 @@ def conflict_free_weights(
     mask: Mask | None = None,
     products: Callable[[Weights], Weights] | None = None,
 ) -> tuple[Weights, SolverStatus]:
-    """Weights of the direction ``U⁺p``, U the unit gradients, at the given length.
+    """Computes the weights of the direction ``U⁺p`` for unit gradients U.
 
     Args:
-      gramian: ``[T, T]``.
-      preference: p ``[T]``.
-      length: See :func:`conflict_free`.
-      mask: Tasks that take part.
-      products: ``w -> [<g_j, Σ_i w_i g_i>]_j`` from the gradients themselves. The
-        residuals of the solution are taken from it, so that the error grows with the
-        condition number of the gradients; with the Gramian alone it grows with its
-        square.
+      gramian: Gramian, shape ``[T, T]``.
+      preference: Preference p, shape ``[T]``.
+      length: Norm of the update, see :func:`conflict_free`.
+      mask: Present tasks, shape ``[T]``.
+      products: Function ``w -> [<g_j, Σ_i w_i g_i>]_j`` that is computed from the
+        gradients. With it, the residuals are accurate, and the error of the solution is
+        proportional to the condition number of the gradients. With the Gramian only, it
+        is proportional to the square of this number.
 
     Returns:
-      Weights ``[T]`` and the status; its residual is the share of p that no direction
-      can meet.
+      The weights of shape ``[T]`` and the :class:`mtljax.solvers.SolverStatus`. The
+      residual is the relative norm of the part of p that no direction attains.
     """
     num = gramian.shape[0]
     eps, tiny = jnp.finfo(gramian.dtype).eps, jnp.finfo(gramian.dtype).tiny
@@ -97,7 +98,7 @@ def conflict_free_weights(
     target = target / jnp.maximum(jnp.max(target, initial=0), tiny)
     solution, outside = pinv_solve(cosines, target)
 
-    def gains(x):  # the cosines with the direction, times its length
+    def gains(x):  # cosines with the direction, times the norm of the direction
         if products is None:
             return jnp.matmul(cosines, x, precision="highest")
         scale = jnp.where(active, 1 / norms, 0)
@@ -128,34 +129,38 @@ def conflict_free(
 ) -> Balancer:
     """Conflict-free inverse gradients (ConFIG).
 
-    With U the matrix of unit gradients and ``x = U⁺1``, whose cosine with every
-    gradient is the same, the update is ``(Σ_i <g_i, x̂>) x̂``: the projection of the sum
-    of gradients on that direction. No task conflicts with it as long as the gradients
-    are linearly independent, and scaling a loss changes its length only.
+    Let U be the matrix of the unit gradients. The vector ``x = U⁺1`` has the same
+    cosine with every gradient. The update is ``(Σ_i <g_i, x̂>) x̂`` with ``x̂ = x/‖x‖``,
+    the projection of the sum of the gradients onto this direction. It conflicts with no
+    task if the gradients are linearly independent. Scaling a loss changes only the norm
+    of the update.
 
-    Where they are dependent the pseudo-inverse gives the best fit, which may hurt a
-    task; ``state.solver.converged`` is then False, with the share of the equations that
-    cannot be met as residual. Where nothing is left of x (gradients that cancel) the
-    declared fallback is no update at all. A task with zero gradient takes no part, nor
-    does it count in the lengths.
+    If the gradients are linearly dependent, the pseudo-inverse gives the least-squares
+    solution, which may make a task worse. ``state.solver.converged`` is then False, and
+    the residual is the relative norm of the unsatisfied part of the equations. If x is
+    zero because the gradients cancel, the update is zero. A task with a zero gradient
+    has no effect.
 
     Args:
-      num_tasks: T, length of the leading axis of every leaf of the gradients.
-      length: ‖d‖: the sum of the ``"projection"`` of all gradients (the paper's), or
-        the ``"min"``, ``"max"``, ``"mean"`` (arithmetic), ``"harmonic"`` or
-        ``"geometric"`` mean of the lengths of the gradients, as in the authors' code.
-      preference: p ``[T]``, not negative: the cosines are to each other as p (with
-        ``x = U⁺p``), equal by default. ``update(..., preference=p)`` overrides it.
-      scale: The native scale is that of the ``"sum"`` for ``length="projection"`` and
-        of the ``"mean"`` for the others: d for gradients that are all equal. The other
-        one differs by the number of present tasks.
+      num_tasks: Number of tasks T, or a sequence of T task names.
+      length: Norm of the update. ``"projection"``, as in the paper, is the sum of the
+        projections of all gradients. ``"min"``, ``"max"``, ``"mean"`` (arithmetic),
+        ``"harmonic"`` and ``"geometric"`` are statistics of the gradient norms, as in
+        the authors' code.
+      preference: Preference p, shape ``[T]``, non-negative, equal by default. The
+        cosines are proportional to p, with ``x = U⁺p``. ``update(..., preference=p)``
+        overrides it.
+      scale: The native scale is ``"sum"`` for ``length="projection"`` and ``"mean"``
+        otherwise, which is the scale of d if all gradients are equal. The other scale
+        differs by the number of present tasks.
 
     Returns:
-      A balancer; needs the Gramian: T backward passes. State: the certificate.
+      A :class:`mtljax.Balancer` that reads the Gramian. A step costs T backward passes.
+      The state contains the solver status.
 
     Raises:
-      ValueError: If ``length`` is unknown, or the preference has another length than T
-        or a negative entry.
+      ValueError: If ``length`` is unknown, the number of preferences differs from T, or
+        a preference is negative.
 
     Examples:
       >>> import jax.numpy as jnp, mtljax
@@ -220,7 +225,7 @@ def conflict_free(
 
 
 def _products(grads: Grads, weights: Weights) -> Weights:
-    """``<g_j, Σ_i w_i g_i>`` in the accuracy of the gradients."""
+    """Computes ``<g_j, Σ_i w_i g_i>`` with the accuracy of the gradients."""
     wide = jax.tree.map(
         lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), grads
     )

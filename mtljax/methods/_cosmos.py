@@ -1,4 +1,4 @@
-"""COSMOS: losses weighted by a preference, drawn to its direction."""
+"""COSMOS: preference weights with a penalty on the angle to the losses."""
 
 from typing import NamedTuple
 
@@ -22,7 +22,10 @@ class COSMOSState(NamedTuple):
 def cosmos_weights(
     losses: Losses, preference: Weights, lam: Number, mask: Mask | None = None
 ) -> Weights:
-    """Gradient of ``r·ℓ − λ cos(r, ℓ)`` in the losses; zero losses have no angle."""
+    """Computes the gradient of ``r·ℓ − λ cos(r, ℓ)`` with respect to the losses.
+
+    The gradient of the penalty is zero if all losses are zero.
+    """
     mask = jnp.ones(losses.shape, bool) if mask is None else mask
     losses = jnp.where(mask, losses, 0)
     length = jnp.sqrt((losses**2).sum())
@@ -44,31 +47,36 @@ def cosmos(
 ) -> Balancer:
     """Linear scalarisation with a penalty on the angle to the preference (COSMOS).
 
-    Descends ``Σ_i r_i ℓ_i − λ cos(r, ℓ)``. The whole method approximates the Pareto
-    front with one model: at every step it draws r from a Dirichlet distribution (all
-    concentrations 1.2 in the authors' image experiments) and gives it both to the model
-    as an input and to the scalarisation, here through
-    ``update(..., preference=r)`` (``side={"preference": r}`` with
-    :func:`mtljax.value_and_balanced_grad`). With a constant r it is one trade-off.
+    The objective is ``Σ_i r_i ℓ_i − λ cos(r, ℓ)`` for a preference r and the losses ℓ.
 
-    Weights can be negative: a loss too small for its preference is pushed up.
+    The complete method approximates the Pareto front with one model. Each step samples
+    r from a Dirichlet distribution, with all concentrations 1.2 in the authors' image
+    experiments. The vector r is an input of the model and of the scalarisation. Pass it
+    as ``update(..., preference=r)``, or as ``side={"preference": r}`` to the function
+    of :func:`mtljax.value_and_balanced_grad`. A constant r gives one trade-off.
+
+    Weights can be negative. The update then increases a loss that is small relative to
+    its preference.
 
     Args:
-      num_tasks: T, length of the leading axis of every leaf of the gradients.
-      lam: λ, not negative; 0 is linear scalarisation. From 0.01 (tabular data) over 2
-        (Multi-MNIST, the authors' default) to 8 (Fashion-and-MNIST) in the paper.
-      preference: r ``[T]``, not negative; equal by default. Normalised to sum to 1 over
-        the tasks present. May be a traced array, so that it can be a ``vmap`` axis.
-      scale: ``"native"`` and ``"mean"``: the mean of the gradients for λ = 0 and equal
-        preferences; ``"sum"`` multiplies by the number of tasks.
+      num_tasks: Number of tasks T, or a sequence of T task names.
+      lam: Weight λ of the penalty, at least 0. With 0 the method is linear
+        scalarisation. The paper uses 0.01 (tabular data), 2 (Multi-MNIST, the authors'
+        default) and 8 (Fashion-and-MNIST).
+      preference: Preference r, shape ``[T]``, non-negative, equal by default. It is
+        normalised to sum to 1 over the present tasks. It may be traced, for example as
+        a ``vmap`` axis.
+      scale: ``"native"`` and ``"mean"`` are the mean of the gradients for λ = 0 and
+        equal preferences. ``"sum"`` multiplies the update by the number of tasks.
 
     Returns:
-      A balancer; needs ``losses`` that are not negative, and reads the side
-      input ``preference``, which replaces the constant. One backward pass; no state.
+      A :class:`mtljax.Balancer` that reads ``losses``, which must not be negative, and
+      the side input ``preference``, which overrides the constant. A step costs one
+      backward pass. The state contains the last task weights only.
 
     Raises:
-      ValueError: If ``lam`` is negative, or the preference has another length, a
-        negative entry or none above zero.
+      ValueError: If ``lam`` is negative, the number of preferences differs from T, a
+        preference is negative, or all are zero.
 
     Examples:
       >>> import jax.numpy as jnp, mtljax

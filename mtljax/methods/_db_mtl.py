@@ -1,4 +1,4 @@
-"""DB-MTL: gradients of log losses, smoothed, all brought to the largest length."""
+"""DB-MTL: averaged gradients of the log losses, scaled to equal norm."""
 
 from typing import Any, NamedTuple
 
@@ -37,18 +37,18 @@ class DBMTLTrackingState(NamedTuple):
 
     tracked: Any  # moving average of the gradients of the log losses, [T, ...]
     steps: Int[Array, " tasks"]  # batches in which each task was present
-    remainder: Weights  # share of the zero at the start in the average
+    remainder: Weights  # weight of the initial zero in the average
     task_weights: Weights
 
 
 def db_mtl_weights(norms: Weights, mask: Mask | None = None) -> Weights:
-    """``max_j n_j / n_i``: brings every gradient to the largest length."""
+    """Computes ``max_j n_j / n_i``, which scales all gradients to the largest norm."""
     norms = norms if mask is None else jnp.where(mask, norms, 0)
     return jnp.where(norms > 0, jnp.max(norms) / jnp.where(norms > 0, norms, 1), 0)
 
 
 def _log_slopes(losses: Losses, norms: Weights) -> Weights:
-    """``1/ℓ_i``, and 0 for a solved task: a loss and a gradient of zero."""
+    """Computes ``1/ℓ_i``, and 0 for a task with zero loss and zero gradient."""
     return jnp.where((losses == 0) & (norms == 0), 0, 1 / losses)
 
 
@@ -63,41 +63,44 @@ def db_mtl(
 ) -> Balancer:
     """Dual-balancing multi-task learning (DB-MTL).
 
-    Loss-scale balancing: gradients of the log losses, ``g_i/ℓ_i``. Gradient-magnitude
-    balancing: their moving averages ``ĝ_i ← β_k ĝ_i + (1 − β_k) g_i/ℓ_i``, brought to
-    the length of the longest: ``d = max_j ‖ĝ_j‖ Σ_i ĝ_i/‖ĝ_i‖``. ``β_k = β/k^σ`` with k
-    the number of batches in which the task was present.
+    Loss-scale balancing uses the gradients of the log losses, ``g_i/ℓ_i``.
+    Gradient-magnitude balancing scales their moving averages
+    ``ĝ_i ← β_k ĝ_i + (1 − β_k) g_i/ℓ_i`` to the largest norm:
+    ``d = max_j ‖ĝ_j‖ Σ_i ĝ_i/‖ĝ_i‖``. Here ``β_k = β/k^σ``, and k is the number of
+    batches in which the task was present.
 
-    The average starts at zero and is not corrected for it, in the paper and in LibMTL:
-    the first update has ``1 − β`` times the length it should have, and with σ = 0 some
-    ``1/(1 − β)`` steps are too short. ``bias_correction`` divides by the share of the
-    average that is not that zero. With ``beta=0`` nothing is kept and the weights
-    follow from the Gramian.
+    The average starts at zero. The paper and LibMTL do not correct this bias. The norm
+    of the first update is therefore ``1 − β`` times the unbiased norm, and with σ = 0
+    about ``1/(1 − β)`` steps are too small. ``bias_correction`` divides the average by
+    the total weight of the gradients in it. With ``beta=0`` there is no average, and
+    the weights are a function of the Gramian.
 
-    The constants 1e-8 that LibMTL adds to losses and norms are left out, so that the
-    update is exactly homogeneous. A task whose gradient (or average) is zero gets
-    nothing, also if its loss is zero. A loss of zero with any other gradient is outside
-    the domain.
+    LibMTL adds 1e-8 to losses and norms. This implementation does not, so that the
+    update is exactly homogeneous. A task with a zero gradient or a zero average does
+    not contribute, even if its loss is zero. A zero loss with a nonzero gradient is
+    outside the domain.
 
     Args:
-      num_tasks: T, length of the leading axis of every leaf of the gradients.
-      beta: β in [0, 1). The paper searches 0.1, 0.5 and 0.9; LibMTL has 0.9. A traced
-        β keeps the average, also if its value is zero.
-      beta_sigma: σ ≥ 0. The paper searches 0 and 0.5 and does better with 0.5, our
-        default; LibMTL has 0.
-      bias_correction: Not in the paper.
-      scale: ``"native"``, or the update divided such that the weights of the gradients,
+      num_tasks: Number of tasks T, or a sequence of T task names.
+      beta: Decay β of the moving average, in [0, 1). The paper searches 0.1, 0.5 and
+        0.9. LibMTL uses 0.9. With a traced β the state contains the average even if the
+        value is zero.
+      beta_sigma: Exponent σ ≥ 0. The paper searches 0 and 0.5 and obtains better
+        results with 0.5, the default here. LibMTL uses 0.
+      bias_correction: Whether to correct the bias of the average. Not in the paper.
+      scale: ``"native"``, or the update scaled such that the weights of the gradients,
         ``max_j ‖ĝ_j‖ / (‖ĝ_i‖ ℓ_i)``, have the ``"sum"`` or ``"mean"`` scale.
 
     Returns:
-      A balancer; needs ``losses`` that are not negative and the stacked gradients (the
-      Gramian for ``beta=0``): T backward passes. State: T copies of the gradient in
-      float32 and 3 T numbers (T for ``beta=0``); initialise it with the parameters that
-      are balanced (``mtljax.shared_params``).
+      A :class:`mtljax.Balancer` that reads ``losses``, which must not be negative, and
+      the stacked gradients. A step costs T backward passes. The state contains T copies
+      of the gradient in float32 and 3 T numbers. Initialise it with the parameters that
+      are balanced, see :func:`mtljax.shared_params`. With ``beta=0`` the balancer reads
+      the Gramian instead of the gradients, and the state has T numbers.
 
     Raises:
-      ValueError: If β or σ is out of its range, or the state was made for other
-        parameters.
+      ValueError: If ``beta`` or ``beta_sigma`` is out of its range, or the state was
+        initialised with other parameters.
 
     Examples:
       >>> import jax.numpy as jnp, mtljax
@@ -122,7 +125,8 @@ def db_mtl(
         slopes = _log_slopes(losses.astype(norms.dtype), norms)
         return slopes * db_mtl_weights(norms * slopes, mask), state
 
-    # An array is an operand of a trace where it meets an operator; NumPy reads it.
+    # Inside a trace, np.asarray reads a concrete array, but an operator of jnp would
+    # return a tracer.
     if not isinstance(beta, Tracer) and np.asarray(beta) == 0:
         return from_weights(
             "db_mtl",

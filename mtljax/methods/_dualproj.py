@@ -1,4 +1,4 @@
-"""DualProj: the mean gradient, projected on the cone where no task gets worse."""
+"""DualProj: projects the mean gradient onto the dual cone."""
 
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ class DualProjState(NamedTuple):
 def dualproj_weights(
     gramian: Gramian, preference: Weights, mask: Mask | None = None
 ) -> tuple[Weights, SolverStatus]:
-    """``argmin_{v ≥ p} vᵀGv``."""
+    """Computes ``argmin_{v ≥ p} vᵀGv``."""
     return project_cone(gramian, preference, mask)
 
 
@@ -34,27 +34,31 @@ def dualproj(
 ) -> Balancer:
     """Projection of the mean gradient on the dual cone (GEM, DualProj).
 
-    The vector nearest to ``Σ_i p_i g_i`` among those that make no task worse,
-    ``{d : <g_j, d> ≥ 0 for all j}``. In weights ``w = argmin_{v ≥ p} vᵀGv``: tasks
-    gain weight where the mean would hurt them, and none loses any. The mean itself
-    where it hurts nobody.
+    The update is the vector nearest to ``Σ_i p_i g_i`` in the dual cone
+    ``{d : <g_j, d> ≥ 0 for all j}`` of directions in which no task gets worse. The
+    weights are ``w = argmin_{v ≥ p} vᵀGv``. The projection increases weights and does
+    not decrease any. If the mean gradient conflicts with no task, it is returned
+    unchanged.
 
-    GEM projects the gradient of the current task against those of the memory; that is
-    ``preference`` one-hot. Solved exactly, without TorchJD's ridge.
+    GEM projects the gradient of the current task with respect to the gradients of the
+    memory. This corresponds to a one-hot ``preference``. The problem is solved exactly,
+    without the ridge of TorchJD.
 
     Args:
-      num_tasks: T, length of the leading axis of every leaf of the gradients.
-      preference: p ``[T]``, not negative, normalised to sum to 1 over the present
-        tasks; equal by default. ``update(..., preference=p)`` overrides it.
-      scale: ``"native"`` and ``"mean"``: the mean of the gradients where nothing
-        conflicts; ``"sum"`` multiplies by the number of present tasks.
+      num_tasks: Number of tasks T, or a sequence of T task names.
+      preference: Preference p, shape ``[T]``, non-negative, equal by default. It is
+        normalised to sum to 1 over the present tasks. ``update(..., preference=p)``
+        overrides it.
+      scale: ``"native"`` and ``"mean"`` are the mean of the gradients if there is no
+        conflict. ``"sum"`` multiplies the update by the number of present tasks.
 
     Returns:
-      A balancer; needs the Gramian: T backward passes and one small QP. State: the
-      solver's certificate.
+      A :class:`mtljax.Balancer` that reads the Gramian. A step costs T backward passes
+      and one small QP. The state contains the solver status.
 
     Raises:
-      ValueError: If the preference has another length than T or a negative entry.
+      ValueError: If the number of preferences differs from T, or a preference is
+        negative.
 
     Examples:
       >>> import jax.numpy as jnp, mtljax
@@ -66,8 +70,9 @@ def dualproj(
 
     References:
       Lopez-Paz and Ranzato, `Gradient Episodic Memory for Continual Learning
-      <https://arxiv.org/abs/1706.08840>`_, 2017; the name is TorchJD's (Quinton and
-      Rey, arXiv 2406.16232).
+      <https://arxiv.org/abs/1706.08840>`_, 2017. The name DualProj is that of TorchJD:
+      Quinton and Rey, `Jacobian Descent for Multi-Objective Optimization
+      <https://arxiv.org/abs/2406.16232>`_, 2024.
     """
     constant = constant_preference("dualproj", num_tasks, preference)
 

@@ -1,4 +1,4 @@
-"""Dynamic weight average: more weight to the losses that fall least."""
+"""DWA: larger weights for the losses that decrease least."""
 
 from typing import NamedTuple
 
@@ -13,18 +13,21 @@ from mtljax.types import Losses, Mask, Number, Scale, Weights
 class DWAState(NamedTuple):
     """State of :func:`dwa`."""
 
-    running: Losses  # sum of the losses in the window now filling
-    steps: Int[Array, " tasks"]  # steps of each task in that window
-    windows: Int[Array, " tasks"]  # windows completed
+    running: Losses  # sum of the losses in the current window
+    steps: Int[Array, " tasks"]  # steps of each task in the current window
+    windows: Int[Array, " tasks"]  # number of complete windows
     last: Losses  # mean loss of the last complete window
-    previous: Losses  # and of the one before
+    previous: Losses  # mean loss of the window before it
     task_weights: Weights
 
 
 def dwa_weights(
     last: Losses, previous: Losses, temperature: Number, mask: Mask | None = None
 ) -> Weights:
-    """``n softmax(r/τ)`` with ``r_i = last_i / previous_i`` over n present tasks."""
+    """Computes ``n softmax(r/τ)`` with ``r_i = last_i / previous_i``.
+
+    n is the number of present tasks.
+    """
     mask = jnp.ones(last.shape, bool) if mask is None else mask
     safe = jnp.where(previous == 0, 1, previous)
     ratio: Float[Array, " tasks"] = jnp.where(previous == 0, 1, last / safe)
@@ -41,22 +44,24 @@ def dwa(
 ) -> Balancer:
     """Dynamic weight average (DWA).
 
-    ``w = T softmax(r/τ)``, ``r_i = L_i(k-1) / L_i(k-2)``, the ratio of a task's mean
-    loss over the last two complete windows; all weights are 1 until there are two. A
-    task whose window mean was zero has the ratio 1.
+    The weights are ``w = T softmax(r/τ)`` with ``r_i = L_i(k-1) / L_i(k-2)``, where
+    ``L_i(k)`` is the mean loss of task i over window k. All weights are 1 until two
+    windows are complete. The ratio is 1 if the earlier mean loss is zero. The window of
+    a task counts the batches in which the task was present.
 
     Args:
-      num_tasks: T, length of the leading axis of every leaf of the gradients.
-      window: Steps in a window. The paper averages over an epoch: pass your steps per
-        epoch. 25 is what nash-mtl and its descendants use.
-      temperature: τ; 2 in the paper.
-      scale: ``"native"`` and ``"sum"`` are weights that sum to T (the paper's);
-        ``"mean"`` divides by T.
+      num_tasks: Number of tasks T, or a sequence of T task names.
+      window: Number of steps in a window. The paper averages over an epoch, so pass the
+        number of steps per epoch. The default is that of nash-mtl and codebases derived
+        from it.
+      temperature: Temperature τ of the softmax. The paper uses 2.
+      scale: ``"native"`` and ``"sum"`` are weights that sum to T, as in the paper.
+        ``"mean"`` divides them by T.
 
     Returns:
-      A balancer; needs ``losses`` that are not negative: the ratio of negative losses
-      has the opposite meaning. One backward pass; state: 5 T numbers. A task's
-      window counts the batches in which it was present.
+      A :class:`mtljax.Balancer` that reads ``losses``. They must not be negative,
+      because the ratio of negative losses has the opposite meaning. A step costs one
+      backward pass. The state has 5 T numbers.
 
     Raises:
       ValueError: If ``window`` or ``temperature`` is not positive.

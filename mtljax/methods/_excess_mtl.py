@@ -1,4 +1,4 @@
-"""ExcessMTL: more weight to the tasks farthest from where they could be."""
+"""ExcessMTL: larger weights for tasks with a larger excess risk."""
 
 import functools
 import operator
@@ -21,7 +21,7 @@ from mtljax.types import Grads, Mask, Number, Scale, Weights
 
 Compat: TypeAlias = Literal["official", "torchjd"]
 
-# Beyond this one step makes the weights one-hot in any precision.
+# Above this exponent, one step makes the weights one-hot in any precision.
 _MAX_EXPONENT = 1e4
 
 
@@ -29,17 +29,17 @@ class ExcessMTLState(NamedTuple):
     """State of :func:`excess_mtl`."""
 
     accumulator: Grads  # S_i: sums of squared gradients, [T, *param], float32
-    initial: Weights  # e_i⁰: excess risk at a task's first gradient; 0 before
+    initial: Weights  # e_i⁰: excess risk at the first gradient of a task, 0 before it
     logits: Weights  # log of the weights, up to a constant
     task_weights: Weights
 
 
 def excess_risks(grads: Grads, accumulator: Grads) -> Weights:
-    """``e_i = Σ_k g_ik² / √(S_ik + 1e-7)``: the excess risk, up to a constant."""
+    """Computes ``e_i = Σ_k g_ik² / √(S_ik + 1e-7)``, the excess risk up to a factor."""
 
     def leaf(g, s):
         g = g.astype(s.dtype)
-        # In this order a square that overflows gives 0, not infinity over infinity.
+        # This order avoids the square of g, which may overflow.
         return (g * (g / jnp.sqrt(s + 1e-7))).sum(tuple(range(1, g.ndim)))
 
     return functools.reduce(
@@ -54,11 +54,12 @@ def excess_mtl_weights(
     step_size: Number,
     mask: Mask | None = None,
 ) -> tuple[Weights, Weights]:
-    """One step of exponentiated gradient, ``w_i ∝ w_i exp(η e_i/e_i⁰)``.
+    """Takes one step of exponentiated gradient, ``w_i ∝ w_i exp(η e_i/e_i⁰)``.
 
     Returns:
-      Weights that sum to 1 over the present tasks, and the logits: those of absent
-      tasks are the same, those of present ones keep the share of all of them.
+      The weights, which sum to 1 over the present tasks, and the logits, each of shape
+      ``[T]``. The logits of absent tasks do not change. The total weight of the present
+      tasks according to the logits does not change either.
     """
     mask = jnp.ones(logits.shape, bool) if mask is None else mask
     started = initial > 0
@@ -83,31 +84,34 @@ def excess_mtl(
 ) -> Balancer:
     """Robust multi-task learning with excess risks (ExcessMTL).
 
-    The excess risk of a task, how far its loss is above its optimum, is estimated to
-    second order by ``e_i = Σ_k g_ik² / √S_ik`` with ``S_ik`` the sum of all squared
-    gradients (Adagrad's scaling), and taken relative to its first value. The weights
-    follow by exponentiated gradient, ``w_i ← w_i exp(η e_i/e_i⁰)``, normalised: a task
-    with label noise has a large loss but no excess risk, and does not take over. The
-    first step has equal weights; those of a step are updated before it is taken.
+    The excess risk of a task is the difference between its loss and its optimal loss.
+    The second-order estimate is ``e_i = Σ_k g_ik² / √S_ik``, where ``S_ik`` is the sum
+    of all squared gradients, as in Adagrad. It is divided by its first value ``e_i⁰``.
+    The weights are updated by exponentiated gradient, ``w_i ← w_i exp(η e_i/e_i⁰)``,
+    and normalised. A task with label noise has a large loss but a small excess risk, so
+    it does not dominate. The weights are updated before each step. They are equal at
+    the first step.
 
-    A task without a gradient yet counts as being at its first step. The rule is not
-    invariant to rotations of parameter space, so the Gramian does not suffice.
+    As long as the gradient of a task has been zero, the ratio ``e_i/e_i⁰`` is 1. The
+    rule is not invariant to rotations of parameter space, so the Gramian is not
+    sufficient.
 
     Args:
-      num_tasks: T, length of the leading axis of every leaf of the gradients.
-      step_size: η, positive: 1 in the authors' README and TorchJD; 1e-2 is LibMTL's
-        default.
-      compat: Native scale of the weights: they sum to T (``"official"``, also LibMTL)
-        or to 1 (``"torchjd"``).
+      num_tasks: Number of tasks T, or a sequence of T task names.
+      step_size: Step size η, positive. The authors' README and TorchJD use 1. The
+        default of LibMTL is 1e-2.
+      compat: Native scale of the weights. They sum to T with ``"official"``, as in
+        LibMTL, and to 1 with ``"torchjd"``.
       scale: ``"native"``, or weights that sum to T (``"sum"``) or 1 (``"mean"``).
 
     Returns:
-      A balancer; needs the stacked gradients: T backward passes. State: T numbers per
-      parameter and 3 T more, so ``init`` wants the parameters that are balanced.
+      A :class:`mtljax.Balancer` that reads the stacked gradients. A step costs T
+      backward passes. The state has T numbers per parameter and 3 T numbers. Initialise
+      it with the parameters that are balanced, see :func:`mtljax.shared_params`.
 
     Raises:
-      ValueError: If ``step_size`` is not positive, or the gradients do not fit the
-        parameters given to ``init``.
+      ValueError: If ``step_size`` is not positive, or the gradients do not have the
+        shapes of the parameters passed to ``init``.
 
     Examples:
       >>> import jax.numpy as jnp, mtljax

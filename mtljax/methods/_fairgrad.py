@@ -1,4 +1,4 @@
-"""FairGrad: α-fair shares of the improvement."""
+"""FairGrad: the direction with α-fair gains of the tasks."""
 
 from typing import NamedTuple
 
@@ -19,17 +19,17 @@ class FairGradState(NamedTuple):
 def fairgrad_weights(
     gramian: Gramian, alpha: Number, mask: Mask | None = None
 ) -> tuple[Weights, SolverStatus]:
-    """``w > 0`` with ``Gw = w^(-1/α)``."""
+    """Computes ``w > 0`` with ``Gw = w^(-1/α)``."""
     return solve_bargaining(gramian, alpha, mask)
 
 
 def mean_length(
     gramian: Gramian, weights: Weights, mask: Mask | None = None
 ) -> Weights:
-    """Weights of the same direction, as long as the mean gradient.
+    """Scales the weights such that the update has the norm of the mean gradient.
 
-    A direction that has no length but rounding, as at a Pareto-stationary point, stays
-    as it is.
+    If the update is zero up to rounding, as at a Pareto-stationary point, the weights
+    are returned unchanged.
     """
     num = gramian.shape[0]
     mask = jnp.ones(num, bool) if mask is None else mask
@@ -38,7 +38,7 @@ def mean_length(
     largest = jnp.where(largest > 0, largest, 1)
     gramian = gramian / largest
     norms = jnp.sqrt(jnp.maximum(jnp.diagonal(gramian), 0))
-    total = jnp.where(mask, weights * norms, 0).sum()  # of the lengths of the terms
+    total = jnp.where(mask, weights * norms, 0).sum()  # sum of the norms of the terms
     unit = weights / jnp.where(total > 0, total, 1)
     mean = mask.astype(gramian.dtype) / jnp.maximum(mask.sum(), 1)
 
@@ -61,35 +61,38 @@ def fairgrad(
 ) -> Balancer:
     """Fair resource allocation among tasks (FairGrad).
 
-    ``w > 0`` with ``Gw = w^(-1/α)``, ``d = Σ_i w_i g_i``: the direction that maximises
-    the α-fair utility of the tasks' gains ``<g_i, d>``, all positive. α = 1 is
-    proportional fairness (Nash-MTL), α → 0 the sum of the gradients, α → ∞ the largest
-    minimal gain, the direction of MGDA.
+    The update is ``d = Σ_i w_i g_i`` with the solution ``w > 0`` of
+    ``Gw = w^(-1/α)``, where G is the Gramian. This direction maximises the α-fair
+    utility of the gains ``<g_i, d>``, which are all positive. α = 1 is proportional
+    fairness (Nash-MTL). The limit α → 0 is the sum of the gradients. The limit α → ∞ is
+    the direction of MGDA, which maximises the smallest gain.
 
-    The update is homogeneous of degree ``(1−α)/(1+α)`` in the gradients: for α = 2 it
-    *grows* as they shrink, for α = 1 its length is √T always. The official code clips
-    its norm to 1; write ``optax.chain(fairgrad(T), optax.clip_by_global_norm(1.0),
-    ...)``, or ask for ``normalize_degree``.
+    The update is homogeneous of degree ``(1−α)/(1+α)`` in the gradients. For α = 2 its
+    norm *increases* as the gradients decrease. For α = 1 its norm is always √T. The
+    official code clips the norm to 1. To do the same, use
+    ``optax.chain(fairgrad(T), optax.clip_by_global_norm(1.0), ...)``, or use
+    ``normalize_degree``.
 
-    The equation is solved by damped Newton instead of a least-squares search. At a
-    Pareto-stationary point there is no solution: the declared fallback are MGDA's
-    weights, whose direction vanishes there, and ``state.solver.converged`` is False. A
-    task with zero gradient gets weight zero.
+    The equation is solved by a damped Newton method instead of a least-squares search.
+    It has no solution at a Pareto-stationary point. The weights are then those of MGDA,
+    whose direction vanishes there, and ``state.solver.converged`` is False. The weight
+    of a task with a zero gradient is zero.
 
     Args:
-      num_tasks: T, length of the leading axis of every leaf of the gradients.
-      alpha: α > 0. 2 in all scripts of the authors; LibMTL and TorchJD default to 1.
-        Below 0.05 float32 may not suffice; ``state.solver.converged`` tells.
-      normalize_degree: Keeps the direction and gives it the length of the mean
-        gradient, so that the update is of degree 1. Ours, not the paper's; off.
+      num_tasks: Number of tasks T, or a sequence of T task names.
+      alpha: α > 0. All scripts of the authors use 2. LibMTL and TorchJD default to 1.
+        Below 0.05, float32 may not be sufficient; check ``state.solver.converged``.
+      normalize_degree: Whether to scale the update to the norm of the mean gradient, so
+        that it is homogeneous of degree 1. Not in the paper.
       scale: ``"native"``, or weights normalised to the ``"sum"`` or ``"mean"`` scale.
-        With ``normalize_degree`` the native scale is the mean's.
+        With ``normalize_degree`` the native scale is ``"mean"``.
 
     Returns:
-      A balancer; needs the Gramian: T backward passes. State: the solver's certificate.
+      A :class:`mtljax.Balancer` that reads the Gramian. A step costs T backward passes.
+      The state contains the solver status.
 
     Raises:
-      ValueError: If α is not positive.
+      ValueError: If ``alpha`` is not positive.
 
     Examples:
       >>> import jax.numpy as jnp, mtljax

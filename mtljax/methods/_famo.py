@@ -1,4 +1,4 @@
-"""FAMO: equal rates of improvement of all losses at the price of one backward pass."""
+"""FAMO: equal relative decrease of all losses with one backward pass."""
 
 from typing import NamedTuple
 
@@ -24,19 +24,19 @@ class FAMOState(NamedTuple):
 
     learned: per_task.PerTask  # value: the logits ξ, [T]
     previous: Losses  # losses of the last batch, before the step
-    pending: Mask  # tasks whose change of loss ξ has not seen yet
+    pending: Mask  # tasks whose last change of loss is not yet used to update ξ
     task_weights: Weights
 
     @property
     def logits(self) -> Float[Array, " tasks"]:
-        """The logits ξ."""
+        """Returns the logits ξ."""
         return self.learned.value
 
 
 def famo_weights(
     logits: Float[Array, " tasks"], excess: Losses, mask: Mask | None = None
 ) -> Weights:
-    """``w_i = c z_i/D_i``, ``z = softmax(ξ)``, ``c = 1/Σ z_j/D_j``; they sum to 1."""
+    """Computes ``w_i = c z_i/D_i`` with ``z = softmax(ξ)`` and ``Σ_i w_i = 1``."""
     raw = jax.nn.softmax(logits, where=mask) / excess
     return raw / jnp.maximum(raw.sum(), jnp.finfo(raw.dtype).tiny)
 
@@ -44,7 +44,7 @@ def famo_weights(
 def famo_slope(
     logits: Float[Array, " tasks"], before: Losses, after: Losses, mask: Mask
 ) -> Float[Array, " tasks"]:
-    """Gradient in ξ: ``z∘(δ − z·δ)`` with ``δ = log D − log D⁺``."""
+    """Computes the gradient ``z∘(δ − z·δ)`` for ξ with ``δ = log D − log D⁺``."""
     z = jax.nn.softmax(logits, where=mask)
     change = jnp.where(mask, jnp.log(before) - jnp.log(after), 0)
     return z * (change - z @ change)
@@ -61,35 +61,37 @@ def famo(
 ) -> Balancer:
     """Fast adaptive multi-task optimisation (FAMO).
 
-    With ``D = ℓ − b`` and ``z = softmax(ξ)`` the weights are ``w_i = c z_i / D_i``, so
-    that every step descends ``c Σ z_i log D_i``. After the step the logits follow, by
-    Adam, the change of the log losses: a task that fell less than the others gains
-    weight.
+    With ``D = ℓ − b`` and ``z = softmax(ξ)`` the weights are ``w_i = c z_i / D_i``. The
+    constant c normalises them to sum to 1. Every step descends ``c Σ z_i log D_i``.
+    After the step, Adam updates the logits ξ from the change of the log losses. The
+    weight of a task increases if its loss decreased less than the others.
 
-    The change should be measured on the *same* batch, after the step:
-    ``state = mtljax.observe(balancer, state, losses=losses_after)``, one more forward
-    pass (the paper's O(1) is one backward and two forwards). Where ``observe`` is not
-    called, the losses of the next batch stand in for it: no extra cost, but the change
-    then holds the difference between two batches. Evaluate the second losses without
-    dropout noise of their own and without touching BatchNorm statistics.
+    The change should be measured on the *same* batch after the step, with one more
+    forward pass: ``state = mtljax.observe(balancer, state, losses=losses_after)``. The
+    O(1) cost in the paper is one backward and two forward passes. Without ``observe``,
+    the losses of the next batch are used. This has no extra cost, but the change then
+    includes the difference between two batches. Do not sample new dropout masks for the
+    second losses, and do not update BatchNorm statistics.
 
     Args:
-      num_tasks: T, length of the leading axis of every leaf of the gradients.
-      learning_rate: Of Adam on the logits.
-      weight_decay: γ, L2 on the logits, added to their gradient as PyTorch's Adam does.
-        It is the method's regulariser. 1e-3 in the authors' NYUv2, CelebA and QM9
-        scripts, LibMTL and TorchJD; 1e-2 for Cityscapes; 1e-5 as their class default.
-      min_losses: b, a lower bound of every loss.
-      scale: ``"native"`` and ``"mean"`` are weights that sum to 1; ``"sum"`` multiplies
-        by the number of tasks.
+      num_tasks: Number of tasks T, or a sequence of T task names.
+      learning_rate: Learning rate of Adam for the logits.
+      weight_decay: L2 coefficient γ of the logits. It is added to their gradient, as
+        in Adam of PyTorch, and is the regulariser of the method. The authors' NYUv2,
+        CelebA and QM9 scripts, LibMTL and TorchJD use 1e-3. The Cityscapes script uses
+        1e-2, and the default of the authors' class is 1e-5.
+      min_losses: Lower bound b of the losses, a number or shape ``[T]``.
+      scale: ``"native"`` and ``"mean"`` are weights that sum to 1. ``"sum"`` multiplies
+        them by the number of tasks.
 
     Returns:
-      A balancer; needs ``losses`` above ``min_losses``. One backward pass (and one
-      forward, with ``observe``); state: 5 T numbers.
+      A :class:`mtljax.Balancer` that reads ``losses``, which must be above
+      ``min_losses``. A step costs one backward pass, and one more forward pass with
+      :func:`mtljax.observe`. The state has 5 T numbers.
 
     Raises:
       ValueError: If ``learning_rate`` is not positive, ``weight_decay`` is negative, or
-        ``min_losses`` has another length than T.
+        the number of ``min_losses`` differs from T.
 
     Examples:
       >>> import jax.numpy as jnp, mtljax
@@ -113,7 +115,7 @@ def famo(
     bound = task_vector("famo", "min_losses", num_tasks, min_losses)
     zero = isinstance(bound, np.ndarray) and not bound.any()
 
-    def excess(losses):  # the constant is that of the authors' code
+    def excess(losses):  # the constant 1e-8 is that of the authors' code
         return losses - jnp.asarray(bound, losses.dtype) + 1e-8
 
     def init():

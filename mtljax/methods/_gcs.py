@@ -1,4 +1,4 @@
-"""Gradient cosine similarity: an auxiliary task helps only where it agrees."""
+"""GCS: adds auxiliary gradients with a positive cosine to the main one."""
 
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ class GCSState(NamedTuple):
 
 
 def gcs_weights(gramian: Gramian, main: int, *, weighted: bool) -> Weights:
-    """One for the main task; for the others their cosine with it, or its sign, >= 0."""
+    """Computes the weights of :func:`gcs`. The weight of the main task is 1."""
     products = gramian[main]
     norms = jnp.sqrt(jnp.maximum(jnp.diagonal(gramian), 0))
     lengths = norms * norms[main]
@@ -29,21 +29,24 @@ def gcs_weights(gramian: Gramian, main: int, *, weighted: bool) -> Weights:
 def gcs(
     num_tasks: int, *, main: int = 0, weighted: bool = False, scale: Scale = "native"
 ) -> Balancer:
-    """Gates auxiliary tasks by the cosine of their gradient with the main task's (GCS).
+    """Gradient cosine similarity for auxiliary tasks (GCS).
 
-    ``d = g_m + Σ_{k≠m} γ_k g_k`` with ``γ_k = 1[cos(g_m, g_k) > 0]``, or
-    ``max(0, cos(g_m, g_k))`` with ``weighted=True``. For the *main* task alone: it is
-    never slowed down to first order, the auxiliary tasks may be. A batch without the
-    main task gives no update of the shared parameters: nothing can be said to help it.
+    The update is ``d = g_m + Σ_{k≠m} γ_k g_k``, where m is the main task and
+    ``γ_k = 1[cos(g_m, g_k) > 0]``. With ``weighted=True``,
+    ``γ_k = max(0, cos(g_m, g_k))``. To first order, the auxiliary gradients never slow
+    down the *main* task, but auxiliary tasks can get worse. If the main task is absent
+    from the batch, the update is zero.
 
     Args:
-      num_tasks: T, length of the leading axis of every leaf of the gradients.
+      num_tasks: Number of tasks T, or a sequence of T task names.
       main: Index m of the main task.
-      weighted: Multiply by the cosine instead of gating; both are the paper's.
-      scale: The native scale is that of the ``"sum"``.
+      weighted: Whether to multiply by the cosine instead of the indicator. The paper
+        contains both variants.
+      scale: The native scale is ``"sum"``.
 
     Returns:
-      A balancer; needs the Gramian: T backward passes. No state.
+      A :class:`mtljax.Balancer` that reads the Gramian. A step costs T backward passes.
+      The state contains the last task weights only.
 
     Raises:
       ValueError: If ``main`` is not the index of a task.

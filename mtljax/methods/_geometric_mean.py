@@ -1,4 +1,4 @@
-"""Geometric loss strategy: the geometric mean of the losses."""
+"""Geometric loss strategy (GLS): the geometric mean of the losses."""
 
 from typing import NamedTuple
 
@@ -15,10 +15,14 @@ class GeometricMeanState(NamedTuple):
 
 
 def geometric_mean_weights(losses: Losses, mask: Mask | None = None) -> Weights:
-    """``L / (n ℓ_i)``, the gradient of ``L = (Π ℓ_i)^{1/n}`` over n present tasks."""
+    """Computes ``L / (n ℓ_i)``, the gradient of ``L = (Π ℓ_i)^{1/n}``.
+
+    n is the number of present tasks.
+    """
     mask = jnp.ones(losses.shape, bool) if mask is None else mask
     count = jnp.maximum(mask.sum(), 1)
-    # The product of many losses under- or overflows, the mean of their logs does not.
+    # The product of many losses may underflow or overflow. The mean of the logs does
+    # not.
     logs = jnp.log(losses)
     mean = jnp.where(mask, logs, 0).sum() / count
     return jnp.where(mask, jnp.exp(mean - logs), 0) / count
@@ -26,19 +30,22 @@ def geometric_mean_weights(losses: Losses, mask: Mask | None = None) -> Weights:
 
 @factory
 def geometric_mean(num_tasks: int, *, scale: Scale = "native") -> Balancer:
-    """Descends the geometric mean of the losses (GLS).
+    """Geometric loss strategy (GLS): descends the geometric mean of the losses.
 
-    ``L = (Π_i ℓ_i)^{1/T}``, so ``w_i = L / (T ℓ_i)``: the direction of
-    :func:`mtljax.scale_invariant`, with a length that follows the losses down. The
-    weights logged are these, the derivatives; LibMTL logs others, with the same update.
+    The objective is ``L = (Π_i ℓ_i)^{1/T}``, so the weights are ``w_i = L / (T ℓ_i)``.
+    The update has the direction of :func:`mtljax.scale_invariant` and a norm that
+    decreases with the losses. The logged weights are these derivatives. LibMTL logs
+    different weights for the same update.
 
     Args:
-      num_tasks: T, length of the leading axis of every leaf of the gradients.
-      scale: ``"native"``, or weights normalised to the ``"sum"`` or ``"mean"`` scale
-        (which makes it :func:`mtljax.scale_invariant` on that scale).
+      num_tasks: Number of tasks T, or a sequence of T task names.
+      scale: ``"native"``, or weights normalised to the ``"sum"`` or ``"mean"`` scale.
+        With a normalised scale the method is identical to
+        :func:`mtljax.scale_invariant` on that scale.
 
     Returns:
-      A balancer; needs ``losses``, all positive. One backward pass; no state.
+      A :class:`mtljax.Balancer` that reads ``losses``, which must be positive. A step
+      costs one backward pass. The state contains the last task weights only.
 
     Examples:
       >>> import jax.numpy as jnp, mtljax

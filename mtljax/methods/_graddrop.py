@@ -1,4 +1,4 @@
-"""GradDrop: where the tasks disagree on a sign, a coin decides for one."""
+"""GradDrop: samples one gradient sign per coordinate."""
 
 from typing import NamedTuple
 
@@ -23,13 +23,13 @@ class GradDropState(NamedTuple):
     """State of :func:`graddrop`."""
 
     key: PRNGKeyArray  # consumed by the next update
-    task_weights: Weights  # share of the absolute gradient that each task got through
+    task_weights: Weights  # fraction of the absolute gradient of each task that is kept
 
 
 def graddrop_factors(
     grads: Float[Array, "tasks ..."], uniform: Float[Array, "..."], leak: Weights
 ) -> Float[Array, "tasks ..."]:
-    """What every entry is multiplied by: ``leak_i + (1 − leak_i) M_i``."""
+    """Computes the factor ``leak_i + (1 − leak_i) M_i`` of every gradient entry."""
     total = jnp.abs(grads).sum(0)
     positive = (1 + grads.sum(0) / jnp.where(total > 0, total, 1)) / 2
     up = (uniform < positive)[None]
@@ -48,30 +48,31 @@ def graddrop(
 ) -> Balancer:
     """Gradient sign dropout (GradDrop).
 
-    Coordinate by coordinate, with ``P = ½ (1 + Σ g_i / Σ |g_i|)``, one sign is drawn:
-    plus with probability P. Entries of the other sign are dropped, but for a share
-    ``leak_i``; the rest is added up. With equal leaks the expected update is the sum
-    of the gradients.
+    For each coordinate, one sign is sampled. It is positive with probability
+    ``P = ½ (1 + Σ g_i / Σ |g_i|)``. Entries with the other sign are multiplied by
+    ``leak_i``, and the entries are summed. With equal leaks, the expected update is the
+    sum of the gradients.
 
-    This is the form on parameter gradients, for f the identity (FAMO's code, TorchJD).
-    The paper and LibMTL apply the same mask to the gradients of a shared
-    representation, with the sign of the activation; pass such gradients to
-    ``update`` for that.
+    This implementation acts on parameter gradients, with the identity as the function f
+    of the paper, as in the FAMO code and TorchJD. The paper and LibMTL apply the mask
+    to the gradients of a shared representation, with the sign of the activation. For
+    this variant, pass such gradients to ``update``.
 
     Args:
-      num_tasks: T, length of the leading axis of every leaf of the gradients.
-      key: Seeds the draws; lives in the state. Each leaf draws from its own key.
-      leak: Share in [0, 1] of what is dropped that gets through, for every task or one
-        for all. 0 in the paper's main form, 0.5 in SamsungLabs' code.
-      scale: ``"native"`` and ``"sum"`` add up what is left; ``"mean"`` divides by the
-        number of tasks, as CAGrad's code does.
+      num_tasks: Number of tasks T, or a sequence of T task names.
+      key: Key of ``jax.random``, stored in the state. Each leaf uses a different key.
+      leak: Fraction in [0, 1] of a dropped entry that is kept, one number or shape
+        ``[T]``. The main form in the paper uses 0, and the SamsungLabs code uses 0.5.
+      scale: ``"native"`` and ``"sum"`` sum the remaining entries. ``"mean"`` divides
+        the sum by the number of tasks, as in the CAGrad code.
 
     Returns:
-      A balancer; needs the stacked gradients: T backward passes. State: the key, and
-      the share of the absolute gradient that each task got through.
+      A :class:`mtljax.Balancer` that reads the stacked gradients. A step costs T
+      backward passes. The state contains the key, and the fraction of the absolute
+      gradient of each task that was kept, as its task weights.
 
     Raises:
-      ValueError: If a leak is outside [0, 1] or their number is not T.
+      ValueError: If a leak is outside [0, 1], or the number of leaks differs from T.
 
     Examples:
       >>> import jax, jax.numpy as jnp, mtljax

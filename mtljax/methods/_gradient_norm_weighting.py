@@ -1,4 +1,4 @@
-"""Gradient-norm weighting: every weighted gradient gets the mean length, slowly."""
+"""Gradient-norm weighting: averaged weights for equal gradient norms."""
 
 from typing import NamedTuple
 
@@ -25,27 +25,31 @@ def gradient_norm_weighting(
     update_every: int = 1000,
     scale: Scale = "native",
 ) -> Balancer:
-    """Weights inverse to the gradient norms, averaged over time (as in jaxpi).
+    """Gradient-norm weighting with a moving average of the weights, as in jaxpi.
 
-    ``ŵ_i = (1/T) Σ_j ‖g_j‖ / ‖g_i‖`` and ``w <- a w + (1 - a) ŵ`` every N steps, from
-    ``w = 1``; the update is ``Σ_i w_i g_i``. Used for the residual, boundary and data
-    losses of physics-informed networks, whose gradients differ by orders of magnitude.
-    Unlike GradNorm (:func:`mtljax.gradnorm`) it does not look at the losses.
+    Every N steps the weights become ``w ← a w + (1 − a) ŵ`` with
+    ``ŵ_i = (1/T) Σ_j ‖g_j‖ / ‖g_i‖``. They start at ``w = 1``. The update is
+    ``Σ_i w_i g_i``. The method is used for the residual, boundary and data losses of
+    physics-informed networks, whose gradient norms differ by orders of magnitude.
+    Unlike GradNorm (:func:`mtljax.gradnorm`) it does not read the losses.
 
-    A task whose gradient is zero is left out of the mean and keeps its average.
+    A task with a zero gradient is excluded from the mean, and its weight does not
+    change.
 
     Args:
-      num_tasks: T, length of the leading axis of every leaf of the gradients.
-      decay: a, at least 0 (no memory) and below 1.
-      update_every: N; the weights change at steps 0, N, 2N, ...
-      scale: ``"native"`` is left as it is: with equal norms the weights are one.
+      num_tasks: Number of tasks T, or a sequence of T task names.
+      decay: Decay a of the moving average, at least 0 (no average) and below 1.
+      update_every: Number of steps N between two changes of the weights. They change at
+        steps 0, N, 2N and so on.
+      scale: ``"native"`` does not normalise the weights. They are 1 if all norms are
+        equal. ``"sum"`` and ``"mean"`` normalise them.
 
     Returns:
-      A balancer; needs the Gramian, of which it reads the diagonal: T backward passes.
-      State: 2 T numbers and the step.
+      A :class:`mtljax.Balancer` that reads the diagonal of the Gramian. A step costs T
+      backward passes. The state has 2 T numbers and the number of steps.
 
     Raises:
-      ValueError: If ``decay`` is outside [0, 1) or ``update_every`` is not positive.
+      ValueError: If ``decay`` is outside [0, 1), or ``update_every`` is not positive.
 
     Examples:
       >>> import jax.numpy as jnp, mtljax

@@ -1,4 +1,4 @@
-"""GradNorm: weights that steer the gradient norms to equal training rates."""
+"""GradNorm: learns weights for gradient norms with equal training rates."""
 
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -15,7 +15,7 @@ from mtljax.types import Losses, Mask, Number, Scale, Weights
 
 Compat: TypeAlias = Literal["paper", "libmtl"]
 
-# Under the clip at zero a weight could not share in the renormalisation any more.
+# A weight that is clipped to zero would remain zero in the renormalisation.
 _LEAST_WEIGHT = 1e-6
 
 
@@ -23,8 +23,8 @@ class GradNormState(NamedTuple):
     """State of :func:`gradnorm`."""
 
     learned: per_task.PerTask  # value: w_i, or the logits of w with compat="libmtl"
-    initial: Losses  # ℓ_i(0): mean loss over the reference steps so far
-    steps: Int[Array, " tasks"]  # of each task, counted up to reference_steps
+    initial: Losses  # ℓ_i(0): mean loss over the reference steps until now
+    steps: Int[Array, " tasks"]  # steps of each task, at most reference_steps
     task_weights: Weights
 
 
@@ -35,10 +35,11 @@ def gradnorm_slope(
     alpha: Number,
     mask: Mask | None = None,
 ) -> tuple[Scalar, Weights]:
-    """``Σ_i |w_i n_i − Ḡ r_i^α|`` and its gradient in w, the target held constant.
+    """Computes ``Σ_i |w_i n_i − Ḡ r_i^α|`` and its gradient with respect to w.
 
-    ``n_i = ‖g_i‖``, ``Ḡ`` is the mean of ``w_i n_i`` and ``r_i`` the remaining part of
-    the loss, ``progress`` = ``ℓ_i / ℓ_i(0)``, relative to its mean over the tasks.
+    Here ``n_i = ‖g_i‖``, ``Ḡ`` is the mean of ``w_i n_i``, and ``r_i`` is ``progress``,
+    ``ℓ_i / ℓ_i(0)``, divided by its mean over the tasks. The target ``Ḡ r_i^α`` is
+    constant under differentiation.
     """
     mask = jnp.ones(weights.shape, bool) if mask is None else mask
     count = jnp.maximum(mask.sum(), 1)
@@ -47,7 +48,7 @@ def gradnorm_slope(
     rate = jnp.where(mean > 0, progress / jnp.where(mean > 0, mean, 1), 1)
     target = scaled.sum() / count * rate**alpha
     gap = jnp.where(mask, scaled - target, 0)
-    # Adam would follow the sign of a rounding error as that of any other gap.
+    # Adam removes the scale of a gap, so the sign of a rounding error must not be used.
     noise = 8 * jnp.finfo(gap.dtype).eps * (scaled + target)
     gap = jnp.where(jnp.abs(gap) > noise, gap, 0)
     return jnp.abs(gap).sum(), jnp.sign(gap) * norms
@@ -67,42 +68,49 @@ def gradnorm(
 ) -> Balancer:
     """Gradient normalisation (GradNorm).
 
-    The gradient norm of every task, ``w_i ‖g_i‖``, is steered towards ``Ḡ r_i^α``:
-    their mean, more for a task whose loss has fallen less since the start. After each
-    step w descends ``Σ_i |w_i ‖g_i‖ − Ḡ r_i^α|`` with the target held constant, and is
-    renormalised to ``Σ w = T``. The model's step uses the weights *before* that, as in
-    the paper's Algorithm 1.
+    The weights w are learned such that the gradient norm ``w_i ‖g_i‖`` of each task
+    approaches ``Ḡ r_i^α``. Here ``Ḡ`` is the mean of these norms, and ``r_i`` is the
+    relative loss ``ℓ_i / ℓ_i(0)`` divided by its mean. The target is therefore larger
+    for a task whose loss decreased less. After each step, w descends
+    ``Σ_i |w_i ‖g_i‖ − Ḡ r_i^α|`` with constant targets, and is renormalised to
+    ``Σ w = T``. The step of the model uses the weights *before* this update, as in
+    Algorithm 1 of the paper.
 
-    The paper does not say what happens to a weight that steps below zero; here it stays
-    at 1e-6, from where it can rise again. The norms are those of all parameters the
-    balancer sees; the paper takes the last shared layer only.
+    The paper does not define a weight that becomes negative. Here its lower bound is
+    1e-6, from which it can increase again. The norms are those of all parameters that
+    are balanced. The paper uses the last shared layer only.
 
     Args:
-      num_tasks: T, length of the leading axis of every leaf of the gradients.
-      alpha: α, the strength of the restoring force, not negative: 1.5 in the paper's
-        NYUv2 runs and LibMTL; others use 0.12 to 2. 0 asks for equal norms.
-      learning_rate: Of Adam on the weights (in LibMTL the model's own optimiser learns
-        them). The slope of a weight is ±‖g_i‖; Adam takes the scale out of it.
-      optimizer: Replaces Adam (and ``learning_rate``).
-      initial_losses: ℓ(0) ``[T]``, such as log(number of classes) where the first batch
-        is not to be trusted. By default they are measured.
-      reference_steps: ℓ_i(0) is the mean loss over the first so many steps of a task,
-        and learning starts once all present tasks have theirs; the steps count from the
-        first positive loss. 1 is the paper's; LibMTL
-        averages the first epoch: pass your steps per epoch.
-      compat: ``"libmtl"`` has ``w = T softmax(v)`` and descends in v, instead of
-        descending in w and renormalising.
-      scale: ``"native"`` and ``"sum"`` are weights that sum to T; ``"mean"`` divides
-        by T.
+      num_tasks: Number of tasks T, or a sequence of T task names.
+      alpha: Exponent α, the strength of the restoring force, at least 0. The paper
+        (NYUv2) and LibMTL use 1.5, and other work uses 0.12 to 2. With 0 all norms
+        become equal.
+      learning_rate: Learning rate of Adam for the weights. In LibMTL the optimizer of
+        the model learns them. The gradient of a weight is ±‖g_i‖, whose scale Adam
+        removes.
+      optimizer: Optimizer of the weights, which replaces Adam and ``learning_rate``.
+      initial_losses: Initial losses ℓ(0), shape ``[T]``, for example the logarithm of
+        the number of classes if the first batch is not representative. By default they
+        are measured.
+      reference_steps: Number of steps of a task over which its loss is averaged to
+        obtain ``ℓ_i(0)``. Steps count from the first positive loss. The weights are
+        learned as soon as this average is complete for all present tasks. The paper
+        uses 1. LibMTL averages over the first epoch, so pass the number of steps per
+        epoch to reproduce it.
+      compat: With ``"libmtl"`` the weights are ``w = T softmax(v)`` and v is learned.
+        With ``"paper"`` w is learned and renormalised.
+      scale: ``"native"`` and ``"sum"`` are weights that sum to T. ``"mean"`` divides
+        them by T.
 
     Returns:
-      A balancer; needs the Gramian (of which it reads the diagonal) and ``losses``,
-      which must not be negative. T backward passes; state:
-      6 T numbers with Adam.
+      A :class:`mtljax.Balancer` that reads the diagonal of the Gramian and ``losses``,
+      which must not be negative. A step costs T backward passes. The state has 6 T
+      numbers with Adam.
 
     Raises:
       ValueError: If ``alpha`` is negative, ``learning_rate`` or ``reference_steps`` is
-        not positive, or ``initial_losses`` has another length than T.
+        not positive, an initial loss is not positive, or the number of
+        ``initial_losses`` differs from T.
 
     Examples:
       >>> import jax.numpy as jnp, mtljax
@@ -153,10 +161,10 @@ def gradnorm(
         recording = mask & (state.steps < reference_steps)
         initial = state.initial + (losses - state.initial) / (state.steps + 1)
         initial = jnp.where(recording, initial, state.initial)
-        # No loss is large or small relative to zero: wait for one that is positive.
+        # A loss relative to zero is undefined, so wait for a positive loss.
         steps = jnp.minimum(state.steps + (mask & (initial > 0)), reference_steps)
         learn = mask & ((steps == reference_steps) | ~mask).all()
-        learn &= mask.sum() > 1  # one task alone has nothing to be balanced with
+        learn &= mask.sum() > 1  # a single task is not balanced
 
         norms = jnp.sqrt(jnp.maximum(jnp.diagonal(gramian), 0))
         progress = losses / jnp.where(initial > 0, initial, 1)
@@ -184,7 +192,10 @@ def gradnorm(
 
 
 def _step_weights(inner, learned, slope, mask, learn):
-    """Weights that sum to n over the n present tasks, whose total share is kept."""
+    """Returns weights that sum to n over the n present tasks, and learns w.
+
+    The sum of the stored weights of the present tasks does not change.
+    """
     total = jnp.where(mask, learned.value, 0).sum()
     weights = learned.value * (mask.sum() / jnp.where(total > 0, total, 1))
     moved = per_task.step(inner, learned._replace(value=weights), slope(weights), learn)
@@ -194,7 +205,7 @@ def _step_weights(inner, learned, slope, mask, learn):
 
 
 def _step_logits(inner, learned, slope, mask, learn):
-    """``n softmax(v)`` over the n present tasks, by the chain rule."""
+    """Returns ``n softmax(v)`` over the n present tasks, and learns v."""
     share = jax.nn.softmax(learned.value, where=mask)
     weights = mask.sum() * share
     inward = jnp.where(mask, slope(weights), 0)

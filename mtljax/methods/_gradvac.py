@@ -1,4 +1,4 @@
-"""Gradient Vaccine: turn gradients until their angles are what they usually are."""
+"""GradVac: aligns gradient pairs to the running mean of their cosine."""
 
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -30,10 +30,11 @@ def gradvac_weights(
     *,
     update_always: bool = True,
 ) -> tuple[Weights, Cosines]:
-    """Weights of the sum of the turned gradients, and the new targets.
+    """Computes the weights of the sum of the modified gradients, and the new targets.
 
-    ``orders[i]`` is the order in which task i meets the others. A turned gradient is a
-    combination of the originals, so T coefficients describe it.
+    ``orders[i]`` is the order in which gradient i is compared with the others. A
+    modified gradient is a linear combination of the original gradients and is
+    represented by T coefficients.
     """
     num = gramian.shape[0]
     dtype = gramian.dtype
@@ -83,33 +84,39 @@ def gradvac(
 ) -> Balancer:
     """Gradient Vaccine (GradVac).
 
-    PCGrad turns a gradient only when its cosine φ with another is negative, and up to
-    zero. GradVac keeps a running mean ``φ̂_ij`` of the cosines of each pair, and turns
-    ``g_i'`` towards ``g_j`` whenever ``φ < φ̂_ij``, until it is at that cosine:
-    ``g_i' += ‖g_i'‖ (φ̂√(1−φ²) − φ√(1−φ̂²)) / (‖g_j‖√(1−φ̂²)) g_j``. Then
-    ``φ̂_ij ← (1−β) φ̂_ij + β φ``, from ``φ̂ = 0``. The first step, and β = 0, are PCGrad.
+    PCGrad modifies a gradient only if its cosine φ with another gradient is negative,
+    and increases this cosine to zero. GradVac keeps a running mean ``φ̂_ij`` of the
+    cosine of each pair. If ``φ < φ̂_ij``, it adds a multiple of ``g_j`` to ``g_i'`` such
+    that the cosine becomes ``φ̂_ij``:
+    ``g_i' += ‖g_i'‖ (φ̂√(1−φ²) − φ√(1−φ̂²)) / (‖g_j‖√(1−φ̂²)) g_j``. The running mean is
+    ``φ̂_ij ← (1−β) φ̂_ij + β φ`` and starts at 0. The first step is that of PCGrad, and
+    so is every step with β = 0.
 
-    φ is measured after the turns towards earlier tasks and before this one, as in all
-    codebases. A pair with a zero gradient neither turns nor learns. The gradient is
-    treated as a whole; :func:`mtljax.per_layer` gives the paper's choice per layer.
+    φ is measured after the changes for earlier tasks and before the change for this
+    task, as in all codebases. If a gradient of a pair is zero, neither the gradients
+    nor the running mean of the pair change. The method acts on the whole gradient. Use
+    :func:`mtljax.per_layer` for the variant per layer of the paper.
 
     Args:
-      num_tasks: T, length of the leading axis of every leaf of the gradients.
-      key: Seeds the random order; lives in the state.
-      beta: β of the running mean, in [0, 1]. 0.01 in the paper; LibMTL and TorchJD
-        default to 0.5.
-      update_always: The running mean follows every cosine (paper, LibMTL, TorchJD);
-        False: only those below it (SamsungLabs' and ForkMerge's code).
-      order: ``"fixed"`` visits tasks 0, 1, … instead (deterministic).
-      scale: ``"native"`` and ``"sum"`` add the turned gradients; ``"mean"`` averages
+      num_tasks: Number of tasks T, or a sequence of T task names.
+      key: Key of ``jax.random`` for the order of the tasks, stored in the state.
+      beta: Rate β of the running mean, in [0, 1]. The paper uses 0.01. LibMTL and
+        TorchJD default to 0.5.
+      update_always: Whether each cosine updates the running mean, as in the paper,
+        LibMTL and TorchJD. With False only cosines below it do, as in the code of
+        SamsungLabs and ForkMerge.
+      order: ``"random"`` samples an order for each task. ``"fixed"`` uses the order 0,
+        1, …, which is deterministic.
+      scale: ``"native"`` and ``"sum"`` sum the modified gradients. ``"mean"`` averages
         them.
 
     Returns:
-      A balancer; needs the Gramian: T backward passes and O(T⁴) scalar work. State: the
-      key and T² cosines. No promise of non-conflict beyond PCGrad's for T = 2, β = 0.
+      A :class:`mtljax.Balancer` that reads the Gramian. A step costs T backward passes
+      and O(T⁴) scalar operations. The state contains the key and T² cosines. The update
+      is guaranteed to conflict with no task only for T = 2 and β = 0, as in PCGrad.
 
     Raises:
-      ValueError: If β is outside [0, 1] or ``order`` unknown.
+      ValueError: If ``beta`` is outside [0, 1], or ``order`` is unknown.
 
     Examples:
       >>> import jax, jax.numpy as jnp, mtljax

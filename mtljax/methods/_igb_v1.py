@@ -1,4 +1,4 @@
-"""IGBv1: more weight to the tasks whose loss is still large for its own scale."""
+"""IGBv1: larger weights for tasks with a larger improvable gap."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ class IGBv1State(NamedTuple):
     """State of :func:`igb_v1`."""
 
     base: _igb.ReferenceLosses
-    average: Losses  # of the losses; the last ones with ema=0
+    average: Losses  # moving average of the losses; the last losses with ema=0
     log_weights: Weights  # λ of the last batch in which each task was present
     task_weights: Weights  # λ_i / L_i
 
@@ -23,7 +23,7 @@ class IGBv1State(NamedTuple):
 def igb_v1_log_weights(
     gaps: Losses, mask: Mask | None = None, temperature: Number = 1.0
 ) -> Weights:
-    """``λ = n softmax(gap / τ)`` over the n present tasks (Eq. 3)."""
+    """Computes ``λ = n softmax(gap / τ)`` over the n present tasks (Eq. 3)."""
     mask = jnp.ones(gaps.shape, bool) if mask is None else mask
     return mask.sum() * jax.nn.softmax(gaps / temperature, where=mask)
 
@@ -42,44 +42,49 @@ def igb_v1(
 ) -> Balancer:
     """Improvable gap balancing, the heuristic version (IGBv1).
 
-    Descends ``Σ_i λ_i log L_i`` with ``λ = n softmax(L / L_base)``, a constant for
-    differentiation: ``d = Σ_i (λ_i / L_i) g_i``. ``L_base,i`` is the mean loss of task
-    i over an early window of steps; ``L_i / L_base,i`` is the *improvable gap*, the
-    distance to a final loss that is taken to be 0. Until the window is over ``λ = 1``,
-    which is :func:`scale_invariant`. As all losses fall all gaps tend to 0, so that
-    late in training the method turns into that again (inferred, not in the paper).
-    Multiplying a loss by a constant changes nothing.
+    The update descends ``Σ_i λ_i log L_i`` with ``λ = n softmax(L / L_base)``, where λ
+    is constant under differentiation and n is the number of present tasks. Therefore
+    ``d = Σ_i (λ_i / L_i) g_i``. ``L_base,i`` is the mean loss of task i over an early
+    window of steps. ``L_i / L_base,i`` is the *improvable gap*, the distance to a final
+    loss of 0. The update does not change if a loss is multiplied by a constant.
 
-    Before a gradient balancer (``mtljax.compose(igb_v1(T), mgda(T))``) own parameters
-    get either both weights (``heads="weighted"``: the authors' code for MGDA, IMTL-G
-    and Nash-MTL) or λ/L alone (the paper's Algorithm 3): ``optax.partition({"shared":
+    Until the window is complete, ``λ = 1``, which is :func:`scale_invariant`. As all
+    losses decrease, all gaps tend to 0. Late in training the method is therefore close
+    to :func:`scale_invariant` again (inferred, not in the paper).
+
+    Combined with a gradient balancer, ``mtljax.compose(igb_v1(T), mgda(T))``, there are
+    two variants for the task-specific parameters. With ``heads="weighted"`` they
+    receive both weights, as in the authors' code for MGDA, IMTL-G and Nash-MTL. In
+    Algorithm 3 of the paper they receive λ/L only: ``optax.partition({"shared":
     chain(compose(igb, mgda), adam), "own": chain(igb, adam)}, labels)``.
 
     Args:
-      num_tasks: T, length of the leading axis of every leaf of the gradients.
-      window: ``(start, stop)``: steps whose losses make ``L_base``, all of equal
-        weight. The paper's is the second epoch, ``(n, 2 * n)`` for n steps per epoch:
-        in the first, losses may be too large to tell the scale. The default is its
-        NYUv2 run's. ``(0, 1)`` takes the losses of the first batch.
-      base: ``L_base`` itself ``[T]``, where it is known; there is no window then.
-      num_steps: Steps of the run, where known, to check the window against.
-      temperature: τ in ``softmax(gap / τ)``. Not in the paper (1): smaller is stronger.
-      ema: Decay of a moving average of the losses that the gaps are taken of. Not in
-        the paper (0: the losses of the batch).
-      floors: Estimates ``ℓ*`` ``[T]`` of the final losses:
-        ``gap_i = (L_i - ℓ*_i) / (L_base,i - ℓ*_i)``. Not in the paper (0).
+      num_tasks: Number of tasks T, or a sequence of T task names.
+      window: Range ``(start, stop)`` of steps whose mean losses are ``L_base``. The
+        window of a task counts the batches in which it was present. The paper uses the
+        second epoch, ``(n, 2 * n)`` for n steps per epoch, because losses in the first
+        epoch may be too large. The default is that of its NYUv2 run. ``(0, 1)`` uses
+        the first batch.
+      base: Reference losses ``L_base``, shape ``[T]``, if known. The window is then not
+        used.
+      num_steps: Number of steps of the run, if known. It is used to check the window.
+      temperature: Temperature τ of ``softmax(gap / τ)``. A smaller value gives a
+        stronger effect. The paper has no temperature, which corresponds to 1.
+      ema: Decay of a moving average of the losses in the gaps. The paper uses the
+        losses of the batch, which corresponds to 0.
+      floors: Estimates ``ℓ*`` of the final losses, shape ``[T]``:
+        ``gap_i = (L_i - ℓ*_i) / (L_base,i - ℓ*_i)``. The paper uses 0.
       scale: ``"native"``, or effective weights ``λ_i / L_i`` normalised to the
         ``"sum"`` or ``"mean"`` scale.
 
     Returns:
-      A balancer; needs ``losses``, all positive. One backward pass; state: 4 T numbers,
-      with λ as ``log_weights``. A task's window counts the batches in which it was
-      present; λ is 1 until all present tasks have their ``L_base``.
+      A :class:`mtljax.Balancer` that reads ``losses``, which must be positive. A step
+      costs one backward pass. The state has 4 T numbers, with λ as ``log_weights``. λ
+      is 1 until the window of every present task is complete.
 
     Raises:
       ValueError: If the window is empty or does not end inside the run, ``base`` or
-        ``temperature`` is not positive, ``ema`` is outside [0, 1), or a shape
-        is wrong.
+        ``temperature`` is not positive, ``ema`` is outside [0, 1), or a shape is wrong.
 
     Examples:
       >>> import jax.numpy as jnp, mtljax

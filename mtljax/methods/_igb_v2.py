@@ -1,4 +1,4 @@
-"""IGBv2: a soft actor-critic agent weighs the log losses, inside the compiled step."""
+"""IGBv2: a soft actor-critic agent chooses the weights of the log losses."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -29,20 +29,20 @@ RewardBatch: TypeAlias = Literal["next", "same"]
 class IGBPhases:
     """The phases of a run of :func:`igb_v2`, in steps.
 
-    Each phase begins at the end of the previous one or later: the window, the training
-    of the agent, its use. The defaults are those of the paper (`2307.15429
-    <https://arxiv.org/abs/2307.15429>`_) for its NYUv2 runs, with 398 steps per epoch.
-    The paper's values for n steps per epoch are ``IGBPhases(window=(n, 2 * n))``.
+    The phases are the window, the training of the agent, and its use. Each begins at
+    the end of the previous phase or later. The defaults are those of the paper
+    (`2307.15429 <https://arxiv.org/abs/2307.15429>`_) for its NYUv2 runs, with 398
+    steps per epoch. For n steps per epoch, use ``IGBPhases(window=(n, 2 * n))``.
 
     Attributes:
-      window: ``(start, stop)``: the steps whose mean losses are ``L_base``, see
+      window: Range ``(start, stop)`` of steps whose mean losses are ``L_base``, see
         :func:`igb_v1`. By default the second epoch.
-      train_from: First step at which the agent is trained. None is one length of the
-        window after its end (the paper's fourth epoch).
-      use_from: First step at which the agent chooses the weights. None is three
-        lengths of the window after its end (the paper's sixth epoch).
-      num_steps: Number of steps of the run, if known. The other values are checked
-        against it.
+      train_from: First step at which the agent is trained. By default one window
+        length after the end of the window, the fourth epoch of the paper.
+      use_from: First step at which the agent chooses the weights. By default three
+        window lengths after the end of the window, the sixth epoch of the paper.
+      num_steps: Number of steps of the run, if known. It is used to check the other
+        values.
 
     Examples:
       >>> import jax, mtljax
@@ -61,31 +61,32 @@ class IGBPhases:
 class IGBAgent:
     """The soft actor-critic agent of :func:`igb_v2`.
 
-    The paper (`2307.15429 <https://arxiv.org/abs/2307.15429>`_) gives ``capacity``,
+    The paper (`2307.15429 <https://arxiv.org/abs/2307.15429>`_) states ``capacity``,
     ``period``, ``discount`` and ``optimizer``. The defaults of the other fields are
     those of the authors' code. ``discount``, ``optimizer`` (as a learning rate),
     ``initial_temperature``, ``target_entropy`` and ``tau`` may be traced.
 
     Attributes:
       density: Log-density of an action. ``"tanh_compat"``, as in the authors' code, is
-        that of ``tanh(u)``, although the action is a softmax. ``"logistic_normal"`` is
-        that of the action (inferred; the logit of the last present task is fixed at 0).
-      capacity: Number of transitions in the replay ring. It is small on purpose:
-        old losses describe an old model.
-      period: Number of steps between trainings of the agent.
-      updates: Number of updates per training with an empty ring; twice as many with a
-        full one.
-      batch_size: Number of transitions per update with an empty ring; twice as many
-        with a full one.
+        the density of ``tanh(u)``, although the action is a softmax.
+        ``"logistic_normal"`` is the density of the action (inferred), with the logit of
+        the last present task fixed at 0.
+      capacity: Number of transitions in the replay buffer. It is small, because old
+        losses describe an old model.
+      period: Number of steps between two trainings of the agent.
+      updates: Number of updates per training with an empty buffer. It increases to
+        twice this number for a full buffer.
+      batch_size: Number of transitions per update with an empty buffer. It increases to
+        twice this number for a full buffer.
       hidden: Widths of the hidden layers of the actor and the critics.
-      discount: γ.
-      optimizer: Optimizer of the actor, the critics and the temperature: a learning
-        rate of Adam, or a transformation. The paper uses 1e-4 with MGDA, PCGrad or
-        Nash-MTL, and 3e-4 otherwise.
-      initial_temperature: Initial weight of the entropy, which is then learned.
-      target_entropy: H̄. None is minus the number of free logits: ``-T``, or
-        ``-(T - 1)`` for ``"logistic_normal"``.
-      tau: Share of the critics that their targets take over at each update.
+      discount: Discount factor γ.
+      optimizer: Optimizer of the actor, the critics and the temperature, as an optax
+        transformation or as a learning rate of Adam. The paper uses 1e-4 with MGDA,
+        PCGrad or Nash-MTL, and 3e-4 otherwise.
+      initial_temperature: Initial weight of the entropy, which is learned.
+      target_entropy: Target entropy H̄. By default minus the number of free logits,
+        which is ``-T``, or ``-(T - 1)`` for ``"logistic_normal"``.
+      tau: Rate of the moving average of the target critics.
 
     Examples:
       >>> import jax, mtljax
@@ -93,7 +94,7 @@ class IGBAgent:
       >>> mtljax.igb_v2(3, key=jax.random.key(0), agent=agent).needs
       'losses'
 
-      A factory of your own makes a field a hyper-parameter that can be injected:
+      To inject a field as a hyper-parameter, define a factory with this argument:
 
       >>> import optax
       >>> def igb(num_tasks, *, key, tau=0.005):
@@ -129,18 +130,18 @@ class IGBv2State(NamedTuple):
     step: Int[Array, ""]
     base: _igb.ReferenceLosses
     previous: Losses  # losses of the last batch in which each task was present
-    average: Losses  # their moving average; the same numbers with ema=0
+    average: Losses  # their moving average; equal to them with ema=0
     present: Mask  # tasks in the last batch
-    log_weights: Weights  # λ of the last batch: the agent's action
-    reward: Float[Array, ""]  # the last one
-    observed: Bool[Array, ""]  # it was measured on the same batch, for the next row
+    log_weights: Weights  # λ of the last batch, the action of the agent
+    reward: Float[Array, ""]  # last reward
+    observed: Bool[Array, ""]  # whether it was measured on the same batch
     memory: _sac.Memory
     agent: _sac.Agent
     task_weights: Weights  # λ_i / L_i
 
     @property
     def temperature(self) -> Float[Array, "..."]:
-        """The agent's entropy temperature."""
+        """Returns the entropy temperature of the agent."""
         return jnp.exp(self.agent.log_temperature)
 
 
@@ -153,9 +154,9 @@ def igb_v2_reward(
     mask: Mask | None = None,
     reduce: Reduce = "min",
 ) -> Float[Array, ""]:
-    """``r = α min_i (before_i - after_i) / L_base,i`` over the mask's tasks (Eq. 4).
+    """Computes ``r = α min_i (before_i - after_i) / L_base,i`` (Eq. 4).
 
-    The mask may be empty; the reward is then 0.
+    The minimum is over the tasks of the mask. The reward is 0 if the mask is empty.
     """
     mask = jnp.ones(before.shape, bool) if mask is None else mask
     drop = (before - after) / jnp.where(mask, base, 1)
@@ -183,55 +184,63 @@ def igb_v2(
 ) -> Balancer:
     """Improvable gap balancing by reinforcement learning (IGBv2).
 
-    Descends ``Σ_i λ_i log L_i`` as :func:`igb_v1` does, with the weights λ (positive,
-    of sum n) chosen by a soft actor-critic. Its state is the vector of the raw batch
-    losses, its action ``λ = n softmax(u)``, ``u ~ N(μ(L), σ(L)²)``, its reward
-    ``α_k min_i (L_i(k-1) - L_i(k)) / L_base,i``: the relative fall of the task that
-    fell least, between one batch and the next, times initial over current learning
-    rate. Training is one trajectory without an end.
+    The update descends ``Σ_i λ_i log L_i``, as in :func:`igb_v1`. A soft actor-critic
+    agent chooses the positive weights λ, whose sum is the number n of present tasks.
+    The state of its environment is the vector of the batch losses L. Its action is
+    ``λ = n softmax(u)`` with ``u ~ N(μ(L), σ(L)²)``. Its reward is
+    ``α_k min_i (L_i(k-1) - L_i(k)) / L_base,i``, the smallest relative decrease of a
+    loss from one batch to the next. The factor ``α_k`` is the initial learning rate
+    divided by the current one. The run is one trajectory without a terminal state.
 
-    Steps before ``phases.use_from`` sample ``λ = n softmax(z)``, ``z ~ N(0, I)``.
-    Transitions are stored in a ring from the end of the window on. From
-    ``phases.train_from`` on, every ``agent.period`` steps, the agent makes
-    ``⌊updates k⌋`` updates on ``⌊batch_size k⌋`` transitions each, with
-    ``k = 1 + stored / capacity`` (the authors' code; the paper does not say).
+    Before step ``phases.use_from``, the weights are sampled: ``λ = n softmax(z)`` with
+    ``z ~ N(0, I)``. Transitions are stored after the end of the window. The training of
+    the agent starts at step ``phases.train_from`` and takes place every
+    ``agent.period`` steps. It consists of ``⌊updates k⌋`` updates with
+    ``⌊batch_size k⌋`` transitions each, where ``k = 1 + stored / capacity``. This rule
+    is that of the authors' code. The paper does not state it.
+
+    Absent tasks are not in the paper, and their treatment is inferred. The actor reads
+    their last losses. λ and the densities are those of the present tasks. The reward is
+    that of the present tasks, each relative to its own last loss.
 
     Args:
-      num_tasks: T, length of the leading axis of every leaf of the gradients.
-      key: Seeds networks, exploration and replay; lives in the state.
+      num_tasks: Number of tasks T, or a sequence of T task names.
+      key: Key of ``jax.random`` for networks, exploration and replay, stored in the
+        state.
       phases: The window whose mean losses are ``L_base``, and the first steps of the
-        agent's training and use, see :class:`IGBPhases`.
-      base: ``L_base`` itself ``[T]``, if it is known.
-      schedule: Learning rate of the model, a number or an optax schedule of the step,
-        for α: initial over current. Counted in updates of this balancer. One that
-        warms up from small values makes α small, and is probably not what is meant.
-      lr_multiplier: Whether rewards are multiplied by α; None where a schedule is
-        given. The paper does; the authors' code has α = 1 on QM9 by a slip.
-      reward: ``"min"``, or ``"mean"`` over tasks (an ablation of the paper).
-      reward_batch: ``"next"`` compares two batches, as the paper does. ``"same"`` (not
-        in the paper) compares the losses of one batch before and after the step, which
-        :func:`mtljax.observe` must be given: one more forward pass. A step without it
-        is rewarded as with ``"next"``.
-      ema: Decay of a moving average of the losses that ``"next"`` rewards are taken of.
-        Not in the paper (0).
+        training and the use of the agent, see :class:`IGBPhases`.
+      base: Reference losses ``L_base``, shape ``[T]``, if known.
+      schedule: Learning rate of the model for the factor α, a number or an optax
+        schedule. The step is the number of updates of this balancer. With a warm-up
+        from small values α is small, which is probably not intended.
+      lr_multiplier: Whether rewards are multiplied by α. By default they are if
+        ``schedule`` is given, as in the paper. The authors' code has α = 1 on QM9,
+        probably by mistake.
+      reward: ``"min"`` uses the smallest decrease. ``"mean"`` uses the mean over the
+        tasks, an ablation of the paper.
+      reward_batch: ``"next"`` compares the losses of two batches, as in the paper.
+        ``"same"`` compares the losses of one batch before and after the step, and is
+        not in the paper. It requires a call of :func:`mtljax.observe` with the losses
+        after the step, which costs one more forward pass. Without this call a step is
+        rewarded as with ``"next"``.
+      ema: Decay of a moving average of the losses for ``"next"`` rewards. The paper has
+        none, which corresponds to 0.
       agent: Networks, replay and training of the agent, see :class:`IGBAgent`.
       scale: ``"native"``, or effective weights ``λ_i / L_i`` normalised to the
         ``"sum"`` or ``"mean"`` scale.
 
     Returns:
-      A balancer; needs ``losses``, all positive. One backward pass (and one forward
-      with ``reward_batch="same"``); every ``period`` steps the training of the agent.
-      State: ``capacity (5 T + 1)`` numbers and the networks; jit your step with its
-      state donated, or in a scan, or every step copies the ring. ``vmap`` over runs
-      trains the agents of all in the same step. With absent tasks (inferred; the paper
-      has none) the actor sees their last losses, λ and the densities are those of the
-      present tasks, and a reward is that of the tasks that are present, each against
-      its own last loss.
+      A :class:`mtljax.Balancer` that reads ``losses``, which must be positive. A step
+      costs one backward pass, and one more forward pass with ``reward_batch="same"``.
+      Every ``period`` steps the agent is trained in addition. The state has
+      ``capacity (5 T + 1)`` numbers and the networks. To avoid a copy of the replay
+      buffer in every step, donate the state to the compiled step or use a scan. Under
+      ``vmap`` over runs, the agents of all runs are trained in the same steps.
 
     Raises:
-      ValueError: If the window is empty or a phase does not begin inside the run,
-        ``lr_multiplier`` has no schedule, a number is out of range, or a shape
-        or a type is wrong.
+      ValueError: If the window is empty, a phase does not begin inside the run,
+        ``lr_multiplier=True`` is given without a schedule, a number is out of range, or
+        a shape or a type is wrong.
 
     Examples:
       >>> import jax, jax.numpy as jnp, mtljax, optax
@@ -302,7 +311,7 @@ def igb_v2(
 
 
 class _Rule(NamedTuple):
-    """The settings of :func:`igb_v2`, and what is done with them in a step."""
+    """The settings of :func:`igb_v2` and the functions of a step."""
 
     reference: _igb.Window
     train_from: int
@@ -314,7 +323,7 @@ class _Rule(NamedTuple):
     optimizer: optax.GradientTransformation
 
     def init(self, num_tasks: int, key: PRNGKeyArray, agent: _sac.Agent) -> IGBv2State:
-        """Before the first batch."""
+        """Returns the state before the first batch."""
         zeros = jnp.zeros(num_tasks, jnp.float32)
         return IGBv2State(
             key=key,
@@ -332,11 +341,11 @@ class _Rule(NamedTuple):
         )
 
     def comparable(self, state: IGBv2State, mask: Mask) -> Mask:
-        """Tasks of the mask that have a reference and a loss to compare with."""
+        """Returns the tasks of the mask with a reference loss and a previous loss."""
         return mask & self.reference.ready(state.base) & (state.base.steps > 0)
 
     def remember(self, state: IGBv2State, losses: Losses, mask: Mask) -> IGBv2State:
-        """Ends the transition of the last step, which the new losses reward."""
+        """Stores the transition of the last step, with the reward of the new losses."""
         tasks = self.comparable(state, mask)
         first = state.base.steps == 0
         average = _igb.smoothed(state.average, losses, first, mask, self.ema)
@@ -368,14 +377,14 @@ class _Rule(NamedTuple):
     def look_again(
         self, state: IGBv2State, *, losses: Losses, mask: Mask
     ) -> IGBv2State:
-        """Rewards the step just made by the same batch's losses after it."""
+        """Computes the reward of the last step from the losses after it."""
         losses = jax.lax.stop_gradient(losses).astype(jnp.float32)
         tasks = self.comparable(state, mask & state.present)
         found = igb_v2_reward(
             state.previous,
             losses,
             state.base.mean,
-            multiplier=self.multiplier(state.step - 1),  # of the step just made
+            multiplier=self.multiplier(state.step - 1),  # factor of the last step
             mask=tasks,
             reduce=self.reward,
         )
@@ -386,7 +395,7 @@ class _Rule(NamedTuple):
         )
 
     def learn(self, state: IGBv2State, key: PRNGKeyArray) -> _sac.Agent:
-        """Trains the agent, once in a period."""
+        """Trains the agent every ``period`` steps."""
         options = self.options
         size = _sac.stored(state.memory)
         due = state.step >= self.train_from
@@ -415,7 +424,7 @@ class _Rule(NamedTuple):
     def choose(
         self, state: IGBv2State, *, losses: Losses, gramian: Any, mask: Mask
     ) -> tuple[Weights, IGBv2State]:
-        """λ of this batch, after the transition that its losses end is stored."""
+        """Stores the last transition, trains the agent and chooses λ."""
         del gramian
         losses = jax.lax.stop_gradient(losses)
         state = self.remember(state, losses.astype(jnp.float32), mask)
@@ -441,12 +450,12 @@ def _check_type(name: str, argument: str, value: Any, kind: type) -> None:
     if not isinstance(value, kind):
         raise ValueError(
             f"{name}: {argument} must be an instance of mtljax.{kind.__name__}, not "
-            f"of {type(value).__name__}."
+            f"{type(value).__name__}."
         )
 
 
 def _check_agent(name: str, agent: IGBAgent) -> optax.GradientTransformation:
-    """Checks the fields, and returns the optimizer as a transformation."""
+    """Checks the fields and returns the optimizer as a transformation."""
     check_choice(name, "agent.density", agent.density, _sac.Density)
     positive = ("capacity", "period", "updates", "batch_size")
     positive += ("initial_temperature", "tau")
@@ -465,7 +474,7 @@ def _check_agent(name: str, agent: IGBAgent) -> optax.GradientTransformation:
 def _first_steps(
     name: str, reference: _igb.Window, phases: IGBPhases
 ) -> tuple[int, int]:
-    """Of training and use, which follow the window and lie inside the run."""
+    """Returns the first steps of training and use, after checking the phases."""
     length = reference.stop - reference.start
     train_from, use_from = phases.train_from, phases.use_from
     train_from = reference.stop + length if train_from is None else train_from
@@ -474,13 +483,13 @@ def _first_steps(
     start = 1 if reference.given is not None else reference.stop
     if train_from < start:
         raise ValueError(
-            f"{name}: train_from={train_from} lies before step {start}, where the "
-            "first reward is measured."
+            f"{name}: train_from={train_from} lies before step {start}, the step of "
+            f"the first reward. Pass train_from >= {start}."
         )
     if use_from < train_from:
         raise ValueError(
-            f"{name}: use_from={use_from} lies before train_from={train_from}; the "
-            "agent would be used untrained."
+            f"{name}: use_from={use_from} lies before train_from={train_from}, so the "
+            "agent would be used before its training."
         )
     if num_steps is not None and use_from >= num_steps:
         raise ValueError(
@@ -493,13 +502,16 @@ def _first_steps(
 def _make_multiplier(
     name: str, schedule: optax.ScalarOrSchedule | None, wanted: bool | None
 ) -> Callable[[Any], Any]:
-    """α of a step: initial over current learning rate."""
+    """Returns a function of the step that computes α.
+
+    α is the initial learning rate divided by the current one.
+    """
     if schedule is None:
         if wanted:
             raise ValueError(
-                f"{name}: lr_multiplier=True multiplies rewards by initial over "
-                "current learning rate, so it needs schedule=, the model's learning "
-                "rate (a number or an optax schedule)."
+                f"{name}: lr_multiplier=True multiplies rewards by the initial "
+                "learning rate divided by the current one, so it needs schedule=, the "
+                "learning rate of the model (a number or an optax schedule)."
             )
         return lambda _: 1.0
     if wanted is False or not callable(schedule):
@@ -507,14 +519,14 @@ def _make_multiplier(
     first = jnp.asarray(schedule(0), jnp.float32)
     if not isinstance(first, Tracer) and not first > 0:
         raise ValueError(
-            f"{name}: schedule(0) is {float(first):.6g}, and rewards are multiplied by "
-            "initial over current learning rate; give a schedule that starts above "
-            "zero, or lr_multiplier=False."
+            f"{name}: schedule(0) is {float(first):.6g}, but a positive learning rate "
+            "is required to scale the rewards. Pass a schedule that starts above zero, "
+            "or lr_multiplier=False."
         )
 
     def multiplier(step):
         rate = jnp.asarray(schedule(step), jnp.float32)
-        # A step of rate 0 moves nothing, and earns nothing.
+        # A step with learning rate 0 changes nothing, so its reward is 0.
         return jnp.where(rate > 0, first / jnp.where(rate > 0, rate, 1), 0)
 
     return multiplier

@@ -1,4 +1,4 @@
-"""IMTL-G: a direction whose projections on all task gradients are equal."""
+"""IMTL-G: a direction with equal projections onto all task gradients."""
 
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ class IMTLGState(NamedTuple):
 def imtl_g_weights(
     gramian: Gramian, mask: Mask | None = None, *, sign_guard: bool = False
 ) -> tuple[Weights, SolverStatus]:
-    """``w_i ∝ (C⁺1)_i / ‖g_i‖`` with C the cosine matrix, normalised to ``Σ w = 1``."""
+    """Computes ``w_i ∝ (C⁺1)_i / ‖g_i‖`` with ``Σ w = 1`` and the cosine matrix C."""
     num = gramian.shape[0]
     eps = jnp.finfo(gramian.dtype).eps
     mask = jnp.ones(num, bool) if mask is None else mask
@@ -29,7 +29,7 @@ def imtl_g_weights(
     cosines = gramian / norms[:, None] / norms[None, :]
     ones = active.astype(gramian.dtype)
     solution, outside = pinv_solve(cosines, ones)
-    # Rows of the smallest gradient as unit of length keep the weights in range.
+    # The smallest gradient norm as the unit keeps the weights in range.
     unit = jnp.min(norms, where=active, initial=jnp.inf)
     raw = jnp.where(active, solution * (unit / norms), 0)
     total, size = raw.sum(), jnp.abs(raw).sum()
@@ -50,27 +50,30 @@ def imtl_g(
 ) -> Balancer:
     """Impartial multi-task learning, gradient part (IMTL-G).
 
-    ``d = Σ_i w_i g_i`` with ``Σ_i w_i = 1`` and ``<d, u_i>`` the same for all unit
-    gradients ``u_i``. In Gram form ``w ∝ G⁻¹n`` with ``n_i = ‖g_i‖``; weights may be
-    negative.
+    The update is ``d = Σ_i w_i g_i`` with ``Σ_i w_i = 1``, such that the projection
+    ``<d, u_i>`` is the same for all unit gradients ``u_i``. With the Gramian G and the
+    norms ``n_i = ‖g_i‖`` the weights are ``w ∝ G⁻¹n``. Weights may be negative.
 
-    The normalisation by the sum can flip the sign: for ``1ᵀG⁻¹n < 0`` all projections
-    are equal and *negative*, so the published rule steps uphill for every task (never
-    for T = 2). ``sign_guard=True`` normalises by ``Σ|w|`` instead, which keeps the
-    direction in which every task falls. Where the sum vanishes, or the gradients are
-    linearly dependent in a way that admits no equal projections,
-    ``state.solver.converged`` is False; the fallback for a vanishing sum are equal
-    weights.
+    The normalisation by the sum can change the sign. If ``1ᵀG⁻¹n < 0``, all projections
+    are equal and *negative*, and the published rule increases every loss to first
+    order. This is impossible for T = 2. ``sign_guard=True`` normalises by ``Σ|w|``
+    instead, so that every loss decreases.
+
+    If the sum is zero, the weights are equal. ``state.solver.converged`` is then False.
+    It is also False if the gradients are linearly dependent and no direction has equal
+    projections.
 
     Args:
-      num_tasks: T, length of the leading axis of every leaf of the gradients.
-      sign_guard: Orients d so that its projections are positive. Off: the paper's rule.
-      scale: ``"native"`` and ``"mean"`` are weights that sum to 1; ``"sum"`` multiplies
-        by the number of tasks.
+      num_tasks: Number of tasks T, or a sequence of T task names.
+      sign_guard: Whether to orient d such that its projections are positive. Not in the
+        paper.
+      scale: ``"native"`` and ``"mean"`` are weights that sum to 1. ``"sum"`` multiplies
+        them by the number of tasks.
 
     Returns:
-      A balancer; needs the Gramian: T backward passes. State: the solver's certificate
-      (residual: share of the equations that cannot be met).
+      A :class:`mtljax.Balancer` that reads the Gramian. A step costs T backward passes.
+      The state contains the solver status. Its residual is the relative norm of the
+      unsatisfied part of the equations.
 
     Examples:
       >>> import jax.numpy as jnp, mtljax

@@ -1,4 +1,4 @@
-"""IMTL-L: every loss is learned to be scaled to one."""
+"""IMTL-L: learns scales such that all scaled losses are one."""
 
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ class IMTLLState(NamedTuple):
 def imtl_l_weights(
     log_scales: Float[Array, " tasks"], losses: Losses
 ) -> tuple[Weights, Weights]:
-    """Weights, and the gradient in s, of ``Σ_i e^{s_i} ℓ_i − s_i``."""
+    """Computes the weights of ``Σ_i e^{s_i} ℓ_i − s_i`` and its gradient for s."""
     weights = jnp.exp(jnp.minimum(log_scales, _MAX_LOG_SCALE))
     return weights, weights * losses - 1
 
@@ -40,27 +40,29 @@ def imtl_l(
 ) -> Balancer:
     """Impartial multi-task learning, loss part (IMTL-L).
 
-    Descends ``Σ_i e^{s_i} ℓ_i − s_i`` in the parameters and in the ``s_i``. At its
-    optimum ``e^{s_i} ℓ_i = 1``: all scaled losses are equal, whatever their units. As a
-    rule it is :func:`mtljax.uncertainty` with ``s → −s`` and twice the weights. The
-    paper's full IMTL is ``mtljax.compose(mtljax.imtl_l(T), mtljax.imtl_g(T))``.
+    The method descends ``Σ_i e^{s_i} ℓ_i − s_i`` with respect to the parameters and the
+    log-scales ``s_i``. At the optimum ``e^{s_i} ℓ_i = 1``, so all scaled losses are
+    equal, independent of their units. The rule is that of :func:`mtljax.uncertainty`
+    with ``s → −s`` and twice the weights. The complete IMTL of the paper is
+    ``mtljax.compose(mtljax.imtl_l(T), mtljax.imtl_g(T))``.
 
-    The ``s_i`` are learned here, by their own optimiser, and not by that of the model
-    (as in LibMTL), so neither weight decay nor its schedule reaches them.
+    The balancer learns the ``s_i`` with its own optimizer. In LibMTL, the optimizer of
+    the model learns them. Weight decay and the schedule of the model therefore do not
+    apply to them here.
 
     Args:
-      num_tasks: T, length of the leading axis of every leaf of the gradients.
-      initial_log_scale: s at the start; 0 in the paper.
-      learning_rate: Of Adam on s. The paper has no rate of its own for s; this is that
-        of :func:`mtljax.uncertainty`, inferred.
-      optimizer: Replaces Adam (and ``learning_rate``).
-      scale: ``"native"``, or weights normalised to the ``"sum"`` or ``"mean"`` scale
-        (what s learns from is not changed by it).
+      num_tasks: Number of tasks T, or a sequence of T task names.
+      initial_log_scale: Initial value of all ``s_i``. The paper uses 0.
+      learning_rate: Learning rate of Adam for s. The paper has no separate rate for s.
+        The default is that of :func:`mtljax.uncertainty` (inferred).
+      optimizer: Optimizer of s, which replaces Adam and ``learning_rate``.
+      scale: ``"native"``, or weights normalised to the ``"sum"`` or ``"mean"`` scale.
+        The gradient of s does not depend on the scale.
 
     Returns:
-      A balancer; needs ``losses`` that are not negative (s of a loss that stays at
-      zero grows until its weight saturates). One backward pass; state: 4 T numbers
-      with Adam.
+      A :class:`mtljax.Balancer` that reads ``losses``, which must not be negative. If a
+      loss remains zero, its log-scale increases until its weight saturates. A step
+      costs one backward pass. The state has 4 T numbers with Adam.
 
     Raises:
       ValueError: If ``learning_rate`` is not positive.

@@ -1,4 +1,4 @@
-"""Krum: the gradient that lies closest to most of the others."""
+"""Krum: selects the gradient that is nearest to most other gradients."""
 
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -22,9 +22,12 @@ def krum_scores(
     mask: Mask | None = None,
     compat: Compat = "paper",
 ) -> Weights:
-    """Sum of the (squared) distances to the ``n − f − 2`` nearest of n tasks ``[T]``.
+    """Sums the (squared) distances to the ``n − f − 2`` nearest of n tasks.
 
-    At least one neighbour counts. Absent tasks score infinity.
+    At least one neighbour is used. The score of an absent task is infinite.
+
+    Returns:
+      The scores, shape ``[T]``.
     """
     num = gramian.shape[0]
     mask = jnp.ones(num, bool) if mask is None else mask
@@ -47,7 +50,10 @@ def krum_weights(
     mask: Mask | None = None,
     compat: Compat = "paper",
 ) -> Weights:
-    """Equal weights on the tasks of lowest score; of equal ones the first."""
+    """Computes equal weights for the tasks with the lowest scores.
+
+    If scores are equal, the first task is selected.
+    """
     num = gramian.shape[0]
     mask = jnp.ones(num, bool) if mask is None else mask
     scores = krum_scores(gramian, num_byzantine, mask, compat)
@@ -67,26 +73,29 @@ def krum(
 ) -> Balancer:
     """Krum and Multi-Krum, from Byzantine-robust distributed learning.
 
-    A task's score is the sum of the squared distances from its gradient to the
-    ``n − f − 2`` nearest others, with n tasks of which f may be arbitrary. The update
-    is the gradient of lowest score (Krum), or the mean of the several lowest
-    (Multi-Krum); of equal scores the first task's counts, as in the paper. For n = 3
-    the two nearest tasks always tie.
+    The score of a task is the sum of the squared distances from its gradient to the
+    ``n − f − 2`` nearest other gradients, where f of the n gradients may be arbitrary.
+    The update is the gradient with the lowest score (Krum), or the mean of the
+    gradients with the lowest scores (Multi-Krum). If scores are equal, the first task
+    is selected, as in the paper. For n = 3 the two nearest tasks always have equal
+    scores.
 
-    Distances come from the Gramian, so those far below the lengths of the gradients
-    are lost in rounding.
+    The distances are computed from the Gramian. A distance far below the norms of the
+    gradients is therefore lost in rounding.
 
     Args:
-      num_tasks: T, length of the leading axis of every leaf of the gradients.
-      num_byzantine: f ≥ 0; T ≥ f + 3. The paper's guarantee needs T ≥ 2f + 3. Among
-        the present tasks of a masked batch at least one neighbour counts.
-      num_selected: How many gradients are averaged; 1 is Krum.
-      compat: ``"torchjd"`` adds up distances instead of their squares.
-      scale: ``"native"`` and ``"mean"`` average the chosen; ``"sum"`` multiplies by the
-        number of tasks.
+      num_tasks: Number of tasks T, or a sequence of T task names.
+      num_byzantine: Number f ≥ 0 of arbitrary gradients, with T ≥ f + 3. The guarantee
+        of the paper requires T ≥ 2f + 3. In a masked batch at least one neighbour is
+        used.
+      num_selected: Number of gradients that are averaged. 1 is Krum.
+      compat: ``"paper"`` sums squared distances, and ``"torchjd"`` sums distances.
+      scale: ``"native"`` and ``"mean"`` average the selected gradients. ``"sum"``
+        multiplies the update by the number of tasks.
 
     Returns:
-      A balancer; needs the Gramian: T backward passes. No state.
+      A :class:`mtljax.Balancer` that reads the Gramian. A step costs T backward passes.
+      The state contains the last task weights only.
 
     Raises:
       ValueError: If ``num_byzantine`` is negative or above T − 3, or ``num_selected``
@@ -102,19 +111,19 @@ def krum(
     References:
       Blanchard et al., Machine Learning with Adversaries: Byzantine Tolerant Gradient
       Descent, NeurIPS 2017; `Byzantine-Tolerant Machine Learning
-      <https://arxiv.org/abs/1703.02757>`_.
+      <https://arxiv.org/abs/1703.02757>`_, 2017.
     """
     check_choice("krum", "compat", compat, Compat)
     if num_byzantine < 0:
         raise ValueError(f"krum: num_byzantine must not be negative: {num_byzantine}.")
     if num_tasks < num_byzantine + 3:
         raise ValueError(
-            f"krum: num_byzantine={num_byzantine} needs at least "
+            f"krum: num_byzantine={num_byzantine} requires at least "
             f"{num_byzantine + 3} tasks, not num_tasks={num_tasks}."
         )
     if not 1 <= num_selected <= num_tasks:
         raise ValueError(
-            f"krum: num_selected must lie between 1 and num_tasks={num_tasks}, "
+            f"krum: num_selected must be between 1 and num_tasks={num_tasks}, "
             f"not {num_selected}."
         )
 

@@ -1,4 +1,4 @@
-"""Linear scalarisation: constant task weights, the baseline of every table."""
+"""Linear scalarisation (LS): constant task weights."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from mtljax.types import Scale, Weights
 class LinearState(NamedTuple):
     """State of :func:`linear`."""
 
-    task_weights: Weights  # of the last update; kept for logging
+    task_weights: Weights  # weights of the last update, for logging
 
 
 @factory
@@ -22,27 +22,28 @@ def linear(
     weights: TaskVector | None = None,
     scale: Scale = "native",
 ) -> Balancer:
-    """Sum of the task gradients under constant weights (equal weighting, LS).
+    """Linear scalarisation with constant or equal weights (LS).
 
-    ``d = Σ_i w_i g_i``, all ``w_i = 1`` unless given.
+    The update is ``d = Σ_i w_i g_i`` with ``w_i = 1`` by default.
 
-    The first baseline to tune: with a tuned learning rate and weights it is hard to
-    beat. The sum is LibMTL's and nash-mtl's convention, the mean (``scale="mean"``)
-    that of TorchJD's ``Mean``.
+    Tune this baseline first. With tuned weights and a tuned learning rate it is hard to
+    improve on. LibMTL and nash-mtl use the sum. ``Mean`` of TorchJD uses the mean,
+    which is ``scale="mean"``.
 
     Args:
-      num_tasks: T, length of the leading axis of every leaf of the gradients.
-      weights: One constant per task ``[T]``; may be a traced array, so that weights can
-        be a ``vmap`` axis (one-hot rows are the single-task baselines).
-      scale: ``"native"`` uses the weights as given; ``"sum"`` and ``"mean"`` normalise
-        them to add up to the number of present tasks, or to 1.
+      num_tasks: Number of tasks T, or a sequence of T task names.
+      weights: Constant weights, shape ``[T]``. They may be traced, so that they can be
+        a ``vmap`` axis. One-hot weights are the single-task baselines.
+      scale: ``"native"`` uses the weights unchanged. ``"sum"`` normalises them to sum
+        to the number of present tasks, and ``"mean"`` to 1.
 
     Returns:
-      A balancer: stacked gradients ``[T, *param]`` to one update ``[*param]``. Reads
-      nothing; one backward pass; no state.
+      A :class:`mtljax.Balancer` that maps stacked gradients ``[T, *param]`` to an
+      update ``[*param]``. It reads neither the losses nor the Gramian. A step costs one
+      backward pass. The state contains the last task weights only.
 
     Raises:
-      ValueError: If ``weights`` has another length than T.
+      ValueError: If the number of ``weights`` differs from T.
 
     Examples:
       >>> import jax.numpy as jnp, mtljax

@@ -1,4 +1,4 @@
-"""MGDA: the shortest vector in the convex hull of the task gradients."""
+"""MGDA: the min-norm point of the convex hull of the task gradients."""
 
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -22,7 +22,7 @@ class MGDAState(NamedTuple):
 def mgda_norms(
     gramian: Gramian, losses: Losses | None, normalize: Normalize
 ) -> Weights:
-    """What each row is divided by before the problem is solved ``[T]``."""
+    """Computes the divisors of the gradients in the min-norm problem, shape ``[T]``."""
     norms = jnp.ones(gramian.shape[0], gramian.dtype)
     if normalize in ("l2", "loss+"):
         norms = norms * jnp.sqrt(jnp.maximum(jnp.diagonal(gramian), 0))
@@ -34,7 +34,7 @@ def mgda_norms(
 def mgda_weights(
     gramian: Gramian, norms: Weights, mask: Mask | None = None
 ) -> tuple[Weights, SolverStatus]:
-    """``argmin_w ‖Σ w_i g_i/n_i‖²`` over the simplex."""
+    """Computes ``argmin_w ‖Σ w_i g_i/n_i‖²`` over the simplex."""
     return min_norm_point(gramian / norms[:, None] / norms[None, :], mask)
 
 
@@ -46,30 +46,33 @@ def mgda(
     apply_to: ApplyTo = "raw",
     scale: Scale = "native",
 ) -> Balancer:
-    """Multiple-gradient descent: the min-norm point (MGDA).
+    """Multiple-gradient descent algorithm, the min-norm point (MGDA).
 
-    ``w = argmin ‖Σ_i w_i g_i‖²`` over the simplex, ``d = Σ_i w_i g_i``. The update
-    satisfies ``<g_i, d> ≥ ‖d‖²`` for every task and vanishes exactly at
-    Pareto-stationary points; it leans to the task of smallest gradient.
+    The update is ``d = Σ_i w_i g_i``, where w minimises ``‖Σ_i w_i g_i‖²`` over the
+    simplex. It satisfies ``<g_i, d> ≥ ‖d‖²`` for every task, so no task gets worse to
+    first order. It is zero exactly at Pareto-stationary points. The method favours the
+    task with the smallest gradient.
 
-    Solved exactly, where reference codebases run 20 to 250 Frank-Wolfe steps.
+    The problem is solved exactly. Reference codebases run 20 to 250 Frank-Wolfe steps.
 
     Args:
-      num_tasks: T, length of the leading axis of every leaf of the gradients.
-      normalize: Rows are divided, for the problem that finds w, by their length
-        (``"l2"``), the loss (``"loss"``), their product (``"loss+"``) or nothing.
-      apply_to: With a normalisation, w multiplies the ``"raw"`` gradients (Sener and
-        Koltun's code, LibMTL on representations) or the ``"normalized"`` ones (LibMTL
-        on parameters, FS-MTL's code).
-      scale: ``"native"`` and ``"mean"`` are weights on the simplex; ``"sum"``
-        multiplies by the number of tasks, as nash-mtl and its descendants do.
+      num_tasks: Number of tasks T, or a sequence of T task names.
+      normalize: Divisor of the gradients in the min-norm problem. ``"l2"`` is the
+        gradient norm, ``"loss"`` the loss, and ``"loss+"`` their product.
+      apply_to: With a normalisation, the gradients that w multiplies. ``"raw"`` is the
+        choice of the code of Sener and Koltun, and of LibMTL for representations.
+        ``"normalized"`` is that of LibMTL for parameters, and of the FS-MTL code.
+      scale: ``"native"`` and ``"mean"`` are weights on the simplex. ``"sum"``
+        multiplies them by the number of tasks, as in nash-mtl and codebases derived
+        from it.
 
     Returns:
-      A balancer; needs the Gramian (and ``losses`` for the loss normalisations):
-      T backward passes. State: the solver's certificate.
+      A :class:`mtljax.Balancer` that reads the Gramian, and positive ``losses`` for
+      ``normalize="loss"`` and ``"loss+"``. A step costs T backward passes. The state
+      contains the solver status.
 
     Raises:
-      ValueError: If a choice is unknown.
+      ValueError: If ``normalize`` or ``apply_to`` is unknown.
 
     Examples:
       >>> import jax.numpy as jnp, mtljax

@@ -1,4 +1,4 @@
-"""MoCo: the min-norm step on gradients tracked over the batches."""
+"""MoCo: min-norm weights from moving averages of the gradients."""
 
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -30,10 +30,10 @@ Compat: TypeAlias = Literal["paper", "libmtl"]
 class MoCoState(NamedTuple):
     """State of :func:`moco`."""
 
-    tracked: Any  # y, a tree [T, ...]
+    tracked: Any  # y, moving averages of the gradients, [T, ...]
     shares: Weights  # λ
     steps: Int[Array, " tasks"]  # batches in which each task was present
-    step: Scalar  # updates of λ
+    step: Scalar  # number of updates of λ
     task_weights: Weights
 
 
@@ -46,7 +46,7 @@ def moco_weights(
     mask: Mask | None = None,
     compat: Compat = "paper",
 ) -> Weights:
-    """``Π(λ − γ (YYᵀ + ρI) λ)``; with ``"libmtl"`` a softmax in place of Π."""
+    """Computes ``Π(λ − γ (YYᵀ + ρI) λ)``. With ``"libmtl"``, Π is a softmax."""
     slope = jnp.matmul(gramian, shares, precision="highest") + rho * shares
     moved = shares - gamma * slope
     if compat == "libmtl":
@@ -68,38 +68,43 @@ def moco(
 ) -> Balancer:
     """Multi-objective gradient with correction (MoCo).
 
-    Every task's gradient is tracked over the batches, ``y_i ← y_i − β_k (y_i − g_i)``,
-    which removes the bias that the noise of one batch has on the weights; then
-    ``λ ← Π(λ − γ_k (YYᵀ + ρI) λ)`` on the simplex and ``d = Σ_i λ_i y_i``. Here
-    ``β_k = β/k^σ`` with k the number of batches in which the task was present, and
-    ``γ_k = γ/k^σ'`` with k the number of steps. The paper's projection of ``y_i`` on a
-    ball that holds all gradients is left out, as in the authors' code.
+    The method tracks the gradient of each task with a moving average,
+    ``y_i ← y_i − β_k (y_i − g_i)``. This removes the bias of the weights that the noise
+    of one batch causes. The weights are updated by ``λ ← Π(λ − γ_k (YYᵀ + ρI) λ)``,
+    where Π is the projection onto the simplex. The update is ``d = Σ_i λ_i y_i``. Here
+    ``β_k = β/k^σ``, where k is the number of batches in which the task was present, and
+    ``γ_k = γ/k^σ'``, where k is the number of steps. The paper also projects ``y_i``
+    onto a ball that contains all gradients. This projection is omitted, as in the
+    authors' code.
 
-    y starts at zero: the first updates are short. γ has the unit of an inverse squared
-    gradient: above ``1/‖YYᵀ‖`` the weights jump between vertices.
+    The averages start at zero, so the first updates are small. γ has the unit of an
+    inverse squared gradient. Above ``1/‖YYᵀ‖`` the weights oscillate between vertices
+    of the simplex.
 
     Args:
-      num_tasks: T, length of the leading axis of every leaf of the gradients.
-      beta: β in (0, 1]; 0.5 in the authors' code and LibMTL.
-      beta_sigma: σ, 0.5 there.
-      gamma: γ; 0.1 there.
-      gamma_sigma: σ', 0.5 there.
-      rho: ρ ≥ 0; 0 there.
-      compat: ``"libmtl"`` brings every ``g_i`` to the length ``ℓ_i`` before it is
-        tracked, and replaces the projection by a softmax of the iterate, which keeps λ
-        nearly uniform. Neither is in the paper.
-      scale: ``"native"`` and ``"mean"`` are weights on the simplex; ``"sum"``
-        multiplies by the number of tasks.
+      num_tasks: Number of tasks T, or a sequence of T task names.
+      beta: Rate β of the moving average, in (0, 1]. The authors' code and LibMTL use
+        0.5.
+      beta_sigma: Exponent σ ≥ 0 of the rate. They use 0.5.
+      gamma: Step size γ > 0 of the weights. They use 0.1.
+      gamma_sigma: Exponent σ' ≥ 0 of the step size. They use 0.5.
+      rho: Regularisation ρ ≥ 0. They use 0.
+      compat: ``"libmtl"`` scales every ``g_i`` to the norm ``ℓ_i`` before the average.
+        It also replaces the projection by a softmax, which keeps λ nearly uniform.
+        Neither is in the paper.
+      scale: ``"native"`` and ``"mean"`` are weights on the simplex. ``"sum"``
+        multiplies them by the number of tasks.
 
     Returns:
-      A balancer; needs the stacked gradients (and, for ``"libmtl"``, ``losses`` that
-      are not negative): T
-      backward passes. State: T copies of the gradient in float32 and 3 T numbers;
-      initialise it with the parameters that are balanced (``mtljax.shared_params``).
+      A :class:`mtljax.Balancer` that reads the stacked gradients and, with
+      ``compat="libmtl"``, ``losses``, which must not be negative. A step costs T
+      backward passes. The state contains T copies of the gradient in float32 and 3 T
+      numbers. Initialise it with the parameters that are balanced, see
+      :func:`mtljax.shared_params`.
 
     Raises:
-      ValueError: If a hyper-parameter is out of its range, or the state was made for
-        other parameters.
+      ValueError: If a hyper-parameter is out of its range, or the state was initialised
+        with other parameters.
 
     Examples:
       >>> import jax.numpy as jnp, mtljax
@@ -151,8 +156,8 @@ def moco(
             mask,
             lambda s: moco_weights(s, gramian, rate, rho, mask=mask, compat=compat),
         )
-        # A projection hides an overflow: the step must fail, or the average would keep
-        # a gradient from which no later step has a finite Gramian.
+        # The projection hides an overflow. The step must fail, because otherwise no
+        # later step would have a finite Gramian.
         shares = jnp.where(jnp.isfinite(gramian).all(), shares, jnp.nan)
         weights = rescale(shares, mask, scale, "mean")
         return stack.combine(present, weights), MoCoState(

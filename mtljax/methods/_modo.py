@@ -1,4 +1,4 @@
-"""MoDo: one projected gradient step on the weights, from two batches."""
+"""MoDo: one projected gradient step of the weights with double sampling."""
 
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ def modo_weights(
     rho: Number,
     mask: Mask | None = None,
 ) -> Weights:
-    """``Π(λ − γ (Gλ + ρλ))``, projected on the simplex of the present tasks."""
+    """Computes ``Π(λ − γ (Gλ + ρλ))`` on the simplex of the present tasks."""
     slope = jnp.matmul(gramian, shares, precision="highest") + rho * shares
     return project_simplex(shares - gamma * slope, mask)
 
@@ -35,34 +35,36 @@ def modo(
 ) -> Balancer:
     """Multi-objective gradient with double sampling (MoDo).
 
-    ``λ ← Π(λ − γ (J₁J₂ᵀ λ + ρλ))`` on the simplex, then ``d = Σ_i λ_i g_i``: one step
-    per batch towards the min-norm weights (those of MGDA for ``ρ = 0``). The gradients
-    ``J₁`` and ``J₂`` come from two independent batches, which makes the step unbiased:
-    ``update(..., cross_gramian=mtljax.stack.cross_gramian(grads1, grads2))``. The
-    gradients that are combined are a third batch's in the paper. Without
-    ``cross_gramian`` the Gramian of the batch itself stands in, which is biased by the
-    noise on its diagonal.
+    The update is ``d = Σ_i λ_i g_i`` with ``λ ← Π(λ − γ (J₁J₂ᵀ λ + ρλ))``, where Π is
+    the projection onto the simplex. This is one step per batch towards the min-norm
+    weights, which are those of MGDA for ``ρ = 0``. The gradients ``J₁`` and ``J₂`` come
+    from two independent batches, so that the step is unbiased. Pass
+    ``update(..., cross_gramian=mtljax.stack.cross_gramian(grads1, grads2))``. In the
+    paper, ``g_i`` comes from a third batch. Without ``cross_gramian`` the method uses
+    the Gramian of the batch, whose diagonal is biased by the gradient noise.
 
-    **γ has the unit of an inverse squared gradient**: with γ above ``1/‖G‖`` (the
-    largest eigenvalue) λ does not converge but jumps between the vertices, and far
-    below it never leaves uniform. Watch ``state.task_weights``, or bring the gradients
-    to a known length before.
+    **γ has the unit of an inverse squared gradient.** If γ is above ``1/‖G‖``, where
+    ``‖G‖`` is the largest eigenvalue, λ oscillates between the vertices of the simplex.
+    If γ is far below, λ remains nearly uniform. Monitor ``state.task_weights``, or
+    scale the gradients to a known norm first.
 
     Args:
-      num_tasks: T, length of the leading axis of every leaf of the gradients.
-      gamma: γ, step size of λ; 1e-3 as in LibMTL's copy of the authors' code (TorchJD:
-        0.1). Not one value in the paper.
-      rho: ρ ≥ 0, pulls λ to uniform; 0.1 in LibMTL and TorchJD.
-      scale: ``"native"`` and ``"mean"`` are weights on the simplex; ``"sum"``
-        multiplies by the number of tasks.
+      num_tasks: Number of tasks T, or a sequence of T task names.
+      gamma: Step size γ of λ. LibMTL's copy of the authors' code uses 1e-3, and TorchJD
+        0.1. The paper does not use a single value.
+      rho: Regularisation ρ ≥ 0, which moves λ towards uniform weights. LibMTL and
+        TorchJD use 0.1.
+      scale: ``"native"`` and ``"mean"`` are weights on the simplex. ``"sum"``
+        multiplies them by the number of tasks.
 
     Returns:
-      A balancer; needs the Gramian: T backward passes, and 2 T more for the
-      ``cross_gramian`` of two other batches. State: 2 T numbers.
+      A :class:`mtljax.Balancer` that reads the Gramian. A step costs T backward passes,
+      and 2 T more for the ``cross_gramian`` of two other batches. The state has 2 T
+      numbers.
 
     Raises:
-      ValueError: If γ is not positive, ρ negative, or ``cross_gramian`` is not
-        ``[T, T]``.
+      ValueError: If ``gamma`` is not positive, ``rho`` is negative, or the shape of
+        ``cross_gramian`` is not ``[T, T]``.
 
     Examples:
       >>> import jax.numpy as jnp, mtljax

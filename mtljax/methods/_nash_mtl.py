@@ -1,4 +1,4 @@
-"""Nash-MTL: the tasks bargain for a direction."""
+"""Nash-MTL: the Nash bargaining solution of the tasks."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from mtljax.types import Scale, Weights
 class NashMTLState(NamedTuple):
     """State of :func:`nash_mtl`."""
 
-    bargain: Weights  # α of the last solve, before any change of scale
+    bargain: Weights  # α of the last solve, on the native scale
     step: Scalar
     solver: SolverStatus
     task_weights: Weights
@@ -24,32 +24,36 @@ class NashMTLState(NamedTuple):
 def nash_mtl(
     num_tasks: int, *, update_every: int = 1, scale: Scale = "native"
 ) -> Balancer:
-    """The Nash bargaining solution (Nash-MTL).
+    """Nash bargaining solution (Nash-MTL).
 
-    ``α > 0`` with ``Gα = 1/α``, ``d = Σ_i α_i g_i``: proportional fairness among the
-    tasks' gains ``<g_i, d> = 1/α_i > 0``. Scaling a task's loss does not change d.
+    The update is ``d = Σ_i α_i g_i`` with the solution ``α > 0`` of ``Gα = 1/α``, where
+    G is the Gramian. It is proportionally fair: the gains are
+    ``<g_i, d> = 1/α_i > 0``. Scaling a loss does not change d.
 
-    The exact α satisfies ``‖d‖ = √T`` for *every* set of gradients: the length of the
-    update carries no information and the weights grow as gradients shrink. nash-mtl and
-    LibMTL therefore clip the update to norm 1, which always acts; write that as
+    The exact solution satisfies ``‖d‖ = √T`` for *every* set of gradients. The norm of
+    the update therefore contains no information, and the weights increase as the
+    gradients decrease. nash-mtl and LibMTL clip the update to norm 1, which always has
+    an effect. To do the same, use
     ``optax.chain(nash_mtl(T), optax.clip_by_global_norm(1.0), ...)``. Their solver
-    stops early and returns the previous iterate; here the equation is solved to
-    rounding by damped Newton.
+    stops early and returns the previous iterate. Here a damped Newton method solves the
+    equation up to rounding.
 
-    At a Pareto-stationary point there is no solution. The declared fallback are MGDA's
-    weights, whose direction vanishes there; ``state.solver.converged`` is then False.
-    A task with zero gradient gets weight zero.
+    The equation has no solution at a Pareto-stationary point. The weights are then
+    those of MGDA, whose direction vanishes there, and ``state.solver.converged`` is
+    False. The weight of a task with a zero gradient is zero.
 
     Args:
-      num_tasks: T, length of the leading axis of every leaf of the gradients.
-      update_every: Solves at every n-th step and keeps α between (the paper uses 1,
-        and 50 or 100 for reinforcement learning). A task that was absent at the last
-        solve keeps the α of the one before.
-      scale: ``"native"``, or weights normalised to the ``"sum"`` or ``"mean"`` scale,
-        which gives the update a length that follows the gradients.
+      num_tasks: Number of tasks T, or a sequence of T task names.
+      update_every: Number of steps between two solves. The weights α are reused in
+        between. The paper uses 1, and 50 or 100 for reinforcement learning. A task that
+        was absent at the last solve keeps its α of the solve before. See also
+        :func:`mtljax.reuse`, which skips the backward passes.
+      scale: ``"native"``, or weights normalised to the ``"sum"`` or ``"mean"`` scale.
+        With these, the norm of the update depends on the gradients.
 
     Returns:
-      A balancer; needs the Gramian: T backward passes. State: T + 5 numbers.
+      A :class:`mtljax.Balancer` that reads the Gramian. A step costs T backward passes.
+      The state has T + 5 numbers.
 
     Raises:
       ValueError: If ``update_every`` is not positive.

@@ -1,4 +1,4 @@
-"""OL-AUX: learns the weights of auxiliary tasks from what they do for the main one."""
+"""OL-AUX: learns weights of auxiliary tasks for one main task."""
 
 from typing import NamedTuple
 
@@ -14,8 +14,8 @@ class OLAuxState(NamedTuple):
     """State of :func:`ol_aux`."""
 
     learned: Weights
-    gathered: Weights  # Σ <g_m, g_k> since the last change
-    steps: Int[Array, " tasks"]  # of which the sum is made
+    gathered: Weights  # Σ <g_m, g_k> since the last change of the weights
+    steps: Int[Array, " tasks"]  # number of terms in this sum
     task_weights: Weights
 
 
@@ -28,28 +28,32 @@ def ol_aux(
     update_every: int = 5,
     scale: Scale = "native",
 ) -> Balancer:
-    """Online learning of auxiliary weights by their inner product with the main task.
+    """Online learning of auxiliary task weights (OL-AUX).
 
-    ``d = g_m + Σ_{k≠m} w_k g_k`` with ``w_k = 1`` at first and, every N steps,
-    ``w_k <- w_k + β Σ <g_m, g_k>`` over these steps: gradient descent on the main loss
-    one step ahead, whose derivative in ``w_k`` is minus the inner product times the
-    learning rate of the model, which the rule counts in β. The products have the unit
-    of the losses squared, so β must be chosen with them; weights may become negative,
-    as nothing in the rule forbids it. A new weight serves from the next step on.
+    The update is ``d = g_m + Σ_{k≠m} w_k g_k`` for the main task m. The weights start
+    at ``w_k = 1``. Every N steps, ``w_k ← w_k + β Σ <g_m, g_k>`` with the sum over
+    these steps. This is gradient descent on the main loss after one step of the model:
+    its derivative with respect to ``w_k`` is minus the inner product times the learning
+    rate of the model. β includes this learning rate.
 
-    The rule is that of the released code of ForkMerge (its β and N are the defaults),
-    inferred from there: the paper writes the same hypergradient.
+    The inner products have the unit of a squared loss, so choose β accordingly. Weights
+    may become negative. A new weight is used from the next step on. If the main task is
+    absent from a batch, the weights are used unchanged and are not learned.
+
+    The rule and the defaults of β and N are those of the released ForkMerge code
+    (inferred). The paper contains the same hypergradient.
 
     Args:
-      num_tasks: T, length of the leading axis of every leaf of the gradients.
-      main: Index m of the main task, whose weight is one.
-      learning_rate: β.
-      update_every: N, in steps on which the task was present.
-      scale: The native scale is that of the ``"sum"``.
+      num_tasks: Number of tasks T, or a sequence of T task names.
+      main: Index m of the main task, whose weight is 1.
+      learning_rate: Learning rate β of the weights.
+      update_every: Number N of steps between two changes of a weight. Only steps in
+        which the task was present are counted.
+      scale: The native scale is ``"sum"``.
 
     Returns:
-      A balancer; needs the Gramian: T backward passes. State: 3 T numbers. Without the
-      main task in a batch nothing is learned, and the weights are used as they are.
+      A :class:`mtljax.Balancer` that reads the Gramian. A step costs T backward passes.
+      The state has 3 T numbers.
 
     Raises:
       ValueError: If ``main`` is not the index of a task, or ``learning_rate`` or

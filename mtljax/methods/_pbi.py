@@ -1,4 +1,4 @@
-"""Penalty-based boundary intersection: along the preference, at a price beside it."""
+"""PBI: penalises the distance of the losses from a preference direction."""
 
 from typing import NamedTuple
 
@@ -28,10 +28,10 @@ def pbi_weights(
     theta: Number,
     mask: Mask | None = None,
 ) -> Weights:
-    """Gradient of ``d_1 + θ d_2`` in the losses.
+    """Computes the gradient of ``d_1 + θ d_2`` with respect to the losses.
 
-    ``d_1 = (ℓ − z)·r̂`` and ``d_2 = ‖(ℓ − z) − d_1 r̂‖`` with ``r̂ = r/‖r‖``. Where
-    ``d_2`` is zero up to rounding, so is its gradient.
+    ``d_1 = (ℓ − z)·r̂`` and ``d_2 = ‖(ℓ − z) − d_1 r̂‖`` with ``r̂ = r/‖r‖``. If ``d_2``
+    is zero up to rounding, its gradient is set to zero.
     """
     mask = jnp.ones(losses.shape, bool) if mask is None else mask
     size = jnp.sqrt((preference**2).sum())
@@ -56,31 +56,34 @@ def pbi(
 ) -> Balancer:
     """Penalty-based boundary intersection (PBI).
 
-    Descends ``d_1 + θ d_2``: the distance of the losses from the ideal point z along
-    the preference r, and θ times their distance from that line. Its minimum is where
-    the line through z meets the Pareto front (for θ large enough).
+    The objective is ``d_1 + θ d_2``. ``d_1`` is the distance of the losses from the
+    ideal point z along the preference r, and ``d_2`` is their distance from this line.
+    If θ is large enough, the minimum is the intersection of the line with the Pareto
+    front.
 
-    Weights can be negative: a loss too small for its preference is pushed up. On the
-    line the norm ``d_2`` has no gradient; the penalty is left out there.
+    Weights can be negative. The update then increases a loss that is small relative to
+    its preference. On the line, ``d_2`` is not differentiable and the penalty is
+    omitted.
 
     Args:
-      num_tasks: T, length of the leading axis of every leaf of the gradients.
-      theta: θ, not negative; 5 in the paper.
-      preference: r ``[T]``, not negative; equal by default. Only its direction counts,
-        among the tasks present. May be a traced array.
-      ideal: z ``[T]`` or one number, at most the losses; 0 by default (inferred: the
-        paper takes the best values found so far).
-      scale: ``"native"`` are the derivatives, with ``‖r‖ = 1``; ``"mean"`` divides them
-        by the sum of the entries of ``r/‖r‖``, so that θ = 0 is a weighted mean, and
-        ``"sum"`` multiplies that by the number of tasks.
+      num_tasks: Number of tasks T, or a sequence of T task names.
+      theta: Weight θ of the penalty, at least 0. The paper uses 5.
+      preference: Preference r, shape ``[T]``, non-negative, equal by default. Only its
+        direction over the present tasks matters. It may be traced.
+      ideal: Ideal point z, a number or shape ``[T]``, at most the losses. The default 0
+        is inferred. The paper uses the best values found until then.
+      scale: ``"native"`` are the derivatives with ``‖r‖ = 1``. ``"mean"`` divides them
+        by the sum of the entries of ``r/‖r‖``, so that θ = 0 is a weighted mean.
+        ``"sum"`` multiplies this by the number of tasks.
 
     Returns:
-      A balancer; needs ``losses`` and reads the side input ``preference``, which
-      replaces the constant. One backward pass; no state.
+      A :class:`mtljax.Balancer` that reads ``losses`` and the side input
+      ``preference``, which overrides the constant. A step costs one backward pass. The
+      state contains the last task weights only.
 
     Raises:
-      ValueError: If ``theta`` is negative, ``ideal`` or the preference has another
-        length than T, or the preference has a negative entry or none above zero.
+      ValueError: If ``theta`` is negative, the number of ``ideal`` values or of
+        preferences differs from T, a preference is negative, or all are zero.
 
     Examples:
       >>> import jax.numpy as jnp, mtljax
@@ -106,7 +109,7 @@ def pbi(
         chosen = present_preference("pbi", constant, preference, mask, losses.dtype)
         weights = pbi_weights(losses, chosen, origin, theta, mask)
         if scale != "native":
-            # `chosen` sums to 1, so its length is one over the sum of r/‖r‖.
+            # `chosen` sums to 1, so its norm is the reciprocal of the sum of r/‖r‖.
             weights = weights * jnp.sqrt((chosen**2).sum())
         return weights, state
 

@@ -1,4 +1,4 @@
-"""PCD: the main gradient, corrected such that every other task keeps a share."""
+"""PCD: the main gradient with constraints on the gains of other tasks."""
 
 from typing import NamedTuple
 
@@ -30,17 +30,17 @@ def pcd_weights(
     tau: Weights,
     mask: Mask | None = None,
 ) -> tuple[Weights, SolverStatus]:
-    """Weights of ``d̃ ‖g_m‖/‖d̃‖``, d̃ the projection of the scaled main gradient.
+    """Computes the weights of ``d̃ ‖g_m‖/‖d̃‖`` for the projection d̃ of ``g̃_m``.
 
     ``d̃ = argmin ½‖d − g̃_m‖²`` subject to ``<g̃_j, d> ≥ τ_j ‖g̃_j‖²`` for all other
-    tasks, with ``g̃_i = s_i g_i``. If no d meets the constraints, ``d̃ = g̃_m``.
+    tasks, with ``g̃_i = s_i g_i``. If no d satisfies the constraints, ``d̃ = g̃_m``.
     """
     num, dtype = gramian.shape[0], gramian.dtype
     eps = jnp.finfo(dtype).eps
     mask = jnp.ones(num, bool) if mask is None else mask
     tasks = jnp.arange(num)
     scaled = gramian * scales[:, None] * scales[None, :]
-    # Conditions of a QP are relative: bring the largest entry to one.
+    # The tolerance below is absolute, so scale the largest entry to one.
     size = jnp.max(jnp.abs(jnp.diagonal(scaled)), initial=0)
     scaled = scaled / jnp.where(size > 0, size, 1)
     squares = jnp.diagonal(scaled)
@@ -51,7 +51,7 @@ def pcd_weights(
     weights = first + jnp.where(others, solution.x, 0)
     slope = jnp.matmul(scaled, weights, precision="highest")
     short = jnp.where(others, wanted - slope, -jnp.inf)
-    # The dual of constraints that exclude each other is unbounded.
+    # If the constraints are infeasible, the dual problem is unbounded.
     tolerance = jnp.maximum(1e-6, 8 * eps) if dtype == jnp.float32 else 1e-9
     unmet = jnp.max(short, initial=-jnp.inf) > tolerance
     feasible = ~unmet & jnp.isfinite(weights).all()
@@ -79,33 +79,35 @@ def pcd(
 ) -> Balancer:
     """Priority-constrained descent (PCD).
 
-    With the gradients scaled to about unit length, ``g̃_i = g_i/√(v̂_i + ε)`` with
-    ``v̂_i`` the bias-corrected moving average of ``‖g_i‖²``, the direction is the vector
-    nearest to the main task's ``g̃_m`` that leaves every other task a share,
-    ``<g̃_j, d> ≥ τ_j ‖g̃_j‖²``. The update has the norm of ``g_m``.
+    The gradients are scaled to a norm of about 1, ``g̃_i = g_i/√(v̂_i + ε)``, where
+    ``v̂_i`` is the bias-corrected moving average of ``‖g_i‖²``. The direction is the
+    vector d nearest to the scaled main gradient ``g̃_m`` that satisfies
+    ``<g̃_j, d> ≥ τ_j ‖g̃_j‖²`` for all other tasks j. The update has the norm of
+    ``g_m``.
 
-    If the constraints exclude each other (possible for T ≥ 3), the update is ``g_m``
-    and ``state.solver.converged`` is False, as in TorchJD. If ``g_m`` or the direction
-    is zero, or the main task is absent, the update is zero. A task of zero gradient has
-    no constraint.
+    If the constraints are infeasible, which is possible for T ≥ 3, the update is
+    ``g_m`` and ``state.solver.converged`` is False, as in TorchJD. If ``g_m`` or the
+    direction is zero, or if the main task is absent, the update is zero. A task with a
+    zero gradient has no constraint.
 
-    ε is added to a squared norm: the scaling has no effect on gradients with a norm far
-    below 1e-4. With the default decay the average has a memory of 1000 steps; use a
-    smaller one where norms change faster.
+    ε is added to a squared norm, so the scaling has no effect on gradients with a norm
+    far below 1e-4. With the default decay, the average has a time constant of 1000
+    steps. Use a smaller decay if the norms change faster.
 
     Args:
-      num_tasks: T, length of the leading axis of every leaf of the gradients.
+      num_tasks: Number of tasks T, or a sequence of T task names.
       main: Index m of the main task.
-      tau: τ ≥ 0, for all other tasks or one per task ``[T]`` (the main task's is not
-        used). The default, like the two that follow, is that of TorchJD.
-      decay: β of the moving average, in [0, 1).
-      eps: ε > 0.
-      scale: ``"native"``: the norm of the main gradient. ``"sum"`` and ``"mean"``
-        normalise the weights to add up to the number of present tasks, or to 1.
+      tau: Constraint level τ ≥ 0, one number or shape ``[T]``. The entry of the main
+        task is not used. The defaults of ``tau``, ``decay`` and ``eps`` are those of
+        TorchJD.
+      decay: Decay β of the moving average, in [0, 1).
+      eps: Constant ε > 0.
+      scale: ``"native"`` is the norm of the main gradient. ``"sum"`` normalises the
+        weights to sum to the number of present tasks, and ``"mean"`` to 1.
 
     Returns:
-      A balancer; needs the Gramian: T backward passes and one small QP. State: 2 T
-      numbers and the status of the solver.
+      A :class:`mtljax.Balancer` that reads the Gramian. A step costs T backward passes
+      and one small QP. The state has 2 T numbers and the solver status.
 
     Raises:
       ValueError: If ``main`` is not the index of a task, or ``tau``, ``decay`` or

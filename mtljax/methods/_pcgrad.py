@@ -1,4 +1,4 @@
-"""PCGrad: remove from each task gradient what conflicts with the others."""
+"""PCGrad: projects each gradient to remove conflicts with the others."""
 
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -22,10 +22,11 @@ class PCGradState(NamedTuple):
 def pcgrad_weights(
     gramian: Gramian, orders: Int[Array, "tasks tasks"], mask: Mask | None = None
 ) -> Weights:
-    """Weights ``w`` such that PCGrad's direction is ``Σ_i w_i g_i``.
+    """Computes weights ``w`` such that the PCGrad update is ``Σ_i w_i g_i``.
 
-    ``orders[i]`` is the order in which task i meets the others. Each projected
-    gradient is a combination of the originals, so T coefficients describe it.
+    ``orders[i]`` is the order in which gradient i is compared with the others. A
+    projected gradient is a linear combination of the original gradients and is
+    represented by T coefficients.
     """
     num_tasks = gramian.shape[0]
     mask = jnp.ones(num_tasks, bool) if mask is None else mask
@@ -53,25 +54,28 @@ def pcgrad(
     order: Order = "random",
     scale: Scale = "native",
 ) -> Balancer:
-    """Projecting conflicting gradients (Algorithm 1 of the paper).
+    """Projecting conflicting gradients (PCGrad), Algorithm 1 of the paper.
 
-    Every gradient ``g_i`` visits the others in random order and, where
-    ``<g_i', g_j> < 0``, loses its component along the *original* ``g_j``:
+    Each gradient ``g_i`` is compared with the others in random order. If
+    ``<g_i', g_j> < 0``, the component along the *original* ``g_j`` is removed:
     ``g_i' -= <g_i', g_j>/‖g_j‖² g_j``. The update is ``Σ_i g_i'``.
 
-    Codebases differ: the order is drawn per task here, as in the paper, TorchJD and
-    LibMTL (SamsungLabs' and metaworld's code share one); a gradient never meets itself.
+    Codebases differ in the order. Here it is sampled for each task, as in the paper,
+    TorchJD and LibMTL. The code of SamsungLabs and metaworld uses one order for all
+    tasks. A gradient is never compared with itself.
 
     Args:
-      num_tasks: T, length of the leading axis of every leaf of the gradients.
-      key: Seeds the random order; lives in the state.
-      order: ``"fixed"`` visits tasks 0, 1, … instead (deterministic).
-      scale: ``"native"`` and ``"sum"`` add the projected gradients (paper, LibMTL,
-        nash-mtl, TorchJD); ``"mean"`` averages them (CAGrad's code).
+      num_tasks: Number of tasks T, or a sequence of T task names.
+      key: Key of ``jax.random`` for the order of the tasks, stored in the state.
+      order: ``"random"`` samples an order for each task. ``"fixed"`` uses the order 0,
+        1, …, which is deterministic.
+      scale: ``"native"`` and ``"sum"`` sum the projected gradients, as in the paper,
+        LibMTL, nash-mtl and TorchJD. ``"mean"`` averages them, as in the CAGrad code.
 
     Returns:
-      A balancer; needs the Gramian: T backward passes and O(T³) scalar work. State:
-      the key. The update conflicts with no task for T = 2; for T ≥ 3 it may.
+      A :class:`mtljax.Balancer` that reads the Gramian. A step costs T backward passes
+      and O(T³) scalar operations. The state contains the key. For T = 2 the update
+      conflicts with no task. For T ≥ 3 it may.
 
     Examples:
       >>> import jax, jax.numpy as jnp, mtljax

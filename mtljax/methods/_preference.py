@@ -1,4 +1,4 @@
-"""Vectors ``[T]`` of the user, such as preferences, restricted to a batch."""
+"""Vectors ``[T]`` of the user, such as preferences, for the present tasks."""
 
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from mtljax.types import Mask, Weights
 
 TaskVector: TypeAlias = Sequence[Any] | Float[Array, " tasks"] | np.ndarray
-# A concrete vector is kept on the host in float64, and cast where it is used.
+# A concrete vector is stored on the host in float64 and cast at use.
 HostVector: TypeAlias = Float[np.ndarray, " tasks"]
 
 
@@ -26,7 +26,7 @@ def _as_array(values: Any) -> Array | np.ndarray:
 def task_vector(
     name: str, argument: str, num_tasks: int, values: Any
 ) -> Weights | HostVector:
-    """``values`` as floats ``[num_tasks]``; a single number stands for all tasks.
+    """Returns ``values`` as floats ``[num_tasks]``. One number applies to all tasks.
 
     Raises:
       ValueError: If the number of entries is not T.
@@ -45,11 +45,11 @@ def task_vector(
 def constant_preference(
     name: str, num_tasks: int, preference: Any
 ) -> Weights | HostVector | None:
-    """The preference of the construction, None where there is none.
+    """Returns the preference that was passed to the factory, or None.
 
     Raises:
-      ValueError: If its shape is not ``[T]``, or a concrete preference has an entry
-        that is negative or not finite, or no positive entry.
+      ValueError: If its shape is not ``[T]``, or a concrete preference has a negative
+        or non-finite entry or no positive entry.
     """
     if preference is None:
         return None
@@ -80,19 +80,19 @@ def present_preference(
     mask: Mask,
     dtype: Any,
 ) -> Weights:
-    """The preference of this step over the present tasks, summing to 1.
+    """Returns the preference of this step, normalised over the present tasks.
 
     Args:
-      name: Method on whose behalf it is checked.
-      constant: Preference of the construction, None for equal preferences.
-      given: Preference of this step, which replaces it; None when there is none.
-      mask: Tasks present.
-      dtype: Of the result.
+      name: Name of the method, for the error message.
+      constant: Preference that was passed to the factory. None means equal preferences.
+      given: Preference of this step, which overrides ``constant``. None if not given.
+      mask: Present tasks, shape ``[T]``.
+      dtype: Dtype of the result.
 
     Returns:
-      ``[T]``, zero for absent tasks, and zero throughout if none that is present is
-      preferred. An entry of ``given`` that is negative or not finite gives NaN, and so
-      a step that is not applied.
+      The preference of shape ``[T]``, which sums to 1 and is zero for absent tasks. It
+      is zero if the preferences of all present tasks are zero. A negative or non-finite
+      entry of ``given`` becomes NaN, so that the step is not applied.
     """
     if given is not None:
         chosen = jnp.asarray(given).astype(dtype)

@@ -1,4 +1,4 @@
-"""Random gradient weighting: random weights on the shared gradients only."""
+"""RGW: random weights of the gradients of the shared parameters."""
 
 from typing import NamedTuple
 
@@ -21,31 +21,34 @@ class RandomGradientWeightingState(NamedTuple):
 def random_gradient_weighting(
     num_tasks: int, *, key: PRNGKeyArray, scale: Scale = "native"
 ) -> Balancer:
-    """Random weights on the gradients of the shared parameters (RGW).
+    """Random gradient weighting of the shared parameters (RGW).
 
-    ``d = Σ_i w_i g_i`` with ``w = softmax(z)``, ``z ~ N(0, I)`` redrawn at every step:
-    on the gradients that a balancer sees, the same rule as
-    :func:`mtljax.random_loss_weighting`. The two differ in what the parameters *owned*
-    by a task receive. RLW multiplies the losses, so a head gets ``w_i`` times its
-    gradient; RGW replaces the gradients of the shared parameters, and a head gets the
-    gradient of its own loss unchanged. With :func:`mtljax.value_and_balanced_grad`::
+    The update is ``d = Σ_i w_i g_i`` with ``w = softmax(z)``, where ``z ~ N(0, I)`` is
+    sampled at every step. For stacked gradients the rule is that of
+    :func:`mtljax.random_loss_weighting`. The methods differ in the gradients of the
+    task-specific parameters. RLW multiplies the losses, so a head receives ``w_i``
+    times its gradient. RGW replaces the gradients of the shared parameters only, so a
+    head receives the gradient of its own loss. With
+    :func:`mtljax.value_and_balanced_grad`::
 
         RGW: value_and_balanced_grad(f, random_gradient_weighting(...), labels=labels)
         RLW: value_and_balanced_grad(f, random_loss_weighting(...), labels=labels,
                                      heads="weighted")
 
-    Without ``labels`` every parameter counts as shared, and there is no difference.
+    Without ``labels`` every parameter is shared, and the methods are identical.
 
     Args:
-      num_tasks: T, length of the leading axis of every leaf of the gradients.
-      key: Seeds the weights; lives in the state.
-      scale: ``"native"`` and ``"mean"`` are weights that sum to 1 (paper, LibMTL,
-        TorchJD's ``Random``); ``"sum"`` multiplies by the number of tasks.
+      num_tasks: Number of tasks T, or a sequence of T task names.
+      key: Key of ``jax.random`` for the weights, stored in the state.
+      scale: ``"native"`` and ``"mean"`` are weights that sum to 1, as in the paper,
+        LibMTL and ``Random`` of TorchJD. ``"sum"`` multiplies them by the number of
+        tasks.
 
     Returns:
-      A balancer; reads nothing. One backward pass (LibMTL makes T: as the weights do
-      not depend on the gradients, the weighted sum is the gradient of one loss), and
-      one through the heads alone; state: the key.
+      A :class:`mtljax.Balancer` that reads neither the losses nor the gradients. A step
+      costs one backward pass, and one more through the heads only. The weights do not
+      depend on the gradients, so the weighted sum is the gradient of one loss, whereas
+      LibMTL runs T backward passes. The state contains the key.
 
     Examples:
       >>> import jax, jax.numpy as jnp, mtljax

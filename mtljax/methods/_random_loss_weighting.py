@@ -1,4 +1,4 @@
-"""Random loss weighting: weights drawn anew at every step."""
+"""RLW: random task weights that are sampled at every step."""
 
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ class RandomLossWeightingState(NamedTuple):
 
 
 def random_weights(logits: Float[Array, " tasks"], mask: Mask | None = None) -> Weights:
-    """Softmax of the logits over the present tasks."""
+    """Computes the softmax of the logits over the present tasks."""
     return jax.nn.softmax(logits, where=mask)
 
 
@@ -26,23 +26,27 @@ def random_weights(logits: Float[Array, " tasks"], mask: Mask | None = None) -> 
 def random_loss_weighting(
     num_tasks: int, *, key: PRNGKeyArray, scale: Scale = "native"
 ) -> Balancer:
-    """Weights ``softmax(z)`` with ``z ~ N(0, I)`` redrawn at every step (RLW).
+    """Random loss weighting (RLW).
 
-    ``d = Σ_i w_i g_i``, ``E[w_i] = 1/T``: equal weighting with noise, and the control
-    that any learned weighting has to beat.
+    The update is ``d = Σ_i w_i g_i`` with ``w = softmax(z)``, where ``z ~ N(0, I)`` is
+    sampled at every step. Since ``E[w_i] = 1/T``, the method is equal weighting with
+    noise. It is a control experiment for every method that learns weights.
 
-    With ``labels`` and the default ``heads="own"`` the heads keep their own gradients,
-    which is :func:`random_gradient_weighting`; the paper's rule, which weighs the
-    losses, is ``heads="weighted"``.
+    With ``labels`` and the default ``heads="own"``, the task-specific parameters
+    receive the gradients of their own losses. This is
+    :func:`random_gradient_weighting`. The rule of the paper weights the losses, which
+    is ``heads="weighted"``.
 
     Args:
-      num_tasks: T, length of the leading axis of every leaf of the gradients.
-      key: Seeds the weights; lives in the state.
-      scale: ``"native"`` and ``"mean"`` are weights that sum to 1 (paper, LibMTL,
-        nash-mtl, TorchJD); ``"sum"`` multiplies by the number of tasks (IGB's code).
+      num_tasks: Number of tasks T, or a sequence of T task names.
+      key: Key of ``jax.random`` for the weights, stored in the state.
+      scale: ``"native"`` and ``"mean"`` are weights that sum to 1, as in the paper,
+        LibMTL, nash-mtl and TorchJD. ``"sum"`` multiplies them by the number of tasks,
+        as in the IGB code.
 
     Returns:
-      A balancer; reads nothing; one backward pass; state: the key.
+      A :class:`mtljax.Balancer` that reads neither the losses nor the gradients. A step
+      costs one backward pass. The state contains the key.
 
     Examples:
       >>> import jax, jax.numpy as jnp, mtljax

@@ -1,4 +1,4 @@
-"""The list of all methods: what documentation, tests and experiments iterate over."""
+"""The table of all methods, for documentation, tests and experiments."""
 
 import difflib
 import functools
@@ -55,27 +55,36 @@ class Method(NamedTuple):
     """A row of the table of methods."""
 
     factory: Callable[..., Balancer]
-    label: str  # the acronym that tables of the field print
+    label: str  # acronym in the literature
     family: str  # "loss balancing" or "gradient balancing"
-    source: str  # arXiv id, or venue where there is none
-    cost: str  # in passes over the network, T tasks
-    state: str  # numbers kept between steps
-    promise: str  # one line: what it guarantees, or is
+    source: str  # arXiv id, or the venue if there is none
+    cost: str  # passes through the network for T tasks
+    state: str  # size of the state, in numbers
+    promise: str  # one-line summary or guarantee
 
     @property
     def name(self) -> str:
-        """Name of the factory."""
+        """Returns the name of the factory."""
         return self.factory.__name__
 
     @property
     def random(self) -> bool:
-        """Whether the factory takes a ``key``."""
+        """Returns whether the factory has an argument ``key``."""
         return "key" in inspect.signature(self.factory).parameters
 
     def build(
         self, num_tasks: int, *, key: PRNGKeyArray | None = None, **options: Any
     ) -> Balancer:
-        """The balancer; ``key`` is passed on to the methods that draw numbers."""
+        """Builds the balancer. ``key`` is passed to methods that sample numbers.
+
+        Args:
+          num_tasks: Number of tasks T.
+          key: Key of ``jax.random``, required by random methods.
+          **options: Further arguments of the factory.
+
+        Returns:
+          A :class:`mtljax.Balancer`.
+        """
         if self.random:
             options["key"] = key
         return self.factory(num_tasks, **options)
@@ -91,56 +100,62 @@ _ONE, _TWO, _ALL = (
 METHODS: dict[str, Method] = {
     m.name: m
     for m in (
-        Method(linear, "LS", _LOSS, "2209.11379", _ONE, "0", "constant weights; the baseline to tune"),
+        Method(linear, "LS", _LOSS, "2209.11379", _ONE, "0", "constant weights; the first baseline to tune"),
         Method(scale_invariant, "SI", _LOSS, "2202.01017", _ONE, "0", "invariant to the unit of each loss"),
         Method(random_loss_weighting, "RLW", _LOSS, "2111.10603", _ONE, "key", "equal weights in expectation"),
         Method(uncertainty, "UW", _LOSS, "1705.07115", _ONE, "4T", "learned noise variance per task"),
-        Method(dwa, "DWA", _LOSS, "1803.10704", _ONE, "5T", "more weight to losses that fall least"),
-        Method(famo, "FAMO", _LOSS, "2306.03792", _TWO, "6T", "equal relative improvement, in the long run"),
+        Method(dwa, "DWA", _LOSS, "1803.10704", _ONE, "5T", "larger weights for losses that decrease least"),
+        Method(famo, "FAMO", _LOSS, "2306.03792", _TWO, "6T", "equal relative decrease of all losses over time"),
         Method(geometric_mean, "GLS", _LOSS, "1904.08492", _ONE, "0", "minimises the geometric mean of the losses"),
-        Method(imtl_l, "IMTL-L", _LOSS, "ICLR 2021", _ONE, "4T", "learns scales that make all losses one"),
+        Method(imtl_l, "IMTL-L", _LOSS, "ICLR 2021", _ONE, "4T", "learns scales such that all scaled losses are one"),
         Method(gradnorm, "GradNorm", _LOSS, "1711.02257", _ALL, "6T", "larger gradients for tasks that train slower"),
-        Method(gradient_norm_weighting, "grad-norm", _LOSS, "2308.08468", _ALL, "2T", "all weighted gradients of the mean length, slowly"),
+        Method(gradient_norm_weighting, "grad-norm", _LOSS, "2308.08468", _ALL, "2T", "equal norms of all weighted gradients, averaged over time"),
         Method(stch, "STCH", _LOSS, "2402.19078", _ONE, "2T", "a smooth maximum of the losses"),
-        Method(cosmos, "COSMOS", _LOSS, "2103.13392", _ONE, "0", "draws the losses towards a preference"),
-        Method(pbi, "PBI", _LOSS, "TEVC 2007", _ONE, "0", "follows the line of a preference"),
-        Method(excess_mtl, "ExcessMTL", _LOSS, "2402.02009", _ALL, "T copies + 3T", "weight by excess risk; robust to label noise"),
-        Method(igb_v1, "IGBv1", _LOSS, "2307.15429", _ONE, "4T", "log losses, weighed by how far each has to fall"),
-        Method(igb_v2, "IGBv2", _LOSS, "2307.15429", _ONE, "agent, 1e4 (5T + 1)", "log losses, weighed by a soft actor-critic"),
+        Method(cosmos, "COSMOS", _LOSS, "2103.13392", _ONE, "0", "penalises the angle between losses and a preference"),
+        Method(pbi, "PBI", _LOSS, "TEVC 2007", _ONE, "0", "penalises the distance of the losses from a preference line"),
+        Method(excess_mtl, "ExcessMTL", _LOSS, "2402.02009", _ALL, "T copies + 3T", "weights from excess risks; robust to label noise"),
+        Method(igb_v1, "IGBv1", _LOSS, "2307.15429", _ONE, "4T", "log losses, weighted by their improvable gaps"),
+        Method(igb_v2, "IGBv2", _LOSS, "2307.15429", _ONE, "agent, 1e4 (5T + 1)", "log losses, weighted by a soft actor-critic"),
         Method(mgda, "MGDA", _GRAD, "1810.04650", _ALL, "0", "no task gets worse; zero at Pareto stationarity"),
         Method(pcgrad, "PCGrad", _GRAD, "2001.06782", _ALL, "key", "no conflict for T = 2"),
         Method(imtl_g, "IMTL-G", _GRAD, "ICLR 2021", _ALL, "0", "equal projections on all task gradients"),
         Method(cagrad, "CAGrad", _GRAD, "2110.14048", _ALL, "0", "best worst-case gain within c‖g₀‖ of the mean"),
         Method(nash_mtl, "Nash-MTL", _GRAD, "2202.01017", _ALL, "T", "proportional fairness; invariant to loss scale"),
-        Method(random_gradient_weighting, "RGW", _GRAD, "2111.10603", _ONE, "key", "RLW that spares the heads"),
+        Method(random_gradient_weighting, "RGW", _GRAD, "2111.10603", _ONE, "key", "RLW on the shared parameters only"),
         Method(gradvac, "GradVac", _GRAD, "2010.05874", _ALL, "key, T²", "cosines kept at their running mean"),
-        Method(fairgrad, "FairGrad", _GRAD, "2402.15638", _ALL, "0", "alpha-fair gains, all of them positive"),
-        Method(aligned_mtl, "Aligned-MTL", _GRAD, "2305.19000", _ALL, "0", "gradients made orthogonal and of one length"),
+        Method(fairgrad, "FairGrad", _GRAD, "2402.15638", _ALL, "0", "alpha-fair gains of all tasks, all positive"),
+        Method(aligned_mtl, "Aligned-MTL", _GRAD, "2305.19000", _ALL, "0", "nearest orthogonal gradients of equal norm"),
         Method(upgrad, "UPGrad", _GRAD, "2406.16232", _ALL, "0", "no task gets worse; linear in each gradient"),
-        Method(dualproj, "DualProj", _GRAD, "1706.08840", _ALL, "0", "nearest to the mean that makes no task worse"),
-        Method(conflict_free, "ConFIG", _GRAD, "2408.11104", _ALL, "0", "equal angle to every task gradient"),
-        Method(sdmgrad, "SDMGrad", _GRAD, "2305.18409", _ALL, "2T", "min-norm direction, pulled to the mean gradient"),
-        Method(modo, "MoDo", _GRAD, "2305.20057", _ALL, "2T", "one step to the min-norm weights per batch"),
-        Method(moco, "MoCo", _GRAD, "2210.12624", _ALL, "T copies + 3T", "min-norm step on tracked gradients"),
-        Method(db_mtl, "DB-MTL", _GRAD, "2308.12029", _ALL, "T copies + 3T", "log losses; all gradients of equal length"),
+        Method(dualproj, "DualProj", _GRAD, "1706.08840", _ALL, "0", "nearest vector to the mean gradient that makes no task worse"),
+        Method(conflict_free, "ConFIG", _GRAD, "2408.11104", _ALL, "0", "equal angles to all task gradients"),
+        Method(sdmgrad, "SDMGrad", _GRAD, "2305.18409", _ALL, "2T", "min-norm direction, regularised to the mean gradient"),
+        Method(modo, "MoDo", _GRAD, "2305.20057", _ALL, "2T", "one step towards the min-norm weights per batch"),
+        Method(moco, "MoCo", _GRAD, "2210.12624", _ALL, "T copies + 3T", "min-norm weights of averaged gradients"),
+        Method(db_mtl, "DB-MTL", _GRAD, "2308.12029", _ALL, "T copies + 3T", "log losses; all gradients of equal norm"),
         Method(graddrop, "GradDrop", _GRAD, "2010.06808", _ALL, "key", "one sign per coordinate; the sum in expectation"),
-        Method(gcs, "GCS", _GRAD, "1812.02224", _ALL, "0", "auxiliary tasks count where they agree with the main one"),
-        Method(pcd, "PCD", _GRAD, "2606.29521", _ALL, "2T", "nearest to the main gradient that leaves a share to every other task"),
+        Method(gcs, "GCS", _GRAD, "1812.02224", _ALL, "0", "auxiliary gradients with a positive cosine to the main one"),
+        Method(pcd, "PCD", _GRAD, "2606.29521", _ALL, "2T", "nearest vector to the main gradient with a minimal gain for every other task"),
         Method(ol_aux, "OL-AUX", _GRAD, "NeurIPS 2019", _ALL, "3T", "auxiliary weights learned for the main task"),
-        Method(krum, "Krum", _GRAD, "1703.02757", _ALL, "0", "the gradient nearest to most of the others"),
-        Method(trimmed_mean, "TrimmedMean", _GRAD, "1803.01498", _ALL, "0", "coordinate-wise mean without the extremes"),
+        Method(krum, "Krum", _GRAD, "1703.02757", _ALL, "0", "the gradient nearest to most other gradients"),
+        Method(trimmed_mean, "TrimmedMean", _GRAD, "1803.01498", _ALL, "0", "coordinate-wise mean without the extreme entries"),
     )
 }  # fmt: skip
 
 
 def get_method(name: str) -> Method:
-    """The row of a method by the name of its factory, or by its label in tables.
+    """Returns the table row of a method by the name of its factory or by its label.
 
-    Case, hyphens, underscores and spaces do not matter: ``"PCGrad"``, ``"nash-mtl"``
-    and ``"nash_mtl"`` are found.
+    Case, hyphens, underscores and spaces are ignored, so that ``"PCGrad"``,
+    ``"nash-mtl"`` and ``"nash_mtl"`` are valid names.
+
+    Args:
+      name: Name or label of the method.
+
+    Returns:
+      A :class:`mtljax.methods.Method`.
 
     Raises:
-      ValueError: If no method has this name; the closest names are given.
+      ValueError: If no method has this name. The message contains similar names.
 
     Examples:
       >>> get_method("Nash-MTL").name
@@ -162,26 +177,26 @@ def _plain(name: str) -> str:
 
 @functools.cache
 def _names() -> dict[str, str]:
-    """Plain names and labels of all methods, with the names of the factories."""
+    """Maps the plain names and labels of all methods to the names of the factories."""
     labels = {_plain(method.label): name for name, method in METHODS.items()}
     return labels | {_plain(name): name for name in METHODS}
 
 
 def source_link(source: str) -> str:
-    """A link to arXiv where the source is its id; else the venue as it is."""
+    """Returns a link to arXiv if the source is an arXiv id, else the venue."""
     number = source[:4].isdigit()
     return f"[{source}](https://arxiv.org/abs/{source})" if number else source
 
 
 def methods_table() -> str:
-    """The Markdown table of all methods, as the README prints it.
+    """Returns the Markdown table of all methods that the README contains.
 
     Examples:
       >>> print(methods_table().splitlines()[2][:26])
       | `linear` | LS | [2209.11
     """
     lines = [
-        "| name | in tables | source | reads | cost of a step | state | what it is |",
+        "| name | label | source | reads | cost of a step | state | summary |",
         "|:--|:--|:--|:--|:--|:--|:--|",
     ]
     for method in METHODS.values():

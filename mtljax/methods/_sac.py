@@ -1,8 +1,8 @@
-"""A soft actor-critic whose action is a vector of task weights, for IGBv2.
+"""Soft actor-critic with task weights as actions, for IGBv2.
 
-Everything is a pure function of pytrees. One state of the environment is the vector
-of task losses ``[T]``; one action ``[T]`` is positive and sums to the number of
-present tasks, ``n softmax(u)`` with ``u`` Gaussian.
+All functions are pure functions of pytrees. A state of the environment is the vector of
+the task losses ``[T]``. An action is ``n softmax(u)`` with Gaussian ``u``, a positive
+vector ``[T]`` that sums to the number n of present tasks.
 """
 
 import functools
@@ -25,25 +25,25 @@ LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0
 
 
 class Transition(NamedTuple):
-    """One step of the environment; with a leading axis, many."""
+    """One step of the environment, or several with a leading axis."""
 
     losses: Float[Array, "*rows tasks"]
     weights: Float[Array, "*rows tasks"]
     reward: Float[Array, "*rows"]
     next_losses: Float[Array, "*rows tasks"]
-    present: Array  # bool: tasks that `weights` weigh
-    next_present: Array  # bool: tasks that the next action weighs
+    present: Array  # bool: present tasks, to which `weights` apply
+    next_present: Array  # bool: present tasks of the next action
 
 
 class Memory(NamedTuple):
-    """A ring of transitions."""
+    """A replay buffer of transitions."""
 
-    rows: Transition  # every leaf leads with the capacity
-    written: Int[Array, ""]  # transitions ever written
+    rows: Transition  # every leaf has a leading axis of length capacity
+    written: Int[Array, ""]  # number of transitions ever written
 
 
 class Agent(NamedTuple):
-    """Networks, temperature and the three optimisers of the agent."""
+    """Networks, temperature and the three optimizer states of the agent."""
 
     actor: Layers  # T -> 2 T: means and log standard deviations
     critics: tuple[Layers, Layers]  # 2 T -> 1
@@ -55,9 +55,9 @@ class Agent(NamedTuple):
 
 
 def init_mlp(key: PRNGKeyArray, sizes: Sequence[int]) -> Layers:
-    """Dense layers that start uniform in ``±1/√fan_in``, as in PyTorch."""
+    """Initialises dense layers uniformly in ``±1/√fan_in``, as in PyTorch."""
     pairs = list(itertools.pairwise(sizes))
-    # One draw for all of them: it is drawing that takes time to compile.
+    # One call for all layers, because sampling dominates the compile time.
     total = sum((fan_in + 1) * fan_out for fan_in, fan_out in pairs)
     numbers = jax.random.uniform(key, (total,), jnp.float32, -1, 1)
     layers, at = [], 0
@@ -79,12 +79,12 @@ def mlp(
     return x
 
 
-# One program for all agents of a shape, where steps are not jitted either.
+# One program for all agents of a shape, also if the caller does not use jit.
 @functools.partial(jax.jit, static_argnames=("num_tasks", "hidden"))
 def init_networks(
     key: PRNGKeyArray, num_tasks: int, hidden: tuple[int, ...]
 ) -> tuple[Layers, Layers, Layers]:
-    """The actor and two critics."""
+    """Initialises the actor and two critics."""
     keys = jax.random.split(key, 3)
     outgoing = (num_tasks, *hidden, 2 * num_tasks)
     sizes = (outgoing, *2 * ((2 * num_tasks, *hidden, 1),))
@@ -101,7 +101,7 @@ def init_agent(
     initial_temperature: Number,
     optimizer: optax.GradientTransformation,
 ) -> Agent:
-    """A fresh agent; the targets start as the critics."""
+    """Initialises an agent. The target critics are equal to the critics."""
     actor, *critics = init_networks(key, num_tasks, tuple(hidden))
     critics = (critics[0], critics[1])
     log_temperature = jnp.log(jnp.asarray(initial_temperature, jnp.float32))
@@ -117,7 +117,7 @@ def init_agent(
 
 
 def init_memory(num_tasks: int, capacity: int) -> Memory:
-    """An empty ring of ``capacity`` transitions, ``capacity (5 T + 1)`` numbers."""
+    """Returns an empty replay buffer with ``capacity (5 T + 1)`` numbers."""
     zeros = jnp.zeros((capacity, num_tasks), jnp.float32)
     nobody = jnp.zeros((capacity, num_tasks), bool)
     reward = jnp.zeros(capacity, jnp.float32)
@@ -126,9 +126,10 @@ def init_memory(num_tasks: int, capacity: int) -> Memory:
 
 
 def write(memory: Memory, row: Transition, keep: Scalar) -> Memory:
-    """Writes one transition over the oldest, if ``keep``.
+    """Replaces the oldest transition by a new one, if ``keep``.
 
-    The choice is made on the row: a choice between two whole rings would copy one.
+    The selection is between two rows, because a selection between two buffers would
+    copy one of them.
     """
     at = memory.written % memory.rows.reward.shape[0]
     rows = jax.tree.map(
@@ -140,29 +141,29 @@ def write(memory: Memory, row: Transition, keep: Scalar) -> Memory:
 
 
 def stored(memory: Memory) -> Int[Array, ""]:
-    """Transitions in the ring."""
+    """Returns the number of stored transitions."""
     return jnp.minimum(memory.written, memory.rows.reward.shape[0])
 
 
 def draw(
     key: PRNGKeyArray, memory: Memory, shape: tuple[int, ...]
 ) -> Int[Array, "..."]:
-    """Indices of stored transitions, uniformly with replacement."""
-    # Of 2^32 numbers the remainder favours no row by more than capacity / 2^32.
+    """Samples indices of stored transitions uniformly with replacement."""
+    # The remainder of 32 random bits favours no row by more than capacity / 2^32.
     bits = jax.random.bits(key, shape, jnp.uint32)
     at = bits % jnp.maximum(stored(memory), 1).astype(jnp.uint32)
     return at.astype(jnp.int32)
 
 
 def take(memory: Memory, at: Int[Array, " rows"]) -> Transition:
-    """The transitions at these indices of the ring."""
+    """Returns the transitions at the given indices of the buffer."""
     return jax.tree.map(
         lambda ring: ring.at[at].get(mode="promise_in_bounds"), memory.rows
     )
 
 
 def free_logits(present: Array, density: Density) -> Array:
-    """The logits that are drawn: all of the present tasks, or all but the last."""
+    """Returns the sampled logits: all present tasks, or all but the last one."""
     if density == "tanh_compat":
         return present
     later = jnp.flip(jnp.cumsum(jnp.flip(present, -1), -1), -1)
@@ -172,22 +173,23 @@ def free_logits(present: Array, density: Density) -> Array:
 def squash(
     mean: Array, log_std: Array, noise: Array, present: Array, density: Density
 ) -> tuple[Array, Array]:
-    """Action ``n softmax(u)``, ``u = μ + σ ε``, and its log-density.
+    """Computes the action ``n softmax(u)``, ``u = μ + σ ε``, and its log-density.
 
-    ``"tanh_compat"`` is what the authors' code computes: the density of ``tanh(u)``,
-    though the action is a softmax. ``"logistic_normal"`` is the density of the action:
-    the last present logit is fixed at 0, the others are free, and
+    ``"tanh_compat"`` is the density in the authors' code, that of ``tanh(u)``, although
+    the action is a softmax. ``"logistic_normal"`` is the density of the action. The
+    logit of the last present task is then fixed at 0, the others are free, and
     ``log p(a) = log N(u) - Σ_j log softmax(u)_j - (n - 1) log n``.
 
     Args:
-      mean: μ, ``[..., T]``.
-      log_std: log σ, ``[..., T]``.
-      noise: ε, ``[..., T]``, standard normal.
-      present: Tasks that are weighed, bool ``[..., T]``; n of them.
-      density: Which log-density.
+      mean: Mean μ, shape ``[..., T]``.
+      log_std: Logarithm of σ, shape ``[..., T]``.
+      noise: Standard normal noise ε, shape ``[..., T]``.
+      present: The n present tasks, booleans of shape ``[..., T]``.
+      density: Name of the log-density.
 
     Returns:
-      Weights ``[..., T]``, zero where absent, and the log-density ``[...]``.
+      The weights of shape ``[..., T]``, zero for absent tasks, and the log-density of
+      shape ``[...]``.
     """
     free = free_logits(present, density)
     drawn = mean + jnp.exp(log_std) * noise
@@ -208,7 +210,7 @@ def squash(
 def act(
     actor: Layers, losses: Array, present: Array, noise: Array, density: Density
 ) -> tuple[Array, Array]:
-    """The action at ``losses`` ``[..., T]`` for a normal ``noise``; its log-density."""
+    """Computes the action and its log-density for losses of shape ``[..., T]``."""
     mean, log_std = jnp.split(mlp(actor, losses), 2, axis=-1)
     log_std = jnp.clip(log_std, LOG_STD_MIN, LOG_STD_MAX)
     return squash(mean, log_std, noise, present, density)
@@ -217,21 +219,21 @@ def act(
 def smaller_value(
     critics: tuple[Layers, Layers], losses: Array, weights: Array
 ) -> Array:
-    """The smaller of the two critics' values, ``[...]``."""
+    """Returns the smaller value of the two critics, shape ``[...]``."""
     pair = jnp.concatenate([losses, weights], axis=-1)
     first, second = (mlp(critic, pair)[..., 0] for critic in critics)
     return jnp.minimum(first, second)
 
 
 def masked_mean(values: Array, valid: Array) -> Array:
-    """Mean of the valid rows."""
+    """Returns the mean over the valid rows."""
     return jnp.where(valid, values, 0).sum() / jnp.maximum(valid.sum(), 1)
 
 
 def critic_loss(
     critics: tuple[Layers, Layers], batch: Transition, target: Array, valid: Array
 ) -> Array:
-    """Sum of the two critics' mean squared errors to the target ``[rows]``."""
+    """Sums the mean squared errors of both critics. The target has shape ``[rows]``."""
     pair = jnp.concatenate([batch.losses, batch.weights], axis=-1)
     errors = [jnp.square(mlp(critic, pair)[..., 0] - target) for critic in critics]
     return masked_mean(errors[0] + errors[1], valid)
@@ -249,19 +251,19 @@ def update_agent(
     density: Density,
     target_entropy: Number | None,
 ) -> Agent:
-    """One update of critics, actor, temperature and targets, in this order.
+    """Updates the critics, the actor, the temperature and the targets, in this order.
 
     Args:
-      agent: What is updated.
-      batch: Transitions ``[rows, ...]``.
-      valid: Rows that count, bool ``[rows]``.
-      noise: Standard normal, ``[2, rows, T]``: for the next actions, and for those
-        that the actor is trained on.
-      optimizer: Of each of the three.
-      discount: γ.
-      tau: τ, the share of the critics that their targets take over.
-      density: See :func:`squash`.
-      target_entropy: H̄; None is minus the number of free logits.
+      agent: The agent.
+      batch: Transitions with leaves of shape ``[rows, ...]``.
+      valid: Rows that are used, booleans of shape ``[rows]``.
+      noise: Standard normal noise, shape ``[2, rows, T]``, for the next actions and for
+        the actions in the loss of the actor.
+      optimizer: Optimizer of the critics, the actor and the temperature.
+      discount: Discount factor γ.
+      tau: Rate τ of the moving average of the target critics.
+      density: Name of the log-density, see :func:`squash`.
+      target_entropy: Target entropy H̄. By default minus the number of free logits.
 
     Returns:
       The updated agent.
@@ -290,7 +292,7 @@ def update_agent(
         wanted = -free_logits(batch.present, density).sum(-1).astype(log_prob.dtype)
     else:
         wanted = jnp.full_like(log_prob, target_entropy)
-    grad = -masked_mean(log_prob + wanted, valid)  # of -log α (log π + H̄)
+    grad = -masked_mean(log_prob + wanted, valid)  # gradient of -log α (log π + H̄)
     step, temperature_opt = optimizer.update(
         grad.astype(agent.log_temperature.dtype),
         agent.temperature_opt,
@@ -324,12 +326,14 @@ def train(
     max_rows: int,
     **options: Any,
 ) -> Agent:
-    """``num_updates`` updates on fresh mini-batches of ``num_rows`` transitions.
+    """Runs ``num_updates`` updates on mini-batches of ``num_rows`` transitions.
 
-    Both numbers are traced: ``max_rows`` are drawn and the rest is masked.
+    Both numbers are traced. ``max_rows`` transitions are sampled, and those after
+    ``num_rows`` are masked.
     """
     valid = jnp.arange(max_rows) < num_rows
-    # All random numbers at once: in the loop each draw costs a dozen tiny kernels.
+    # One call for all random numbers. A call in the loop runs about a dozen small
+    # kernels.
     row_key, noise_key = jax.random.split(key)
     rows = draw(row_key, memory, (max_updates, max_rows))
     num_tasks = memory.rows.losses.shape[-1]
@@ -344,10 +348,10 @@ def train(
 
 @jax.custom_batching.custom_vmap
 def any_run(flag: Scalar) -> Scalar:
-    """The flag itself; under ``vmap``, whether any of the runs has it.
+    """Returns the flag. Under ``vmap`` returns whether the flag of any run is True.
 
     A ``cond`` on a batched flag would compute both branches at every step, and the
-    training branch costs as much as fifty steps. Runs keep their own flag beside it.
+    training branch costs as much as fifty steps. Each run also keeps its own flag.
     """
     return flag
 

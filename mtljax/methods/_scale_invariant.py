@@ -1,4 +1,4 @@
-"""Scale-invariant scalarisation: the sum of the logarithms of the losses."""
+"""Scale-invariant scalarisation (SI): the sum of the log losses."""
 
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ class ScaleInvariantState(NamedTuple):
 
 
 def scale_invariant_weights(losses: Losses, offset: Number = 0.0) -> Weights:
-    """``1 / (ℓ_i + offset)``: the gradient of ``Σ log(ℓ_i + offset)``."""
+    """Computes ``1 / (ℓ_i + offset)``, the gradient of ``Σ log(ℓ_i + offset)``."""
     return 1 / (losses + offset)
 
 
@@ -25,19 +25,21 @@ def scale_invariant_weights(losses: Losses, offset: Number = 0.0) -> Weights:
 def scale_invariant(
     num_tasks: int, *, offset: Number = 0.0, scale: Scale = "native"
 ) -> Balancer:
-    """Descends ``Σ_i log ℓ_i`` (SI): no task's unit of measure matters.
+    """Scale-invariant scalarisation (SI): descends the sum of the log losses.
 
-    ``d = Σ_i g_i / ℓ_i``. Multiplying a loss by a constant changes nothing.
+    The objective is ``Σ_i log ℓ_i``, so the update is ``d = Σ_i g_i / ℓ_i``. It does
+    not change if a loss is multiplied by a constant.
 
     Args:
-      num_tasks: T, length of the leading axis of every leaf of the gradients.
-      offset: Added to every loss under the logarithm. 0 is the rule of nash-mtl and
-        IGB; 1 gives ``log(1 + ℓ)``, as SamsungLabs' code has it, which is no longer
+      num_tasks: Number of tasks T, or a sequence of T task names.
+      offset: Constant that is added to every loss before the logarithm, at least 0.
+        nash-mtl and IGB use 0. SamsungLabs' code uses 1, ``log(1 + ℓ)``, which is not
         invariant.
       scale: ``"native"``, or weights normalised to the ``"sum"`` or ``"mean"`` scale.
 
     Returns:
-      A balancer; needs ``losses``, all above ``-offset``. One backward pass; no state.
+      A :class:`mtljax.Balancer` that reads ``losses``, which must be above ``-offset``.
+      A step costs one backward pass. The state contains the last task weights only.
 
     Raises:
       ValueError: If ``offset`` is negative.

@@ -1,4 +1,4 @@
-"""SDMGrad: the min-norm point, regularised towards the mean gradient."""
+"""SDMGrad: the min-norm point with regularisation to the mean gradient."""
 
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -22,7 +22,7 @@ Inner: TypeAlias = Literal["exact", "reference"]
 class SDMGradState(NamedTuple):
     """State of :func:`sdmgrad`."""
 
-    shares: Weights  # w, where the inner steps of "reference" go on from
+    shares: Weights  # w, the initial point of the inner loop "reference"
     solver: SolverStatus
     task_weights: Weights
 
@@ -35,9 +35,9 @@ def _uniform(gramian: Gramian, mask: Mask | None) -> tuple[Weights, Mask]:
 def sdmgrad_weights(
     gramian: Gramian, lamda: Number, mask: Mask | None = None
 ) -> tuple[Weights, SolverStatus]:
-    """``argmin_w ‖Σ_i w_i g_i + λ g_0‖²`` over the simplex, exactly.
+    """Computes ``argmin_w ‖Σ_i w_i g_i + λ g_0‖²`` over the simplex exactly.
 
-    As ``Σ w_i = 1`` it is the min-norm point of the rows ``g_i + λ g_0``.
+    Because ``Σ w_i = 1``, it is the min-norm point of the vectors ``g_i + λ g_0``.
     """
     uniform, mask = _uniform(gramian, mask)
     slope = lamda * jnp.matmul(gramian, uniform, precision="highest")
@@ -55,13 +55,13 @@ def sdmgrad_reference_weights(
     steps: int = 20,
     mask: Mask | None = None,
 ) -> Weights:
-    """The authors' inner loop: projected momentum SGD on the scaled matrix."""
+    """Runs the authors' inner loop, projected momentum SGD on the scaled matrix."""
     uniform, mask = _uniform(gramian, mask)
     lengths = jnp.sqrt(jnp.maximum(jnp.diagonal(gramian), 0))
     size = uniform @ lengths
     size = jnp.where(size > 0, size, 1)
     gramian = gramian / size / size
-    # A wider hyper-parameter must not widen what the loop carries.
+    # A hyper-parameter with a wider dtype must not change the dtype of the carry.
     lamda, learning_rate, momentum = (
         jnp.asarray(x, gramian.dtype) for x in (lamda, learning_rate, momentum)
     )
@@ -81,7 +81,7 @@ def sdmgrad_reference_weights(
 
 
 def _positive_part(matrix: Gramian) -> Gramian:
-    """The positive semi-definite matrix nearest to the symmetric part."""
+    """Returns the positive semi-definite matrix nearest to the symmetric part."""
     matrix = (matrix + matrix.T) / 2
     size = jnp.max(jnp.abs(matrix))
     size = jnp.where(size > 0, size, 1)
@@ -103,42 +103,45 @@ def sdmgrad(
 ) -> Balancer:
     """Stochastic direction-oriented multi-objective gradient descent (SDMGrad).
 
-    ``w = argmin ½ ‖Σ_i w_i g_i + λ g_0‖²`` over the simplex, with ``g_0`` the mean
-    gradient, and ``d = (Σ_i w_i g_i + λ g_0)/(1 + λ)``: MGDA for λ = 0, the mean for
-    λ → ∞. It may conflict with a task for λ > 0.
+    The weights w minimise ``½ ‖Σ_i w_i g_i + λ g_0‖²`` over the simplex, where ``g_0``
+    is the mean gradient. The update is ``d = (Σ_i w_i g_i + λ g_0)/(1 + λ)``. It is
+    that of MGDA for λ = 0 and the mean gradient for λ → ∞. For λ > 0 it may conflict
+    with a task.
 
-    In the paper the matrix of inner products is ``J₁J₂ᵀ`` of two independent batches,
-    and a third one gives the gradients that are combined; pass it as
-    ``update(..., cross_gramian=mtljax.stack.cross_gramian(grads1, grads2))``. Without,
-    the Gramian of the batch itself stands in.
+    In the paper, the matrix of inner products is ``J₁J₂ᵀ`` of two independent batches,
+    and ``g_i`` comes from a third batch. Pass the matrix as
+    ``update(..., cross_gramian=mtljax.stack.cross_gramian(grads1, grads2))``. Otherwise
+    the method uses the Gramian of the batch.
 
-    The authors' inner loop does not converge at their step size (on a single batch the
-    scaled matrix has eigenvalues near 2, and 10 is far above 2/2): it ends on a vertex
-    or cycles. Hence the default solves the problem exactly. A cross Gramian is not
-    symmetric and may be indefinite; ``"exact"`` takes the positive semi-definite matrix
-    nearest to its symmetric part (our choice; its expectation is such a matrix).
+    The authors' inner loop does not converge with their step size. On a single batch
+    the scaled matrix has eigenvalues near 2, and the step size 10 is far above 2/2. The
+    loop then ends at a vertex or cycles. The default therefore solves the problem
+    exactly. A cross Gramian is not symmetric and may be indefinite. ``"exact"`` uses
+    the positive semi-definite matrix nearest to its symmetric part. This choice is not
+    in the paper, but the expectation of the cross Gramian is such a matrix.
 
     Args:
-      num_tasks: T, length of the leading axis of every leaf of the gradients.
-      lamda: λ ≥ 0; 0.3 in the authors' runs, LibMTL and TorchJD, 0.6 as the default of
-        the authors' class.
-      inner: ``"exact"``, or ``"reference"``: the loop of the authors, LibMTL and
-        TorchJD, warm-started from the last step, on the matrix divided by the squared
-        mean length of the gradients (TorchJD does not divide).
-      learning_rate: Of that loop; 10 in the authors' code and TorchJD, 5 in LibMTL.
-      momentum: Of that loop.
-      steps: Of that loop.
-      scale: ``"native"`` and ``"mean"`` are weights on the simplex; ``"sum"``
-        multiplies by the number of tasks.
+      num_tasks: Number of tasks T, or a sequence of T task names.
+      lamda: Regularisation λ ≥ 0. The authors' runs, LibMTL and TorchJD use 0.3. The
+        default of the authors' class is 0.6.
+      inner: ``"exact"`` or ``"reference"``. The latter is the loop of the authors,
+        LibMTL and TorchJD. It starts at the weights of the last step and uses the
+        matrix divided by the squared mean gradient norm. TorchJD does not divide.
+      learning_rate: Step size of this loop. The authors' code and TorchJD use 10, and
+        LibMTL uses 5.
+      momentum: Momentum of this loop, in [0, 1).
+      steps: Number of steps of this loop.
+      scale: ``"native"`` and ``"mean"`` are weights on the simplex. ``"sum"``
+        multiplies them by the number of tasks.
 
     Returns:
-      A balancer; needs the Gramian: T backward passes, and 2 T more for the
-      ``cross_gramian`` of two other batches. State: 2 T numbers and the solver's
-      certificate.
+      A :class:`mtljax.Balancer` that reads the Gramian. A step costs T backward passes,
+      and 2 T more for the ``cross_gramian`` of two other batches. The state has 2 T
+      numbers and the solver status.
 
     Raises:
-      ValueError: If a hyper-parameter is out of its range, or ``cross_gramian`` is not
-        ``[T, T]``.
+      ValueError: If a hyper-parameter is out of its range, or the shape of
+        ``cross_gramian`` is not ``[T, T]``.
 
     Examples:
       >>> import jax.numpy as jnp, mtljax

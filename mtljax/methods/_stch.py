@@ -1,4 +1,4 @@
-"""Smooth Tchebycheff scalarisation: a soft maximum of the losses."""
+"""STCH: smooth Tchebycheff scalarisation, a soft maximum of the losses."""
 
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -22,17 +22,17 @@ Form: TypeAlias = Literal["set", "mtl"]
 
 
 class STCHState(NamedTuple):
-    """State of :func:`stch`; only ``form="mtl"`` moves it."""
+    """State of :func:`stch`. Only ``form="mtl"`` changes it."""
 
-    nadir: Losses  # mean loss of each task over its steps of recording so far
-    steps: Int[Array, " tasks"]  # of each task, counted to the end of the recording
+    nadir: Losses  # mean loss of each task over the recorded steps
+    steps: Int[Array, " tasks"]  # steps of each task, at most to the end of recording
     task_weights: Weights
 
 
 def _soft_max(
     terms: Float[Array, " tasks"], mu: Number, mask: Mask | None
 ) -> Float[Array, " tasks"]:
-    """``softmax(terms/μ)``, centred before the division so that μ may be small."""
+    """Computes ``softmax(terms/μ)``, centred before the division for small μ."""
     top = jnp.max(terms, where=mask, initial=-jnp.inf)
     return jax.nn.softmax((terms - top) / mu, where=mask)
 
@@ -44,7 +44,7 @@ def stch_weights(
     mu: Number,
     mask: Mask | None = None,
 ) -> Weights:
-    """Gradient of ``μ log Σ_i exp(λ_i (ℓ_i − z_i)/μ)`` in the losses."""
+    """Computes the gradient of ``μ log Σ_i exp(λ_i (ℓ_i − z_i)/μ)`` for the losses."""
     excess = losses - jnp.asarray(ideal, losses.dtype)
     return preference * _soft_max(preference * excess, mu, mask)
 
@@ -52,7 +52,10 @@ def stch_weights(
 def stch_mtl_weights(
     losses: Losses, nadir: Losses, mu: Number, mask: Mask | None = None
 ) -> Weights:
-    """Gradient of ``n μ log Σ_i (ℓ_i/ℓ_i^nadir)^{1/μ}`` over n present tasks."""
+    """Computes the gradient of ``n μ log Σ_i (ℓ_i/ℓ_i^nadir)^{1/μ}`` for the losses.
+
+    n is the number of present tasks.
+    """
     mask = jnp.ones(losses.shape, bool) if mask is None else mask
     return mask.sum() * _soft_max(jnp.log(losses) - jnp.log(nadir), mu, mask) / losses
 
@@ -71,41 +74,45 @@ def stch(
 ) -> Balancer:
     """Smooth Tchebycheff scalarisation (STCH).
 
-    ``form="set"``, the paper's equation, descends
-    ``μ log Σ_i exp(λ_i (ℓ_i − z_i)/μ)``, which tends to the weighted maximum
-    ``max_i λ_i (ℓ_i − z_i)`` as μ → 0: unlike linear scalarisation it can reach all of
-    a non-convex Pareto front.
+    ``form="set"`` is the equation of the paper. The objective is
+    ``μ log Σ_i exp(λ_i (ℓ_i − z_i)/μ)`` with the preference λ and the ideal point z. It
+    tends to the weighted maximum ``max_i λ_i (ℓ_i − z_i)`` as μ → 0. Unlike linear
+    scalarisation, it can reach every point of a non-convex Pareto front.
 
-    ``form="mtl"`` is what the authors train networks with (their ``STCH_MTL``, LibMTL):
-    ``warmup_steps`` steps that descend ``Σ log ℓ_i``, ``nadir_steps`` more during which
-    the mean loss ``ℓ_i^nadir`` of every task is recorded, then
-    ``T μ log Σ_i exp(log(ℓ_i/ℓ_i^nadir)/μ)``. It has neither preference nor ideal
-    point. The steps of a task are those it was present in, and the warm-up lasts until
-    all present tasks are through theirs.
+    ``form="mtl"`` is the form with which the authors train networks (their ``STCH_MTL``
+    and LibMTL). The first ``warmup_steps`` steps descend ``Σ log ℓ_i``. The next
+    ``nadir_steps`` steps also record the mean loss ``ℓ_i^nadir`` of each task. All
+    further steps descend ``T μ log Σ_i exp(log(ℓ_i/ℓ_i^nadir)/μ)``. This form has no
+    preference and no ideal point. The steps of a task are those in which it was
+    present. The third phase starts when all present tasks have completed the first two.
 
     Args:
-      num_tasks: T, length of the leading axis of every leaf of the gradients.
-      mu: μ, positive; the paper tries 0.01, 0.1, 0.5 and 1. 1 is LibMTL's default.
-      preference: λ ``[T]`` of the set form, not negative; equal by default. Normalised
-        to sum to 1 over the tasks present. May be a traced array.
-      ideal: z ``[T]`` of the set form, or one number; 0 by default, as in TorchJD.
+      num_tasks: Number of tasks T, or a sequence of T task names.
+      mu: Smoothing parameter μ, positive. The paper evaluates 0.01, 0.1, 0.5 and 1.
+        LibMTL defaults to 1.
+      preference: Preference λ of the set form, shape ``[T]``, non-negative, equal by
+        default. It is normalised to sum to 1 over the present tasks. It may be traced.
+      ideal: Ideal point z of the set form, a number or shape ``[T]``. The default 0 is
+        that of TorchJD.
       form: ``"set"`` or ``"mtl"``.
-      warmup_steps: Of the MTL form, which requires it: a number of epochs (4 in
-        LibMTL) times your steps per epoch.
-      nadir_steps: Of the MTL form; one epoch in the authors' code. By default a quarter
-        of ``warmup_steps``, at least one, which is LibMTL's proportion.
-      scale: ``"native"`` are the derivatives: they sum to less than 1 in the set form.
+      warmup_steps: Number of warm-up steps. Required by the MTL form. LibMTL uses 4
+        epochs, so multiply 4 by the number of steps per epoch.
+      nadir_steps: Number of steps over which the MTL form averages the losses. The
+        authors' code uses one epoch. The default is a quarter of ``warmup_steps``, at
+        least one, as in LibMTL.
+      scale: ``"native"`` are the derivatives, which sum to less than 1 in the set form.
         ``"sum"`` and ``"mean"`` normalise them.
 
     Returns:
-      A balancer; needs ``losses`` (positive ones in the MTL form) and reads, in the set
-      form, the side input ``preference``, which replaces the constant. One backward
-      pass; state: none, 2 T numbers in the MTL form.
+      A :class:`mtljax.Balancer` that reads ``losses``, which must be positive in the
+      MTL form. In the set form it also reads the side input ``preference``, which
+      overrides the constant. A step costs one backward pass. The state has 2 T numbers
+      in the MTL form. In the set form it is constant.
 
     Raises:
       ValueError: If ``mu`` is not positive, the form is unknown, an argument belongs to
-        the other form or has another length than T, a preference is negative or zero
-        throughout, or (MTL form) a concrete loss is not positive.
+        the other form or does not have T entries, a preference is negative, or all
+        preferences are zero.
 
     Examples:
       >>> import jax.numpy as jnp, mtljax
@@ -124,10 +131,13 @@ def stch(
     origin = task_vector("stch", "ideal", num_tasks, ideal)
     constant = constant_preference("stch", num_tasks, preference)
     start, end = _phases(form, warmup_steps, nadir_steps)
-    # A traced point cannot be judged, like any other hyper-parameter.
+    # A traced ideal point is not checked, as all traced hyper-parameters.
     zero = isinstance(ideal, Tracer) or (np.ndim(ideal) == 0 and np.asarray(ideal) == 0)
     if form == "mtl" and not (preference is None and zero):
-        raise ValueError('stch: form="mtl" has no preference and no ideal point.')
+        raise ValueError(
+            'stch: form="mtl" has no preference and no ideal point. Remove these '
+            'arguments or use form="set".'
+        )
 
     def init():
         ones = jnp.ones(num_tasks, jnp.float32)
@@ -172,18 +182,21 @@ def stch(
 def _phases(
     form: Form, warmup_steps: int | None, nadir_steps: int | None
 ) -> tuple[int, int]:
-    """First step of the recording and first step after it."""
+    """Returns the first step of the recording and the first step after it."""
     if form == "set":
         for argument, value in (
             ("warmup_steps", warmup_steps),
             ("nadir_steps", nadir_steps),
         ):
             if value is not None:
-                raise ValueError(f'stch: {argument}={value} belongs to form="mtl".')
+                raise ValueError(
+                    f'stch: {argument}={value} belongs to form="mtl". Remove it or use '
+                    'form="mtl".'
+                )
         return 0, 0
     if warmup_steps is None or warmup_steps < 0:
         raise ValueError(
-            'stch: form="mtl" needs warmup_steps, at least 0 (4 epochs in the '
+            'stch: form="mtl" needs warmup_steps of at least 0 (4 epochs in the '
             f"authors' code), not {warmup_steps}."
         )
     if nadir_steps is None:

@@ -1,4 +1,4 @@
-"""Trees ``[T, ...]`` of float32 that follow the stacked gradients from step to step."""
+"""Moving averages of stacked gradients, float32 trees ``[T, ...]``."""
 
 from typing import Any
 
@@ -11,11 +11,11 @@ from mtljax.types import Grads, Mask, Weights
 
 
 def zeros_like_stacked(params: Any, num_tasks: int) -> Any:
-    """Zeros ``[num_tasks, ...]`` for every parameter, at least in float32."""
+    """Builds zeros ``[num_tasks, ...]`` for every parameter, at least in float32."""
 
     def leaf(p):
         dtype = jnp.promote_types(jnp.result_type(p), jnp.float32)
-        # From the parameter itself, so that the copies have its sharding.
+        # zeros_like keeps the sharding of the parameter.
         one = jnp.zeros_like(p, dtype)[None]
         return jnp.broadcast_to(one, (num_tasks, *jnp.shape(p)))
 
@@ -23,7 +23,7 @@ def zeros_like_stacked(params: Any, num_tasks: int) -> Any:
 
 
 def check_tracked(name: str, tracked: Any, grads: Grads) -> None:
-    """Raises unless the state was made for these gradients."""
+    """Raises if the state was initialised for other gradients."""
     found, made = (
         {stack.path_name(path): jnp.shape(leaf) for path, leaf in flat}
         for flat in map(jax.tree_util.tree_leaves_with_path, (grads, tracked))
@@ -32,21 +32,21 @@ def check_tracked(name: str, tracked: Any, grads: Grads) -> None:
         if found.get(path) != made.get(path):
             raise ValueError(
                 f"{name}: gradient {path!r} has shape {found.get(path)}, but the state "
-                f"follows it in shape {made.get(path)}; initialise the state with "
-                "the parameters that are balanced, balancer.init(params) or "
-                "init(mtljax.shared_params(params, labels))."
+                f"has shape {made.get(path)} for it. Initialise the state with the "
+                "parameters that are balanced, balancer.init(params) or "
+                "balancer.init(mtljax.shared_params(params, labels))."
             )
 
 
 def per_task(vector: Float[Array, " tasks"], leaf: Float[Array, "tasks ..."]) -> Array:
-    """The vector shaped to multiply the rows of a leaf, in the leaf's dtype."""
+    """Reshapes a vector to multiply the task axis of a leaf, in the leaf's dtype."""
     return vector.astype(leaf.dtype).reshape((-1,) + (1,) * (leaf.ndim - 1))
 
 
 def follow(
     tracked: Grads, grads: Grads, rates: Weights, mask: Mask, factors: Weights
 ) -> Grads:
-    """``y_i + r_i (f_i g_i − y_i)`` for present tasks; the others keep ``y_i``."""
+    """Computes ``y_i + r_i (f_i g_i − y_i)`` for present tasks, else ``y_i``."""
 
     def leaf(y, g):
         g = g.astype(y.dtype) * per_task(factors, y)
@@ -57,7 +57,7 @@ def follow(
 
 
 def row_norms(grads: Grads) -> Weights:
-    """Length of every task's gradient ``[T]``, over all leaves."""
+    """Computes the norm of each task gradient over all leaves, shape ``[T]``."""
 
     def squares(g):
         wide = g.astype(jnp.promote_types(g.dtype, jnp.float32))

@@ -1,4 +1,4 @@
-"""Trimmed mean: coordinate by coordinate, without the extremes."""
+"""Trimmed mean: coordinate-wise mean without the extreme entries."""
 
 from typing import NamedTuple
 
@@ -13,13 +13,13 @@ from mtljax.types import Mask, Scale, Weights
 class TrimmedMeanState(NamedTuple):
     """State of :func:`trimmed_mean`."""
 
-    task_weights: Weights  # weight of each task, averaged over the coordinates
+    task_weights: Weights  # task weights, averaged over the coordinates
 
 
 def trimmed_mean_kept(
     grads: Float[Array, "tasks ..."], trim: int, mask: Mask
 ) -> Bool[Array, "tasks ..."]:
-    """Which entries remain: all but the k largest and k smallest present ones."""
+    """Marks the present entries except the k largest and the k smallest."""
     present = mask.reshape((-1,) + (1,) * (grads.ndim - 1))
     ranks = jnp.where(present, grads, jnp.inf)
     ranks = jnp.argsort(jnp.argsort(ranks, axis=0, stable=True), axis=0)
@@ -32,23 +32,27 @@ def trimmed_mean_kept(
 def trimmed_mean(num_tasks: int, *, trim: int = 1, scale: Scale = "native") -> Balancer:
     """Coordinate-wise trimmed mean, from Byzantine-robust distributed learning.
 
-    In every coordinate the k largest and the k smallest entries are dropped and the
-    rest averaged: the mean for k = 0, the median for the largest k. The update depends
-    on the coordinates, not on the Gramian alone.
+    In each coordinate, the k largest and the k smallest entries are removed, and the
+    remaining entries are averaged. The result is the mean for k = 0 and the median for
+    the largest possible k. The update depends on the coordinates and is not a function
+    of the Gramian.
 
     Args:
-      num_tasks: T, length of the leading axis of every leaf of the gradients.
-      trim: k ≥ 0, with 2k < T. The paper removes a share of the entries; 1 is our
-        default. In a batch of n present tasks at most ``(n − 1) // 2`` are cut on
-        each side, so that something is left.
-      scale: ``"native"`` and ``"mean"``, or ``"sum"``: times the number of tasks.
+      num_tasks: Number of tasks T, or a sequence of T task names.
+      trim: Number k ≥ 0 of removed entries on each side, with 2k < T. The paper removes
+        a fraction of the entries. The default 1 is not from the paper. In a batch with
+        n present tasks at most ``(n − 1) // 2`` entries are removed on each side, so
+        that an entry remains.
+      scale: ``"native"`` and ``"mean"`` are the trimmed mean. ``"sum"`` multiplies it
+        by the number of tasks.
 
     Returns:
-      A balancer; needs the stacked gradients: T backward passes. State: the weight of
-      each task, averaged over the coordinates.
+      A :class:`mtljax.Balancer` that reads the stacked gradients. A step costs T
+      backward passes. The state contains the weight of each task, averaged over the
+      coordinates.
 
     Raises:
-      ValueError: If ``trim`` is negative or leaves nothing.
+      ValueError: If ``trim`` is negative, or if ``2 * trim`` is at least T.
 
     Examples:
       >>> import jax.numpy as jnp, mtljax
@@ -64,11 +68,11 @@ def trimmed_mean(num_tasks: int, *, trim: int = 1, scale: Scale = "native") -> B
     """
     check_choice("trimmed_mean", "scale", scale, Scale)
     if trim < 0:
-        raise ValueError(f"trimmed_mean: trim must not be negative, not {trim}.")
+        raise ValueError(f"trimmed_mean: trim must not be negative, but is {trim}.")
     if 2 * trim >= num_tasks:
         raise ValueError(
-            f"trimmed_mean: trim={trim} on each side leaves nothing of "
-            f"num_tasks={num_tasks}; it needs at least {2 * trim + 1} tasks."
+            f"trimmed_mean: trim={trim} on each side removes all entries of "
+            f"num_tasks={num_tasks}; it requires at least {2 * trim + 1} tasks."
         )
 
     def init(params):

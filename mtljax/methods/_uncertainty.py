@@ -1,4 +1,4 @@
-"""Uncertainty weighting: a learned noise variance for every task."""
+"""Uncertainty weighting (UW): a learned noise variance for each task."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias
@@ -24,7 +24,7 @@ class UncertaintyState(NamedTuple):
 def uncertainty_weights(
     log_variances: Float[Array, " tasks"], losses: Losses, factors: Weights
 ) -> tuple[Weights, Weights]:
-    """Weights, and the gradient in s, of ``Σ_i a_i e^{-s_i} ℓ_i + s_i/2``."""
+    """Computes the weights and the gradient for s of ``Σ_i a_i e^{-s_i} ℓ_i + s_i/2``."""
     weights = factors * jnp.exp(-log_variances)
     return weights, 0.5 - weights * losses
 
@@ -41,29 +41,32 @@ def uncertainty(
 ) -> Balancer:
     """Homoscedastic uncertainty weighting (UW).
 
-    Descends ``Σ_i a_i e^{-s_i} ℓ_i + s_i/2`` in the parameters and in the log-variances
-    ``s_i``; ``a_i`` is 1/2 for regression (Gaussian likelihood) and 1 for
-    classification. The log-variances are learned here, by their own optimiser, and not
-    by that of the model, so neither weight decay nor its schedule reaches them.
+    The method descends ``Σ_i a_i e^{-s_i} ℓ_i + s_i/2`` with respect to the parameters
+    and the log-variances ``s_i``. The factor ``a_i`` is 1/2 for regression (Gaussian
+    likelihood) and 1 for classification. The balancer learns the log-variances with its
+    own optimizer. Weight decay and the schedule of the model therefore do not apply to
+    them.
 
     Args:
-      num_tasks: T, length of the leading axis of every leaf of the gradients.
-      kinds: The kind of every task, or one for all. nash-mtl and TorchJD use
-        ``"regression"`` for all.
-      initial_log_variance: s at the start; 0 in TorchJD and nash-mtl, -0.5 in LibMTL.
-      learning_rate: Of Adam on s; 0.025 as in nash-mtl. Not given by the paper.
-      optimizer: Replaces Adam (and ``learning_rate``).
-      scale: ``"native"``, or weights normalised to the ``"sum"`` or ``"mean"`` scale
-        (what s learns from is not changed by it).
+      num_tasks: Number of tasks T, or a sequence of T task names.
+      kinds: ``"regression"`` or ``"classification"`` for each task, or one of them for
+        all tasks. nash-mtl and TorchJD use ``"regression"`` for all.
+      initial_log_variance: Initial value of all ``s_i``. TorchJD and nash-mtl use 0,
+        and LibMTL uses -0.5.
+      learning_rate: Learning rate of Adam for s. The default is that of nash-mtl. The
+        paper does not state a value.
+      optimizer: Optimizer of s, which replaces Adam and ``learning_rate``.
+      scale: ``"native"``, or weights normalised to the ``"sum"`` or ``"mean"`` scale.
+        The gradient of s does not depend on the scale.
 
     Returns:
-      A balancer; needs ``losses`` that are not negative, as those of the paper are: the
-      weight of a negative loss would grow without bound. One backward pass; state: 3 T
-      floats with Adam.
+      A :class:`mtljax.Balancer` that reads ``losses``. They must not be negative, as in
+      the paper, because the weight of a negative loss would increase without bound. A
+      step costs one backward pass. The state has 3 T numbers with Adam.
 
     Raises:
-      ValueError: If a kind is unknown or their number is not T, or ``learning_rate`` is
-        not positive.
+      ValueError: If a kind is unknown, the number of kinds differs from T, or
+        ``learning_rate`` is not positive.
 
     Examples:
       >>> import jax.numpy as jnp, mtljax
@@ -83,7 +86,8 @@ def uncertainty(
         check_choice("uncertainty", "kinds", kind, Kind)
     if len(listed) != num_tasks:
         raise ValueError(
-            f"uncertainty: kinds has {len(listed)} entries for num_tasks={num_tasks}."
+            f"uncertainty: kinds has {len(listed)} entries for num_tasks={num_tasks}. "
+            "Pass one kind per task, or one string for all tasks."
         )
     factors = jnp.array(
         [0.5 if k == "regression" else 1.0 for k in listed], jnp.float32

@@ -1,4 +1,4 @@
-"""UPGrad: every gradient is made harmless to all tasks before they are added up."""
+"""UPGrad: projects each gradient onto the dual cone and averages."""
 
 from typing import NamedTuple
 
@@ -25,10 +25,10 @@ class UPGradState(NamedTuple):
 def upgrad_weights(
     gramian: Gramian, preference: Weights, mask: Mask | None = None
 ) -> tuple[Weights, SolverStatus]:
-    """``Σ_i p_i argmin_{v ≥ e_i} vᵀGv``: T box QPs side by side."""
+    """Computes ``Σ_i p_i argmin_{v ≥ e_i} vᵀGv`` with T parallel QPs."""
     num = gramian.shape[0]
     mask = jnp.ones(num, bool) if mask is None else mask
-    # The projection of project_cone for the unit vectors, whose slopes are rows of G.
+    # project_cone for the unit vectors. The slope of unit vector i is row i of G.
     solve = jax.vmap(lambda row: nonnegative_qp(gramian, row, mask=mask))
     added, _, status = solve(gramian)
     preference = jnp.where(mask, preference, 0)
@@ -42,29 +42,33 @@ def upgrad_weights(
 def upgrad(
     num_tasks: int, *, preference: TaskVector | None = None, scale: Scale = "native"
 ) -> Balancer:
-    """Unconflicting projection of gradients (UPGrad), TorchJD's default aggregator.
+    """Unconflicting projection of gradients (UPGrad), the default of TorchJD.
 
-    Every ``p_i g_i`` is projected on the cone ``{d : <g_j, d> ≥ 0 for all j}`` of
-    directions in which no task gets worse, and the projections are added up. In weights
+    Each gradient ``p_i g_i`` is projected onto the dual cone
+    ``{d : <g_j, d> ≥ 0 for all j}`` of directions in which no task gets worse. The
+    update is the sum of the projections. Its weights are
     ``w = Σ_i argmin_{v ≥ p_i e_i} vᵀGv``. The update conflicts with no task and is
-    linear in the length of every gradient; for two tasks it is PCGrad's.
+    linear in the norm of each gradient. For two tasks it has the direction of PCGrad.
 
-    Solved exactly. TorchJD adds 1e-4 of the trace to the Gramian, which shows in the
-    third digit and breaks the linearity.
+    The problem is solved exactly. TorchJD adds 1e-4 times the trace to the Gramian,
+    which changes the third digit and violates the linearity.
 
     Args:
-      num_tasks: T, length of the leading axis of every leaf of the gradients.
-      preference: p ``[T]``, not negative, normalised to sum to 1 over the present
-        tasks; equal by default. ``update(..., preference=p)`` overrides it.
-      scale: ``"native"`` and ``"mean"``: the mean of the gradients where nothing
-        conflicts; ``"sum"`` multiplies by the number of present tasks.
+      num_tasks: Number of tasks T, or a sequence of T task names.
+      preference: Preference p, shape ``[T]``, non-negative, equal by default. It is
+        normalised to sum to 1 over the present tasks. ``update(..., preference=p)``
+        overrides it.
+      scale: ``"native"`` and ``"mean"`` are the mean of the gradients if there is no
+        conflict. ``"sum"`` multiplies the update by the number of present tasks.
 
     Returns:
-      A balancer; needs the Gramian: T backward passes and T small QPs. State: the
-      certificate of the worst of them.
+      A :class:`mtljax.Balancer` that reads the Gramian. A step costs T backward passes
+      and T small QPs. The state contains a solver status with the largest residual of
+      these QPs.
 
     Raises:
-      ValueError: If the preference has another length than T or a negative entry.
+      ValueError: If the number of preferences differs from T, or a preference is
+        negative.
 
     Examples:
       >>> import jax.numpy as jnp, mtljax

@@ -81,11 +81,11 @@ def test_fewer_present_tasks_than_the_theory_wants(present):
 @pytest.mark.usefixtures("as_users")
 def test_errors():
     for tasks, options, message in [
-        (2, {}, "num_byzantine=0 needs at least 3 tasks, not num_tasks=2"),
-        (5, {"num_byzantine": 3}, "num_byzantine=3 needs at least 6 tasks"),
+        (2, {}, "num_byzantine=0 requires at least 3 tasks, not num_tasks=2"),
+        (5, {"num_byzantine": 3}, "num_byzantine=3 requires at least 6 tasks"),
         (5, {"num_byzantine": -1}, "num_byzantine must not be negative: -1"),
-        (3, {"num_selected": 0}, "num_selected must lie between 1 and .* not 0"),
-        (3, {"num_selected": 4}, "num_selected must lie between 1 and .* not 4"),
+        (3, {"num_selected": 0}, "num_selected must be between 1 and .* not 0"),
+        (3, {"num_selected": 4}, "num_selected must be between 1 and .* not 4"),
         (3, {"compat": "libmtl"}, "compat='libmtl' is not one of 'paper', 'torchjd'"),
     ]:
         with pytest.raises(ValueError, match=f"krum: {message}"):
