@@ -19,7 +19,11 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 
 # Files whose prose is checked. A pattern is relative to the root of the repository.
-COVERED = ("mtljax/extras.py", "mtljax/types.py")
+COVERED = (
+    "mtljax/*.py",
+    "mtljax/methods/**/*.py",
+    "mtljax/solvers/**/*.py",
+)
 
 # Phrases to avoid, and what to write instead.
 WORDS = {

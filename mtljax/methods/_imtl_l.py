@@ -24,7 +24,10 @@ class IMTLLState(NamedTuple):
 def imtl_l_weights(
     log_scales: Float[Array, " tasks"], losses: Losses
 ) -> tuple[Weights, Weights]:
-    """Computes the weights of ``Σ_i e^{s_i} ℓ_i − s_i`` and its gradient for s."""
+    """Computes the weights of ``Σ_i e^{s_i} ℓ_i − s_i``.
+
+    The second value is the gradient with respect to s.
+    """
     weights = jnp.exp(jnp.minimum(log_scales, _MAX_LOG_SCALE))
     return weights, weights * losses - 1
 

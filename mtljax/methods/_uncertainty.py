@@ -24,7 +24,10 @@ class UncertaintyState(NamedTuple):
 def uncertainty_weights(
     log_variances: Float[Array, " tasks"], losses: Losses, factors: Weights
 ) -> tuple[Weights, Weights]:
-    """Computes the weights and the gradient for s of ``Σ_i a_i e^{-s_i} ℓ_i + s_i/2``."""
+    """Computes the weights of ``Σ_i a_i e^{-s_i} ℓ_i + s_i/2``.
+
+    The second value is the gradient with respect to s.
+    """
     weights = factors * jnp.exp(-log_variances)
     return weights, 0.5 - weights * losses
 
