@@ -84,7 +84,7 @@ from mtljax.wrappers import smooth_weights as smooth_weights
 __version__ = "0.1.0"
 
 __all__ = [
-    # the abstraction
+    # balancers
     "Balancer",
     "observe",
     "named",
@@ -151,7 +151,7 @@ __all__ = [
     "flat_split",
     "inject_hyperparams",
     "reuse",
-    # the list of methods
+    # the table of methods
     "METHODS",
     "get_method",
     # subpackages of the core that are imported with the package
