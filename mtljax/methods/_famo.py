@@ -87,7 +87,7 @@ def famo(
     Returns:
       A :class:`mtljax.Balancer` that reads ``losses``, which must be above
       ``min_losses``. A step costs one backward pass, and one more forward pass with
-      :func:`mtljax.observe`. The state has 5 T numbers.
+      :func:`mtljax.observe`. The state has 6 T numbers.
 
     Raises:
       ValueError: If ``learning_rate`` is not positive, ``weight_decay`` is negative, or

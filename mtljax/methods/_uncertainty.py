@@ -65,7 +65,7 @@ def uncertainty(
     Returns:
       A :class:`mtljax.Balancer` that reads ``losses``. They must not be negative, as in
       the paper, because the weight of a negative loss would increase without bound. A
-      step costs one backward pass. The state has 3 T numbers with Adam.
+      step costs one backward pass. The state has 4 T numbers with Adam.
 
     Raises:
       ValueError: If a kind is unknown, the number of kinds differs from T, or
