@@ -96,6 +96,10 @@ def compose(loss_balancer: Balancer, gradient_balancer: Balancer) -> Balancer:
       >>> update, _ = balancer.update(grads, state, losses=jnp.array([1.0, 10.0]))
       >>> update["w"].tolist()
       [0.5, 0.5]
+
+    References:
+      Dai et al., `Improvable Gap Balancing for Multi-Task Learning
+      <https://arxiv.org/abs/2307.15429>`_, 2023, combine loss and gradient balancing.
     """
     first, second = loss_balancer, gradient_balancer
     if first.needs != "losses":
@@ -443,6 +447,11 @@ def per_layer(
       >>> grads = {"a": jnp.array([[1.0], [3.0]]), "b": jnp.array([[3.0], [1.0]])}
       >>> balancer.update(grads, balancer.init(grads))[0]["a"].tolist()
       [1.0]
+
+    References:
+      Wang et al., `Gradient Vaccine: Investigating and Improving Multi-task
+      Optimization in Massively Multilingual Models
+      <https://arxiv.org/abs/2010.05874>`_, 2020, for the grouping per layer.
     """
 
     def groups_of(tree):
