@@ -1,11 +1,12 @@
-"""Sharpness-aware multi-task learning: SAM for every task, with any balancer.
+"""Sharpness-aware minimisation (SAM) for multi-task learning, with any balancer.
 
-- :func:`sam_task_grads`: the loss gradient ``g_i`` of every task and its flat part
-  ``h_i = g_i^SAM − g_i``, how far it moves under the worst small perturbation.
-- :func:`flat_split`: a balancer of pairs (g, h), made of any balancer (FS-MTL).
-- :func:`value_and_flat_grad`: both in one step, with schedules.
-- :func:`flat_gramians`, :func:`flat_conflicts`, :func:`surrogate_sharpness`: what there
-  is to look at.
+- :func:`sam_task_grads` returns the loss gradient ``g_i`` of every task and its flat
+  part ``h_i = g_i^SAM − g_i``. The flat part is the change of the gradient under the
+  worst small perturbation of the parameters.
+- :func:`flat_split` turns a balancer into a balancer of pairs (g, h), as in FS-MTL.
+- :func:`value_and_flat_grad` combines both in one step and supports schedules.
+- :func:`flat_gramians`, :func:`flat_conflicts` and :func:`surrogate_sharpness` are
+  diagnostics.
 """
 
 from mtljax.sharpness._diagnostics import FlatConflicts as FlatConflicts

@@ -1,4 +1,4 @@
-"""What there is to look at: conflicts between the parts, and sharpness itself."""
+"""Diagnostics: conflicts between loss and flat gradients, and sharpness."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -26,26 +26,29 @@ class FlatGramians(NamedTuple):
 
 
 class FlatConflicts(NamedTuple):
-    """Rates in [0, 1] of negative inner products, and lengths."""
+    """Rates in [0, 1] of negative inner products, and norms of both parts."""
 
     inter_loss: Float[Array, ""]  # pairs of tasks with <g_i, g_j> < 0
     inter_flat: Float[Array, ""]  # pairs of tasks with <h_i, h_j> < 0
     intra: Float[Array, ""]  # tasks with <g_i, h_i> < 0
     loss_norms: Weights  # ‖g_i‖, 0 for absent tasks
-    flat_norms: Weights  # ‖h_i‖, likewise: first-order sharpness of the gradient
+    flat_norms: Weights  # ‖h_i‖, 0 for absent tasks: first-order sharpness
 
 
 def flat_gramians(grads: SamGrads) -> FlatGramians:
-    """The three Gramians of :func:`sam_task_grads`' result, over shared parameters.
+    """Computes the three Gramians of the result of :func:`sam_task_grads`.
+
+    The inner products are over the shared parameters.
 
     Args:
-      grads: Both parts.
+      grads: Loss gradients and flat parts.
 
     Returns:
-      ``<g_i, g_j>``, ``<h_i, h_j>`` and ``<g_i, h_j>``, at least float32. No passes.
+      :class:`FlatGramians`: The products ``<g_i, g_j>``, ``<h_i, h_j>`` and
+      ``<g_i, h_j>``, shape ``[T, T]`` each, at least float32. No pass is needed.
 
     Raises:
-      ValueError: If there is no flat part.
+      ValueError: If ``grads`` has no flat part.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -56,7 +59,7 @@ def flat_gramians(grads: SamGrads) -> FlatGramians:
     """
     if grads.flat is None:
         raise ValueError(
-            "flat_gramians: the gradients hold no flat part; call sam_task_grads with "
+            "flat_gramians: the gradients have no flat part; call sam_task_grads with "
             "split=True."
         )
     return FlatGramians(
@@ -67,17 +70,18 @@ def flat_gramians(grads: SamGrads) -> FlatGramians:
 
 
 def flat_conflicts(gramians: FlatGramians, mask: Mask | None = None) -> FlatConflicts:
-    """How often the parts disagree, between tasks and inside each.
+    """Computes how often the parts conflict, between tasks and within each task.
 
-    Averaged over the batches of an epoch these are FS-MTL's conflict rates.
+    The averages over the batches of an epoch are the conflict rates of FS-MTL.
 
     Args:
-      gramians: Of :func:`flat_gramians`, or ``state.gramians`` of
+      gramians: The result of :func:`flat_gramians`, or ``state.gramians`` of
         :func:`value_and_flat_grad`.
-      mask: Tasks present ``[T]``; all by default.
+      mask: Boolean array ``[T]`` that marks the present tasks. By default all are.
 
     Returns:
-      Rates, 0 where there is no pair or task, and the lengths ``[T]`` of both parts.
+      :class:`FlatConflicts`: The rates, which are 0 if no pair or no task is present,
+      and the norms of both parts, shape ``[T]``.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -119,28 +123,31 @@ def surrogate_sharpness(
     strategy: Strategy | int = "auto",
     axis_name: AxisName = None,
 ) -> Callable[..., Any]:
-    """How much each loss rises in the direction of its own gradient.
+    """Returns a function that measures the rise of each loss along its gradient.
 
-    ``gap[r, i] = L_i(θ + ε_i, φ_i + δ_i) − L_i(θ, φ_i)`` with radius r: to first order
-    ``r (‖∇_θ L_i‖ + ‖∇_φ L_i‖)``, and a lower bound of the worst-case sharpness.
+    For the radius r the rise is ``gap[r, i] = L_i(θ + ε_i, φ_i + δ_i) − L_i(θ, φ_i)``.
+    To first order it is ``r (‖∇_θ L_i‖ + ‖∇_φ L_i‖)``. It is a lower bound of the
+    worst-case sharpness.
 
     Args:
-      task_losses: As for :func:`sam_task_grads`. Pass the losses of evaluation mode to
-        measure a trained network: running averages then normalise everywhere.
+      task_losses: See :func:`sam_task_grads`. To measure a trained network, pass its
+        losses in evaluation mode, which normalise with running averages.
       radii: The R radii.
-      adaptive: Distances relative to the weights, as in ASAM.
+      adaptive: Whether distances are relative to the weights, as in ASAM.
       norm: ``"separate"`` or ``"joint"``, see :class:`Ball`.
-      has_aux: ``task_losses`` returns ``(losses, aux)``; aux is dropped.
+      has_aux: Whether ``task_losses`` returns ``(losses, aux)``. The auxiliary output
+        is discarded.
       labels: Marks parameters ``"shared"`` or ``"own"``.
-      strategy: How the tasks run.
+      strategy: How the tasks are run.
       axis_name: The mapped axis, see :func:`sam_task_grads`.
 
     Returns:
-      ``function(params, *args, mask=None, **kwargs) -> (losses[T], gaps[R, T])``; gaps
-      of absent tasks are 0. Cost: 1 + R T forward and T backward passes.
+      A function ``f(params, *args, mask=None, **kwargs)``. It returns
+      ``(losses, gaps)`` of shapes ``[T]`` and ``[R, T]``. The gaps of absent tasks are
+      0. The cost is 1 + R T forward and T backward passes.
 
     Raises:
-      ValueError: If there is no radius, or one is negative or not finite.
+      ValueError: If ``radii`` is empty, or if a radius is negative or not finite.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -154,7 +161,7 @@ def surrogate_sharpness(
     name = "surrogate_sharpness"
     radii = list(radii)
     if not radii:
-        raise ValueError(f"{name}: radii is empty; give at least one.")
+        raise ValueError(f"{name}: radii is empty; pass at least one radius.")
     for value in radii:
         check_radius(name, "a radius", value)
     engines = [

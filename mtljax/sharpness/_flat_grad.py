@@ -1,4 +1,4 @@
-"""The whole step: both passes, the balancer, the schedule of SAM."""
+"""One step of FS-MTL: both passes, the balancer and the schedule of SAM."""
 
 import dataclasses
 from collections.abc import Callable
@@ -33,25 +33,25 @@ class FlatGradState(NamedTuple):
     """State of :func:`value_and_flat_grad`."""
 
     balancer: FlatSplitState
-    step: Int[Array, ""]  # steps made
-    key: Any  # of SAMO's directions, else ()
+    step: Int[Array, ""]  # number of completed steps
+    key: Any  # random key of the directions of SAMO, else ()
     kept: Any  # flat parts of the last step with SAM (between="reuse"), else ()
-    gramians: Any  # FlatGramians of the last step where asked for, else ()
+    gramians: Any  # FlatGramians of the last step if gramians=True, else ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FlatGrad:
-    """What :func:`value_and_flat_grad` returns: a function, and its first state.
+    """The function that :func:`value_and_flat_grad` returns, with its initial state.
 
     Attributes:
-      task_losses: As given.
-      inner: The balancer as given.
-      balancer: The :func:`flat_split` of it.
-      engine: How gradients are taken.
-      schedule: When.
-      gramians: Whether the state holds Gramians.
-      split: Whether the loss gradients are taken in addition to the SAM gradients.
-      key: Of the first state.
+      task_losses: The function of the losses.
+      inner: The balancer that was passed.
+      balancer: The result of :func:`flat_split` for this balancer.
+      engine: The validated options of the gradients.
+      schedule: The steps that have a second pass.
+      gramians: Whether the state contains Gramians.
+      split: Whether the loss gradients are computed in addition to the SAM gradients.
+      key: Random key of the initial state.
       plain: The step for a radius of zero.
     """
 
@@ -67,11 +67,11 @@ class FlatGrad:
 
     @property
     def num_tasks(self) -> int:
-        """T; 0 where the balancer does not know it."""
+        """T, or 0 if the balancer does not know it."""
         return self.balancer.num_tasks
 
     def init(self, params: Any) -> FlatGradState:
-        """The first state, for these parameters."""
+        """Returns the initial state for these parameters."""
         labels = self.engine.options.labels
         seen = params if labels is None else shared_params(params, labels)
         products: Any = ()
@@ -81,7 +81,7 @@ class FlatGrad:
         return FlatGradState(
             balancer=self.balancer.init(seen),  # pyright: ignore[reportArgumentType]
             step=jnp.zeros((), jnp.int32),
-            key=jax.tree.map(jnp.copy, self.key),  # the caller's may be donated
+            key=jax.tree.map(jnp.copy, self.key),  # the caller may donate its key
             kept=self.schedule.first_kept(params, labels, self.num_tasks),
             gramians=products,
         )
@@ -95,10 +95,10 @@ class FlatGrad:
         side: Any = None,
         **kwargs: Any,
     ) -> tuple[Any, Any, FlatGradState]:
-        """Losses, gradient and state; see :func:`value_and_flat_grad`."""
+        """Returns losses, gradient and state; see :func:`value_and_flat_grad`."""
         has_aux = self.engine.options.has_aux
         if self.engine.zero and not self.gramians:
-            # Every mode is then A(g), which the cheapest engine gives exactly.
+            # Every mode reduces to A(g), which the cheapest engine computes exactly.
             out, grad, loss = self.plain(
                 params, state.balancer.loss, *args, mask=mask, side=side, **kwargs
             )
@@ -133,7 +133,7 @@ class FlatGrad:
         if any(passes.splits[0]):
             raise ValueError(
                 f"{NAME}: a shared parameter is split over axis_name, so that a device "
-                "has a part of every gradient; outside of jax.shard_map, parameters "
+                "has a part of every gradient. Outside of jax.shard_map, parameters "
                 "may be sharded in any way."
             )
         inputs = {"losses": losses, "mask": passes.first.region.mask, **side}
@@ -160,7 +160,7 @@ class FlatGrad:
         return merge_own(update, own), new
 
     def _weighs_at_common_point(self) -> bool:
-        """Whether one weighted backward pass is the whole second half."""
+        """Whether one weighted backward pass replaces the T passes at the new point."""
         return (
             self.engine.perturb == "global"
             and not self.split
@@ -193,57 +193,62 @@ def value_and_flat_grad(
     strategy: Strategy | int = "auto",
     axis_name: AxisName = None,
 ) -> FlatGrad:
-    """Losses and the sharpness-aware balanced gradient: one step of FS-MTL.
+    """Returns a function that computes the sharpness-aware balanced gradient.
 
-    :func:`sam_task_grads`, then :func:`flat_split` on the shared parameters, while own
-    parameters receive their SAM gradient; in the shape of
-    :func:`mtljax.value_and_balanced_grad`, and for ``rho=0`` its very numbers.
+    The function performs one step of FS-MTL. It calls :func:`sam_task_grads` and
+    applies :func:`flat_split` to the shared parameters. Own parameters receive their
+    SAM gradient. The interface is that of :func:`mtljax.value_and_balanced_grad`. For
+    ``rho=0`` the results are identical to those of that function.
 
     ===========================  ====================================================
-    published as                 options
+    published method             options
     ===========================  ====================================================
     F-X (FS-MTL)                 the defaults
     its "direct" ablation        ``mode="direct"``
     G-SAM                        ``mode="direct", perturb="global"``
     SAMO-X                       ``mode="direct", perturb="samo", key=...``
     F-LS (SAM of every loss)     ``balancer=mtljax.linear(T)``
-    SAM of the mean loss         that, ``mode="direct", perturb="global"``, joint norm
+    SAM of the mean loss         F-LS, ``mode="direct", perturb="global"``, joint norm
     ===========================  ====================================================
 
     Args:
-      task_losses: As for :func:`sam_task_grads`.
-      balancer: As for :func:`flat_split`.
+      task_losses: See :func:`sam_task_grads`.
+      balancer: See :func:`flat_split`.
       rho: ρ ≥ 0, or a :class:`Ball`, see :func:`sam_task_grads`.
       perturb: ``"local"``, ``"global"``, ``"samo"`` or :class:`Samo`.
       mode: See :func:`flat_split`.
-      schedule: Which steps have a second pass, see :class:`SamSchedule`.
-      gramians: Whether ``state.gramians`` holds the :class:`FlatGramians` of the step,
-        for :func:`flat_conflicts`; needs both parts, so it undoes the savings of
-        ``mode="direct"`` in passes.
-      key: Seeds SAMO's directions; lives in the state. Only for ``perturb="samo"``.
+      schedule: The steps that have a second pass, see :class:`SamSchedule`.
+      gramians: Whether to store the :class:`FlatGramians` of the step in
+        ``state.gramians``, for :func:`flat_conflicts`. They need both parts, so
+        ``mode="direct"`` then saves no passes.
+      key: Random key of the directions of SAMO. It is stored in the state. Only used
+        with ``perturb="samo"``.
       labels: Marks parameters ``"shared"``, ``"own"`` or ``"frozen"``.
-      has_aux: ``task_losses`` returns ``(losses, aux)``.
-      strategy: How the tasks run.
-      axis_name: The mapped axis, see :func:`sam_task_grads`; the balancer sees means
-        over the devices.
+      has_aux: Whether ``task_losses`` returns ``(losses, aux)``.
+      strategy: How the tasks are run.
+      axis_name: The mapped axis, see :func:`sam_task_grads`. The balancer receives
+        means over the devices.
 
     Returns:
-      A :class:`FlatGrad`: ``init(params)`` gives the first state, and calling it with
-      ``(params, state, *args, mask=None, side=None, **kwargs)`` gives ``(losses[T],
-      grad, state)``, or ``((losses[T], aux), grad, state)``. ``grad`` is shaped like
-      ``params``; ``side`` is a dict of further keywords for the balancer. If a loss or
-      gradient of a present task, or the result, is not finite, ``grad`` is NaN
-      everywhere and the state is unchanged.
+      A :class:`FlatGrad`. Its method ``init(params)`` returns the initial state. A call
+      with ``(params, state, *args, mask=None, side=None, **kwargs)`` returns
+      ``(losses, grad, state)``, or ``((losses, aux), grad, state)`` with
+      ``has_aux=True``. The losses have shape ``[T]``, and ``grad`` has the structure
+      of ``params``. The dictionary ``side`` is passed to the balancer as keyword
+      arguments. If the result, or a loss or gradient of a present task, is not finite,
+      then ``grad`` is NaN everywhere and the state is unchanged.
 
-      Cost: that of :func:`sam_task_grads` in steps with SAM, of
-      :func:`mtljax.value_and_task_grads` in others. ``mode="direct"`` with
-      ``perturb="global"`` costs 2 forward and 1 + T backward passes, and 2 backward
-      with a balancer that needs only the losses. State: the balancer's, and with
-      ``"reuse"`` T copies of the shared parameters.
+      A step with SAM costs as much as :func:`sam_task_grads`. Any other step costs as
+      much as :func:`mtljax.value_and_task_grads`. ``mode="direct"`` with
+      ``perturb="global"`` costs 2 forward and 1 + T backward passes. If the balancer
+      reads only the losses, it costs 2 forward and 2 backward passes. The state
+      contains the state of the balancer and, with ``between="reuse"``, T copies of the
+      shared parameters.
 
     Raises:
-      ValueError: As the two functions; if the schedule is not of integers, ``"samo"``
-        has no key, or the number of losses is not the balancer's.
+      ValueError: If :func:`sam_task_grads` or :func:`flat_split` rejects an argument,
+        if the schedule does not consist of integers, if ``perturb="samo"`` has no key,
+        or if the number of losses differs from ``balancer.num_tasks``.
 
     Examples:
       >>> import jax, jax.numpy as jnp, mtljax
@@ -262,9 +267,9 @@ def value_and_flat_grad(
       {'heads': [(3,), (3,)], 'trunk': (2, 3)}
 
     References:
-      As :func:`sam_task_grads`; Liu et al., `Towards Efficient and Scalable
-      Sharpness-Aware Minimization <https://arxiv.org/abs/2203.02714>`_, 2022, for the
-      reuse.
+      The papers of :func:`sam_task_grads`. Liu et al., `Towards Efficient and Scalable
+      Sharpness-Aware Minimization <https://arxiv.org/abs/2203.02714>`_, 2022, propose
+      the reuse of flat parts.
     """
     options = {
         "labels": labels,
@@ -278,8 +283,8 @@ def value_and_flat_grad(
     reuses = schedule.between == "reuse"
     if (gramians or reuses) and not isinstance(balancer, Balancer):
         raise ValueError(
-            f"{NAME}: gramians=True and between='reuse' keep arrays [T, ...] in the "
-            "state, so they take a mtljax.Balancer, which knows T."
+            f"{NAME}: gramians=True and between='reuse' store arrays of shape "
+            "[T, ...] in the state. They require a mtljax.Balancer, which knows T."
         )
     return FlatGrad(
         task_losses,

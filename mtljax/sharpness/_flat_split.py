@@ -1,4 +1,4 @@
-"""A balancer for loss and flat gradients, made of any balancer (FS-MTL)."""
+"""Balancer of loss gradients and flat parts, built from any balancer (FS-MTL)."""
 
 import operator
 from collections.abc import Callable
@@ -26,18 +26,19 @@ from mtljax.wrappers import check_type, fold_keys
 
 Mode: TypeAlias = Literal["split", "direct", "second", "each"]
 
-_NEED_THREE = ("krum", "trimmed_mean")  # two rows leave them nothing to choose from
+_NEED_THREE = ("krum", "trimmed_mean")  # these methods cannot select among two rows
 
 
 class FlatSplitState(NamedTuple):
-    """State of :func:`flat_split`: one of the inner balancer for everything it does.
+    """State of :func:`flat_split`, with one inner state for each kind of call.
 
     Attributes:
-      loss: Of the loss gradients (of the SAM gradients for ``"direct"``, of the tasks'
-        mixtures for ``"each"``); its ``task_weights`` are those to log.
-      flat: Of the flat parts (``"split"``, ``"second"``); else ().
-      pair: Of the two halves (``"second"``), or of each task's two parts, stacked
-        ``[T, ...]`` (``"each"``); else ().
+      loss: State for the loss gradients. For ``"direct"`` it belongs to the SAM
+        gradients, and for ``"each"`` to the balanced pair of each task. Log its
+        ``task_weights``.
+      flat: State for the flat parts (``"split"`` and ``"second"``), else ().
+      pair: State for the two balanced parts (``"second"``), or for the two parts of
+        each task, stacked ``[T, ...]`` (``"each"``), else ().
     """
 
     loss: Any
@@ -46,7 +47,7 @@ class FlatSplitState(NamedTuple):
 
 
 def _sum(left: Any, right: Any) -> Any:
-    """Leaf by leaf, at least float32."""
+    """Adds two trees, in at least float32."""
     return jax.tree.map(lambda a, b: widen(a) + widen(b), left, right)
 
 
@@ -55,7 +56,7 @@ def _like(tree: Any, model: Any) -> Any:
 
 
 def _any(tree: Any) -> Scalar:
-    """Whether an entry of a leaf is not zero (NaN is not)."""
+    """Whether any entry is nonzero; NaN counts as nonzero."""
     found = [(leaf != 0).any() for leaf in jax.tree.leaves(tree)]
     return jnp.stack(found).any()
 
@@ -63,14 +64,14 @@ def _any(tree: Any) -> Scalar:
 def check_flat_split(
     balancer: optax.GradientTransformationExtraArgs, mode: Mode
 ) -> None:
-    """Raises for a balancer that cannot do what the mode asks of it."""
+    """Raises an error for a balancer that does not support the mode."""
     check_choice("flat_split", "mode", mode, Mode)
     if mode in ("split", "direct"):
         return
     if not isinstance(balancer, Balancer):
         raise ValueError(
-            f"flat_split: mode={mode!r} balances two gradients with the method for T, "
-            "which takes a mtljax.Balancer, not another transformation."
+            f"flat_split: mode={mode!r} applies the method for T tasks to two "
+            "gradients, which takes a mtljax.Balancer, not another transformation."
         )
     name = balancer.name
     if balancer.reads_losses:
@@ -91,7 +92,7 @@ def check_flat_split(
 
 
 def _pair_update(balancer: Any, rows: Any, state: Any) -> tuple[Any, Any]:
-    """The method on two rows ``[2, ...]``, as a batch that holds two of its T tasks."""
+    """Applies the balancer to two rows ``[2, ...]`` and masks its other tasks."""
     num_tasks = balancer.num_tasks
     mask = jnp.arange(num_tasks) < 2
     spare = num_tasks - 2
@@ -108,7 +109,7 @@ def _pair_update(balancer: Any, rows: Any, state: Any) -> tuple[Any, Any]:
 
 
 def _pair(balancer: Any, loss: Any, flat: Any, state: Any) -> tuple[Any, Any]:
-    """A({loss, flat}); the loss part itself, and the old state, without a flat part."""
+    """Returns A({loss, flat}), or the loss part and the old state if flat is zero."""
     rows = jax.tree.map(lambda a, b: jnp.stack([widen(a), widen(b)]), loss, flat)
     mixed, new = _pair_update(balancer, rows, state)
     exists = _any(flat)
@@ -117,7 +118,7 @@ def _pair(balancer: Any, loss: Any, flat: Any, state: Any) -> tuple[Any, Any]:
 
 
 def _halves(update: Callable[..., Any], grads: SamGrads, state: FlatSplitState, side):
-    """A(g) and A(h); a flat part that vanishes gives zero and leaves its state."""
+    """Returns A(g) and A(h); a zero flat part gives zero and keeps its state."""
     flat_side = {k: v for k, v in side.items() if k != "cross_gramian"}
     loss, loss_state = update(grads.loss, state.loss, **side)
     flat, flat_state = update(grads.flat, state.flat, **flat_side)
@@ -130,15 +131,16 @@ def _halves(update: Callable[..., Any], grads: SamGrads, state: FlatSplitState, 
 
 
 def _parts(updates: Any, mode: Mode) -> SamGrads:
-    """The two parts, checked for what the mode needs."""
+    """Returns the two parts after checking that the mode can use them."""
     if not isinstance(updates, SamGrads):
         raise ValueError(
-            "flat_split takes SamGrads(loss, flat), as mtljax.sharpness.sam_task_grads "
-            f"returns them, not a {type(updates).__name__}."
+            "flat_split takes SamGrads(loss, flat), the result of "
+            "mtljax.sharpness.sam_task_grads, not a "
+            f"{type(updates).__name__}."
         )
     if updates.flat is None and mode != "direct":
         raise ValueError(
-            f"flat_split: mode={mode!r} needs the flat part, but the gradients hold "
+            f"flat_split: mode={mode!r} needs the flat part, but the gradients contain "
             "SAM gradients only; call sam_task_grads with split=True."
         )
     if updates.flat is not None:
@@ -155,44 +157,49 @@ def _parts(updates: Any, mode: Mode) -> SamGrads:
 def flat_split(
     balancer: optax.GradientTransformationExtraArgs, mode: Mode = "split"
 ) -> Balancer:
-    """Balances loss gradients and flat parts apart, then adds them up (FS-MTL).
+    """Balances loss gradients and flat parts separately and adds the results (FS-MTL).
 
-    With A the inner balancer, on ``SamGrads(g, h)`` of :func:`sam_task_grads`:
+    Let A be the inner balancer and ``SamGrads(g, h)`` the result of
+    :func:`sam_task_grads`.
 
     ============  ============================================  ====================
     ``mode``      update                                        calls of A
     ============  ============================================  ====================
-    ``"split"``   ``A(g_1..g_T) + A(h_1..h_T)``, the paper's    2
+    ``"split"``   ``A(g_1..g_T) + A(h_1..h_T)``, as in paper    2
     ``"direct"``  ``A(g_1 + h_1 .. g_T + h_T)``                 1
     ``"second"``  ``A(A(g), A(h))``                             3
     ``"each"``    ``A(p_1..p_T)``, ``p_i = A(g_i, h_i)``        T + 1
     ============  ============================================  ====================
 
-    For a linear A the first two are equal: only the balancer's non-linearity can make
-    the split matter. The balancer's own ``scale`` holds for each call, so ``"second"``
-    and ``"each"`` with a method that averages halve the step twice.
+    For a linear A, ``"split"`` and ``"direct"`` are equal. Only the non-linearity of
+    the balancer makes a difference. The ``scale`` of the balancer applies to each
+    call. A balancer that averages therefore averages twice in ``"second"`` and
+    ``"each"``.
 
-    Losses, mask and side inputs go to every call on T tasks; ``cross_gramian`` to that
-    on the loss gradients only, as it is theirs. Where all flat parts are zero (ρ = 0, a
-    step without SAM) the update is exactly ``A(g)`` and no other state changes; if
-    anything is not finite, the update is not, and no state changes.
+    Every call on T tasks receives the losses, the mask and the side inputs. Only the
+    call on the loss gradients receives ``cross_gramian``, which describes them. If all
+    flat parts are zero (ρ = 0 or a step without SAM), the update is exactly ``A(g)``
+    and no other state changes. If an input or the result is not finite, the update is
+    NaN and no state changes.
 
     Args:
-      balancer: Any balancer, or for ``"split"`` and ``"direct"`` any transformation of
-        stacked gradients (an ``optax.chain`` that begins with one).
-      mode: As above. ``"second"`` and ``"each"`` run the method on two of its T tasks
-        by a mask: T ≥ 2, and one that does not read losses; weights or preferences
-        given to its factory are then those of the first two tasks. In ``"each"`` a
-        method that reads the gradients themselves (``graddrop``) holds T² copies.
+      balancer: Any balancer. For ``"split"`` and ``"direct"`` also any transformation
+        of stacked gradients, for example an ``optax.chain`` that begins with one.
+      mode: One of the modes in the table. ``"second"`` and ``"each"`` run the balancer
+        on two of its T tasks by means of a mask. They require T ≥ 2 and a balancer
+        that does not read losses. Weights or preferences of the balancer are then
+        those of its first two tasks. In ``"each"``, a method that reads the gradients
+        themselves (``graddrop``) stores T² copies.
 
     Returns:
-      A balancer of pairs; no passes of its own. State: that of the inner one for each
-      kind of call; random methods draw for each on its own (the paper's code does so
-      for PCGrad; for RLW it is not known). Initialise it with the shared parameters.
+      A balancer of pairs. It needs no passes of its own. Its state contains one state
+      of the inner balancer for each kind of call. Random methods sample independently
+      for each kind. The paper's code does this for PCGrad; for RLW it is not known.
+      Initialise the state with the shared parameters.
 
     Raises:
-      ValueError: If the mode is unknown or the balancer cannot take it; in ``update``,
-        if the gradients are no ``SamGrads`` or lack the flat part.
+      ValueError: If the mode is unknown, or if the balancer does not support it. In
+        ``update``, if the gradients are not a :class:`SamGrads` or have no flat part.
 
     Examples:
       >>> import jax, jax.numpy as jnp, mtljax
@@ -206,8 +213,8 @@ def flat_split(
 
     References:
       Phan et al., `Beyond Losses Reweighting: Empowering Multi-Task Learning via the
-      Generalization Perspective <https://arxiv.org/abs/2211.13723>`_, 2022; the modes
-      other than ``"split"`` are its ablations.
+      Generalization Perspective <https://arxiv.org/abs/2211.13723>`_, 2022. The modes
+      other than ``"split"`` are ablations of this paper.
     """
     check_flat_split(balancer, mode)
     name = getattr(balancer, "name", "the transformation")

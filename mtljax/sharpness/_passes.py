@@ -1,4 +1,4 @@
-"""The first pass, and how the tasks are run through what follows it."""
+"""The first pass, and the loop over tasks for the passes that follow it."""
 
 import functools
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from mtljax.types import Losses, Params
 
 
 class Passes(NamedTuple):
-    """What both parts of a step are computed from.
+    """The result of the first pass, from which both parts of a step are computed.
 
     In a mapped region all gradients are averaged over the devices before they are used,
     so that the perturbations are those of the whole batch.
@@ -31,7 +31,7 @@ class Passes(NamedTuple):
 
     first: Linearized
     function: Callable[[Params], Any]  # the local losses (and an auxiliary output)
-    mask: Any  # as the user gave it: of this device
+    mask: Any  # as the user passed it, for this device
     name: str
     basis: Array  # [T, T], rows of absent tasks zero
 
@@ -52,7 +52,7 @@ class Passes(NamedTuple):
 
     @property
     def present(self) -> Array:
-        """Ones for the tasks that are present."""
+        """Ones for the tasks that are present, zeros for the others."""
         return self.basis.sum(0)
 
     @property
@@ -67,23 +67,23 @@ class Passes(NamedTuple):
         return [split(x) for x in self.shared], [split(x) for x in self.own]
 
     def tree(self, shared: Leaves, own: Leaves) -> Params:
-        """The parameters with other shared and own leaves."""
+        """Returns the parameters with other shared and own leaves."""
         leaves = self.first.leaves
         return leaves.tree(shared, own, leaves.of("frozen"))
 
     def again(self, shared: Leaves, own: Leaves) -> Linearized:
-        """The pass at another point."""
+        """Runs the forward pass at another point."""
         params = self.tree(shared, own)
         options = self.first.options
         return linearize(self.function, params, options, mask=self.mask, name=self.name)
 
     def local_losses_at(self, shared: Leaves, own: Leaves) -> Losses:
-        """This device's losses at another point."""
+        """Returns the losses of this device at another point."""
         out = self.function(self.tree(shared, own))
         return checked_losses(out, self.first.options.has_aux)[0]
 
     def losses_at(self, shared: Leaves, own: Leaves) -> Losses:
-        """The losses at another point."""
+        """Returns the losses at another point."""
         local = self.local_losses_at(shared, own)
         options = self.first.options
         return make_region(local, self.mask, options, self.name).losses
@@ -91,16 +91,16 @@ class Passes(NamedTuple):
     def gradients(
         self, cotangent: Array, at: Linearized | None = None
     ) -> tuple[Leaves, Leaves]:
-        """Those of shared and own leaves, at the parameters or at another point."""
+        """Returns the gradients of shared and own leaves at one point."""
         found = self.first if at is None else at
         shared, own = found.pull(found.region.seeded(cotangent))
         return self._summed(shared, own)
 
     def together(self, rows: Array, shared: Leaves, own: Leaves):
-        """Gradients of the tasks of some rows, each at its own shared leaves.
+        """Returns the gradients of several tasks, each at its own shared leaves.
 
-        ``shared`` are stacked like the rows; ``own`` are not, as each serves one task,
-        and neither are their gradients.
+        The leaves ``shared`` are stacked like the rows. The leaves ``own`` and their
+        gradients are not stacked, because each leaf belongs to one task.
         """
         region = self.first.region
 
@@ -116,18 +116,18 @@ class Passes(NamedTuple):
         return self._summed(shared, own)
 
     def _summed(self, shared: Leaves, own: Leaves) -> tuple[Leaves, Leaves]:
-        """The sums over the mapped axes."""
+        """Sums gradients over the mapped axes."""
         leaves, axes = self.first.leaves, self.first.region.axes
         return leaves.summed(shared, axes), leaves.summed(own, axes, "own")
 
     def climb(
         self, directions: tuple[Leaves, Leaves], ball: Ball
     ) -> tuple[Leaves, Leaves, Array]:
-        """See :func:`ascend`."""
+        """Computes a perturbation, see :func:`ascend`."""
         return ascend((self.shared, self.own), directions, ball, self.splits)
 
     def moved(self, eps: Leaves, delta: Leaves) -> tuple[Leaves, Leaves]:
-        """The point of a perturbation."""
+        """Returns the perturbed parameters."""
         return shifted(self.shared, eps), shifted(self.own, delta)
 
 
@@ -139,7 +139,7 @@ def first_pass(
     mask: Any,
     name: str,
 ) -> Passes:
-    """One forward pass at the parameters; all else is computed from what it returns."""
+    """Runs one forward pass at the parameters, and keeps what later passes need."""
     first = linearize(function, params, options, mask=mask, name=name)
     num_tasks = first.losses.shape[0]
     basis = jnp.eye(num_tasks, dtype=first.losses.dtype)
@@ -149,12 +149,12 @@ def first_pass(
 
 
 def only(losses: Losses, basis: Array) -> Array:
-    """The loss that a row of the basis picks; others may be NaN."""
+    """Returns the loss that a row of the basis selects; the others may be NaN."""
     return jnp.where(basis != 0, losses, 0).sum()
 
 
 def add(left: Leaves, right: Leaves) -> Leaves:
-    """Leaf by leaf."""
+    """Adds two lists of leaves."""
     return [a + b for a, b in zip(left, right, strict=True)]
 
 
@@ -164,16 +164,16 @@ def over_tasks(
     passes: Passes,
     sums: Leaves,
 ) -> tuple[Any, Leaves]:
-    """Runs every task: stacks the first result, adds up the second.
+    """Runs every task, stacks the first result and sums the second.
 
     Args:
       single: ``single(row of the basis, task) -> (rows, sums)``.
       many: The same for ``c`` tasks at once.
       passes: The first pass.
-      sums: Leaves like those that are added up.
+      sums: Leaves with the shapes and dtypes of the sums.
 
     Returns:
-      Stacks ``[T, ...]`` and sums.
+      A pair of the stacked results, ``[T, ...]``, and the sums.
     """
     basis, num_tasks = passes.basis, passes.basis.shape[0]
     asked = passes.first.options.passes
@@ -187,7 +187,7 @@ def over_tasks(
         return rows, functools.reduce(add, [sums for _, sums in found])
     size = min(chunk_size, num_tasks) if strategy == "chunked" else 1
     blocks = -(-num_tasks // size)
-    padding = blocks * size - num_tasks  # rows of zeros: tasks that are absent
+    padding = blocks * size - num_tasks  # zero rows, treated as absent tasks
     basis = jnp.pad(basis, ((0, padding), (0, 0))).reshape(blocks, size, num_tasks)
     tasks = jnp.pad(tasks, (0, padding)).reshape(blocks, size)
 

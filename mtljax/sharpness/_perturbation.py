@@ -1,4 +1,4 @@
-"""The ascent step of SAM: how far, in which norm, towards what."""
+"""The ascent step of SAM: radius, norm and direction of a perturbation."""
 
 import dataclasses
 import functools
@@ -25,15 +25,16 @@ class Ball:
     """The ball around the parameters in which the losses are maximised.
 
     Attributes:
-      rho: ρ ≥ 0, radius around the shared parameters: in the units of the parameters,
-        or relative to them if adaptive. May be a traced scalar.
-      rho_own: Radius for own parameters; None is ``rho``. Needs ``labels``.
-      adaptive: ASAM: ``ε = ρ w²⊙g/‖|w|⊙g‖`` over all parameters, biases and
-        normalisation included. The reference code of FS-MTL uses it for its
-        experiments (ρ = 2 on Multi-MNIST); the paper does not mention it.
-      norm: ``"separate"``: one norm over the whole trunk and one over the task's head,
-        as in the paper; ``"joint"``: one over both with one radius, as in the
-        reference code for Multi-MNIST.
+      rho: ρ ≥ 0, radius around the shared parameters. It is in the units of the
+        parameters, or relative to them if ``adaptive`` is True. May be a traced scalar.
+      rho_own: Radius around the own parameters. None means ``rho``. Requires
+        ``labels``.
+      adaptive: Whether to use ASAM, ``ε = ρ w²⊙g/‖|w|⊙g‖``. It covers all parameters,
+        including biases and normalisation. The reference code of FS-MTL uses it for
+        its experiments (ρ = 2 on Multi-MNIST), but the paper does not mention it.
+      norm: ``"separate"`` uses one norm over the trunk and one over the head of the
+        task, as in the paper. ``"joint"`` uses one norm over both with one radius, as
+        in the reference code for Multi-MNIST.
     """
 
     rho: Any
@@ -43,23 +44,25 @@ class Ball:
 
     @property
     def radii(self) -> tuple[Any, Any]:
-        """Those of the shared and of the own parameters."""
+        """Radii around the shared and the own parameters."""
         return self.rho, self.rho if self.rho_own is None else self.rho_own
 
 
 @dataclasses.dataclass(frozen=True)
 class Samo:
-    """Perturbations along ``α g_0 + (1 − α) ĝ_i``, as SAMO has them.
+    """Perturbations along ``α g_0 + (1 − α) ĝ_i`` (SAMO).
 
-    ``g_0`` is the mean gradient and ``ĝ_i = <∇L_i, z> z`` for normal z, scaled leaf by
-    leaf to the length of ``g_0``; heads follow their own loss.
+    ``g_0`` is the mean gradient and ``ĝ_i = <∇L_i, z> z`` with a standard normal z.
+    Each leaf of ``ĝ_i`` is scaled to the norm of the same leaf of ``g_0``. Heads follow
+    their own loss.
 
     Attributes:
       alpha: α in [0, 1].
       step: μ, the step of the finite differences of ``compat="spsa"``.
-      compat: ``"spsa"``: central differences ``(L_i(θ + μz) − L_i(θ − μz))/2μ`` with a
-        z for every task, as the code of SAMO (there in evaluation mode); by default the
-        exact derivatives along one z for all tasks, from one forward-mode pass.
+      compat: ``"spsa"`` uses central differences ``(L_i(θ + μz) − L_i(θ − μz))/2μ``
+        and one z per task, as in the code of SAMO (there in evaluation mode). By
+        default, one forward-mode pass computes the exact derivatives along one z for
+        all tasks.
     """
 
     alpha: Any = 0.5
@@ -71,10 +74,10 @@ Perturb: TypeAlias = Literal["local", "global", "samo"] | Samo
 
 
 def check_radius(name: str, argument: str, value: Any) -> bool:
-    """Raises unless the radius is a finite number that is not negative.
+    """Raises an error unless the radius is a finite number that is not negative.
 
     Returns:
-      Whether it is known to be zero; a traced radius is not known.
+      Whether the radius is known to be zero. A traced radius is not known.
     """
     if isinstance(value, Tracer):
         if value.ndim:
@@ -94,7 +97,7 @@ def check_radius(name: str, argument: str, value: Any) -> bool:
 
 
 def make_ball(name: str, rho: Any, labels: Any) -> tuple[Ball, bool]:
-    """The checked ball, and whether it is known to be a point while tracing."""
+    """Returns the validated ball, and whether its radius is known to be zero."""
     ball = rho if isinstance(rho, Ball) else Ball(rho)
     check_choice(name, "norm", ball.norm, Norm)
     zero = check_radius(name, "rho", ball.rho)
@@ -103,7 +106,7 @@ def make_ball(name: str, rho: Any, labels: Any) -> tuple[Ball, bool]:
         if labels is None:
             raise ValueError(
                 f"{name}: rho_own={ball.rho_own} perturbs own parameters, but without "
-                "labels all are shared; pass labels or leave rho_own out."
+                "labels all parameters are shared; pass labels or leave rho_own out."
             )
         if ball.norm == "joint":
             raise ValueError(
@@ -114,7 +117,7 @@ def make_ball(name: str, rho: Any, labels: Any) -> tuple[Ball, bool]:
 
 
 def make_perturb(name: str, perturb: Any) -> Any:
-    """``"local"``, ``"global"`` or checked options of SAMO."""
+    """Returns ``"local"``, ``"global"`` or the validated options of SAMO."""
     if not isinstance(perturb, Samo):
         check_choice(name, "perturb", perturb, ("local", "global", "samo"))
         return Samo() if perturb == "samo" else perturb
@@ -126,15 +129,15 @@ def make_perturb(name: str, perturb: Any) -> Any:
 
 
 def widen(x: Array) -> Array:
-    """At least float32: a perturbation and a difference need the digits."""
+    """Converts to at least float32, because small differences need the precision."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def length(leaves: Leaves, splits: Splits) -> Scalar:
-    """Euclidean norm over all leaves; scaled, so that no square over- or underflows.
+    """Returns the norm over all leaves, scaled so that no square over- or underflows.
 
-    ``splits`` has the mapped axes over which each leaf is split, as a device then holds
-    a part of it.
+    ``splits`` contains, for each leaf, the mapped axes over which the leaf is split. A
+    device then stores a part of the leaf only.
     """
     if not leaves:
         return jnp.zeros((), jnp.float32)
@@ -154,14 +157,14 @@ def ascend(
     ball: Ball,
     splits: tuple[Splits, Splits],
 ) -> tuple[Leaves, Leaves, Scalar]:
-    """The point of the ball that the directions lead to, and whether it is another.
+    """Computes the perturbation along the directions, and whether it is nonzero.
 
-    ``ε = ρ u/‖u‖``; adaptive ``ε = ρ w²⊙u/‖|w|⊙u‖``, so that ``‖ε/|w|‖ = ρ``. No
-    direction, no step: a zero ``u`` gives a zero ε instead of 0/0.
+    ``ε = ρ u/‖u‖``, or ``ε = ρ w²⊙u/‖|w|⊙u‖`` if adaptive, so that ``‖ε/|w|‖ = ρ``.
+    A zero ``u`` gives a zero ε.
 
     Args:
       points: Shared and own leaves.
-      directions: Likewise.
+      directions: The directions u with the same structure.
       ball: The ball.
       splits: See :func:`length`.
 
@@ -193,9 +196,9 @@ def ascend(
 
 
 def shifted(leaves: Leaves, steps: Leaves) -> Leaves:
-    """Leaves moved by steps ``[...]``, or by stacks ``[c, ...]`` of them, as they are.
+    """Adds perturbations ``[...]``, or stacked perturbations ``[c, ...]``, to leaves.
 
-    The sum is taken in float32 and rounded to the dtype of the leaf once.
+    The sum is computed in float32 and rounded once to the dtype of the leaf.
     """
     return [
         (widen(w) + s).astype(w.dtype) if s.ndim == w.ndim
@@ -207,10 +210,10 @@ def shifted(leaves: Leaves, steps: Leaves) -> Leaves:
 def lean(
     mean: Leaves, noise: Leaves, splits: Splits, sign: Scalar, alpha: float
 ) -> Leaves:
-    """SAMO's direction: ``α g_0 + (1 − α) ĝ``, ĝ as long as ``g_0`` in every leaf.
+    """Returns ``α g_0 + (1 − α) ĝ``, where ĝ has the norm of ``g_0`` in every leaf.
 
-    The one-sample estimate ``ĝ = <∇L_i, z> z`` is rescaled leaf by leaf, so all that
-    is left of the directional derivative is its sign.
+    The one-sample estimate ``ĝ = <∇L_i, z> z`` is rescaled leaf by leaf. Therefore
+    only the sign of the directional derivative remains.
     """
 
     def leaf(g, z, axes):
@@ -224,11 +227,11 @@ def lean(
 
 
 def draw_like(key: Array, leaves: Leaves, splits: Splits) -> Leaves:
-    """Standard normal numbers like the leaves, each from a key of its own."""
+    """Samples standard normal numbers for the leaves, with one key per leaf."""
 
     def leaf(i, x, axes):
         own = jax.random.fold_in(key, i)
-        if axes:  # every device draws for its part
+        if axes:  # every device samples its own part
             own = jax.random.fold_in(own, jax.lax.axis_index(axes))
         return placement.like(jax.random.normal(own, x.shape, widen(x).dtype), x)
 

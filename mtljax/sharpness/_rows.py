@@ -1,4 +1,4 @@
-"""Gradients of every task at the parameters and at the worst point nearby."""
+"""Gradients of every task at the parameters and at the perturbed point."""
 
 import functools
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from mtljax.sharpness._perturbation import (
 
 
 class Rows(NamedTuple):
-    """Stacked shared leaves of both parts, and the sum over tasks of own ones."""
+    """Stacked shared gradients of both parts, and own gradients summed over tasks."""
 
     loss: Leaves
     flat: Leaves | None
@@ -33,7 +33,7 @@ class Rows(NamedTuple):
 
 
 def plain_rows(passes: Passes, *, split: bool, at: Linearized | None = None) -> Rows:
-    """Gradients at one point, without a second pass; the flat part is zero."""
+    """Returns gradients at one point without a second pass, and a zero flat part."""
 
     def single(row, task):
         del task
@@ -56,14 +56,14 @@ def local_rows(
     split: bool,
     direction: Callable[[Array, Array], Leaves] | None = None,
 ) -> Rows:
-    """A perturbation of its own for every task.
+    """Computes one perturbation per task.
 
     Args:
       passes: The first pass.
       ball: The ball.
-      split: Whether the loss gradients are wanted in addition to the SAM gradients.
-      direction: ``direction(row, task)``, where the shared parameters are moved
-        instead of along the task's gradient.
+      split: Whether to compute the loss gradients in addition to the SAM gradients.
+      direction: A function ``direction(row, task)`` that returns the direction of the
+        perturbation of the shared parameters. The default is the gradient of the task.
     """
 
     def climb(row, task):
@@ -73,7 +73,7 @@ def local_rows(
         return g, q, eps, delta, moved & (row != 0).any()
 
     def difference(g, sam, moved):
-        """Exactly zero where nothing was moved, whatever the rounding of the passes."""
+        """Returns exactly zero without a perturbation, independently of rounding."""
 
         def leaf(a, b):
             at = moved.reshape(moved.shape + (1,) * (a.ndim - moved.ndim))
@@ -93,8 +93,8 @@ def local_rows(
 
     def many(rows, tasks):
         g, _, eps, delta, moved = jax.vmap(climb)(rows, tasks)
-        # A head serves one task, so all heads may be moved at once: each task reads
-        # its own, and the gradients of heads are never stacked.
+        # A head belongs to one task, so all heads may be perturbed at once: each task
+        # reads its own head, and the gradients of heads are never stacked.
         point = passes.moved(eps, [d.sum(0) for d in delta])
         sam, sam_own = passes.together(rows, *point)
         return result(g, sam, moved), sam_own
@@ -105,11 +105,11 @@ def local_rows(
 
 
 def common_point(passes: Passes, ball: Ball) -> tuple[Linearized, Any]:
-    """The second pass where one ε serves all tasks, and whether it is elsewhere.
+    """Computes the second pass at one ε for all tasks, and whether ε is not zero.
 
-    ε follows the gradient of the mean loss of the present tasks. With separate norms a
-    head still follows its own task; with a joint norm it is one ball around everything,
-    that is SAM of the mean loss.
+    ε follows the gradient of the mean loss of the present tasks. With separate norms
+    each head follows the loss of its own task. With a joint norm one ball contains all
+    parameters, which is SAM of the mean loss.
     """
     present = passes.present
     mean, mean_own = passes.gradients(present / jnp.maximum(present.sum(), 1))
@@ -124,7 +124,7 @@ def common_point(passes: Passes, ball: Ball) -> tuple[Linearized, Any]:
             _, delta, far = passes.climb((nothing, passes.gradients(row)[1]), ball)
             return delta, far
 
-        # Backward passes through the heads alone: the trunk's half is never computed.
+        # These backward passes need the heads only. The trunk's part is not computed.
         found = [heads(row) for row in passes.basis]
         delta = functools.reduce(add, [d for d, _ in found])
         moved = functools.reduce(jnp.logical_or, [far for _, far in found], moved)
@@ -133,7 +133,7 @@ def common_point(passes: Passes, ball: Ball) -> tuple[Linearized, Any]:
 
 
 def global_rows(passes: Passes, ball: Ball, *, split: bool) -> Rows:
-    """One perturbation for all tasks: a single second forward pass."""
+    """Computes one perturbation for all tasks with a single second forward pass."""
     point, moved = common_point(passes, ball)
     sam = plain_rows(passes, split=False, at=point)
     if not split:
@@ -150,7 +150,7 @@ def global_rows(passes: Passes, ball: Ball, *, split: bool) -> Rows:
 def samo_direction(
     passes: Passes, key: Array, samo: Samo
 ) -> Callable[[Array, Array], Leaves]:
-    """SAMO's ``direction(row, task)`` for :func:`local_rows`."""
+    """Returns the function ``direction(row, task)`` of SAMO for :func:`local_rows`."""
     present, splits = passes.present, passes.splits[0]
     mean, _ = passes.gradients(present / jnp.maximum(present.sum(), 1))
 
@@ -181,20 +181,20 @@ def samo_direction(
 
 
 class Engine(NamedTuple):
-    """The options of :func:`sam_task_grads`, checked."""
+    """The validated options of :func:`sam_task_grads`."""
 
     ball: Ball
-    zero: bool  # the ball is known to be a point while tracing
+    zero: bool  # whether the radius is known to be zero while tracing
     perturb: Any  # "local", "global" or Samo
     options: Options
 
     @property
     def draws(self) -> bool:
-        """Whether random directions are drawn."""
+        """Whether random directions are sampled."""
         return isinstance(self.perturb, Samo)
 
     def rows(self, passes: Passes, key: Any, active: Any, *, split: bool) -> Rows:
-        """Both parts, or the plain gradients where SAM is not active."""
+        """Returns both parts, or the plain gradients if SAM is not active."""
 
         def plain():
             return plain_rows(passes, split=split)
@@ -215,18 +215,19 @@ class Engine(NamedTuple):
 
 
 def make_engine(name: str, rho: Any, perturb: Perturb, **options: Any) -> Engine:
-    """Checks the options on behalf of a public function."""
+    """Validates the options; ``name`` is the public function in error messages."""
     found = make_options(name, **options)
     if found.exchange != "all":
         raise ValueError(
-            f"{name}: exchange={found.exchange!r} is for value_and_balanced_grad; "
-            "perturbations are made from averaged gradients: use exchange='all'."
+            f"{name}: exchange={found.exchange!r} is only supported by "
+            "value_and_balanced_grad. Perturbations are computed from averaged "
+            "gradients, so use exchange='all'."
         )
     ball, zero = make_ball(name, rho, found.labels)
     return Engine(ball, zero, make_perturb(name, perturb), found)
 
 
 def check_key(name: str, engine: Engine, key: Any, how: str) -> None:
-    """Raises where SAMO has no key to draw from."""
+    """Raises an error if SAMO has no random key."""
     if engine.draws and key is None:
         raise ValueError(f"{name}: perturb='samo' draws random directions; {how}.")

@@ -1,4 +1,4 @@
-"""Loss gradients and flat parts of every task (FS-MTL), as users ask for them."""
+"""Loss gradients and flat parts of every task (FS-MTL)."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,13 +17,13 @@ from mtljax.sharpness._rows import Rows, check_key, make_engine
 
 
 class SamGrads(NamedTuple):
-    """Gradients of every task, in two parts.
+    """Gradients of every task, split into a loss part and a flat part.
 
     Attributes:
       loss: ``g_i``, stacked ``[T, ...]`` like the result of
-        :func:`mtljax.value_and_task_grads`; own leaves are ``optax.MaskedNode()``.
-      flat: ``h_i = g_i^SAM − g_i``, likewise, at least float32. None where the two
-        were not told apart; ``loss`` is then ``g_i^SAM``.
+        :func:`mtljax.value_and_task_grads`. Own leaves are ``optax.MaskedNode()``.
+      flat: ``h_i = g_i^SAM − g_i`` with the same structure, at least float32. It is
+        None if the two parts were not separated. In this case ``loss`` is ``g_i^SAM``.
     """
 
     loss: Any
@@ -31,7 +31,7 @@ class SamGrads(NamedTuple):
 
 
 def _placed(passes: Passes, values: Any, label: str) -> Any:
-    """Gradients with the shardings that the user asked for; shared ones are stacked."""
+    """Applies the shardings that the user passed; shared gradients are stacked."""
     found = passes.first
     if found.options.shardings is None:
         return values
@@ -41,7 +41,7 @@ def _placed(passes: Passes, values: Any, label: str) -> Any:
 
 
 def own_tree(passes: Passes, own: Any) -> Any:
-    """Gradients of own leaves, zeros for frozen ones and holes for shared ones."""
+    """Returns gradients of own leaves, zeros for frozen and holes for shared ones."""
     leaves = passes.first.leaves
     holes = [optax.MaskedNode()] * len(passes.shared)
     frozen = [jnp.zeros_like(x) for x in leaves.of("frozen")]
@@ -49,7 +49,7 @@ def own_tree(passes: Passes, own: Any) -> Any:
 
 
 def as_trees(passes: Passes, rows: Rows) -> tuple[SamGrads, Any]:
-    """Rows of absent tasks cleared, leaves back in trees like the parameters."""
+    """Clears the rows of absent tasks and returns trees like the parameters."""
     found = passes.first
 
     def tree(rows):
@@ -62,15 +62,16 @@ def as_trees(passes: Passes, rows: Rows) -> tuple[SamGrads, Any]:
 
 
 def merge_own(update: Any, own_grads: Any) -> Any:
-    """Puts the gradients of own parameters into the holes of a shared update.
+    """Inserts the gradients of own parameters into the holes of a shared update.
 
     Args:
-      update: Shaped like the parameters with ``optax.MaskedNode()`` for own ones:
-        what a balancer made of shared gradients.
-      own_grads: The opposite: gradients of own parameters, holes for shared ones.
+      update: The output of a balancer of shared gradients. It has the structure of the
+        parameters, with ``optax.MaskedNode()`` for own parameters.
+      own_grads: Gradients of own parameters, with ``optax.MaskedNode()`` for shared
+        parameters.
 
     Returns:
-      A tree like the parameters, for one optimiser.
+      A tree with the structure of the parameters, for one optimizer.
 
     Examples:
       >>> import optax
@@ -103,70 +104,86 @@ def sam_task_grads(
     grad_shardings: Any = None,
     backward: Backward = "auto",
 ) -> Callable[..., Any]:
-    """Per-task gradients and their flat parts, as FS-MTL takes them apart.
+    """Returns a function that computes per-task gradients and their flat parts.
 
-    With ``g_i = ∇_θ L_i`` of the shared parameters θ and ``q_i = ∇_φ L_i`` of the own
-    ones φ_i::
+    Let ``g_i = ∇_θ L_i`` be the gradient of the shared parameters θ, and
+    ``q_i = ∇_φ L_i`` that of the own parameters φ_i. Then::
 
         ε_i = ρ g_i/‖g_i‖            δ_i = ρ_own q_i/‖q_i‖
         g_i^SAM, q_i^SAM = ∇ L_i(θ + ε_i, φ_i + δ_i)        on the same batch
         h_i = g_i^SAM − g_i          to first order ρ ∇‖g_i‖
 
-    The update of the paper is ``A(g_1..g_T) + A(h_1..h_T)`` for θ (see
+    The update in the paper is ``A(g_1..g_T) + A(h_1..h_T)`` for θ (see
     :func:`flat_split`) and ``q_i^SAM`` for φ_i.
 
     Args:
-      task_losses: ``task_losses(params, *args, **kwargs) -> losses[T]`` (or
-        ``(losses[T], aux)``). Both passes get the same arguments: give dropout its key
-        as one of them, or h is noise. Running averages of batch normalisation belong
-        in ``aux``, which is that of the first pass; the batch's own statistics
-        normalise in both.
+      task_losses: A function ``task_losses(params, *args, **kwargs)`` that returns the
+        losses, shape ``[T]``, or ``(losses, aux)``. Both passes receive the same
+        arguments. Pass the dropout key as one of them, because h is noise if the two
+        passes use different dropout masks. Return running averages of batch
+        normalisation in ``aux``, which is taken from the first pass. Both passes
+        normalise with the statistics of the batch.
       rho: ρ ≥ 0, radius of the ball around the shared and around the own parameters,
-        or a :class:`Ball` for the rarer options. May be a traced scalar. A plain 0
-        costs no second pass and gives ``flat = 0`` exactly.
-      perturb: ``"local"``: ``ε_i`` for every task, the paper's. ``"global"``: one ε
-        along the mean gradient for all tasks (each head still follows its own loss;
-        with a joint norm the heads join in, and it is SAM of the mean loss).
-        ``"samo"``, or :class:`Samo` with its options: a mixture of both.
-      split: With False only the SAM gradients are kept, ``SamGrads(g^SAM, None)``:
-        enough for ``flat_split(balancer, "direct")``, and cheaper where ε needs no
-        ``g_i`` (``"global"``, ``"samo"``).
+        or a :class:`Ball` with further options. May be a traced scalar. A constant 0
+        needs no second pass and gives ``flat = 0`` exactly.
+      perturb: Direction of the perturbations. ``"local"`` computes one ``ε_i`` per
+        task, as in the paper. ``"global"`` computes one ε for all tasks, along the
+        mean gradient. With separate norms each head still follows its own loss. With
+        a joint norm ε also covers the heads, which is SAM of the mean loss.
+        ``"samo"``, or :class:`Samo` with options, mixes both directions.
+      split: Whether to separate the loss gradients from the flat parts. With False the
+        result is ``SamGrads(g^SAM, None)``. This is sufficient for
+        ``flat_split(balancer, "direct")``. It saves passes if ε does not depend on
+        ``g_i`` (``"global"`` and ``"samo"``).
       labels: Marks parameters ``"shared"``, ``"own"`` or ``"frozen"``, see
-        :func:`mtljax.value_and_task_grads`. An own leaf must serve one task only
-        (:func:`mtljax.check_labels`); a frozen one is not perturbed.
-      has_aux: ``task_losses`` returns ``(losses, aux)``.
-      strategy: How the tasks run, see :func:`mtljax.value_and_task_grads`; both passes
-        of a task run together. All give the same numbers up to rounding. Gradients of
-        own parameters are summed, not stacked, except those of the first pass of
-        ``"vmap"``.
+        :func:`mtljax.value_and_task_grads`. An own leaf must belong to one task only
+        (:func:`mtljax.check_labels`). A frozen leaf is not perturbed.
+      has_aux: Whether ``task_losses`` returns ``(losses, aux)``.
+      strategy: How the tasks are run, see :func:`mtljax.value_and_task_grads`. Both
+        passes of a task run together. All strategies give the same numbers up to
+        rounding. Gradients of own parameters are summed and not stacked, except those
+        of the first pass of ``"vmap"``.
       axis_name: The mapped axis, see :func:`mtljax.value_and_task_grads`. Losses and
-        gradients are averaged over it in both passes, and every ε is made from the
-        averaged gradient: the numbers are those of the whole batch on one device.
-        (Perturbations from each device's own gradient are another algorithm,
-        "m-sharpness", which this is not.)
+        gradients are averaged over it in both passes, and every ε is computed from the
+        averaged gradient. The results are therefore those of the whole batch on one
+        device. Perturbations from the gradient of each device ("m-sharpness") are a
+        different algorithm, which is not supported.
       grad_shardings: Shardings of the gradients, see
         :func:`mtljax.value_and_task_grads`.
       backward: See :func:`mtljax.value_and_task_grads`.
 
     Returns:
-      ``function(params, *args, mask=None, sam_key=None, sam_active=None, **kwargs) ->
-      (losses[T], SamGrads(loss, flat), own_grads)`` (``(losses, aux)`` first with
-      ``has_aux``). ``own_grads`` is shaped like the parameters with ``MaskedNode`` for
-      shared ones, ready for :func:`merge_own`. ``mask`` ``[T]`` marks the tasks
-      present; an absent one has zero rows, moves no head and is not perturbed
-      (its loss may be NaN, its derivative not). ``sam_key`` seeds z (``"samo"``).
-      ``sam_active``, a traced flag, leaves the second pass out at run time by
-      ``lax.cond``; under ``vmap`` over the flag both sides run.
+      A function ``f(params, *args, mask=None, sam_key=None, sam_active=None,
+      **kwargs)``. It returns ``(losses, SamGrads(loss, flat), own_grads)``, with
+      ``(losses, aux)`` in first place if ``has_aux=True``. The losses have shape
+      ``[T]``. The tree ``own_grads`` has the structure of the parameters, with
+      ``optax.MaskedNode()`` for shared ones, as :func:`merge_own` requires.
 
-      Cost in passes over the network: ``"local"`` 1 + T forward, 2 T backward;
-      ``"global"`` 2 forward, 1 + 2 T backward (1 + T without ``split``); ``"samo"``
-      adds 1 backward and 1 forward-mode pass to ``"local"`` (2 T forward ones for
-      ``"spsa"``), and without ``split`` saves T backward. Memory: 2 T times the shared
-      parameters.
+      The boolean array ``mask`` of shape ``[T]`` marks the tasks that are present. An
+      absent task has zero gradients, does not change its head and is not perturbed.
+      Its loss may be NaN, but its derivative must be finite. ``sam_key`` is the random
+      key of z for ``"samo"``. If the traced flag ``sam_active`` is False, ``lax.cond``
+      skips the second pass at run time. Under ``vmap`` over the flag both branches
+      are evaluated.
+
+      Cost in passes over the network:
+
+      - ``"local"``: 1 + T forward and 2 T backward passes.
+      - ``"global"``: 2 forward and 1 + 2 T backward passes (1 + T without ``split``).
+      - ``"samo"``: one backward and one forward-mode pass more than ``"local"``. With
+        ``compat="spsa"``, 2 T forward passes replace the forward-mode pass. Without
+        ``split``, T backward passes fewer.
+
+      Memory: 2 T times the shared parameters.
 
     Raises:
-      ValueError: If a radius is negative or not finite, an option is unknown or
-        in conflict with another, labels are wrong, or the losses are not a vector.
+      ValueError: If a radius is negative or not finite, if an option is unknown or
+        conflicts with another option, if the labels are invalid, or if
+        ``task_losses`` does not return a vector.
+
+    Examples:
+      For a quadratic loss with Hessian H, ``h = H ε``. Here ``H_1 = diag(2, 0)`` and
+      ``ε_1 = (0.1, 0)``.
 
     Examples:
       On a quadratic ``h = H ε``; here ``H_1 = diag(2, 0)``, ``ε_1 = (0.1, 0)``.

@@ -1,4 +1,4 @@
-"""When the second pass is made, and what the steps without it do."""
+"""Schedule of the second pass, and the behaviour of steps without it."""
 
 import dataclasses
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -19,7 +19,7 @@ Between: TypeAlias = Literal["plain", "reuse"]
 
 
 class Kept(NamedTuple):
-    """Flat parts of the last step that had them, at least float32."""
+    """Flat parts of the last step with SAM, at least float32."""
 
     shared: Any  # stacked [T, ...]
     own: Any  # q^SAM − q
@@ -27,16 +27,17 @@ class Kept(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SamSchedule:
-    """When :func:`value_and_flat_grad` makes the second pass.
+    """Schedule of the second pass of :func:`value_and_flat_grad`.
 
-    In the steps ``start, start + every, ...``.
+    The steps ``start, start + every, ...`` have a second pass.
 
     Attributes:
-      every: SAM in every so many steps.
-      start: SAM from this step on (0-based), e.g. only late in training.
-      between: What steps without SAM do after ``start``: ``"plain"``, as if ρ = 0, or
-        ``"reuse"``, with the flat parts of the last step that had it (LookSAM's idea;
-        how the paper reuses them is not known). Either costs the plain passes only.
+      every: Number of steps from one step with SAM to the next.
+      start: First step with SAM (0-based), for example late in training.
+      between: Behaviour of the steps without SAM after ``start``. ``"plain"`` computes
+        the step for ρ = 0. ``"reuse"`` adds the flat parts of the last step with SAM.
+        This is the idea of LookSAM; how the paper of FS-MTL reuses them is not known.
+        Both cost the plain passes only.
     """
 
     every: int = 1
@@ -49,13 +50,13 @@ class SamSchedule:
         return self.every == 1 and self.start == 0
 
     def active(self, step: Array) -> Array | None:
-        """Whether this step has a second pass; None if all have."""
+        """Whether this step has a second pass; None if every step has one."""
         if self.always:
             return None
         return (step >= self.start) & ((step - self.start) % self.every == 0)
 
     def first_kept(self, params: Any, labels: Any, num_tasks: int) -> Any:
-        """Zeros, or () where nothing is kept."""
+        """Returns zeros, or () if no flat parts are stored."""
         if self.between == "plain":
             return ()
 
@@ -75,9 +76,9 @@ class SamSchedule:
     def reuse(
         self, passes: Passes, flat: Any, own: Any, kept: Kept, step: Array
     ) -> tuple[Any, Any, Kept]:
-        """Flat parts and own gradients of this step, and what is kept.
+        """Returns the flat parts and own gradients of this step, and the stored parts.
 
-        A task absent from a step with SAM keeps the flat part it had.
+        A task that is absent from a step with SAM keeps its previous flat part.
         """
         active = self.active(step)
         assert active is not None
@@ -103,12 +104,12 @@ class SamSchedule:
             plain,
             heads,
         )
-        # Nothing is kept before the first step with SAM: these are zeros then.
+        # Before the first step with SAM the stored parts are zeros.
         return stack.select(shared, present), own, Kept(shared, heads)
 
 
 def check_schedule(name: str, schedule: SamSchedule) -> None:
-    """Raises unless the schedule makes sense."""
+    """Raises an error unless the schedule is valid."""
     check_choice(name, "between", schedule.between, Between)
     every, start = schedule.every, schedule.start
     for argument, value, least in (("every", every, 1), ("start", start, 0)):
@@ -118,6 +119,6 @@ def check_schedule(name: str, schedule: SamSchedule) -> None:
             )
     if schedule.between == "reuse" and every == 1:
         raise ValueError(
-            f"{name}: between='reuse' keeps flat parts for the steps between those "
-            "with SAM, but every=1 leaves none; set every."
+            f"{name}: between='reuse' applies to the steps between those with SAM, "
+            "but every=1 leaves none; set every to at least 2."
         )
