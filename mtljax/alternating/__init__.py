@@ -1,11 +1,13 @@
-"""Alternating independent task steps: one optimiser step a task (or group) in turn.
+"""Alternating independent task steps: one optimizer step per task or group of tasks.
 
-- :func:`alternate`: any optax optimiser over one task after the other, with optimiser
-  states of their own, random groups, and everything that belongs to a batch done once
-  a batch. After the idea of `arXiv 2109.11678 <https://arxiv.org/abs/2109.11678>`_.
-- :func:`adatask`: the same states without the alternation, an optax transformation of
-  stacked gradients.
-- :func:`indexed`, :func:`check_owners`, :func:`balanced_groups`: what helps with both.
+- :func:`alternate` applies any optax optimizer to one task after another. It supports
+  one optimizer state per task and random groups of tasks. Operations of a batch, such
+  as weight decay, are performed once per batch. The idea is that of
+  `arXiv 2109.11678 <https://arxiv.org/abs/2109.11678>`_.
+- :func:`adatask` keeps one optimizer state per task without the alternation. It is an
+  optax transformation of stacked gradients.
+- :func:`indexed`, :func:`check_owners` and :func:`balanced_groups` are helper
+  functions.
 """
 
 from mtljax.alternating._adatask import AdaTaskState as AdaTaskState

@@ -1,4 +1,4 @@
-"""AdaTask: one optimiser state a task, the directions added up."""
+"""AdaTask: one optimizer state per task, and the sum of their updates."""
 
 from typing import Any, NamedTuple
 
@@ -22,9 +22,9 @@ from mtljax.balancer import (
 class AdaTaskState(NamedTuple):
     """State of :func:`adatask`."""
 
-    batch: Int[Array, ""]  # updates made
+    batch: Int[Array, ""]  # number of updates
     key: PRNGKeyArray | None
-    tasks: Any  # optimiser states, every leaf [T, ...]
+    tasks: Any  # optimizer states, every leaf [T, ...]
 
 
 def adatask(
@@ -34,33 +34,37 @@ def adatask(
     moments: states.Moments = "full",
     key: PRNGKeyArray | None = None,
 ) -> Balancer:
-    """An optimiser per task over stacked gradients: per-task moments, one update.
+    """AdaTask: applies one optimizer per task and adds the updates.
 
-    ``u = Σ_t O(g_t, s_t)``. With Adam every task's gradient is divided by its own
-    second moment before they meet, so that none drowns the others by its scale. Equal
-    to :func:`alternate` with ``groups=1, state="per_task"``, but takes gradients from
-    anywhere. The shared parameters are meant; give own ones the optimiser itself::
+    The update is ``u = Σ_t O(g_t, s_t)`` for the stacked gradients ``g_t``. With Adam,
+    the gradient of each task is divided by its own second moment before the sum.
+    Therefore no task dominates by the scale of its gradient. The result equals that of
+    :func:`alternate` with ``groups=1, state="per_task"``, but the gradients may come
+    from any source. Apply it to the shared parameters, and the plain optimizer to the
+    own parameters::
 
         optax.partition({"shared": adatask(optax.adam(1e-3), 3),
                          "own": optax.adam(1e-3)}, labels)
 
     Args:
-      optimizer: Any optax optimiser whose state is made of arrays, learning rate
-        included, or only ``optax.scale_by_adam()`` with the rest behind it in the
-        chain: weight decay inside it would act T times. Its schedules read the number
-        of updates, whichever tasks were present.
+      optimizer: Any optax optimizer whose state consists of arrays, including the
+        learning rate. It may also be ``optax.scale_by_adam()``, followed by the other
+        transformations in the chain. Weight decay inside it would be applied T times.
+        Its schedules read the number of updates, independently of the present tasks.
       num_tasks: T, length of the leading axis of every leaf of the gradients.
-      moments: See :func:`alternate`.
-      key: Seeds the rounding of ``moments="bfloat16"``.
+      moments: See :class:`StepOptions`.
+      key: Random key of the rounding with ``moments="bfloat16"``.
 
     Returns:
-      A balancer that needs the stacked gradients (T backward passes); its result is an
-      update, not a gradient. ``mask`` ``[T]``: an absent task adds nothing and its
-      state stays. A non-finite gradient gives a non-finite update and leaves the state.
-      State: T times the optimiser's.
+      A balancer that reads the stacked gradients (T backward passes). Its result is the
+      update of an optimizer, and not a gradient. A task that is absent by ``mask``,
+      shape ``[T]``, contributes nothing, and its state is unchanged. A non-finite
+      gradient gives a NaN update and an unchanged state. The state is T times that of
+      the optimizer.
 
     Raises:
-      ValueError: If the optimiser's state cannot be stacked, or a key is missing.
+      ValueError: If the optimizer state cannot be stacked, or if ``num_tasks``,
+        ``moments`` or ``key`` is invalid or missing.
 
     Examples:
       >>> import jax.numpy as jnp, optax

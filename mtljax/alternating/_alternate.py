@@ -1,4 +1,4 @@
-"""Alternating independent task steps, as one pure step per batch."""
+"""Alternating independent task steps as one pure step per batch."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -49,16 +49,17 @@ class AlternatingState(NamedTuple):
     """State of :func:`alternate`.
 
     Attributes:
-      key: Of the run, never replaced; draws are functions of it and of ``batch``.
-      batch: Batches seen.
+      key: Random key of the run. It never changes. Random numbers are functions of it
+        and of ``batch``.
+      batch: Number of completed batches.
       order: Groups in the order of the current round.
-      shared: Optimiser states of the shared parameters, every leaf ``[slots, ...]``.
-      rows: Those of stacked own parameters, ``[T, ...]``; () without any.
-      owned: Those of the leaves that a task number owns, one per owner.
-      balancer: States of the balancer, ``[groups, ...]``; () without one.
+      shared: Optimizer states of the shared parameters, every leaf ``[slots, ...]``.
+      rows: Optimizer states of stacked own parameters, ``[T, ...]``, or ().
+      owned: Optimizer states of the leaves that a task number owns, one per owner.
+      balancer: States of the balancer, ``[groups, ...]``, or () without a balancer.
       decay: State of ``decay``.
-      losses: The last loss of every task, 0 before the first.
-      counts: Steps that every task has made.
+      losses: The last loss of every task, 0 before its first step.
+      counts: Number of steps of every task.
       active: Tasks that stepped in the last batch.
     """
 
@@ -76,10 +77,10 @@ class AlternatingState(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Passes over the network per batch, and optimiser states of the shared part.
+    """Passes over the network per batch, and optimizer states of the shared part.
 
-    With a ``grad_fn`` a pass forward and backward is one call of it. Where groups
-    differ in size, a batch of ``"per_batch"`` may cost up to this.
+    With a ``grad_fn``, one forward and one backward pass are one call of it. If groups
+    differ in size, the values for ``"per_batch"`` are upper bounds.
     """
 
     forward: int
@@ -88,15 +89,15 @@ class Cost(NamedTuple):
 
 
 class Alternating(NamedTuple):
-    """What :func:`alternate` returns.
+    """Result of :func:`alternate`.
 
     Attributes:
       init: ``init(params) -> AlternatingState``.
       step: ``step(task_loss, params, state, batch, *, mask=None, batch_stats=None,
         with_key=False) -> (losses[T], params, state)``.
-      plan: ``plan(state) -> Plan``: which tasks step in the next batch, in order. For a
-        loader that feeds one task at a time.
-      cost: Per batch.
+      plan: ``plan(state) -> Plan`` returns the tasks that step in the next batch, in
+        order. A data loader can use it to load the data of these tasks only.
+      cost: The :class:`Cost` of a batch.
     """
 
     init: Callable[[Params], AlternatingState]
@@ -106,7 +107,7 @@ class Alternating(NamedTuple):
 
 
 def _check_groups(num_tasks: int, groups: int | Groups | None) -> tuple[Groups, int]:
-    """The checked options, and G."""
+    """Returns the validated options and the number of groups G."""
     check_num_tasks(NAME, num_tasks)
     found = groups if isinstance(groups, Groups) else Groups(groups)
     check_choice(NAME, "loss", found.loss, ("sum", "mean"))
@@ -135,9 +136,9 @@ def _check_options(options: StepOptions, axis_name: Any) -> None:
         check_number(NAME, "clip_norm", options.clip_norm, above=0)
     if options.grad_fn is not None and axis_name is not None:
         raise ValueError(
-            f"{NAME}: a grad_fn sees the losses of this device only, so that it cannot "
-            "be averaged inside; leave out axis_name and return jax.lax.pmean of the "
-            "loss from the task loss."
+            f"{NAME}: a grad_fn sees the losses of this device only, so its gradients "
+            "cannot be averaged inside the step. Leave out axis_name and return "
+            "jax.lax.pmean of the loss from the task loss."
         )
 
 
@@ -157,13 +158,13 @@ def _check_balancer(balancer: Any, rounds: Rounds, state: Keep) -> None:
         )
     if state == "per_task":
         raise ValueError(
-            f"{NAME}: {balancer.name} makes one gradient of a group's, which belongs "
-            "to no task's state; use state='slot' or 'shared'."
+            f"{NAME}: {balancer.name} returns one gradient for the whole group, which "
+            "belongs to no state of a task; use state='slot' or 'shared'."
         )
     if balancer.observe is not None:
         raise ValueError(
-            f"{NAME}: {balancer.name} looks at the losses again after a step, which an "
-            "inner step does not offer."
+            f"{NAME}: {balancer.name} needs the losses after the step "
+            "(mtljax.observe), which alternate does not compute. Use another balancer."
         )
 
 
@@ -198,7 +199,7 @@ def _init(rule: Rule, labels: Any, key: Any, params: Params) -> AlternatingState
     if rule.balancer is not None:
         balancer = states.copies(rule.balancer.init, shared, rounds.groups)
     return AlternatingState(
-        key=None if key is None else jnp.copy(key),  # the caller's is not donated
+        key=None if key is None else jnp.copy(key),  # the caller's key is not donated
         batch=jnp.zeros((), jnp.int32),
         order=jnp.arange(rounds.groups, dtype=jnp.int32),
         shared=states.shrink(
@@ -220,7 +221,7 @@ def _plan(rule: Rule, state: AlternatingState) -> tuple[Plan, Int[Array, " group
 
 
 def _carry(params: Params, state: AlternatingState, batch_stats: Any) -> Carry:
-    """What inner steps change, as the batch finds it."""
+    """Returns the initial carry of the inner steps of a batch."""
     return Carry(
         params=jax.tree.map(jnp.asarray, params),
         shared=state.shared,
@@ -236,7 +237,7 @@ def _carry(params: Params, state: AlternatingState, batch_stats: Any) -> Carry:
 
 
 def _step(run: Run, state: AlternatingState) -> tuple[Carry, Any, AlternatingState]:
-    """What inner steps left, the parameters and the state after a batch."""
+    """Returns the final carry, the parameters and the state after a batch."""
     rule, carry = run.rule, run.before
     plan, order = _plan(rule, state)
     steps = (plan.members, plan.groups, jnp.arange(rule.rounds.steps))
@@ -280,93 +281,105 @@ def alternate(
     options: StepOptions = DEFAULTS,
     axis_name: AxisName = None,
 ) -> Alternating:
-    """Independent optimiser steps on one task (or group of tasks) after another.
+    """Builds independent optimizer steps on one task or group of tasks after another.
 
-    With θ shared, φ_t the own parameters of task t, O an optimiser with state s_t and π
-    an order of the tasks drawn for every batch B::
+    Let θ be the shared parameters, φ_t the own parameters of task t, and O an optimizer
+    with state s_t. For every batch B an order π of the tasks is sampled::
 
-        for t in π:   g, q = ∇_{θ,φ_t} L_t(θ, φ_t; B)       where the last task left θ
+        for t in π:   g, q = ∇_{θ,φ_t} L_t(θ, φ_t; B)       at the θ of the last task
                       Δ, s_t = O(g, s_t);   θ ← θ + Δ;      likewise φ_t with q
 
-    With G groups instead of T tasks, L_t becomes the sum over a group. To second order
-    in the learning rate η of plain SGD, a batch moves θ by
-    ``−η Σ_t g_t + (η²/2) ∇ Σ_{s<t} <g_s, g_t>`` on average over the orders: a joint
-    step on the *sum* of the losses and a pull to where gradients agree. So compare with
-    the sum at the same η, or the mean at T η. Per-task states of Adam make it blind to
-    the scale of every loss (up to Adam's ε); no state makes it descend on their sum.
+    With G groups instead of T tasks, L_t becomes the sum over a group. For plain SGD
+    with the learning rate η, the mean change of θ over the orders is, to second order
+    in η, ``−η Σ_t g_t + (η²/2) ∇ Σ_{s<t} <g_s, g_t>``. The first term is a joint step
+    on the *sum* of the losses. The second term favours points where the gradients
+    agree. Therefore compare with the sum of the losses at the same η, or with their
+    mean at T η. With per-task states, Adam is invariant to the scale of each loss (up
+    to Adam's ε), so it does not minimise the sum of the losses.
 
-    This is our implementation of the idea of arXiv 2109.11678, whose text was not
-    available: alternation, task-wise states and random grouping are its abstract's;
-    which state a group uses, how often groups are drawn, the order and the counters are
-    inferred. Hence the options.
+    This is our implementation of the idea of arXiv 2109.11678. The text of the paper
+    was not available. Alternation, task-wise states and random grouping follow its
+    abstract. The state of a group, the frequency of regrouping, the order and the
+    counters are inferred and are therefore options.
 
-    Own parameters that take no part in a step, and their optimiser state, stay bit by
-    bit as they are: fed with the zero gradients of an inactive head, Adam would go on
-    moving it, √T times as far in all. What belongs to a batch happens once a batch:
-    schedules inside the optimisers (learning rates, ``optax.inject_hyperparams``) read
-    the number of the batch, ``decay`` acts after the last inner step.
-    Bias corrections count the steps of their own state.
+    Own parameters that take no part in a step do not change, and neither does their
+    optimizer state. With the zero gradients of an inactive head, Adam would continue to
+    change the head, by √T times as much in total. Operations of a batch are performed
+    once per batch. Schedules inside the optimizers (learning rates,
+    ``optax.inject_hyperparams``) read the number of the batch, and ``decay`` is applied
+    after the last inner step. Bias corrections count the steps of their own state.
 
     Args:
-      optimizer: Any optax optimiser whose state is made of arrays. It gets
-        ``value=loss``. It sees the shared parameters and those of every task apart:
-        clip with ``StepOptions(clip_norm=...)``, not inside. Weight decay inside it
-        (``optax.adamw``) acts at every inner step: use ``StepOptions(decay=...)``.
+      optimizer: Any optax optimizer whose state consists of arrays. It receives
+        ``value=loss``. It is applied separately to the shared parameters and to those
+        of every task. To clip the gradient, use ``StepOptions(clip_norm=...)`` and not
+        a transformation in the optimizer. Weight decay in the optimizer
+        (``optax.adamw``) is applied at every inner step, so use
+        ``StepOptions(decay=...)``.
       num_tasks: T.
-      schedule: ``"same_batch"``: all steps on every batch. ``"per_batch"``: one step a
-        batch, so that G batches form a round; natural when tasks have data of their
-        own.
-      order: Of the groups in a round: ``"random"``, ``"fixed"`` (by number), or
-        ``"largest_loss_first"`` by the losses last seen.
-      state: Which optimiser state moves the shared parameters. ``"per_task"``: T
-        states; within a group every member steps with its own, all from the same point,
-        and the displacements add up (G = 1 is AdaTask, see :func:`adatask`).
-        ``"slot"``: one for each of the G groups, whoever is in it; ``"shared"``: a
-        single one. Default: per task for G = T, else slot.
+      schedule: ``"same_batch"`` performs all steps on every batch. ``"per_batch"``
+        performs one step per batch, so that G batches form a round. It is suitable for
+        tasks with separate data.
+      order: Order of the groups in a round. ``"random"``, ``"fixed"`` (by number), or
+        ``"largest_loss_first"`` by the last observed losses.
+      state: The optimizer state that updates the shared parameters. ``"per_task"``
+        keeps T states. Within a group every member steps with its own state from the
+        same point, and the updates are added (G = 1 is AdaTask, see :func:`adatask`).
+        ``"slot"`` keeps one state for each of the G groups, for any members.
+        ``"shared"`` keeps a single state. The default is ``"per_task"`` for G = T, and
+        ``"slot"`` otherwise.
       groups: G, from 1 (one step on all tasks) to T (the default), or :class:`Groups`
         with the options of random partitions.
-      key: Seeds orders, partitions, the ``key`` of the task loss and the rounding of
-        ``moments``. Needed where one of them is drawn.
-      labels: ``"shared"``; ``"own"``, a leaf ``[T, ...]`` with a row for every task, of
-        which a task loss gets its own row ``[...]``; or a task's number, for a leaf of
-        any shape that this task alone owns. A tree, a prefix of one, or a function of
-        the path. None: all shared.
-      own_optimizer: For own parameters; ``optimizer`` by default.
-      balancer: Combines the members' gradients of shared parameters within a group; of
-        as many tasks as the largest group. Own parameters follow their own loss, and
-        ``Groups.loss`` is not read.
+      key: Random key of orders, partitions, the ``key`` of the task loss and the
+        rounding of ``moments``. Required if one of them is sampled.
+      labels: ``"shared"``, ``"own"`` or a task number for every leaf. ``"own"`` marks a
+        leaf ``[T, ...]`` with one row per task, of which a task loss receives its own
+        row ``[...]``. A task number marks a leaf of any shape that only this task uses.
+        Pass a tree of labels, a prefix of one, or a function of the path. By default
+        all leaves are shared.
+      own_optimizer: Optimizer of the own parameters, by default ``optimizer``.
+      balancer: Combines the members' gradients of shared parameters within a group. Its
+        number of tasks must be the size of the largest group. Own parameters follow
+        their own loss, and ``Groups.loss`` is not used.
       options: See :class:`StepOptions`.
       axis_name: The mapped axis of ``jax.pmap`` or ``jax.shard_map``, if the task loss
         is that of this device's part of the batch, see
-        :func:`mtljax.value_and_task_grads`. Every inner step is then made with losses,
-        gradients and running averages that are means over the devices; parameters and
-        state stay equal on all of them. ``key=`` differs by device, and so may masks.
+        :func:`mtljax.value_and_task_grads`. Every inner step then uses losses,
+        gradients and running averages that are means over the devices. Parameters and
+        state remain equal on all devices. ``key=`` differs between devices, and masks
+        may differ.
 
     Returns:
-      ``init`` and ``step``, see :class:`Alternating`. ``task_loss(params, task,
-      batch)`` returns a scalar; ``task`` is a traced number. It also gets ``key=``
-      (fresh for every inner step, for dropout) if ``with_key``, and ``batch_stats=`` if
-      the step was given some, and then returns ``(loss, batch_stats)``, as the step
-      returns ``((losses, batch_stats), params, state)``. For a function of all losses
-      see :func:`indexed`. ``losses`` ``[T]`` are those that each task last stepped on.
-      Tasks absent by ``mask`` ``[T]`` do not step, nor does a group of absent tasks.
-      An inner step whose losses, gradients or updates are not finite is skipped:
-      parameters and states are those before it, and only ``losses`` shows it.
+      An :class:`Alternating` with the functions ``init`` and ``step``. A step calls
+      ``task_loss(params, task, batch)``, which returns a scalar. The number ``task``
+      is traced. With ``with_key=True`` the task loss also receives ``key=``, a new key
+      for every inner step, for example for dropout. If the step receives
+      ``batch_stats``, the task loss receives ``batch_stats=`` too and returns
+      ``(loss, batch_stats)``. The step then returns ``((losses, batch_stats), params,
+      state)``. If you have a function of all losses, see :func:`indexed`.
 
-      Cost per batch: G passes forward and backward; T backward for ``"per_task"``
-      within groups and for a balancer that reads gradients; a G-th of it with
-      ``"per_batch"``. State: the optimiser's T, G or 1 times for shared parameters,
-      once for own ones. One compiled body: with stacked heads, compile time does not
-      depend on T.
+      ``losses`` of shape ``[T]`` contains the loss of the last step of each task. Tasks
+      that are absent by ``mask``, shape ``[T]``, do not step, and neither do groups of
+      absent tasks. An inner step whose losses, gradients or updates are not finite is
+      skipped. Parameters and states are then unchanged, and only ``losses`` shows the
+      failure.
+
+      Cost per batch: G forward and G backward passes. T backward passes are needed for
+      ``"per_task"`` within groups and for a balancer that reads gradients.
+      ``"per_batch"`` divides the cost by G. The optimizer state is stored T, G or 1
+      times for shared parameters and once for own parameters. The inner steps are one
+      compiled loop body. With stacked heads, the compile time does not depend on T.
 
     Raises:
-      ValueError: Unknown options; ``groups`` outside 1 to T; a missing key; labels that
-        fit no leaf; an optimiser whose state cannot be stacked; a balancer of another
-        number of tasks; a task loss that is no scalar.
+      ValueError: If an option is unknown, if ``groups`` is not between 1 and T, if a
+        key is missing, if a label is invalid, if the optimizer state cannot be
+        stacked, if the balancer has another number of tasks, or if the task loss is
+        not a scalar.
 
     Examples:
-      Two tasks pull at one weight, one 100 times as hard. With states of their own
-      neither wins; with one state the loud one does.
+      Two tasks have opposite gradients at one weight, one 100 times as large as the
+      other. With per-task states the updates cancel. With one shared state the task
+      with the larger gradient dominates.
 
       >>> import jax, jax.numpy as jnp, optax
       >>> from mtljax.alternating import alternate
@@ -398,7 +411,7 @@ def alternate(
     _check_balancer(balancer, rounds, kept)
     if key is None and (rounds.draws or options.moments == "bfloat16"):
         raise ValueError(
-            f"{NAME}: orders, groups or roundings are drawn at random here; pass "
+            f"{NAME}: orders, groups or roundings are random with these options; pass "
             "key=jax.random.key(...)."
         )
     rule = Rule(

@@ -1,4 +1,4 @@
-"""Losses and gradients of one inner step: of one task, or of a group of them."""
+"""Losses and gradients of one inner step, for one task or a group of tasks."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,19 +14,21 @@ from mtljax.gradients.linearized import Options, Region, make_region
 
 
 def indexed(task_losses: Callable[..., Any]) -> Callable[..., Any]:
-    """A task loss for :func:`alternate` from a function that returns all T losses.
+    """Converts a function that returns all T losses to a task loss.
 
-    All heads are evaluated at every inner step and one of them is differentiated: for
-    light heads of different shapes, labelled with their task's number. In a group the
-    forward pass is shared, which ``jax.lax.switch`` over heads would not do (under
-    ``vmap`` it evaluates every branch for every member).
+    The result is a task loss for :func:`alternate`. Every inner step evaluates all
+    heads and differentiates one of them. Use it for small heads of different shapes
+    that are labelled with their task number. In a group the members share the forward
+    pass. ``jax.lax.switch`` over heads would not share it, because under ``vmap`` it
+    evaluates every branch for every member.
 
     Args:
-      task_losses: ``task_losses(params, batch, **kwargs) -> losses[T]``, or
-        ``(losses[T], batch_stats)``.
+      task_losses: A function ``task_losses(params, batch, **kwargs)`` that returns the
+        losses, shape ``[T]``, or ``(losses, batch_stats)``.
 
     Returns:
-      ``task_loss(params, task, batch, **kwargs)``.
+      A function ``task_loss(params, task, batch, **kwargs)`` that returns the loss of
+      one task, or ``(loss, batch_stats)``.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -46,7 +48,7 @@ def indexed(task_losses: Callable[..., Any]) -> Callable[..., Any]:
 class Group(NamedTuple):
     """The members of one inner step, and their losses as functions of the parameters.
 
-    Trees of parameters hold a row per member in every stacked own leaf.
+    Trees of parameters contain one row per member in every stacked own leaf.
     """
 
     parts: Parts
@@ -54,8 +56,8 @@ class Group(NamedTuple):
     tasks: Int[Array, " members"]
     present: Bool[Array, " members"]
     has_stats: bool
-    full: bool  # every member is present, known before anything runs
-    here: Bool[Array, " members"]  # those present on this device
+    full: bool  # whether every member is known to be present before tracing
+    here: Bool[Array, " members"]  # members that are present on this device
     options: Options
 
     def _one(self, params: Any, task: Array) -> tuple[Array, Any]:
@@ -71,15 +73,15 @@ class Group(NamedTuple):
         if shape:
             raise ValueError(
                 f"task_loss must return a scalar, not an array of shape {shape}; for a "
-                "function that returns all losses use "
+                "function that returns all losses, use "
                 "mtljax.alternating.indexed(task_losses)."
             )
         return loss, stats
 
     def losses(self, params: Any) -> tuple[Float[Array, " members"], Any]:
-        """All losses from one forward pass through what is shared."""
+        """Returns all losses from one forward pass through the shared part."""
         if self.tasks.shape[0] == 1:
-            # No vmap: it would turn a lax.switch over heads into all its branches.
+            # vmap would convert a lax.switch over heads to an evaluation of all heads.
             loss, stats = self.loss_of(params, jnp.int32(0))
             return loss[None], stats
         return jax.vmap(self._one, in_axes=(self.parts.axes(), 0), out_axes=(0, None))(
@@ -87,23 +89,23 @@ class Group(NamedTuple):
         )
 
     def loss_of(self, params: Any, member: Array) -> tuple[Array, Any]:
-        """The loss of one member."""
+        """Returns the loss of one member."""
         row = self.parts.map_rows(lambda x: x[member], params)
         return self._one(row, self.tasks[member])
 
     def weights(self, mean: bool) -> Float[Array, " members"]:
-        """What the losses of the members count in that of the group."""
+        """Returns the weights of the members' losses in the loss of the group."""
         weights = self.present.astype(jnp.result_type(float))
         return weights / jnp.maximum(weights.sum(), 1) if mean else weights
 
     def total(self, losses: Array, mean: bool) -> Array:
-        """The group's loss; that of an absent member may be NaN."""
+        """Returns the loss of the group; the loss of an absent member may be NaN."""
         seen = jnp.where(self.present, losses, 0)
         return (seen * self.weights(mean).astype(losses.dtype)).sum()
 
 
 class Linearized(NamedTuple):
-    """One forward pass of a group, and the gradients of its losses."""
+    """One forward pass of a group, and the pullback of its losses."""
 
     losses: Array
     stats: Any
@@ -112,7 +114,7 @@ class Linearized(NamedTuple):
     params: Any
 
     def gradient(self, weights: Array) -> Any:
-        """That of a weighted sum, averaged over the devices of a mapped region."""
+        """Returns the gradient of a weighted sum, averaged over the mapped devices."""
         weights = weights.astype(self.losses.dtype)
         (local,) = self.pull(self.region.seeded(weights))
         return jax.tree.map(
@@ -123,7 +125,7 @@ class Linearized(NamedTuple):
 
 
 def linearize(group: Group, params: Any) -> Linearized:
-    """Runs the members at ``params``."""
+    """Runs the forward pass of the members at ``params``."""
     options = group.options
     point = placement.cast(params, options.axes)
     local, pull, stats = pullback(group.losses, point, has_aux=True)
@@ -134,7 +136,7 @@ def linearize(group: Group, params: Any) -> Linearized:
 
 
 def averaged(stats: Any, axes: tuple[str, ...]) -> Any:
-    """Running averages: the means over the devices. Counts are equal on all of them."""
+    """Averages floating-point statistics over devices; counts are equal on all."""
     if not axes:
         return stats
     count = placement.size(axes)
@@ -150,7 +152,7 @@ def averaged(stats: Any, axes: tuple[str, ...]) -> Any:
 def group_gradient(
     group: Group, params: Any, mean: bool, grad_fn: Callable[..., Any] | None
 ):
-    """``(losses, stats, gradient of the group's loss)``: one pass."""
+    """Returns ``(losses, stats, gradient of the group's loss)`` from one pass."""
     if grad_fn is None:
         found = linearize(group, params)
         return found.losses, found.stats, found.gradient(group.weights(mean))
@@ -172,22 +174,23 @@ def each_member(
     mean: bool,
     grad_fn: Callable[..., Any] | None,
 ) -> tuple[Any, Any, Any, Any]:
-    """Shows ``visit`` the gradient of one member after the other.
+    """Calls ``visit`` with the gradient of each member.
 
-    One forward pass and a backward pass a member, all at ``params``; with a ``grad_fn``
-    a call of that a member. The gradients are never held at once. The last member comes
-    first: what fills a group up repeats its first member, which has the last word.
+    This costs one forward pass and one backward pass per member, all at ``params``, or
+    one call of ``grad_fn`` per member. At most one gradient is stored at a time. The
+    loop runs from the last member to the first. Padding entries repeat the first
+    member, whose result must be written last.
 
     Args:
       group: The group.
-      params: Where.
+      params: The point of all gradients.
       visit: ``visit(carry, member, loss, grad) -> (carry, out)``.
-      carry: Its first one.
-      mean: Whether the group's loss is the mean.
-      grad_fn: See :func:`alternate`.
+      carry: The initial carry.
+      mean: Whether the loss of the group is the mean.
+      grad_fn: See :class:`StepOptions`.
 
     Returns:
-      ``(losses, stats, carry, outs)``, outs stacked over the members.
+      A tuple ``(losses, stats, carry, outs)`` with outs stacked over the members.
     """
     numbers = jnp.arange(group.tasks.shape[0])
     weights = group.weights(mean)

@@ -1,8 +1,9 @@
-"""Which leaves all tasks share, and which belong to one task.
+"""Division of the parameters into shared leaves and leaves of one task.
 
-The labels of :func:`mtljax.label_params` say "shared" or "own"; here a step concerns
-one task, so an own leaf must also say whose it is: by its row (``"own"``, a stack of
-heads of equal shape) or by a task number (heads of any shape).
+The labels of :func:`mtljax.label_params` are "shared" and "own". An alternating step
+concerns one task, so the label of an own leaf must also identify the task. The label
+``"own"`` marks stacked heads of equal shape with one row per task. An integer label is
+the number of the task that owns a leaf of any shape.
 """
 
 from collections.abc import Callable
@@ -23,7 +24,7 @@ def _is_task(label: Any) -> bool:
 
 
 def _flat_labels(name: str, labels: Any, params: Params) -> list[Any]:
-    """One label a leaf, from a tree, a prefix tree or a function of the path."""
+    """Returns one label per leaf, from a tree, a prefix or a function of the path."""
     paths = jax.tree_util.tree_leaves_with_path(params)
     if labels is None:
         return ["shared"] * len(paths)
@@ -31,8 +32,8 @@ def _flat_labels(name: str, labels: Any, params: Params) -> list[Any]:
         return [labels(stack.path_name(path)) for path, _ in paths]
     if isinstance(labels, str) or _is_task(labels):
         raise ValueError(
-            f"{name}: labels={labels!r} is no tree; pass a tree of labels like the "
-            "parameters, a prefix of one, or a function of the path."
+            f"{name}: labels={labels!r} is not a tree. Pass a tree of labels with the "
+            "structure of the parameters, a prefix of it, or a function of the path."
         )
     try:
         full = jax.tree.map(
@@ -53,8 +54,8 @@ def _check(name: str, path: str, label: Any, shape: tuple[int, ...], num_tasks: 
         if not shape or shape[0] != num_tasks:
             raise ValueError(
                 f"{name}: parameter {path!r} is labelled 'own' but has shape {shape}; "
-                f"its first axis must be num_tasks={num_tasks}, one row per task "
-                "(label a leaf of a single task by its number instead)."
+                f"its first axis must be num_tasks={num_tasks}, one row per task. "
+                "Label a leaf of a single task with the number of the task."
             )
     elif not _is_task(label):
         raise ValueError(
@@ -69,7 +70,7 @@ def _check(name: str, path: str, label: Any, shape: tuple[int, ...], num_tasks: 
 
 
 class Parts:
-    """How a tree of parameters divides; all trees below have holes elsewhere."""
+    """Division of a parameter tree. Results have holes in place of other leaves."""
 
     def __init__(self, treedef: Any, labels: list[Any]):
         self._treedef = treedef
@@ -86,23 +87,23 @@ class Parts:
         return jax.tree.unflatten(self._treedef, kept)
 
     def shared(self, tree: Any) -> Any:
-        """The leaves that all tasks share."""
+        """Selects the leaves that all tasks share."""
         return self._select(tree, lambda label: label == "shared")
 
     def own(self, tree: Any) -> Any:
-        """All others."""
+        """Selects the leaves that belong to one task each."""
         return self._select(tree, lambda label: label != "shared")
 
     def rows(self, tree: Any) -> Any:
-        """The stacked ones among them."""
+        """Selects the stacked own leaves."""
         return self._select(tree, lambda label: label == "own")
 
     def owned(self, tree: Any, task: int) -> Any:
-        """Those labelled with the number of a task."""
+        """Selects the leaves labelled with the number of a task."""
         return self._select(tree, lambda label: label == task)
 
     def merge(self, *trees: Any) -> Any:
-        """One tree from such that fill each other's holes."""
+        """Merges trees that fill each other's holes."""
         columns = zip(*map(self._treedef.flatten_up_to, trees), strict=True)
         leaves = [
             next(x for x in column if not isinstance(x, optax.MaskedNode))
@@ -111,24 +112,24 @@ class Parts:
         return jax.tree.unflatten(self._treedef, leaves)
 
     def map_rows(self, function: Callable[[Any], Any], tree: Any) -> Any:
-        """``function`` of every stacked own leaf; the others stay."""
+        """Applies ``function`` to stacked own leaves; other leaves are unchanged."""
         leaves = self._treedef.flatten_up_to(tree)
         pairs = zip(leaves, self._labels, strict=True)
         new = [function(x) if label == "own" else x for x, label in pairs]
         return jax.tree.unflatten(self._treedef, new)
 
     def axes(self) -> Any:
-        """The axis of the tasks in every leaf, for ``jax.vmap``."""
+        """Returns the axis of the tasks in every leaf, for ``jax.vmap``."""
         axes = [0 if label == "own" else None for label in self._labels]
         return jax.tree.unflatten(self._treedef, axes)
 
     def marks(self) -> Any:
-        """Labels "shared" and "own" as the rest of the library has them, or None."""
+        """Returns the labels "shared" and "own" of the core, or None without rows."""
         marks = ["shared" if x == "shared" else "own" for x in self._labels]
         return jax.tree.unflatten(self._treedef, marks) if "own" in marks else None
 
     def where(self, active: Bool[Array, " tasks"], new: Any, old: Any) -> Any:
-        """New leaves, own ones only for active tasks."""
+        """Selects new shared leaves if any task is active, and own ones per task."""
 
         def leaf(label, n, o):
             if label == "shared":
@@ -149,17 +150,17 @@ class Parts:
         return jax.tree.unflatten(self._treedef, leaves)
 
     def view(self, params: Params, tasks: Int[Array, " members"]) -> Params:
-        """The parameters with the rows of some tasks only."""
+        """Returns the parameters with the rows of some tasks only."""
         return self.map_rows(lambda x: take_rows(x, tasks), params)
 
 
 def take_rows(x: Array, tasks: Int[Array, " members"]) -> Array:
-    """The rows of some tasks."""
+    """Reads the rows of some tasks."""
     return placement.like_first(lambda x, tasks: x[tasks], x, tasks)
 
 
 def put_rows(x: Array, tasks: Int[Array, " members"], new: Array) -> Array:
-    """The stack with some rows replaced; one past the last is dropped."""
+    """Replaces some rows of the stack; a row number past the last is ignored."""
     new = new if new.dtype == x.dtype else new.astype(x.dtype)
     return placement.like_first(
         lambda x, tasks, new: x.at[tasks].set(new, mode="drop"), x, tasks, new
@@ -167,10 +168,11 @@ def put_rows(x: Array, tasks: Int[Array, " members"], new: Array) -> Array:
 
 
 def make_parts(name: str, labels: Any, params: Params, num_tasks: int) -> Parts:
-    """Divides the parameters.
+    """Divides the parameters into parts.
 
     Raises:
-      ValueError: Naming the path of a wrong label, or saying that nothing is shared.
+      ValueError: If a label is invalid (the message names its path), or if no
+        parameter is shared.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     flat = _flat_labels(name, labels, params)
@@ -193,22 +195,23 @@ def check_owners(
     num_tasks: int,
     **kwargs: Any,
 ) -> None:
-    """Checks on one batch that a leaf labelled with a task's number serves it alone.
+    """Checks on one batch that a leaf with a task number affects that task only.
 
-    A leaf of task 0 that the loss of task 1 also depends on would not be moved by task
-    1: nothing fails, and less is learnt. Stacked own leaves cannot go wrong so, since a
-    task loss is given its row alone. Costs T passes; call it once, before training.
+    If the loss of task 1 depends on a leaf labelled 0, task 1 does not update the leaf.
+    No error occurs, but the network learns less. Stacked own leaves need no check,
+    because a task loss receives only its own row. The check costs T passes. Call it
+    once before training.
 
     Args:
-      task_loss: As for :func:`alternate`.
-      labels: As for :func:`alternate`.
+      task_loss: See :func:`alternate`.
+      labels: See :func:`alternate`.
       params: Parameters.
       batch: A batch.
       num_tasks: T.
       **kwargs: Further keywords of ``task_loss`` (``batch_stats``, ``key``).
 
     Raises:
-      ValueError: Naming the first leaf that another task depends on.
+      ValueError: If another task depends on such a leaf. The message names the first.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -1,8 +1,8 @@
-"""Who steps when: random balanced groups, their order, and the rounds they form.
+"""Schedules of task groups: random balanced groups, their order and their rounds.
 
-A *round* visits every group once: within one batch (``"same_batch"``) or over as many
-batches as there are groups (``"per_batch"``). All draws are pure functions of a key and
-the number of the batch, so a resumed run goes on with the same ones.
+A *round* visits every group once. It takes one batch (``"same_batch"``) or as many
+batches as there are groups (``"per_batch"``). All random numbers are pure functions of
+a key and the number of the batch, so a resumed run samples the same numbers.
 """
 
 import dataclasses
@@ -16,21 +16,23 @@ Schedule: TypeAlias = Literal["same_batch", "per_batch"]
 Order: TypeAlias = Literal["random", "fixed", "largest_loss_first"]
 Regroup: TypeAlias = Literal["batch", "never"] | int
 
-# What is drawn from the key; dropout and rounding are drawn elsewhere.
+# Streams that are sampled from the key of the run.
 PARTITION, ORDER, DROPOUT, ROUNDING = range(4)
 
 
 @dataclasses.dataclass(frozen=True)
 class Groups:
-    """Which tasks step together, for :func:`alternate`.
+    """Groups of tasks that step together, for :func:`alternate`.
 
     Attributes:
       number: G, from 1 (one step on all tasks) to T (the default).
-      regroup_every: When a new random partition is drawn, sizes differing by at most
-        one: ``"batch"`` (every round, with ``"per_batch"``), after so many batches (an
-        integer, such as those of an epoch) or ``"never"``. Never compiles again.
-      loss: Of the members' losses: ``"sum"`` keeps a task's weight whatever the size of
-        its group; or ``"mean"``.
+      regroup_every: When to sample a new random partition, whose group sizes differ by
+        at most one. ``"batch"`` samples at every batch, or at every round with
+        ``"per_batch"``. An integer is a number of batches, for example those of an
+        epoch. ``"never"`` keeps the first partition. A new partition does not trigger
+        recompilation.
+      loss: Loss of a group. ``"sum"`` gives a task the same weight in groups of any
+        size. ``"mean"`` averages over the members.
     """
 
     number: int | None = None
@@ -39,7 +41,7 @@ class Groups:
 
     @property
     def batches(self) -> int | None:
-        """Batches between two partitions."""
+        """Number of batches between two partitions."""
         every = self.regroup_every
         return {"batch": 1, "never": None}[every] if isinstance(every, str) else every
 
@@ -47,61 +49,62 @@ class Groups:
 class Plan(NamedTuple):
     """The inner steps of one batch, in their order.
 
-    ``members`` holds task numbers, and T where a group is one smaller than the largest.
+    ``members`` contains task numbers. Groups that are smaller than the largest group
+    are padded with T.
     """
 
     members: Int[Array, "steps members"]
-    groups: Int[Array, " steps"]  # the number of the group, which names its slot
+    groups: Int[Array, " steps"]  # the number of the group, which is also its slot
 
 
 class Rounds(NamedTuple):
-    """Everything static about the order of steps."""
+    """The static part of the order of steps."""
 
     num_tasks: int
     groups: int
     schedule: Schedule
     order: Order
-    regroup_batches: int | None  # batches between partitions; None for one for ever
+    regroup_batches: int | None  # batches between partitions; None for one partition
 
     @property
     def size(self) -> int:
-        """Tasks in the largest group."""
+        """Number of tasks in the largest group."""
         return -(-self.num_tasks // self.groups)
 
     @property
     def steps(self) -> int:
-        """Inner steps of a batch."""
+        """Number of inner steps per batch."""
         return self.groups if self.schedule == "same_batch" else 1
 
     @property
     def draws(self) -> bool:
-        """Whether anything is random."""
+        """Whether the partition or the order is random."""
         random_order = self.order == "random" and self.groups > 1
         return random_order or 1 < self.groups < self.num_tasks
 
 
 def draw_key(key: PRNGKeyArray, stream: int, number: Int[Array, ""]) -> PRNGKeyArray:
-    """The key of the ``number``-th draw of a stream."""
+    """Returns the key of the ``number``-th sample of a stream."""
     return jax.random.fold_in(jax.random.fold_in(key, stream), number)
 
 
 def balanced_groups(
     key: PRNGKeyArray | None, num_tasks: int, groups: int
 ) -> Int[Array, "groups members"]:
-    """A uniformly random partition of the tasks whose sizes differ by at most one.
+    """Samples a uniformly random partition of the tasks with balanced sizes.
 
-    Shapes depend on ``num_tasks`` and ``groups`` alone, so that a new partition does
-    not compile anything anew.
+    The sizes differ by at most one. Shapes depend only on ``num_tasks`` and ``groups``,
+    so a new partition does not trigger recompilation.
 
     Args:
-      key: Of the draw; not read if ``groups`` is 1 or ``num_tasks``, where all
-        partitions are the same (they are then in the order of the tasks).
+      key: Random key. It is not read if ``groups`` is 1 or ``num_tasks``, because all
+        partitions are then equal. The tasks are then in ascending order.
       num_tasks: T.
       groups: G, from 1 to T.
 
     Returns:
-      Row k lists the members of group k; the last entry of the smaller groups is T, the
-      number of no task.
+      An integer array of shape ``[G, ceil(T / G)]``. Row k contains the members of
+      group k. The last entry of smaller groups is T, which is not a task number.
 
     Raises:
       ValueError: If ``groups`` is not between 1 and T.
@@ -122,7 +125,7 @@ def balanced_groups(
         assert key is not None
         tasks = jax.random.permutation(key, tasks)
     size = -(-num_tasks // groups)
-    full = num_tasks - groups * (size - 1)  # groups of that size, the first ones
+    full = num_tasks - groups * (size - 1)  # the first groups have that size
     row, column = jnp.arange(groups)[:, None], jnp.arange(size)[None]
     position = row * (size - 1) + jnp.minimum(row, full) + column
     filled = (row < full) | (column < size - 1)
@@ -136,10 +139,11 @@ def group_order(
     members: Int[Array, "groups members"],
     losses: Float[Array, " tasks"],
 ) -> Int[Array, " groups"]:
-    """The order in which groups step.
+    """Returns the order in which groups step.
 
-    ``losses`` are the last ones seen, infinite for tasks not seen yet; a group counts
-    with the mean of its members (inferred: no source says).
+    ``losses`` are the last observed losses, infinite for tasks without one. The value
+    of a group is the mean of its members. This choice is inferred, because no source
+    specifies it.
     """
     groups = members.shape[0]
     if order == "random" and groups > 1:
@@ -159,14 +163,14 @@ def make_plan(
     losses: Float[Array, " tasks"],
     order: Int[Array, " groups"],
 ) -> tuple[Plan, Int[Array, " groups"]]:
-    """The plan of a batch, and the order of the round it belongs to.
+    """Returns the plan of a batch, and the order of the round that contains the batch.
 
     Args:
-      rounds: What is static.
-      key: Of the run; None if nothing is drawn.
+      rounds: The static part.
+      key: Random key of the run; None if nothing is random.
       batch: Number of the batch, from 0.
       losses: See :func:`group_order`.
-      order: That of the last batch; a round that has begun keeps it.
+      order: Order of the last batch, which is kept until the round is complete.
     """
     batches = 1 if rounds.schedule == "same_batch" else rounds.groups
     start = batch - batch % batches  # the first batch of the round

@@ -1,4 +1,4 @@
-"""Optimiser states, several of one kind: stacked, one read and written at a time."""
+"""Stacked optimizer states, of which one at a time is read and written."""
 
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
@@ -12,17 +12,17 @@ from mtljax import placement, stack
 
 Moments: TypeAlias = Literal["full", "bfloat16"]
 
-# Their count says how far a schedule is, not how many gradients a moment holds. By
-# name, since optax does not export all of them.
+# The count of these states is the position in a schedule, and not the number of
+# gradients in a moment. They are identified by name, because optax does not export all.
 _CLOCKS = {"ScaleByScheduleState", "WrappedScheduleState", "WeightDecaySchedule"}
 
 
 def at_batch(opt_state: Any, batch: Int[Array, ""]) -> Any:
-    """The state with every schedule set to the number of the batch.
+    """Returns the state with the count of every schedule set to the batch number.
 
-    A state that is used once in several batches, or several times in one, would run
-    through a schedule of the learning rate at its own pace. Bias corrections keep their
-    own counts: they belong to the moments.
+    A state may be used once in several batches, or several times in one batch. Its
+    schedules would then advance at a different rate. Bias corrections keep their own
+    counts, because these belong to the moments.
     """
 
     def is_clock(node):
@@ -45,28 +45,29 @@ def step(
     batch: Int[Array, ""],
     value: Any,
 ) -> tuple[Any, Any]:
-    """``optimizer.update`` in batch time; ``value`` is for those that read the loss."""
+    """Calls ``optimizer.update`` with schedules at ``batch`` and the loss ``value``."""
     update = optax.with_extra_args_support(optimizer).update
     return update(grad, at_batch(opt_state, batch), params, value=value)
 
 
 def check(name: str, optimizer: Any, params: Any) -> None:
-    """Raises unless the states of ``optimizer`` can be stacked.
+    """Raises an error unless the states of ``optimizer`` can be stacked.
 
     Raises:
-      ValueError: If it is no optax optimiser, or its state holds what is no array, or
-        an update changes the structure or the shapes of its state.
+      ValueError: If ``optimizer`` is not an optax optimizer, if its state contains a
+        leaf that is not an array, or if an update changes the structure or the shapes
+        of the state.
     """
     if not isinstance(optimizer, optax.GradientTransformation):
         raise ValueError(
-            f"{name}: the optimiser must be an optax.GradientTransformation, not a "
+            f"{name}: the optimizer must be an optax.GradientTransformation, not a "
             f"{type(optimizer).__name__}."
         )
     state = optimizer.init(params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         if not (hasattr(leaf, "dtype") or isinstance(leaf, bool | int | float)):
             raise ValueError(
-                f"{name}: the optimiser's state cannot be stacked, one copy per task: "
+                f"{name}: the optimizer state cannot be stacked, one copy per task: "
                 f"{stack.path_name(path)!r} is a {type(leaf).__name__}, not an array."
             )
     value = jnp.zeros(())
@@ -81,14 +82,14 @@ def check(name: str, optimizer: Any, params: Any) -> None:
         )
     except TypeError as error:
         raise ValueError(
-            f"{name}: the optimiser's update cannot be called as update(grads, state, "
+            f"{name}: the optimizer's update cannot be called as update(grads, state, "
             f"params, value=loss): {error}"
         ) from error
     old = jax.eval_shape(lambda s: s, state)
     shapes = [[leaf.shape for leaf in jax.tree.leaves(s)] for s in (old, new)]
     if jax.tree.structure(old) != jax.tree.structure(new) or shapes[0] != shapes[1]:
         raise ValueError(
-            f"{name}: the optimiser's state cannot be stacked, one copy per task: an "
+            f"{name}: the optimizer state cannot be stacked, one copy per task: an "
             f"update turns {jax.tree.structure(old)} with shapes {shapes[0]} into "
             f"{jax.tree.structure(new)} with shapes {shapes[1]}."
         )
@@ -97,18 +98,18 @@ def check(name: str, optimizer: Any, params: Any) -> None:
 def copies(
     init: Callable[[Any], Any], params: Any, count: int, axis: Any = None
 ) -> Any:
-    """``count`` fresh states, every leaf ``[count, ...]``, of params or of their rows.
+    """Creates ``count`` initial states of the parameters or of their rows.
 
-    Copies of a random state draw from keys of their own.
+    Every leaf has shape ``[count, ...]``. Each copy of a random state has its own key.
     """
     if axis is None:
-        # Not by vmap, so that moments lie as their parameters do.
+        # Broadcasting keeps the sharding of the parameters for their moments.
         states = jax.tree.map(
             lambda x: jnp.broadcast_to(jnp.asarray(x)[None], (count, *jnp.shape(x))),
             init(params),
         )
     else:
-        # Compiled with its arguments, used or not: these say what mesh there is.
+        # The compiler takes the mesh from the arguments, so unused ones are kept too.
         each = jax.vmap(lambda _, p: init(p), in_axes=(0, axis))
         states = jax.jit(each, keep_unused=True)(jnp.arange(count), params)
 
@@ -122,10 +123,10 @@ def copies(
 
 
 def shrink(states: Any, moments: Moments) -> Any:
-    """Stacked states in the types they are kept in."""
+    """Converts stacked states to the dtypes in which they are stored."""
 
     def leaf(x):
-        # Scalars (step counts, learning rates) are not worth their rounding.
+        # Scalars (step counts, learning rates) use little memory and stay exact.
         wide = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize > 2
         small = moments == "bfloat16" and wide and x.ndim > 1
         return x.astype(jnp.bfloat16) if small else x
@@ -136,8 +137,8 @@ def shrink(states: Any, moments: Moments) -> Any:
 def round_randomly(x: Array, key: PRNGKeyArray) -> Array:
     """Rounds float32 to bfloat16, up or down at random, so that the mean is exact.
 
-    A moving average with decay 0.999 changes by less than bfloat16 can show; rounding
-    to nearest would stop it.
+    A moving average with decay 0.999 changes by less than the resolution of bfloat16.
+    Rounding to nearest would therefore stop it.
     """
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
     bits = bits + jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
@@ -146,10 +147,10 @@ def round_randomly(x: Array, key: PRNGKeyArray) -> Array:
 
 
 def read(states: Any, index: Array) -> Any:
-    """One of the stacked states, as it is kept; the only one if there is but one."""
+    """Reads one of the stacked states, in the dtypes in which it is stored."""
 
     def leaf(x):
-        if x.shape[0] == 1:  # no slice: XLA would copy around it in a loop
+        if x.shape[0] == 1:  # XLA would copy the stack for a slice in a loop
             return x[0]
         return jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
 
@@ -157,7 +158,7 @@ def read(states: Any, index: Array) -> Any:
 
 
 def widen(optimizer: optax.GradientTransformation, params: Any, state: Any) -> Any:
-    """A state in the types that the optimiser gave it."""
+    """Converts a state to the dtypes of ``optimizer.init``."""
     kinds = jax.eval_shape(optimizer.init, params)
 
     def leaf(x, kind):
@@ -167,7 +168,7 @@ def widen(optimizer: optax.GradientTransformation, params: Any, state: Any) -> A
 
 
 def narrow(new: Any, old: Any, key: PRNGKeyArray | None) -> Any:
-    """A new state in the types of an old one, which are those it is kept in."""
+    """Converts a new state to the dtypes of the old one, which is stored."""
     leaves, treedef = jax.tree.flatten(new)
 
     def leaf(number, n, o):
@@ -183,15 +184,15 @@ def narrow(new: Any, old: Any, key: PRNGKeyArray | None) -> Any:
 
 
 def after(index: Int[Array, ""], done: Any) -> Int[Array, ""]:
-    """The index, which XLA cannot tell before all of ``done`` is there.
+    """Returns the index with a data dependency on all of ``done``.
 
-    Where a state is written in place, what is computed from its old value must be
-    there. XLA would rather copy the whole stack than see to that order, and drops
-    ``jax.lax.optimization_barrier`` before it decides; it does not see that the number
-    added here is zero.
+    A state may be overwritten in place once all values computed from its old value are
+    available. XLA does not enforce this order but copies the whole stack. It also
+    removes ``jax.lax.optimization_barrier`` before this decision. It cannot detect that
+    the number added here is zero.
     """
     for leaf in jax.tree.leaves(done):
-        # Where a device has a part of a leaf, an entry of it would have to be sent.
+        # Reading one entry of a leaf that is split over devices needs communication.
         if leaf.size and placement.plain(leaf):
             first = leaf[(0,) * leaf.ndim].real.astype(jnp.float32)
             bits = jax.lax.bitcast_convert_type(first, jnp.int32)
@@ -201,7 +202,7 @@ def after(index: Int[Array, ""], done: Any) -> Int[Array, ""]:
 
 
 def write(states: Any, index: Array, new: Any) -> Any:
-    """The stacked states with one replaced; in place if ``index`` is :func:`after`."""
+    """Replaces one stacked state; in place if ``index`` is from :func:`after`."""
 
     def leaf(x, n):
         if x.shape[0] == 1:

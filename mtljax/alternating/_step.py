@@ -1,4 +1,4 @@
-"""One inner step, and what happens once a batch."""
+"""One inner step, and the operations that are performed once per batch."""
 
 import dataclasses
 from collections.abc import Callable
@@ -30,27 +30,28 @@ BatchNorm: TypeAlias = Literal["last", "scaled", "batch"]
 
 @dataclasses.dataclass(frozen=True)
 class StepOptions:
-    """Rarer options of :func:`alternate`.
+    """Further options of :func:`alternate`.
 
     Attributes:
-      clip_norm: Bound on the global norm of an inner step's gradient, own parameters
-        included (of each member's, for ``"per_task"`` within groups).
-      grad_fn: Called like ``jax.value_and_grad(loss, has_aux=True)(params)`` in its
-        place at every inner step, e.g. for sharpness-aware gradients. Stacked own
-        leaves of ``params`` have rows of the members only.
-      decay: Run on zero gradients once a batch, on the parameters that were active:
+      clip_norm: Bound on the global norm of the gradient of an inner step, including
+        own parameters. For ``"per_task"`` within groups it applies to each member.
+      grad_fn: Replaces ``jax.value_and_grad``. Every inner step calls
+        ``grad_fn(loss, has_aux=True)(params)``. Use it for example for sharpness-aware
+        gradients. Stacked own leaves of ``params`` have rows of the members only.
+      decay: Transformation that is applied to zero gradients once per batch, for the
+        parameters that were active. For example, decoupled weight decay is
         ``optax.chain(optax.add_decayed_weights(1e-2),
-        optax.scale_by_learning_rate(schedule))`` is decoupled weight decay.
-      batch_norm: How running averages move. ``"last"``: once a batch, from the last
-        forward pass. ``"scaled"``: in every pass, by as much as makes
-        ``batch_norm_decay`` in all. They must not depend on the task. ``"batch"``: not
-        at all, for models that use the batch's own statistics everywhere.
-      batch_norm_decay: The decay that the model makes its averages with
-        (``"scaled"``).
-      moments: ``"bfloat16"`` keeps the arrays in the shared parameters' optimiser
-        states in 16 bits, rounded at random so that slow averages go on moving. Half
-        the memory; for less, use an optimiser with factored second moments
-        (``optax.scale_by_factored_rms``).
+        optax.scale_by_learning_rate(schedule))``.
+      batch_norm: Update of the running averages. They must not depend on the task.
+        ``"last"`` updates them once per batch, from the last forward pass.
+        ``"scaled"`` updates them in every pass, with steps that together have the
+        decay ``batch_norm_decay``. ``"batch"`` does not update them. It is for models
+        that always use the statistics of the batch.
+      batch_norm_decay: The decay that the model uses for its averages (``"scaled"``).
+      moments: ``"bfloat16"`` stores the arrays in the optimizer states of the shared
+        parameters in 16 bits, with random rounding so that slow averages keep
+        changing. It needs half the memory. To save more, use an optimizer with
+        factored second moments (``optax.scale_by_factored_rms``).
     """
 
     clip_norm: Any = None
@@ -62,7 +63,7 @@ class StepOptions:
 
 
 class Rule(NamedTuple):
-    """What :func:`alternate` was asked for."""
+    """The options of :func:`alternate`."""
 
     optimizer: optax.GradientTransformation
     own_optimizer: optax.GradientTransformation
@@ -80,58 +81,58 @@ class Rule(NamedTuple):
 
     @property
     def slots(self) -> int:
-        """How many optimiser states the shared parameters have."""
+        """Number of optimizer states of the shared parameters."""
         counts = {"per_task": self.num_tasks, "slot": self.rounds.groups, "shared": 1}
         return counts[self.state]
 
     @property
     def by_member(self) -> bool:
-        """Whether a group's tasks step on their own, all from one point."""
+        """Whether the tasks of a group step separately, all from one point."""
         return self.state == "per_task" and self.rounds.size > 1
 
 
 class Carry(NamedTuple):
-    """What an inner step changes."""
+    """The values that an inner step changes."""
 
     params: Any
-    shared: Any  # optimiser states of the shared parameters, [slots, ...]
-    rows: Any  # those of stacked own parameters, [T, ...]
-    owned: tuple[Any, ...]  # those of the leaves of each owner
+    shared: Any  # optimizer states of the shared parameters, [slots, ...]
+    rows: Any  # optimizer states of stacked own parameters, [T, ...]
+    owned: tuple[Any, ...]  # optimizer states of the leaves of each owner
     balancer: Any  # [groups, ...]
-    losses: Losses  # of the steps that were made
-    seen: Losses  # also of those that were skipped
+    losses: Losses  # of the completed steps
+    seen: Losses  # includes the losses of skipped steps
     counts: Int[Array, " tasks"]
     active: Mask
     batch_stats: Any
 
 
 class Run(NamedTuple):
-    """What all inner steps of a batch have in common.
+    """The values that all inner steps of a batch share.
 
-    What an inner step changes in one place of a stack (the row of a head) no other step
-    of the batch reads: it is read from ``before`` and written to the carry, which XLA
-    then updates in place; else it copies the stack at every step.
+    An inner step changes rows of stacked arrays, such as a head, that no other step of
+    the batch reads. The step reads them from ``before`` and writes them to the carry,
+    so that XLA updates them in place. Otherwise XLA copies the stack at every step.
     """
 
     rule: Rule
     parts: Parts
-    before: Carry  # as the batch finds it
+    before: Carry  # at the start of the batch
     task_loss: Callable[..., Any]
     batch: Any
-    number: Int[Array, ""]  # of the batch
-    mask: Mask | None  # tasks that are present on some device
-    local_mask: Mask | None  # on this one
+    number: Int[Array, ""]  # number of the batch
+    mask: Mask | None  # tasks that are present on at least one device
+    local_mask: Mask | None  # tasks that are present on this device
     key: PRNGKeyArray | None
     with_key: bool
 
     def draw(self, stream: int, step: Array) -> PRNGKeyArray | None:
-        """A key of this inner step."""
+        """Returns a key of this inner step."""
         if self.key is None:
             return None
         return jax.random.fold_in(draw_key(self.key, stream, self.number), step)
 
     def dropout(self, step: Array) -> PRNGKeyArray | None:
-        """The key of the task loss, another one on every device."""
+        """Returns the key of the task loss, which differs between devices."""
         key, axes = self.draw(DROPOUT, step), self.rule.gradients.axes
         if key is None or not axes:
             return key
@@ -139,19 +140,19 @@ class Run(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """Losses of the members, and what moved but for own parameters."""
+    """Losses of the members, and the new values of all but the own parameters."""
 
     losses: Array
-    healthy: Bool[Array, " members"]  # whose losses and gradients are finite
+    healthy: Bool[Array, " members"]  # whether losses and gradients are finite
     stats: Any
-    own_grad: Any  # its shared leaves are not read
-    params: Any  # the shared ones
+    own_grad: Any  # its shared leaves are not used
+    params: Any  # the shared parameters
     shared: Any
     balancer: Any
 
 
 def _where(keep: Any, new: Any, old: Any) -> Any:
-    """The new tree where ``keep`` (None: everywhere), in the dtypes of the old one."""
+    """Selects the new tree where ``keep`` (None: everywhere), in the old dtypes."""
 
     def leaf(n, o):
         n = n if n.dtype == o.dtype else n.astype(o.dtype)
@@ -161,7 +162,7 @@ def _where(keep: Any, new: Any, old: Any) -> Any:
 
 
 def _healthy(run: Run, present: Any, loss: Any, *trees: Any) -> Array:
-    """Whether a loss and all that follows from it is finite, on all devices."""
+    """Whether a present loss and all trees are finite on all devices."""
     found = jnp.isfinite(jnp.where(present, loss, 0)).all() & stack.all_finite(
         [x for x in jax.tree.leaves(trees) if jnp.issubdtype(x.dtype, jnp.inexact)]
     )
@@ -187,7 +188,7 @@ def _add(tree: Any, other: Any) -> Any:
 
 
 def _together(run: Run, group: Group, view: Any, carry: Carry, at: Any) -> Outcome:
-    """One gradient of the group, one optimiser step."""
+    """Performs one optimizer step with one gradient of the group."""
     slot, number = at
     rule, parts = run.rule, run.parts
     balancer = carry.balancer
@@ -230,7 +231,7 @@ def _together(run: Run, group: Group, view: Any, carry: Carry, at: Any) -> Outco
 
 
 def _balanced(rule: Rule, group: Group, view: Any, state: Any):
-    """The gradient that the balancer makes of the members' shared gradients."""
+    """Returns the losses and the balanced gradient of the members."""
     parts, balancer = group.parts, rule.balancer
     assert balancer is not None
     mask = None if group.full else group.present
@@ -260,7 +261,7 @@ def _balanced(rule: Rule, group: Group, view: Any, state: Any):
 
 
 def _side_by_side(run: Run, group: Group, view: Any, carry: Carry, at: Any) -> Outcome:
-    """A step of every member with its own state, all at one point, then their sum."""
+    """Performs one step per member with its own state at one point, and adds them."""
     _, number = at
     rule, parts = run.rule, run.parts
     shared = parts.shared(carry.params)
@@ -304,7 +305,7 @@ def _side_by_side(run: Run, group: Group, view: Any, carry: Carry, at: Any) -> O
 
 
 def _step_rows(run: Run, group: Group, out: Outcome, carry: Carry):
-    """Own parameters that are stacked: the rows of the members, and no other."""
+    """Updates the rows of the members in stacked own parameters."""
     rule, parts = run.rule, run.parts
     old = parts.rows(parts.view(run.before.params, group.tasks))
 
@@ -320,7 +321,7 @@ def _step_rows(run: Run, group: Group, out: Outcome, carry: Carry):
         old,
         out.losses,
     )
-    # There is no row T, and what absent members would write there is dropped.
+    # Writes to row T, which does not exist, are ignored. Absent members use it.
     keep = group.present & out.healthy & healthy
     write = jnp.where(keep, group.tasks, rule.num_tasks)
 
@@ -334,9 +335,9 @@ def _step_rows(run: Run, group: Group, out: Outcome, carry: Carry):
 
 
 def _step_owned(run: Run, group: Group, out: Outcome, carry: Carry):
-    """Own parameters of any shape: those of members, where the others stay bit by bit.
+    """Updates own parameters of any shape for members; the others stay unchanged.
 
-    A zero gradient would not leave them alone: momentum would move them on.
+    A zero gradient is not sufficient, because momentum would still change them.
     """
     rule, parts = run.rule, run.parts
     trees, new_states = [], []
@@ -359,7 +360,7 @@ def _step_owned(run: Run, group: Group, out: Outcome, carry: Carry):
 
 
 def _next_stats(run: Run, new: Any, old: Any, moved: Bool[Array, " members"]) -> Any:
-    """Running averages after an inner step."""
+    """Returns the running averages after an inner step."""
     rule = run.rule
     options = rule.options
     if old is None or options.batch_norm == "batch":
@@ -376,11 +377,11 @@ def _next_stats(run: Run, new: Any, old: Any, moved: Bool[Array, " members"]) ->
 
 
 def inner_step(run: Run, carry: Carry, at: Any) -> Carry:
-    """One step of one group: ``at`` is (its members, its number, which step it is)."""
+    """Performs one step of one group; ``at`` is (members, group, step number)."""
     members, slot, number = at
     rule, parts = run.rule, run.parts
     present = members < rule.num_tasks
-    # What fills a row up computes what the first member does, and counts for nothing.
+    # Padding entries repeat the first member. Their results are discarded.
     tasks = jnp.where(present, members, members[0])
     here = present
     if run.mask is not None and run.local_mask is not None:
@@ -439,7 +440,7 @@ def inner_step(run: Run, carry: Carry, at: Any) -> Carry:
 
 
 def decay_once(run: Run, params: Any, opt_state: Any, active: Mask) -> tuple[Any, Any]:
-    """What belongs to a batch and not to a step: decoupled weight decay."""
+    """Applies decoupled weight decay, which is performed once per batch."""
     decay = run.rule.options.decay
     if decay is None:
         return params, opt_state

@@ -81,7 +81,7 @@ def test_errors():
         adatask(optax.sgd(0.1), 0)
     with pytest.raises(ValueError, match="adatask: moments='bfloat16' rounds"):
         adatask(optax.sgd(0.1), 2, moments="bfloat16")
-    with pytest.raises(ValueError, match="adatask: the optimiser must be an optax"):
+    with pytest.raises(ValueError, match="adatask: the optimizer must be an optax"):
         adatask(mtljax, 2).init(PARAMS)
     opt = adatask(optax.sgd(0.1), 2)
     with pytest.raises(ValueError, match="first axis must be num_tasks=2"):

@@ -220,7 +220,7 @@ def test_factored_second_moments_are_smaller():
             {"groups": 1, "state": "per_task", "balancer": mtljax.mgda(3)},
             "use state='slot' or 'shared'",
         ),
-        ({"groups": 1, "balancer": mtljax.famo(3)}, "famo looks at the losses again"),
+        ({"groups": 1, "balancer": mtljax.famo(3)}, "famo needs the losses after"),
         ({"groups": 1, "balancer": optax.sgd(1.0)}, "balancer must be a mtljax.Balanc"),
     ],
 )

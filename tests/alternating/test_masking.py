@@ -197,7 +197,7 @@ def test_check_owners():
             {"trunk": 0, "heads": 1},
             "no parameter is shared; the parameters are heads/a",
         ),
-        ("own", "labels='own' is no tree"),
+        ("own", "labels='own' is not a tree"),
         ({"trunk": "shared"}, "labels must be a tree like the parameters"),
         (lambda path: "own" if "trunk" in path else "shared", None),
         (lambda path: 5 if "trunk" in path else "shared", "'trunk' is labelled 5"),
