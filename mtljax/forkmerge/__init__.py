@@ -1,16 +1,19 @@
-"""ForkMerge: auxiliary tasks that help one target task, and never hurt it for long.
+"""ForkMerge: auxiliary-task learning by forking and merging models.
 
-A model is forked into branches that train on different task weights; every Δt steps
-the branches are merged, with the convex weights that are best for the target's
-validation performance, and forked again.
+A model is forked into branches that train with different task weights. Every Δt steps
+the branches are merged and forked again. The merge is the convex combination with the
+best validation performance of the target.
 
-- :class:`ForkMerge`: all of it around an ordinary train step, resumable anywhere.
-- :func:`fork`, :func:`train_branches`, :func:`search_merge`, :func:`merge`: the pieces.
-- :func:`target_vs_all` and its like: which tasks a branch trains on.
-- :func:`auto_lambda`, :func:`arml`, :func:`post_train`, :func:`grid_search`: baselines
-  (with :func:`mtljax.gcs` and :func:`mtljax.ol_aux`).
+- :class:`ForkMerge` runs the algorithm around an ordinary train step. A run can be
+  resumed from any saved state.
+- :func:`fork`, :func:`train_branches`, :func:`search_merge` and :func:`merge` are its
+  building blocks.
+- :func:`target_vs_all`, :func:`target_plus_each` and similar functions build the task
+  weights of the branches.
+- :func:`auto_lambda`, :func:`arml`, :func:`post_train` and :func:`grid_search` are
+  baselines, together with :func:`mtljax.gcs` and :func:`mtljax.ol_aux`.
 - :func:`transfer_gain`, :func:`negative_transfer`,
-  :func:`confidence_score_discrepancy`, :func:`ternary_map`: what there is to look at.
+  :func:`confidence_score_discrepancy` and :func:`ternary_map` are diagnostics.
 """
 
 from mtljax.forkmerge._analysis import NegativeTransfer as NegativeTransfer

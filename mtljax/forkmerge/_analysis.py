@@ -1,4 +1,4 @@
-"""Negative transfer and what goes with it: gains, discrepancy, maps of mixtures."""
+"""Diagnostics of negative transfer: gains, discrepancy and maps of mixtures."""
 
 import math
 from collections.abc import Callable
@@ -25,16 +25,16 @@ from mtljax.types import Losses
 
 
 class NegativeTransfer(NamedTuple):
-    """What :func:`negative_transfer` says of a pair of target and auxiliary task."""
+    """Result of :func:`negative_transfer` for a target and an auxiliary task."""
 
     weak: Bool[Array, "... weights"]  # the gain is negative at this weight
-    strong: Bool[Array, "..."]  # at every positive weight
-    best_gain: Float[Array, "..."]  # over the positive weights
-    best_weight: Float[Array, "..."]  # where that is
+    strong: Bool[Array, "..."]  # the gain is negative at every positive weight
+    best_gain: Float[Array, "..."]  # maximum over the positive weights
+    best_weight: Float[Array, "..."]  # weight of the maximum
 
 
 class TernaryMap(NamedTuple):
-    """What :func:`ternary_map` measured at n mixtures of three models."""
+    """Result of :func:`ternary_map` at n mixtures of three models."""
 
     weights: Float[Array, "n corners"]
     points: Float[Array, "n xy"]  # in a triangle of side one
@@ -42,22 +42,22 @@ class TernaryMap(NamedTuple):
 
 
 class OneStepTransfer(NamedTuple):
-    """What :func:`one_step_transfer` measured on one batch."""
+    """Result of :func:`one_step_transfer` on one batch."""
 
-    cosine: Float[Array, ""]  # of target and auxiliary gradient
+    cosine: Float[Array, ""]  # between the target and the auxiliary gradient
     gains: Float[Array, " weights"]
 
 
 def transfer_gain(
     scores: Numbers, baseline: Numbers, *, direction: Direction = "max"
 ) -> Array:
-    """Transfer gain, ``TG = P(joint training) − P(target alone)`` (Eq. 2).
+    """Computes the transfer gain, ``TG = P(joint training) − P(target alone)`` (Eq. 2).
 
     Args:
       scores: Performance of joint training, any shape.
-      baseline: That of single-task training, a scalar or of the same shape.
-      direction: ``"min"`` for errors: the sign is then turned, so that a positive gain
-        is good.
+      baseline: Performance of single-task training, a scalar or of the same shape.
+      direction: ``"max"`` or ``"min"``. For errors, use ``"min"``, which changes the
+        sign so that a positive gain is good.
 
     Returns:
       The gains, in the unit of the score.
@@ -71,19 +71,20 @@ def transfer_gain(
 
 
 def negative_transfer(gains: Numbers, weights: Numbers) -> NegativeTransfer:
-    """Weak and strong negative transfer over a grid of auxiliary weights.
+    """Detects weak and strong negative transfer over a grid of auxiliary weights.
 
-    Weak at λ: ``TG(λ) < 0``, but another λ may help. Strong: ``max_{λ>0} TG(λ) < 0``.
+    Weak negative transfer at λ means ``TG(λ) < 0``, but another λ may have a positive
+    gain. Strong negative transfer means ``max_{λ>0} TG(λ) < 0``.
 
     Args:
       gains: Transfer gains ``[..., L]``, one for every λ.
-      weights: λ ``[L]``; an entry of zero, the baseline itself, does not count.
+      weights: λ of shape ``[L]``. An entry of zero, the baseline, is ignored.
 
     Returns:
-      Flags, and the best gain with its weight.
+      :class:`NegativeTransfer`: Flags, and the best gain with its weight.
 
     Raises:
-      ValueError: If lengths differ, a weight is negative, or none is positive.
+      ValueError: If lengths differ, if a weight is negative, or if none is positive.
 
     Examples:
       >>> found = negative_transfer([0.0, 0.2, -0.1], [0.0, 0.5, 1.0])
@@ -93,8 +94,8 @@ def negative_transfer(gains: Numbers, weights: Numbers) -> NegativeTransfer:
     found, grid = jnp.asarray(gains), jnp.asarray(weights)
     if grid.ndim != 1 or found.shape[-1:] != grid.shape:
         raise ValueError(
-            f"negative_transfer: gains of shape {found.shape} need as many weights as "
-            f"their last axis is long, not {grid.shape}."
+            f"negative_transfer: gains of shape {found.shape} need one weight per "
+            f"entry of their last axis, not {grid.shape}."
         )
     values = grid.tolist()
     if min(values, default=0) < 0 or max(values, default=0) <= 0:
@@ -116,17 +117,17 @@ def negative_transfer(gains: Numbers, weights: Numbers) -> NegativeTransfer:
 def confidence_score_discrepancy(
     logits: Float[Array, "... classes"], mask: Bool[Array, "..."] | None = None
 ) -> Float[Array, ""]:
-    """Confidence score discrepancy, ``1 − E_x max_y p(y | x)`` (Eq. 4).
+    """Computes the confidence score discrepancy, ``1 − E_x max_y p(y | x)`` (Eq. 4).
 
-    For a model trained on the mixture D of target and auxiliary data, on test examples
-    of the target: how far D is from what it is tested on.
+    Use a model trained on the mixture D of target and auxiliary data, and test examples
+    of the target. The value measures the distance between D and the test distribution.
 
     Args:
-      logits: Before the softmax, ``[..., classes]``.
-      mask: Examples that count, ``[...]``; all by default.
+      logits: Inputs of the softmax, ``[..., classes]``.
+      mask: Examples to include, ``[...]``. By default all are included.
 
     Returns:
-      A number in ``[0, 1 − 1/classes]``; NaN without an example.
+      A number in ``[0, 1 − 1/classes]``, or NaN without an example.
 
     Examples:
       >>> round(float(confidence_score_discrepancy(jnp.zeros((3, 4)))), 6)
@@ -140,9 +141,16 @@ def confidence_score_discrepancy(
 
 
 def mixture_probability(weight: ArrayLike) -> Array:
-    """Share of auxiliary examples, ``λ / (1 + λ)``, in the interpolated distribution.
+    """Computes the share of auxiliary examples, ``λ / (1 + λ)``, in the mixture.
 
-    Eq. 3: to train on it in expectation is to minimise ``L_tgt + λ L_aux`` (rescaled).
+    By Eq. 3, training on this interpolated distribution minimises, in expectation,
+    ``L_tgt + λ L_aux`` up to a factor.
+
+    Args:
+      weight: λ ≥ 0, any shape.
+
+    Returns:
+      The share, with the shape of ``weight``.
 
     Examples:
       >>> float(mixture_probability(1.0)), float(mixture_probability(0.25))
@@ -160,21 +168,22 @@ def ternary_map(
     levels: int = 10,
     evaluation: Evaluation = "map",
 ) -> TernaryMap:
-    """The score of mixtures of three models, over a triangle (Fig. 6 of the paper).
+    """Scores mixtures of three models over a triangle (Fig. 6 of the paper).
 
     Args:
-      corners: Three states, leaves ``[3, ...]``; they should come from one fork.
+      corners: Three states, leaves ``[3, ...]``. They should come from one fork.
       score: ``score(state)``, or ``score(state, validation)``.
       validation: Arrays, not empty.
-      levels: L; mixtures are multiples of 1/L, ``(L + 1)(L + 2) / 2`` of them.
-      evaluation: See :func:`search_merge`.
+      levels: L. The weights of the ``(L + 1)(L + 2) / 2`` mixtures are multiples of
+        1/L.
+      evaluation: ``"map"`` or ``"vmap"``, see :class:`Search`.
 
     Returns:
-      Weights ``[n, 3]``, points ``[n, 2]`` with the corners at (0, 0), (1, 0) and
-      (1/2, √3/2), and scores ``[n]``; the corners come first.
+      :class:`TernaryMap`: Weights ``[n, 3]``, points ``[n, 2]`` and scores ``[n]``. The
+      three corners come first, at (0, 0), (1, 0) and (1/2, √3/2).
 
     Raises:
-      ValueError: If there are not three models, or no validation example.
+      ValueError: If there are not three models, or if the validation set is empty.
 
     Examples:
       >>> found = ternary_map(jnp.array([0.0, 1.0, 2.0]), lambda w: w, levels=2)
@@ -211,27 +220,28 @@ def one_step_transfer(
     validation: Any = None,
     direction: Direction = "max",
 ) -> OneStepTransfer:
-    """Gradient cosine and transfer gain of one step, for several auxiliary weights.
+    """Measures gradient cosine and transfer gain of one step for auxiliary weights.
 
-    The protocol of Fig. 2: from θ trained on the target, ``θ(λ) = θ − η (g_tgt + λ
-    g_aux)`` and ``TG(λ) = P̂(θ(λ)) − P̂(θ(0))``. Over many batches it shows that conflict
-    does not imply negative transfer.
+    This is the protocol of Fig. 2. From θ trained on the target,
+    ``θ(λ) = θ − η (g_tgt + λ g_aux)`` and ``TG(λ) = P̂(θ(λ)) − P̂(θ(0))``. Over many
+    batches it shows that conflict does not imply negative transfer.
 
     Args:
       losses: ``losses(params) -> [target, auxiliary]`` on one batch.
       score: P̂, ``score(params)`` or ``score(params, validation)``.
       params: θ.
-      weights: λ ``[L]``; {0, 1/16, 1/8, 1/4, 1/2, 1} in the paper.
+      weights: λ of shape ``[L]``. The paper uses {0, 1/16, 1/8, 1/4, 1/2, 1}.
       learning_rate: η.
       validation: Arrays, not empty.
-      direction: Whether a large or a small score is good.
+      direction: ``"max"`` if a large score is good, ``"min"`` if a small one is.
 
     Returns:
-      The cosine (0 for a zero gradient) and the gains ``[L]``. Cost: two gradients and
-      L + 1 validation passes.
+      :class:`OneStepTransfer`: The cosine (0 for a zero gradient) and the gains,
+      shape ``[L]``. The cost is two gradients and L + 1 validation passes.
 
     Raises:
-      ValueError: If ``losses`` returns not two, or the validation set is empty.
+      ValueError: If ``losses`` does not return two losses, or if the validation set is
+        empty.
 
     Examples:
       >>> losses = lambda w: jnp.stack([(w - 1) ** 2, (w - 2) ** 2])

@@ -1,4 +1,4 @@
-"""ARML: auxiliary weights whose mixed gradient is nearest to the main task's."""
+"""ARML: auxiliary weights that align the mixed gradient with the main gradient."""
 
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -37,35 +37,38 @@ def arml(
     projection: Projection = "exact",
     scale: Scale = "native",
 ) -> Balancer:
-    """Auxiliary task reweighting for minimum-data learning (ARML), without its noise.
+    """Auxiliary task reweighting for minimum-data learning (ARML), without noise.
 
-    ``d = g_m + Σ_{k≠m} α_k g_k`` with ``α_k = 1`` at first and, every N steps,
-    ``α <- Π(α − β ∇_α ‖g_m − Σ_k α_k g_k‖²)``, Π the projection on ``α ≥ 0, Σ α_k = K``
-    (K auxiliary tasks): the weighted auxiliary likelihood as the prior nearest to the
-    main task's, by its score function.
+    The update is ``d = g_m + Σ_{k≠m} α_k g_k`` for the main task m, with ``α_k = 1``
+    initially. Every N steps, ``α <- Π(α − β ∇_α ‖g_m − Σ_k α_k g_k‖²)``. Π is the
+    projection onto ``α ≥ 0, Σ α_k = K`` for K auxiliary tasks. The weighted likelihood
+    of the auxiliary tasks is a prior. The method minimises the distance between its
+    score function and that of the main task.
 
-    Read from the authors' released code for semi-supervised learning, whose β and N
-    are the defaults; what differs from it: there the model takes no step on the
-    batches that change α; Π is approximated (shift to the sum K, then clip at 0:
-    ``projection="released"``). The noise of the paper's Langevin dynamics belongs to
-    the optimiser, such as ``optax.add_noise``; the released script leaves it off by
-    default.
+    The method follows the authors' released code for semi-supervised learning. Its β
+    and N are the defaults. There are three differences:
+
+    - In the released code, the model takes no step on the batches that change α.
+    - The released code approximates Π by a shift to the sum K, followed by clipping at
+      0. Use ``projection="released"`` for this variant.
+    - The noise of the Langevin dynamics in the paper belongs to the optimizer, for
+      example ``optax.add_noise``. The released script disables it by default.
 
     Args:
       num_tasks: T, at least two, length of the leading axis of every leaf.
       main: Index m of the main task.
-      learning_rate: β; products of gradients have the unit of the losses squared.
+      learning_rate: β. Inner products of gradients have the unit of squared losses.
       update_every: N.
-      projection: ``"exact"``, or ``"released"``, which may leave a sum above K.
-      scale: The native scale is that of the ``"sum"``.
+      projection: ``"exact"`` or ``"released"``. The latter may return a sum above K.
+      scale: Scale of the update. The native scale is ``"sum"``.
 
     Returns:
-      A balancer; needs the Gramian: T backward passes. State: T numbers. α is learned
-      from batches with all tasks only (inferred).
+      A balancer that needs the Gramian, which costs T backward passes. The state
+      contains 2 T numbers. α is updated only on batches with all tasks (inferred).
 
     Raises:
-      ValueError: If ``main`` is not the index of a task, there is no other, or
-        ``learning_rate`` or ``update_every`` is not positive.
+      ValueError: If ``main`` is not the index of a task, if no other task exists, or
+        if ``learning_rate`` or ``update_every`` is not positive.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -83,7 +86,9 @@ def arml(
     check_num_tasks("arml", num_tasks)
     check_target("arml", num_tasks, main)
     if num_tasks < 2:
-        raise ValueError("arml: with num_tasks=1 there is no auxiliary task.")
+        raise ValueError(
+            "arml: with num_tasks=1 there is no auxiliary task. Use at least 2 tasks."
+        )
     check_number("arml", "learning_rate", learning_rate, above=0)
     if update_every < 1:
         raise ValueError(f"arml: update_every must be positive, not {update_every}.")

@@ -1,4 +1,4 @@
-"""Auto-λ: task weights by the exact gradient of the target's loss one step ahead."""
+"""Auto-λ: task weights from the gradient of the target loss after one step."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -17,12 +17,12 @@ class AutoLambdaState(NamedTuple):
     """State of :func:`auto_lambda`."""
 
     weights: Weights  # λ
-    optimizer: Any  # of λ
-    hypergradient: Weights  # of the last update, for logging
+    optimizer: Any  # optimizer state of λ
+    hypergradient: Weights  # gradient of the last update, for logging
 
 
 class AutoLambda(NamedTuple):
-    """A pair of functions; see :func:`auto_lambda`."""
+    """Pair of functions that :func:`auto_lambda` returns."""
 
     init: Callable[[], AutoLambdaState]
     update: Callable[..., AutoLambdaState]
@@ -39,27 +39,28 @@ def hypergradient(
     validation: tuple[Any, ...],
     primary: Weights,
 ) -> Weights:
-    """The gradient ``∇_λ Σ_p L_p^val(θ'(λ))`` of the loss after one step.
+    """Computes the gradient ``∇_λ Σ_p L_p^val(θ'(λ))`` of the loss after one step.
 
-    ``θ'(λ)`` is the step of the optimiser on ``Σ λ_i L_i``. With ``v = ∇L^val(θ')`` and
-    u what a backward pass through the optimiser makes of v, entry i is
-    ``<u, ∇L_i(θ)>``: one forward-mode pass (``jvp``) of the T losses along u gives them
-    all. For SGD ``u = −η v``, whatever its momentum or decay; for Adam the derivative
-    of its normalisation is included. No finite differences.
+    ``θ'(λ)`` are the parameters after a step of the optimizer on ``Σ λ_i L_i``. Let
+    ``v = ∇L^val(θ')``, and let u be the pullback of v through the optimizer. Entry i is
+    ``<u, ∇L_i(θ)>``. One forward-mode pass (``jvp``) of the T losses along u computes
+    all entries. For SGD ``u = −η v``, with any momentum or decay. For Adam the
+    derivative of its normalisation is included. No finite differences are used.
 
     Args:
-      task_losses: ``task_losses(params, *args) -> losses[T]``.
-      optimizer: The optimiser of the model, at the state it has now.
+      task_losses: A function ``task_losses(params, *args)`` that returns the losses,
+        shape ``[T]``.
+      optimizer: The optimizer of the model.
       params: θ.
-      opt_state: Its state; not changed.
-      weights: λ ``[T]``.
+      opt_state: The current state of the optimizer, which is not changed.
+      weights: λ, shape ``[T]``.
       train: Further arguments of ``task_losses`` for the training batch.
-      validation: Those for the validation batch.
-      primary: Weights ``[T]`` of the validation losses: one for the tasks that matter.
+      validation: Further arguments of ``task_losses`` for the validation batch.
+      primary: Weights of the validation losses, shape ``[T]``: 1 for target tasks.
 
     Returns:
-      The gradient ``[T]``. Cost: two gradients, a pass back through the optimiser and
-      one forward-mode pass.
+      The gradient, shape ``[T]``. The cost is two gradients, one backward pass through
+      the optimizer and one forward-mode pass.
 
     Examples:
       >>> losses = lambda w: jnp.stack([(w - 1) ** 2, (w + 1) ** 2])
@@ -98,33 +99,36 @@ def auto_lambda(
     initial: ArrayLike = 0.1,
     weight_optimizer: optax.GradientTransformation | None = None,
 ) -> AutoLambda:
-    """Auto-λ: learns task weights by looking one step ahead (bi-level, one step).
+    """Auto-λ: learns task weights by one-step bi-level optimisation.
 
-    Before every step of the model, ``λ <- λ − β ∇_λ Σ_p L_p^val(θ'(λ))`` through Adam,
-    with ``θ'`` the parameters after a step with the present λ. The released code
-    takes the product of Jacobian and vector by finite differences and always looks
-    ahead by SGD with momentum and decay; here it is exact, for any optimiser
-    (:func:`hypergradient`). Weights are not constrained, as there, and may become
-    negative.
+    Before every step of the model, Adam performs ``λ <- λ − β ∇_λ Σ_p L_p^val(θ'(λ))``.
+    Here ``θ'`` are the parameters after a step with the current λ. The released code
+    approximates the product of Jacobian and vector by finite differences, and always
+    uses SGD with momentum and decay for the step. Here the product is exact and
+    available for any optimizer (:func:`hypergradient`). As in the released code, the
+    weights are unconstrained and may become negative.
 
     Args:
       num_tasks: T.
-      task_losses: ``task_losses(params, *args) -> losses[T]``.
-      optimizer: The optimiser of the model.
-      primary: Index or indices of the tasks that matter; the target.
-      learning_rate: β, 1e-4 in the released code's dense prediction.
-      initial: First value of every weight, 0.1 there.
-      weight_optimizer: Of λ; Adam with ``learning_rate`` by default.
+      task_losses: A function ``task_losses(params, *args)`` that returns the losses,
+        shape ``[T]``.
+      optimizer: The optimizer of the model.
+      primary: Index or indices of the target tasks.
+      learning_rate: β. The released code uses 1e-4 for dense prediction.
+      initial: Initial value of every weight, 0.1 in the released code.
+      weight_optimizer: Optimizer of λ, by default Adam with ``learning_rate``.
 
     Returns:
-      ``init() -> state`` and ``update(state, params, opt_state, train, validation) ->
-      state`` with tuples of the further arguments of ``task_losses`` for a training
-      and a validation batch. The model then steps on ``Σ λ_i L_i`` of the training
-      batch with ``state.weights``. Cost of an update: see :func:`hypergradient`.
+      An :class:`AutoLambda` with the functions ``init() -> state`` and ``update(state,
+      params, opt_state, train, validation) -> state``. ``train`` and ``validation``
+      are tuples of the further arguments of ``task_losses`` for a training and a
+      validation batch. Then step the model on ``Σ λ_i L_i`` of the training batch with
+      ``state.weights``. An update costs as much as :func:`hypergradient`. If a loss or
+      a gradient is not finite, the state is unchanged.
 
     Raises:
-      ValueError: If ``primary`` is not the index of a task or ``learning_rate`` not
-        positive.
+      ValueError: If ``primary`` is not the index of a task, or if ``learning_rate`` is
+        not positive.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -134,7 +138,7 @@ def auto_lambda(
       >>> method = forkmerge.auto_lambda(2, losses, sgd, learning_rate=0.01)
       >>> w = jnp.array(0.0)
       >>> state = method.update(method.init(), w, sgd.init(w), (1.0,), (1.0,))
-      >>> state.weights.tolist()  # the second task leads away from the first's goal
+      >>> state.weights.tolist()  # the second task has another optimum
       [0.11, 0.09]
 
     References:
@@ -149,7 +153,9 @@ def auto_lambda(
                 "by index."
             )
     if not chosen:
-        raise ValueError("auto_lambda: primary names no task.")
+        raise ValueError(
+            "auto_lambda: primary names no task. Pass the index of a target task."
+        )
     check_number("auto_lambda", "learning_rate", learning_rate, above=0)
     check_number("auto_lambda", "initial", initial)
     rate: Any = learning_rate
@@ -158,7 +164,8 @@ def auto_lambda(
     def init() -> AutoLambdaState:
         weights = jnp.full(num_tasks, initial)
         state = AutoLambdaState(weights, inner.init(weights), jnp.zeros(num_tasks))
-        return jax.tree.map(jnp.copy, state)  # no buffer twice: donation is safe
+        # Copies ensure that no array occurs twice, so that the state may be donated.
+        return jax.tree.map(jnp.copy, state)
 
     def update(
         state: AutoLambdaState,
@@ -181,7 +188,7 @@ def auto_lambda(
         found = found.astype(state.weights.dtype)
         updates, moments = inner.update(found, state.optimizer, state.weights)
         weights: Any = optax.apply_updates(state.weights, updates)
-        # Where a loss or a gradient is not finite, the weights stay.
+        # If a loss or a gradient is not finite, the weights do not change.
         new = AutoLambdaState(weights, moments, found)
         return commit(True, (), new, state)[1]
 

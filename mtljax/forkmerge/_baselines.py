@@ -1,4 +1,4 @@
-"""Baselines of auxiliary-task learning that are a schedule or a loop, not a method."""
+"""Baselines of auxiliary-task learning: post-training and grid search."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -23,29 +23,31 @@ from mtljax.forkmerge._search import validate
 
 
 class GridSearchResult(NamedTuple):
-    """What :func:`grid_search` found."""
+    """Result of :func:`grid_search`."""
 
     state: Any  # the best train state
-    weights: Float[Array, " tasks"]  # its task weights
-    best: Array  # its index
-    scores: Float[Array, " n"]
+    weights: Float[Array, " tasks"]  # task weights of the best state
+    best: Array  # index of the best candidate
+    scores: Float[Array, " n"]  # scores of all candidates
 
 
 def post_train(
     num_tasks: int, *, joint_steps: int, target: int = 0
 ) -> Callable[[ArrayLike], Float[Array, " tasks"]]:
-    """Post-training: all tasks together first, then the target alone.
+    """Builds the schedule of post-training: all tasks first, then the target alone.
 
     Args:
       num_tasks: T.
-      joint_steps: Steps with all weights one.
-      target: Index of the target task, whose weight stays one.
+      joint_steps: Number of steps with all weights equal to one.
+      target: Index of the target task, whose weight remains one.
 
     Returns:
-      ``weights(step) -> [T]`` for a step that takes task weights, traceable.
+      A traceable function ``weights(step)`` that returns the task weights, shape
+      ``[T]``.
 
     Raises:
-      ValueError: If ``target`` is not the index of a task or ``joint_steps`` negative.
+      ValueError: If ``target`` is not the index of a task, or if ``joint_steps`` is
+        negative.
 
     Examples:
       >>> weights = post_train(3, joint_steps=100)
@@ -53,7 +55,8 @@ def post_train(
       ([1.0, 1.0, 1.0], [1.0, 0.0, 0.0])
 
     References:
-      A baseline of Jiang et al., https://arxiv.org/abs/2301.12618, 2023.
+      Jiang et al., `ForkMerge: Mitigating Negative Transfer in Auxiliary-Task Learning
+      <https://arxiv.org/abs/2301.12618>`_, 2023, which uses this baseline.
     """
     check_target("post_train", num_tasks, target)
     if isinstance(joint_steps, bool) or joint_steps < 0:
@@ -71,14 +74,14 @@ def post_train(
 def weight_grid(
     num_tasks: int, values: Sequence[float] = (0.3, 1.0, 3.0)
 ) -> Float[Array, "n tasks"]:
-    """All combinations of task weights: ``len(values) ** T`` rows.
+    """Returns all combinations of task weights, ``len(values) ** T`` rows.
 
     The default is the grid of the paper's comparison with scalarisation (27 points for
     3 tasks).
 
     Args:
       num_tasks: T.
-      values: What every weight can be.
+      values: Possible values of every weight.
 
     Returns:
       Candidates ``[n, T]`` for :func:`grid_search`.
@@ -106,18 +109,18 @@ def grid_search(
     strategy: Strategy = "auto",
     mesh: Mesh | None = None,
 ) -> GridSearchResult:
-    """Trains with every candidate of task weights, and takes the best.
+    """Trains with every candidate of task weights and returns the best model.
 
-    Candidates are branches that are never merged, so that they train in one program.
+    The candidates are branches without merges, so they train in one program.
 
     Args:
       step: See :func:`train_branches`.
-      state: The train state that all start from.
-      candidates: Task weights ``[n, T]``.
+      state: The train state from which all candidates start.
+      candidates: Task weights, shape ``[n, T]``.
       batches: See :func:`train_branches`.
       score: ``score(state)`` or ``score(state, validation)``.
       validation: See :func:`search_merge`.
-      direction: Whether a large or a small score is good.
+      direction: ``"max"`` if a large score is good, ``"min"`` if a small one is.
       data: See :func:`train_branches`.
       realisation: See :func:`train_branches`.
       key: See :func:`train_branches`.
@@ -125,10 +128,12 @@ def grid_search(
       mesh: See :func:`train_branches`.
 
     Returns:
-      The best state, its weights and index, and all scores. Cost: n trainings.
+      :class:`GridSearchResult`: The best state, its weights and index, and all scores.
+      The cost is n training runs.
 
     Raises:
-      ValueError: As :func:`train_branches` and :func:`search_merge`.
+      ValueError: If the candidates are not a matrix, or if :func:`train_branches` or
+        :func:`search_merge` would raise an error for the other arguments.
 
     Examples:
       >>> def step(w, weights, batch):

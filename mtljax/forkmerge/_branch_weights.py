@@ -1,4 +1,4 @@
-"""Which tasks a branch trains on: matrices ν of branches by tasks."""
+"""Matrices ν of task weights, with one row per branch."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from mtljax.forkmerge._checks import BranchWeights, Numbers, check_target, sign_
 def _rows(
     name: str, num_tasks: int, target: int, groups: Sequence[Any], share: bool
 ) -> BranchWeights:
-    """A row per group of auxiliary tasks: 1 for the target and for each of them."""
+    """Returns one row per group, with 1 for the target and each of its tasks."""
     check_target(name, num_tasks, target)
     rows = []
     for group in groups:
@@ -31,21 +31,21 @@ def _auxiliaries(num_tasks: int, target: int) -> list[int]:
 def target_vs_all(
     num_tasks: int, *, target: int = 0, share: bool = False
 ) -> BranchWeights:
-    """Two branches: the target alone, the target with all auxiliary tasks.
+    """Builds two branches: the target alone, and the target with all other tasks.
 
-    Algorithm 1 of the paper.
+    These are the branches of Algorithm 1 in the paper (arXiv 2301.12618).
 
     Args:
       num_tasks: T, at least two.
-      target: Index of the task that is to become good.
-      share: Divides the weights of a branch's auxiliary tasks by their number, as
-        the released DomainNet code does; 1 each in the paper.
+      target: Index of the target task.
+      share: Whether to divide the weights of the auxiliary tasks of a branch by their
+        number, as in the released DomainNet code. In the paper each weight is 1.
 
     Returns:
-      ν ``[2, T]``, the target-only branch first.
+      ν of shape ``[2, T]``, with the target-only branch first.
 
     Raises:
-      ValueError: If ``target`` is not the index of a task, or there is no other.
+      ValueError: If ``target`` is not the index of a task, or if no other task exists.
 
     Examples:
       >>> target_vs_all(3).tolist()
@@ -59,20 +59,21 @@ def target_vs_all(
 
 
 def target_plus_each(num_tasks: int, *, target: int = 0) -> BranchWeights:
-    """T branches: the target alone, and with each of the auxiliary tasks.
+    """Builds T branches: the target alone, and with each of the auxiliary tasks.
 
-    Eq. 9 to 12 of the paper (its ForkMerge‡), K + 1 branches for K auxiliary tasks.
+    These are Eq. 9 to 12 of the paper (its ForkMerge‡), with K + 1 branches for K
+    auxiliary tasks.
 
     Args:
       num_tasks: T, at least two.
-      target: Index of the task that is to become good.
+      target: Index of the target task.
 
     Returns:
-      ν ``[T, T]``: the target-only branch first, then the others in the order of
-      their task.
+      ν of shape ``[T, T]``. The target-only branch is first. The others follow in the
+      order of their task.
 
     Raises:
-      ValueError: If ``target`` is not the index of a task, or there is no other.
+      ValueError: If ``target`` is not the index of a task, or if no other task exists.
 
     Examples:
       >>> target_plus_each(3, target=1).tolist()
@@ -86,21 +87,22 @@ def target_plus_each(num_tasks: int, *, target: int = 0) -> BranchWeights:
 def target_plus_each_and_all(
     num_tasks: int, *, target: int = 0, share: bool = False
 ) -> BranchWeights:
-    """T + 1 branches: the target alone, with all others, and with each of them.
+    """Builds T + 1 branches: the target alone, with all others, and with each of them.
 
-    The set of the "full" variant of the released Transfer-Learning-Library code. With
-    two tasks, "all" and "each" are the same and given once.
+    These are the branches of the "full" variant in the released
+    Transfer-Learning-Library code. With two tasks, the branches "all" and "each" are
+    equal, and the function returns one of them.
 
     Args:
       num_tasks: T, at least two.
-      target: Index of the task that is to become good.
-      share: As for :func:`target_vs_all`.
+      target: Index of the target task.
+      share: See :func:`target_vs_all`.
 
     Returns:
-      ν ``[T + 1, T]``: target only, all, then each in the order of their task.
+      ν of shape ``[T + 1, T]``, in the order target only, all, then each task.
 
     Raises:
-      ValueError: If ``target`` is not the index of a task, or there is no other.
+      ValueError: If ``target`` is not the index of a task, or if no other task exists.
 
     Examples:
       >>> target_plus_each_and_all(3).tolist()
@@ -121,26 +123,26 @@ def nested_topk(
     target: int = 0,
     share: bool = False,
 ) -> BranchWeights:
-    """A branch for every k: the target with the k best auxiliary tasks of a ranking.
+    """Builds one branch per k: the target with the k best auxiliary tasks of a ranking.
 
-    The recipe of the released code, whose ranking trains every target + auxiliary pair
-    for a short while (:func:`rank_auxiliaries`); ``topk=(0, K)`` is
-    :func:`target_vs_all`. Defaults are those of the code for DomainNet; it uses
-    ``(0, 1, 2)`` and ``share=False`` on NYUv2, ``share=True`` on DomainNet.
+    This is the recipe of the released code. Its ranking trains every pair of the target
+    and an auxiliary task for a short time (:func:`rank_auxiliaries`). ``topk=(0, K)``
+    is :func:`target_vs_all`. The defaults are those of the code for DomainNet. The code
+    uses ``(0, 1, 2)`` and ``share=False`` on NYUv2, and ``share=True`` on DomainNet.
 
     Args:
       num_tasks: T.
       ranking: Auxiliary tasks, the best first.
-      topk: How many of them each branch gets; 0 is the target-only branch.
-      target: Index of the task that is to become good.
-      share: As for :func:`target_vs_all`.
+      topk: Number of auxiliary tasks of each branch. 0 is the target-only branch.
+      target: Index of the target task.
+      share: See :func:`target_vs_all`.
 
     Returns:
-      ν ``[len(topk), T]``.
+      ν of shape ``[len(topk), T]``.
 
     Raises:
-      ValueError: If the ranking names the target or a task twice, or some k is larger
-        than the ranking is long.
+      ValueError: If the ranking contains the target or a duplicate, or if an entry of
+        ``topk`` is larger than the length of the ranking.
 
     Examples:
       >>> nested_topk(4, [2, 3, 1], topk=(0, 1, 2)).tolist()
@@ -165,17 +167,17 @@ def nested_topk(
 
 
 def custom(weights: Numbers) -> BranchWeights:
-    """Any branches, checked: prior knowledge and groups of tasks come in here.
+    """Validates user-defined branches, for example with groups of related tasks.
 
     Args:
-      weights: ν ``[B, T]``; row b weighs the losses of branch b.
+      weights: ν of shape ``[B, T]``. Row b weights the losses of branch b.
 
     Returns:
       ν as float32.
 
     Raises:
-      ValueError: If ν is no matrix, has a negative or non-finite entry, or a branch
-        that trains on nothing; the row is named.
+      ValueError: If ν is not a matrix, or if a row has a negative or non-finite entry
+        or consists of zeros. The message names the row.
 
     Examples:
       >>> custom([[1, 0, 0], [1, 0.5, 0.5]]).tolist()
@@ -199,20 +201,22 @@ def custom(weights: Numbers) -> BranchWeights:
 def rank_auxiliaries(
     scores: Numbers, num_tasks: int, *, target: int = 0, direction: str = "max"
 ) -> tuple[int, ...]:
-    """Auxiliary tasks by what a branch with the target and each of them reached.
+    """Ranks auxiliary tasks by the score of the branch with the target and the task.
 
     Args:
       scores: Validation scores ``[T]`` of the branches of :func:`target_plus_each`
-        after the ranking phase; the first, target only, is not ranked.
+        after the ranking phase. The first branch, target only, is not ranked.
       num_tasks: T.
-      target: As there.
-      direction: Whether a large (``"max"``) or a small score is good.
+      target: Index of the target task.
+      direction: Whether a large (``"max"``) or a small (``"min"``) score is good.
 
     Returns:
-      The ranking for :func:`nested_topk`; of equals, the lower index first.
+      The ranking for :func:`nested_topk`. Among equal scores, the lower index is
+      first.
 
     Raises:
-      ValueError: If there is not one score per branch, or ``direction`` is unknown.
+      ValueError: If the number of scores differs from T, or if ``direction`` is
+        unknown.
 
     Examples:
       >>> rank_auxiliaries([0.5, 0.1, 0.9, 0.4], 4)
@@ -227,13 +231,13 @@ def rank_auxiliaries(
             f"target_plus_each({num_tasks}) give ({num_tasks},)."
         )
     pairs = zip(_auxiliaries(num_tasks, target), found.tolist()[1:], strict=True)
-    # A score that is NaN, of a branch that diverged, comes last.
+    # A branch that diverged has a NaN score and is ranked last.
     key = lambda p: (math.isnan(p[1]), -sign * p[1], p[0])
     return tuple(task for task, _ in sorted(pairs, key=key))
 
 
 def target_only(branch_weights: Numbers, target: int = 0) -> int | None:
-    """The branch that trains on the target alone, None if there is none.
+    """Returns the branch that trains on the target alone, or None.
 
     Examples:
       >>> target_only(target_vs_all(3)), target_only([[1.0, 1.0]])
@@ -248,5 +252,6 @@ def target_only(branch_weights: Numbers, target: int = 0) -> int | None:
 def _check_auxiliary(name: str, num_tasks: int) -> None:
     if num_tasks < 2:
         raise ValueError(
-            f"{name}: there is no auxiliary task with num_tasks={num_tasks}."
+            f"{name}: there is no auxiliary task with num_tasks={num_tasks}. Use at "
+            "least 2 tasks."
         )

@@ -1,4 +1,4 @@
-"""Forking a train state, and training the branches: batched, in turn, or sharded."""
+"""Forks a train state and trains the branches: batched, one by one or sharded."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
@@ -27,11 +27,11 @@ AXIS = "branch"
 
 
 def branch_mesh(num_branches: int, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with one device per branch, its axis named ``"branch"``.
+    """Creates a mesh with one device per branch and an axis named ``"branch"``.
 
     Args:
       num_branches: B.
-      devices: Devices to take the first B of; all that jax sees by default.
+      devices: Devices, of which the first B are used. By default all devices of jax.
 
     Returns:
       The mesh.
@@ -57,21 +57,21 @@ def branch_mesh(num_branches: int, devices: Sequence[Any] | None = None) -> Mesh
 def fork(state: Any, num_branches: int, *, mesh: Mesh | None = None) -> Any:
     """Copies a train state B times, along a new first axis of every leaf.
 
-    The copies are equal, keys of random numbers included: until their task weights
-    tell them apart, branches see the same noise.
+    All copies are equal, including random keys. Branches therefore use the same random
+    numbers and differ only by their task weights.
 
     Args:
-      state: Any pytree with everything that training changes: parameters, running
-        statistics, optimiser state, counters, keys.
+      state: Any pytree of all values that training changes: parameters, running
+        statistics, optimizer state, counters, keys.
       num_branches: B.
-      mesh: Spreads the branches over its ``"branch"`` axis.
+      mesh: Distributes the branches over its ``"branch"`` axis.
 
     Returns:
-      The branches, leaves ``[B, ...]``. Memory: B times that of the state.
+      The branches, with leaves ``[B, ...]``. They need B times the memory of the state.
 
     Raises:
-      ValueError: If ``num_branches`` is not positive, the state holds no leaf, or the
-        mesh does not divide the branches.
+      ValueError: If ``num_branches`` is not positive, if the state has no leaf, or if
+        the mesh axis does not divide the number of branches.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -92,17 +92,17 @@ def fork(state: Any, num_branches: int, *, mesh: Mesh | None = None) -> Any:
 
 
 def place(branches: Any, num_branches: int, mesh: Mesh) -> Any:
-    """Spreads branches over the mesh, each device getting whole ones."""
+    """Distributes branches over the mesh, so that each device stores whole branches."""
     check_mesh("fork", num_branches, mesh)
     return jax.device_put(branches, NamedSharding(mesh, PartitionSpec(AXIS)))
 
 
 def check_mesh(name: str, num_branches: int, mesh: Mesh) -> None:
-    """Raises unless the mesh has a branch axis that divides the branches."""
+    """Raises an error unless the mesh has a branch axis that divides B."""
     if AXIS not in mesh.shape:
         raise ValueError(
             f"{name}: the mesh has axes {tuple(mesh.shape)}; it needs one named "
-            f"{AXIS!r}, as mtljax.forkmerge.branch_mesh makes it."
+            f"{AXIS!r}. Use mtljax.forkmerge.branch_mesh."
         )
     if num_branches % mesh.shape[AXIS]:
         raise ValueError(
@@ -112,7 +112,7 @@ def check_mesh(name: str, num_branches: int, mesh: Mesh) -> None:
 
 
 def take_branches(branches: Any, indices: Sequence[int]) -> Any:
-    """Some of the branches, in the order of ``indices``.
+    """Selects some of the branches, in the order of ``indices``.
 
     Examples:
       >>> take_branches({"w": jnp.arange(4.0)}, (0, 2))["w"].tolist()
@@ -161,47 +161,48 @@ def train_branches(
     strategy: Strategy = "auto",
     mesh: Mesh | None = None,
 ) -> tuple[Any, Any]:
-    """Trains every branch on its own task weights, without a word between them.
+    """Trains each branch with its own task weights. The branches do not communicate.
 
-    Every strategy gives the same numbers, up to the rounding of batched products.
+    All strategies give the same numbers, up to the rounding of batched products.
 
     Args:
-      step: One optimiser step of *one* model, ``step(state, weights, batch) ->
-        (state, metrics)`` with ``weights`` ``[T]``, the branch's row of ν, for its
-        objective ``Σ_k ν_k L_k`` (:func:`weighted_sum`). With
-        ``realisation="sample"`` it is ``step(state, task, batch)`` with the index of
-        the one task drawn for this step. With ``data`` that is its last argument.
-      branches: The branches, leaves ``[B, ...]`` (:func:`fork`).
-      branch_weights: ν ``[B, T]``.
-      batches: Pytree of arrays ``[n, ...]``, a batch for each of n steps that all
-        branches see; or indices of examples, when ``data`` hold these.
-      data: Passed to every step as it is, such as the training set on the device.
-      per_branch: The batches differ by branch, ``[n, B, ...]``.
-      realisation: ``"sum"`` trains all tasks of the branch in each step, ``"sample"``
-        one of them, drawn in proportion to its weight. Then the expected gradient of
-        a branch is ``Σ ν_k g_k / Σ ν_k``, which is another scale of merge weights.
-      key: For ``"sample"``; the same one for the whole run.
-      start_step: Steps taken before these, for ``"sample"``.
-      strategy: ``"vmap"`` trains all branches as one batched program; ``"map"`` one
-        after the other, with the activations of one; ``"shard"`` on the devices of a
-        mesh, with no communication; ``"auto"`` is ``"shard"`` with a mesh, without
-        one ``"map"`` on a CPU (XLA runs batched products slowly there), else
-        ``"vmap"``.
-      mesh: For ``"shard"``; its axis ``"branch"`` divides B. One device per branch by
-        default.
+      step: One optimizer step of *one* model, ``step(state, weights, batch) ->
+        (state, metrics)``. The argument ``weights`` of shape ``[T]`` is the row of ν of
+        the branch, for its objective ``Σ_k ν_k L_k`` (:func:`weighted_sum`). With
+        ``realisation="sample"`` the signature is ``step(state, task, batch)`` with the
+        index of the task that is sampled for this step. If ``data`` is given, it is
+        the last argument.
+      branches: The branches, with leaves ``[B, ...]`` (:func:`fork`).
+      branch_weights: ν of shape ``[B, T]``.
+      batches: Pytree of arrays ``[n, ...]``, one batch for each of n steps, which all
+        branches use. The arrays may be indices of examples in ``data``.
+      data: Passed to every step unchanged, for example the training set on the device.
+      per_branch: Whether the batches differ between branches, ``[n, B, ...]``.
+      realisation: ``"sum"`` trains all tasks of the branch in each step. ``"sample"``
+        trains one task, sampled in proportion to its weight. The expected gradient of
+        a branch is then ``Σ ν_k g_k / Σ ν_k``, which has a different scale.
+      key: Random key for ``"sample"``. Use the same key for the whole run.
+      start_step: Number of steps before these, for ``"sample"``.
+      strategy: ``"vmap"`` trains all branches as one batched program. ``"map"`` trains
+        one branch after another, with the activations of one. ``"shard"`` trains them
+        on the devices of a mesh without communication. ``"auto"`` is ``"shard"`` if a
+        mesh is given, else ``"map"`` on a CPU, where XLA runs batched products slowly,
+        else ``"vmap"``.
+      mesh: Mesh for ``"shard"``. The size of its axis ``"branch"`` must divide B. The
+        default has one device per branch.
 
     Returns:
-      The branches, and the metrics ``[B, n, ...]``. Cost: B n steps of training, one
-      gradient each.
+      The branches, and the metrics with leaves ``[B, n, ...]``. The cost is B n
+      training steps with one gradient each.
 
     Raises:
-      ValueError: If the shapes do not fit together, ``key`` is missing, or there are
+      ValueError: If shapes are inconsistent, if ``key`` is missing, or if there are
         more branches than devices.
 
     Examples:
       >>> import jax, jax.numpy as jnp
       >>> from mtljax import forkmerge
-      >>> def step(w, weights, batch):  # two tasks: towards 1, and away from it
+      >>> def step(w, weights, batch):  # two tasks: one with the optimum 1, one linear
       ...     losses = lambda w: jnp.stack([(w - 1.0) ** 2, -batch * w])
       ...     grad = jax.grad(lambda w: forkmerge.weighted_sum(losses(w), weights))(w)
       ...     return w - 0.1 * grad, {"losses": losses(w)}
@@ -222,7 +223,9 @@ def train_branches(
     weights = check_branch_weights(name, branch_weights, num_branches)
     _check_batches(batches, num_branches, per_branch)
     if realisation == "sample" and key is None:
-        raise ValueError(f"{name}: realisation='sample' draws tasks and needs key=.")
+        raise ValueError(
+            f"{name}: realisation='sample' samples tasks at random and needs key=."
+        )
     if strategy == "auto":
         batched: Strategy = "map" if jax.default_backend() == "cpu" else "vmap"
         strategy = batched if mesh is None else "shard"
@@ -276,6 +279,6 @@ def train_branches(
                 same,
             ),
             out_specs=own,
-            check_vma=False,  # a step may make arrays of its own to carry
+            check_vma=False,  # a step may carry arrays that it creates
         )
     return many(branches, weights, index, batches, common)

@@ -1,4 +1,4 @@
-"""What the files of this room check, each in one sentence."""
+"""Validation of arguments for the other modules of this subpackage."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
@@ -17,7 +17,7 @@ BranchWeights: TypeAlias = Float[Array, "branches tasks"]
 
 
 def check_positive(name: str, argument: str, value: Any) -> None:
-    """Raises unless ``value`` is a positive integer."""
+    """Raises an error unless ``value`` is a positive integer."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(
             f"{name}: {argument} must be a positive integer, not {value!r}."
@@ -25,7 +25,7 @@ def check_positive(name: str, argument: str, value: Any) -> None:
 
 
 def check_target(name: str, num_tasks: int, target: Any) -> None:
-    """Raises unless ``target`` is the index of a task."""
+    """Raises an error unless ``target`` is the index of a task."""
     check_positive(name, "num_tasks", num_tasks)
     whole = isinstance(target, int) and not isinstance(target, bool)
     if not (whole and 0 <= target < num_tasks):
@@ -35,16 +35,16 @@ def check_target(name: str, num_tasks: int, target: Any) -> None:
 
 
 def sign_of(name: str, direction: Any) -> int:
-    """1 where a large score is good, -1 where a small one is."""
+    """Returns 1 if a large score is good, and -1 if a small one is."""
     check_choice(name, "direction", direction, Direction)
     return 1 if direction == "max" else -1
 
 
 def count_branches(name: str, branches: Any) -> int:
-    """B, the leading axis of every leaf.
+    """Returns B, the length of the leading axis of every leaf.
 
     Raises:
-      ValueError: Naming the leaf that has no such axis, or another length.
+      ValueError: If a leaf has no such axis or another length. The message names it.
     """
     leaves = jax.tree_util.tree_leaves_with_path(branches)
     if not leaves:
@@ -57,15 +57,15 @@ def count_branches(name: str, branches: Any) -> int:
         if not shape or shape[0] != count:
             raise ValueError(
                 f"{name}: leaf {stack.path_name(path)!r} of the branches has shape "
-                f"{shape}; its first axis must be the {count} branches, as "
-                "mtljax.forkmerge.fork makes it."
+                f"{shape}; its first axis must be the {count} branches, as in the "
+                "result of mtljax.forkmerge.fork."
             )
     assert count is not None
     return count
 
 
 def check_branch_weights(name: str, branch_weights: Any, num_branches: int) -> Array:
-    """The weights as an array ``[num_branches, T]``."""
+    """Returns the weights as an array ``[num_branches, T]``."""
     found = jnp.asarray(branch_weights)
     if found.ndim != 2 or found.shape[0] != num_branches:
         raise ValueError(
@@ -76,7 +76,7 @@ def check_branch_weights(name: str, branch_weights: Any, num_branches: int) -> A
 
 
 def as_merge_weights(name: str, weights: Numbers, num_branches: int) -> Array:
-    """Λ as an array ``[num_branches]``."""
+    """Returns Λ as an array ``[num_branches]``."""
     found = jnp.asarray(weights)
     if found.shape != (num_branches,):
         raise ValueError(
@@ -87,7 +87,7 @@ def as_merge_weights(name: str, weights: Numbers, num_branches: int) -> Array:
 
 
 def check_validation(name: str, validation: Any) -> None:
-    """Raises if there is nothing to validate on."""
+    """Raises an error if the validation set contains no example."""
     leaves = jax.tree_util.tree_leaves_with_path(validation)
     if not leaves:
         raise ValueError(f"{name}: the validation set holds no array.")

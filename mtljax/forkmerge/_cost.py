@@ -1,4 +1,4 @@
-"""What a run costs, before it is started."""
+"""Cost of a ForkMerge run in steps, validation passes and memory."""
 
 import math
 from typing import NamedTuple
@@ -8,9 +8,9 @@ from mtljax.forkmerge._search import Method, Search
 
 
 class ForkMergeCost(NamedTuple):
-    """Counts of :func:`forkmerge_cost`, for all targets together."""
+    """Result of :func:`forkmerge_cost`, summed over all targets."""
 
-    branch_steps: int  # steps of training, one gradient each
+    branch_steps: int  # training steps, one gradient each
     merges: int
     validation_passes: int
     states: int  # train states in memory
@@ -21,7 +21,14 @@ def merge_passes(
     *,
     method: Method | Search = "auto",
 ) -> int:
-    """Validation passes of one :func:`search_merge`.
+    """Returns the number of validation passes of one :func:`search_merge`.
+
+    Args:
+      num_branches: B.
+      method: See :func:`search_merge`.
+
+    Returns:
+      The number of passes.
 
     Examples:
       >>> [merge_passes(b) for b in (2, 3, 4)]
@@ -52,23 +59,25 @@ def forkmerge_cost(
     num_targets: int = 1,
     method: Method | Search = "auto",
 ) -> ForkMergeCost:
-    """Training steps, merges, validation passes and memory of a run.
+    """Computes training steps, merges, validation passes and memory of a run.
 
-    Every target needs a run (and gets a model) of its own, unlike a balancer that
-    trains one model for all.
+    Every target needs its own run and has its own model. A balancer, in contrast,
+    trains one model for all tasks.
 
     Args:
       num_branches: B.
-      num_steps: T.
+      num_steps: Number of training steps.
       interval: Δt.
-      pruned_to: Branches after the first merge; all of them by default.
-      ranking_steps: Steps of each target + auxiliary pair in a ranking phase.
-      num_auxiliaries: Pairs there.
+      pruned_to: Number of branches after the first merge. By default all are kept.
+      ranking_steps: Number of steps of each pair of the target and an auxiliary task
+        in a ranking phase.
+      num_auxiliaries: Number of such pairs.
       num_targets: G.
       method: See :func:`search_merge`.
 
     Returns:
-      The counts. For ``num_steps=50_000`` and one branch: those of training alone.
+      :class:`ForkMergeCost`: The counts. With one branch, the number of steps is that
+      of ordinary training.
 
     Examples:
       >>> forkmerge_cost(6, 50_000, 12_500, pruned_to=3).branch_steps

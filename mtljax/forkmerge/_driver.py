@@ -1,4 +1,4 @@
-"""ForkMerge around an ordinary train step: rounds of branches and merges."""
+"""Trains, searches and merges ForkMerge branches around an optimizer step."""
 
 import dataclasses
 import functools
@@ -53,13 +53,13 @@ Final: TypeAlias = Literal["last", "best"]
 
 @dataclasses.dataclass(frozen=True)
 class BranchTraining:
-    """How :class:`ForkMerge` trains branches; see :func:`train_branches`.
+    """Options for training the branches of :class:`ForkMerge`.
 
     Attributes:
-      realisation: ``"sum"`` or ``"sample"``.
-      per_branch: Batches differ by branch: ``[n, B, ...]``.
+      realisation: ``"sum"`` or ``"sample"``, see :func:`train_branches`.
+      per_branch: Whether each branch has its own batches, ``[n, B, ...]``.
       strategy: ``"vmap"``, ``"map"``, ``"shard"`` or ``"auto"``.
-      mesh: For ``"shard"``.
+      mesh: The mesh for ``"shard"``.
     """
 
     realisation: Realisation = "sum"
@@ -73,15 +73,16 @@ TRAINING = BranchTraining()
 
 @dataclasses.dataclass(frozen=True)
 class Snapshots:
-    """Which parameters of the branches are merged.
+    """Parameters of the branches that are merged.
 
     Attributes:
-      source: ``"last"``: those at t + Δt, as the paper writes; ``"best_in_round"``: the
-        best of each branch by validation since the last merge; ``"best_ever"``: since
-        the beginning, even from before earlier merges, which is what the released codes
-        do, probably by mistake: for comparisons only.
-      evaluate_every: Steps between the evaluations for the latter two; they also
-        happen right before a merge.
+      source: ``"last"`` uses the parameters at t + Δt, as in the paper.
+        ``"best_in_round"`` uses the parameters with the best validation score of each
+        branch since the last merge. ``"best_ever"`` does not reset this record at a
+        merge. The released codes behave in this way, probably by mistake, so use
+        ``"best_ever"`` for comparisons only.
+      evaluate_every: Number of steps between evaluations for ``"best_in_round"`` and
+        ``"best_ever"``. An evaluation also takes place before each merge.
     """
 
     source: MergeSource = "last"
@@ -89,76 +90,82 @@ class Snapshots:
 
 
 class MergeInfo(NamedTuple):
-    """What a merge found."""
+    """Result of one merge."""
 
-    weights: Float[Array, " branches"]  # Λ*
-    branch_scores: Float[Array, "..."]  # [B], on the set that was searched
-    score: Float[Array, "..."]  # of the merged model, on the same set
-    report_score: Float[Array, "..."]  # on the held-out part; NaN without one
-    single_report_score: Float[Array, "..."]  # there, of the branch best in the search
-    gap: Float[Array, "..."]  # how much better the search looks than the held-out part
+    weights: Float[Array, " branches"]  # merge weights Λ*
+    branch_scores: Float[Array, "..."]  # [B], scores on the set of the search
+    score: Float[Array, "..."]  # score of the merged model on the same set
+    report_score: Float[Array, "..."]  # score on held-out data; NaN without them
+    # Held-out score of the branch with the best search score.
+    single_report_score: Float[Array, "..."]
+    gap: Float[Array, "..."]  # search minus held-out score; positive is optimistic
 
 
 class ForkMergeState(NamedTuple):
-    """Everything that changes in a run: a pytree to be saved and restored as it is."""
+    """State of a run, a pytree that can be saved and restored."""
 
     branches: Any  # the train state, leaves [B, ...]
-    merged: Any  # the model to be used: of the last merge, or of the best
-    merged_score: Float[Array, "..."]  # the larger the better
+    merged: Any  # the resulting model, from the last or the best merge
+    merged_score: Float[Array, "..."]  # larger is better
     snapshots: Any  # the best leaves of every branch; () with merge_source="last"
-    snapshot_scores: Float[Array, "..."]  # [B], the larger the better
-    initial: Any  # leaves to reset; () if there are none
-    key: Any  # for drawn tasks and candidates; () if nothing is drawn
-    step: Int[Array, ""]  # steps that every branch has taken
+    snapshot_scores: Float[Array, "..."]  # [B], larger is better
+    initial: Any  # initial values of leaves to reset; () without such leaves
+    key: Any  # random key of tasks and candidates; () if nothing is sampled
+    step: Int[Array, ""]  # number of steps of every branch
     merged_at: Int[Array, ""]  # step of the last merge
-    round: Int[Array, ""]  # merges made
-    info: MergeInfo  # of the last merge
+    round: Int[Array, ""]  # number of merges
+    info: MergeInfo  # result of the last merge
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ForkMerge:
-    """Trains branches of one model, and every Δt steps merges them into one.
+    """Trains branches of one model and merges them every ``interval`` steps.
 
-    A round: Δt steps of every branch on its own task weights
-    (:func:`train_branches`), the search for merge weights on a validation set of the
-    target (:func:`search_merge`), and a new fork from the merged model. All state is
-    one pytree (:class:`ForkMergeState`); what a call does is a function of it and of
-    the batches alone, so a run that is killed and goes on from a saved state ends as
-    it would have.
+    One round has three stages. First, each branch takes ``interval`` optimizer steps
+    with its own task weights (:func:`train_branches`). Second, a search selects the
+    merge weights with the best validation score of the target (:func:`search_merge`).
+    Third, the merged model is copied to all branches.
 
-    ``train``, ``evaluate`` and ``merge`` are compiled. :meth:`run` calls them in turn
-    from the host. :meth:`advance` is one step of training with the merge inside, for
-    ``scan`` and for :func:`mtljax.training.fit`.
+    The state of a run is one pytree (:class:`ForkMergeState`). The result of each call
+    depends only on this state and on the batches. A run that is restored from a saved
+    state therefore produces the same result as an uninterrupted run.
 
-    For several targets or seeds, map a function that builds the driver from its branch
-    weights and calls these pieces (``jax.vmap`` or ``jax.lax.map``).
+    The methods ``train``, ``evaluate`` and ``merge`` are compiled. :meth:`run` calls
+    them from the host. :meth:`advance` performs one training step, including the merge
+    if it is due. Use it in ``scan`` and with :func:`mtljax.training.fit`.
+
+    For several targets or seeds, write a function that builds the driver from its
+    branch weights and calls these methods, and map it with ``jax.vmap`` or
+    ``jax.lax.map``.
 
     Args:
-      step: One optimiser step of one model; see :func:`train_branches`.
-      score: P̂, the target's validation performance: ``score(state)``, with
-        ``validation`` as its next argument if there is one.
-      branch_weights: ν ``[B, T]``.
-      interval: Δt, steps between merges. 12 500 on DomainNet, 10 epochs on NYUv2.
-      training: How branches are trained, see :class:`BranchTraining`; with a mesh, a
-        first fork is placed on it.
-      method: See :func:`search_merge`, or a :class:`Search`.
-      direction: Whether a large or a small score is good.
-      refresh: Applied to every candidate.
-      policies: See :func:`merge`. The released codes: ``{"opt_state": "keep"}``.
+      step: One optimizer step of one model, see :func:`train_branches`.
+      score: Validation performance P̂ of the target. The signature is
+        ``score(state)``, or ``score(state, validation)`` with a validation set.
+      branch_weights: Task weights ν of the branches, shape ``[B, T]``.
+      interval: Number of steps between merges, Δt in the paper. The paper uses 12 500
+        on DomainNet and 10 epochs on NYUv2.
+      training: Options for training the branches, see :class:`BranchTraining`. If it
+        contains a mesh, :meth:`init` places the branches on the mesh.
+      method: Search of the merge weights, see :func:`search_merge`, or a
+        :class:`Search`.
+      direction: ``"max"`` if a large score is good, ``"min"`` if a small one is.
+      refresh: Function that is applied to every candidate, see :func:`search_merge`.
+      policies: See :func:`merge`. The released codes use ``{"opt_state": "keep"}``.
       heads: See :func:`merge`.
-      merge_source: ``"last"`` merges the parameters at t + Δt, as the paper writes;
-        ``"best_in_round"`` and ``"best_ever"`` the best of each branch by validation,
-        see :class:`Snapshots`.
-      final: The model that counts: of the ``"last"`` merge, or of the ``"best"`` by
-        its validation score, as in the released NYUv2 code.
+      merge_source: Parameters that are merged: ``"last"``, as in the paper,
+        ``"best_in_round"`` or ``"best_ever"``. See :class:`Snapshots`.
+      final: Model that is returned. ``"last"`` is the model of the last merge.
+        ``"best"`` is the merged model with the best validation score, as in the
+        released NYUv2 code.
 
     Raises:
-      ValueError: If shapes or options do not fit together.
+      ValueError: If shapes or options are inconsistent.
 
     Examples:
       >>> import jax, jax.numpy as jnp
       >>> from mtljax import forkmerge
-      >>> def step(w, weights, batch):  # an auxiliary task that pulls too far
+      >>> def step(w, weights, batch):  # the auxiliary task has another optimum
       ...     losses = lambda w: jnp.stack([(w - 1.0) ** 2, (w - 3.0) ** 2])
       ...     grad = jax.grad(lambda w: forkmerge.weighted_sum(losses(w), weights))(w)
       ...     return w - 0.05 * grad, {}
@@ -207,16 +214,17 @@ class ForkMerge:
             check_positive(name, "evaluate_every", every)
             if self._source.source == "last":
                 raise ValueError(
-                    f"{name}: evaluate_every={every} has no use with "
-                    "merge_source='last'."
+                    f"{name}: evaluate_every={every} is only used with "
+                    "merge_source='best_in_round' or 'best_ever'. Remove it or change "
+                    "merge_source."
                 )
-        _ = self._search  # its options are checked there
+        _ = self._search  # validates the options of the search
 
-    # What follows from the fields.
+    # Properties that follow from the fields.
 
     @property
     def num_branches(self) -> int:
-        """B."""
+        """Number of branches B."""
         return self.branch_weights.shape[-2]
 
     @functools.cached_property
@@ -251,19 +259,21 @@ class ForkMerge:
 
         Args:
           state: Any pytree; see :func:`fork`.
-          key: For ``realisation="sample"`` and ``method="random"``.
+          key: Random key for ``realisation="sample"`` and ``method="random"``.
 
         Returns:
-          The state of a run, whose arrays may be donated. Memory: B + 1 train states,
-          and B times the merged leaves more unless ``merge_source="last"``.
+          The initial :class:`ForkMergeState`. Its arrays may be donated. It stores
+          B + 1 train states. If ``merge_source`` is not ``"last"``, it also stores B
+          copies of the leaves that are merged.
 
         Raises:
-          ValueError: If a key is missing, or a policy's path matches nothing.
+          ValueError: If a key is missing, or if the path of a policy matches no leaf.
         """
         draws = self._draws or self._search.search.method == "random"
         if draws and key is None:
             raise ValueError(
-                "ForkMerge.init: key= is needed, for tasks or candidates are drawn."
+                "ForkMerge.init: pass key=, because realisation='sample' and "
+                "method='random' draw random numbers."
             )
         branches = fork(state, self.num_branches)
         if self.training.mesh is not None:
@@ -285,42 +295,45 @@ class ForkMerge:
             round=jnp.int32(0),
             info=info,
         )
-        # No array of the caller, and none twice: donation is safe.
+        # Copies ensure that no array is shared with the caller or occurs twice, so that
+        # the state may be donated.
         return jax.tree.map(jnp.copy, found)
 
     def result(self, state: ForkMergeState) -> Any:
-        """The merged train state that counts."""
+        """Returns the merged train state, of the last or the best merge."""
         return state.merged
 
-    # The three pieces of a round.
+    # The three stages of a round.
 
     def train(
         self, state: ForkMergeState, batches: Any, *, data: Any = None
     ) -> tuple[ForkMergeState, Any]:
-        """Steps of all branches; does not stop at a merge, :meth:`run` does.
+        """Trains all branches without merging; :meth:`run` also merges.
 
         Args:
           state: The state of the run.
-          batches: Pytree ``[n, ...]``; see :func:`train_branches`.
-          data: Passed to the step as it is.
+          batches: Pytree of arrays ``[n, ...]``, see :func:`train_branches`.
+          data: Passed to the step unchanged.
 
         Returns:
-          The state, and the metrics ``[B, n, ...]``.
+          The state, and the metrics with leaves ``[B, n, ...]``.
         """
         return self._jit_train(state, batches, data)
 
     def evaluate(
         self, state: ForkMergeState, validation: Any = None
     ) -> tuple[ForkMergeState, Array]:
-        """Scores the branches and, unless ``merge_source="last"``, notes the best.
+        """Scores the branches and updates the record of their best parameters.
+
+        The record exists unless ``merge_source="last"``. A second evaluation at the
+        same step changes nothing.
 
         Args:
           state: The state of the run.
-          validation: Passed to the score.
+          validation: Validation set that is passed to the score.
 
         Returns:
-          The state, and the scores ``[B]``. Cost: B validation passes.
-          Again at the same step, it changes nothing.
+          The state, and the scores of shape ``[B]``. The cost is B validation passes.
         """
         self._check("evaluate", validation)
         return self._jit_evaluate(state, validation)
@@ -332,13 +345,14 @@ class ForkMerge:
 
         Args:
           state: The state of the run.
-          validation: Passed to the score; the set that is searched.
-          report: Another one, held out (:func:`split_validation`): it decides nothing
-            and shows how much of the score is selection.
+          validation: Validation set of the search, which is passed to the score.
+          report: Held-out validation set (:func:`split_validation`). It affects no
+            decision. It shows how much of the score is due to selection.
 
         Returns:
-          The state, and what was found. Cost: the passes of :func:`search_merge`, two
-          more with ``report``, B more unless ``merge_source="last"``.
+          The state, and the :class:`MergeInfo`. The cost is that of
+          :func:`search_merge`, two more passes with ``report``, and B more passes
+          unless ``merge_source="last"``.
         """
         self._check("merge", validation, report)
         return self._jit_merge(state, validation, report)
@@ -352,20 +366,21 @@ class ForkMerge:
         report: Any = None,
         data: Any = None,
     ) -> tuple[ForkMergeState, Any]:
-        """One step of all branches, and the merge if it is due: for ``scan``.
+        """Performs one step of all branches, and the merge if it is due.
 
-        Not compiled by itself. The merge stands in a ``lax.cond``; under a ``vmap``
-        over runs that would be computed in every step: use ``jax.lax.map`` there.
+        The method is not compiled by itself. It is intended for ``scan``. The merge is
+        a branch of ``lax.cond``. Under ``vmap`` over runs it would be evaluated at
+        every step, so use ``jax.lax.map`` over runs.
 
         Args:
           state: The state of the run.
           batch: One batch.
-          validation: As for :meth:`merge`.
-          report: As for :meth:`merge`.
-          data: As for :meth:`train`.
+          validation: See :meth:`merge`.
+          report: See :meth:`merge`.
+          data: See :meth:`train`.
 
         Returns:
-          The state, and the metrics ``[B, ...]``.
+          The state, and the metrics with leaves ``[B, ...]``.
         """
         self._check("advance", validation, report)
         batches = jax.tree.map(lambda x: jnp.asarray(x)[None], batch)
@@ -399,28 +414,29 @@ class ForkMerge:
         on_chunk: Callable[[ForkMergeState, Any], Any] | None = None,
         on_merge: Callable[[ForkMergeState, MergeInfo], Any] | None = None,
     ) -> ForkMergeState:
-        """Trains until every branch has taken ``num_steps`` steps, merging on the way.
+        """Trains every branch up to step ``num_steps``, and merges when it is due.
 
-        It goes on from whatever state it is given: also one saved by ``on_chunk`` in
-        the middle of a round, or at its end before the merge. With equal ``chunk`` the
-        numbers are the same, bit by bit. After the last step there is always a merge.
+        The run starts from any state. ``on_chunk`` may have saved it in the middle of a
+        round, or at the end of a round before the merge. With equal ``chunk`` the
+        results are identical bit by bit. The last step is always followed by a merge.
 
         Args:
           state: The state of a run, new or restored.
-          batches: ``batches(step, n)`` gives the batches ``[n, ...]`` of the steps
-            ``step, …, step + n − 1``: a function of the step alone.
-          num_steps: T, counted from the beginning of the run.
-          validation: As for :meth:`merge`.
-          report: As for :meth:`merge`.
-          data: As for :meth:`train`.
-          chunk: The most steps of one call; they end at its multiples. Δt by default.
-            Take 1 where :func:`mtljax.training.loop.prefers_host_loop` holds.
+          batches: A function ``batches(step, n)`` of the step alone. It returns the
+            batches ``[n, ...]`` of the steps ``step, …, step + n − 1``.
+          num_steps: Total number of steps since the start of the run.
+          validation: See :meth:`merge`.
+          report: See :meth:`merge`.
+          data: See :meth:`train`.
+          chunk: Maximum number of steps per compiled call. Calls end at multiples of
+            ``chunk``. The default is ``interval``. Use 1 if
+            :func:`mtljax.training.loop.prefers_host_loop` returns True.
           on_chunk: Called as ``on_chunk(state, metrics)`` after every chunk, before a
-            merge that is due; the place to save a checkpoint.
+            merge that is due. Use it to save a checkpoint.
           on_merge: Called as ``on_merge(state, info)`` after every merge.
 
         Returns:
-          The state after T steps.
+          The state after ``num_steps`` steps.
         """
         check_positive("ForkMerge.run", "num_steps", num_steps)
         if chunk is not None:
@@ -443,7 +459,7 @@ class ForkMerge:
             if on_chunk is not None:
                 on_chunk(state, metrics)
 
-    # Fewer branches.
+    # Pruning.
 
     def prune(
         self,
@@ -454,23 +470,25 @@ class ForkMerge:
         drop_zeros: bool = True,
         keep_target_only: bool = True,
     ) -> tuple["ForkMerge", ForkMergeState]:
-        """Goes on with the branches that the last merge used most; see :func:`prune`.
+        """Keeps the branches with the largest merge weights; see :func:`prune`.
 
         Args:
           state: The state after a merge.
-          keep: K′, the most branches to keep.
+          keep: K′, the maximum number of branches to keep.
           target: Index of the target task.
           drop_zeros: See :func:`prune`.
           keep_target_only: See :func:`prune`.
 
         Returns:
-          A driver of fewer branches, and its state.
+          A driver with the kept branches, and its state.
 
         Raises:
-          ValueError: Before the first merge.
+          ValueError: If the state is from before the first merge.
         """
         if int(state.round) == 0:
-            raise ValueError("ForkMerge.prune: there was no merge yet to prune by.")
+            raise ValueError(
+                "ForkMerge.prune: there was no merge yet. Prune after the first merge."
+            )
         info = state.info
         check_target("ForkMerge.prune", self.branch_weights.shape[-1], target)
         kept = prune(
@@ -486,19 +504,19 @@ class ForkMerge:
         return self.restrict(kept), self.select(state, kept)
 
     def restrict(self, kept: Sequence[int]) -> "ForkMerge":
-        """The driver of some of the branches; also to restore a pruned run.
+        """Returns a driver of some of the branches, for example to restore a run.
 
         Args:
           kept: Indices of the branches.
 
         Returns:
-          A driver with the other branches left out.
+          A driver without the other branches.
         """
         rows = take_branches(self.branch_weights, kept)
         return dataclasses.replace(self, branch_weights=rows)
 
     def select(self, state: ForkMergeState, kept: Sequence[int]) -> ForkMergeState:
-        """The state of :meth:`restrict`: some of the branches of a state."""
+        """Returns the state for :meth:`restrict`, with some of the branches."""
         take = functools.partial(take_branches, indices=kept)
         info = state.info._replace(
             weights=take(state.info.weights),
@@ -511,7 +529,7 @@ class ForkMerge:
             info=info,
         )
 
-    # The pure functions that are compiled.
+    # Pure functions that are compiled.
 
     @functools.cached_property
     def _jit_train(self):
@@ -557,7 +575,7 @@ class ForkMerge:
         else:
             scores = jax.vmap(score)(state.branches)
         if self._remembers:
-            better = scores > state.snapshot_scores  # NaN never is
+            better = scores > state.snapshot_scores  # False for NaN
             new = keep_only(state.branches, search.rules, "merge")
             state = state._replace(
                 snapshots=_where(better, new, state.snapshots),
@@ -574,7 +592,7 @@ class ForkMerge:
         key = None
         if search.search.method == "random":
             key = jax.random.fold_in(state.key, state.step)
-            key = jax.random.fold_in(key, 2**31 - 1)  # no branch draws tasks from it
+            key = jax.random.fold_in(key, 2**31 - 1)  # not used for sampled tasks
         args = () if validation is None else (validation,)
         inputs = Inputs(source, args, key, self.branch_weights, state.initial)
         found = run_search(search, inputs)
@@ -611,7 +629,7 @@ class ForkMerge:
 
 
 def _where(flags: Array, new: Any, old: Any) -> Any:
-    """``where`` over the leading axes of every leaf."""
+    """Applies ``jnp.where`` over the leading axes of every leaf."""
 
     def leaf(n, o):
         return jnp.where(

@@ -1,4 +1,4 @@
-"""One model out of several: Λ-weighted means, and what is not averaged."""
+"""Merges several models into one by means with the weights Λ."""
 
 import fnmatch
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ Head: TypeAlias = int | Literal["stacked"]
 
 
 class Rules(NamedTuple):
-    """Policies and heads as they are looked up: hashable, in the order given."""
+    """Policies and heads in a hashable form, in the order of their patterns."""
 
     policies: tuple[tuple[str, Policy], ...] = ()
     heads: tuple[tuple[str, Head], ...] = ()
@@ -31,7 +31,7 @@ class Rules(NamedTuple):
 def make_rules(
     name: str, policies: Mapping[str, Policy] | None, heads: Mapping[str, Head] | None
 ) -> Rules:
-    """Checks the values; the patterns are checked against a tree by :func:`plan`."""
+    """Validates the values; :func:`plan` matches the patterns with a tree."""
     for pattern, policy in (policies or {}).items():
         if policy not in get_args(Policy):
             raise ValueError(
@@ -55,7 +55,7 @@ def _matches(path: str, pattern: str) -> bool:
 
 
 def plan(name: str, tree: Any, rules: Rules) -> list[tuple[Policy, Head | None]]:
-    """What happens to every leaf; the first pattern that matches decides."""
+    """Returns policy and head of every leaf; the first matching pattern applies."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     paths = [stack.path_name(path) for path, _ in leaves]
     for argument, patterns in (("policies", rules.policies), ("heads", rules.heads)):
@@ -74,7 +74,8 @@ def plan(name: str, tree: Any, rules: Rules) -> list[tuple[Policy, Head | None]]
     def policy(path: str, leaf: Any) -> Policy:
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             asked = first(rules.policies, path, "keep")
-            return "reset" if asked == "reset" else "keep"  # counters, keys
+            # Counters and keys cannot be averaged.
+            return "reset" if asked == "reset" else "keep"
         return first(rules.policies, path, "merge")
 
     return [
@@ -84,10 +85,10 @@ def plan(name: str, tree: Any, rules: Rules) -> list[tuple[Policy, Head | None]]
 
 
 def average(leaf: Array, weights: Array) -> Array:
-    """``Σ_b w_b leaf_b`` in float32 at least; branches of weight zero do not enter.
+    """Computes ``Σ_b w_b leaf_b`` in at least float32, without branches of weight zero.
 
-    A branch that diverged may so be left out, where 0 · NaN would be NaN. The weights
-    are ``[B]``, or ``[B, rows]`` for a leaf whose second axis is one of rows.
+    A branch that diverged can therefore be excluded, although ``0 * NaN`` is NaN. The
+    weights have shape ``[B]``, or ``[B, rows]`` for a leaf whose second axis is rows.
     """
     wide = jnp.promote_types(leaf.dtype, jnp.float32)
     weights = weights.reshape(weights.shape + (1,) * (leaf.ndim - weights.ndim))
@@ -96,11 +97,11 @@ def average(leaf: Array, weights: Array) -> Array:
 
 
 def head_weights(weights: Array, trained: Array) -> Array:
-    """Λ over the branches that trained a head, normalised; Λ itself if none did.
+    """Normalises Λ over the branches that trained a head; returns Λ if none did.
 
     Args:
-      weights: Λ ``[B]``.
-      trained: Flags ``[B]``, or ``[B, rows]``.
+      weights: Λ, shape ``[B]``.
+      trained: Flags, shape ``[B]`` or ``[B, rows]``.
     """
     plain = weights.reshape((-1,) + (1,) * (trained.ndim - 1))
     own = jnp.where(trained, plain, 0)
@@ -117,34 +118,37 @@ def merge(
     branch_weights: Numbers | None = None,
     initial: Any = None,
 ) -> Any:
-    """One state out of B: ``θ* = Σ_b Λ_b θ^b``, with a policy for every leaf.
+    """Merges B states into ``θ* = Σ_b Λ_b θ^b``, with a policy for every leaf.
 
-    What the paper does not discuss (optimiser state, running statistics, heads) is
-    explicit here; the released codes keep the optimiser state of every branch, and
-    average statistics and all heads like weights. Sums are accumulated in float32.
+    The paper does not discuss optimizer state, running statistics and heads, so their
+    policies are explicit here. The released codes keep the optimizer state of every
+    branch, and average statistics and all heads like weights. Sums are accumulated in
+    float32.
 
     Args:
-      branches: The branches, leaves ``[B, ...]``.
-      weights: Λ ``[B]``, not negative, with sum one. A branch of weight zero does not
-        enter, not even if it is NaN.
-      policies: Path of leaves -> ``"merge"`` (the default), ``"keep"`` (every branch
-        has its own; the merged state shows that of the branch of the largest weight)
-        or ``"reset"`` (the value in ``initial``). Paths are prefixes or globs, as
-        ``opt_state`` or ``*/batch_stats/*``; the first that matches decides. Leaves
-        that are not floating-point (counters, keys) are kept.
-      heads: Path of leaves -> index of their task: they are merged over the branches
-        that trained this task, with Λ renormalised. ``"stacked"`` for leaves
-        ``[B, T, ...]`` that hold the heads of all tasks. Without it an untrained
-        head stays where it was and holds back those that moved, in proportion to Λ.
-      branch_weights: ν ``[B, T]``, needed with ``heads``.
-      initial: A state (no branch axis) that holds the leaves to reset.
+      branches: The branches, with leaves ``[B, ...]``.
+      weights: Λ of shape ``[B]``, not negative, with the sum one. A branch of weight
+        zero is excluded, even if it is NaN.
+      policies: A dictionary from paths of leaves to policies. ``"merge"`` is the
+        default. ``"keep"`` leaves a separate value in every branch, and the merged
+        state contains that of the branch with the largest weight. ``"reset"`` uses the
+        value in ``initial``. Paths are prefixes or globs, such as ``opt_state`` or
+        ``*/batch_stats/*``. The first path that matches applies. Leaves that are not
+        floating-point (counters, keys) are kept.
+      heads: A dictionary from paths of leaves to task indices. Such a leaf is merged
+        over the branches that trained this task, with renormalised Λ. Use
+        ``"stacked"`` for leaves ``[B, T, ...]`` that contain the heads of all tasks.
+        Without ``heads``, untrained heads enter the average at their old values, in
+        proportion to Λ.
+      branch_weights: ν of shape ``[B, T]``, required with ``heads``.
+      initial: A state without the branch axis that contains the leaves to reset.
 
     Returns:
       The merged state, without the branch axis.
 
     Raises:
-      ValueError: If shapes do not fit, a path matches nothing, or ``branch_weights``
-        or ``initial`` is missing.
+      ValueError: If shapes are inconsistent, if a path matches no leaf, or if
+        ``branch_weights`` or ``initial`` is missing.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -174,7 +178,7 @@ def merge_leaves(
     branch_weights: Numbers | None = None,
     initial: Any = None,
 ) -> Any:
-    """:func:`merge` on rules that are hashable."""
+    """Applies :func:`merge` with hashable rules."""
     num_branches = count_branches(name, branches)
     weights = as_merge_weights(name, weights, num_branches)
     weights = weights.astype(jnp.promote_types(weights.dtype, jnp.float32))
@@ -184,14 +188,17 @@ def merge_leaves(
     if any(policy == "reset" for policy, _ in kinds):
         if initial is None:
             raise ValueError(
-                f"{name}: a leaf is to be reset, which needs initial=, a state with "
-                "its first value."
+                f"{name}: a policy is 'reset', which needs initial=, a state with the "
+                "initial values."
             )
         fresh = treedef.flatten_up_to(initial)
     trained = None
     if any(head is not None for _, head in kinds):
         if branch_weights is None:
-            raise ValueError(f"{name}: heads= needs branch_weights=, who trained them.")
+            raise ValueError(
+                f"{name}: heads= needs branch_weights=, which states the branches that "
+                "trained each head."
+            )
         nu = check_branch_weights(name, branch_weights, num_branches)
         trained = nu != 0
     heaviest = jnp.argmax(weights)
@@ -217,7 +224,7 @@ def merge_leaves(
             return average(x, head_weights(weights, trained))
         if head >= tasks:
             raise ValueError(
-                f"{name}: head {path!r} is said to be of task {head}, but "
+                f"{name}: head {path!r} is labelled to be of task {head}, but "
                 f"branch_weights has {tasks} tasks."
             )
         return average(x, head_weights(weights, trained[:, head]))
@@ -234,12 +241,12 @@ def merge_leaves(
 def refork(
     branches: Any, merged: Any, *, policies: Mapping[str, Policy] | None = None
 ) -> Any:
-    """The branches after a merge: the merged leaves in all, kept leaves as they were.
+    """Returns the branches after a merge: merged leaves, and kept leaves unchanged.
 
     Args:
-      branches: The branches before the merge, leaves ``[B, ...]``.
-      merged: What :func:`merge` made of them.
-      policies: As given to :func:`merge`.
+      branches: The branches before the merge, with leaves ``[B, ...]``.
+      merged: The result of :func:`merge`.
+      policies: The policies that were passed to :func:`merge`.
 
     Returns:
       The branches of the next round.
@@ -256,7 +263,7 @@ def refork(
 
 
 def refork_leaves(branches: Any, merged: Any, rules: Rules) -> Any:
-    """:func:`refork` on rules that are hashable."""
+    """Applies :func:`refork` with hashable rules."""
     count_branches("refork", branches)
     leaves, treedef = jax.tree.flatten(branches)
     kinds = plan("refork", branches, rules)
@@ -271,7 +278,7 @@ def refork_leaves(branches: Any, merged: Any, rules: Rules) -> Any:
 
 
 def keep_only(tree: Any, rules: Rules, policy: Policy) -> Any:
-    """The leaves of one policy, every other an ``optax.MaskedNode()``."""
+    """Keeps the leaves of one policy and replaces others by ``optax.MaskedNode()``."""
     leaves, treedef = jax.tree.flatten(tree)
     kinds = plan("keep_only", tree, rules)
     return jax.tree.unflatten(
@@ -284,7 +291,7 @@ def keep_only(tree: Any, rules: Rules, policy: Policy) -> Any:
 
 
 def overlay(tree: Any, kept: Any, rules: Rules, policy: Policy) -> Any:
-    """``tree`` with the leaves of one policy taken from ``kept``."""
+    """Returns ``tree`` with the leaves of one policy taken from ``kept``."""
     leaves, treedef = jax.tree.flatten(tree)
     kinds = plan("overlay", tree, rules)
     other = treedef.flatten_up_to(kept)

@@ -1,4 +1,4 @@
-"""Which branches are worth going on with."""
+"""Selects the branches that are kept after pruning."""
 
 import math
 from collections.abc import Sequence
@@ -27,30 +27,32 @@ def prune(
     drop_zeros: bool = True,
     keep_target_only: bool = True,
 ) -> tuple[int, ...]:
-    """The branches to keep: those of the K′ largest merge weights, exactly.
+    """Returns the branches with the K′ largest merge weights.
 
-    The paper drops branches of weight zero and keeps the K′ largest after the first
-    merge. The released code compares by value, so that ties keep more, and may drop the
-    target-only branch, without which nothing guards against negative transfer; here
-    ties are broken by the score of the branch, then by its index, and that branch
-    stays, in the place of the last.
+    After the first merge, the paper drops branches of weight zero and keeps the K′
+    largest. The released code compares by value, so it keeps more branches if weights
+    are equal. It may also drop the target-only branch, which protects against negative
+    transfer. Here the score of the branch, and then its index, decides between equal
+    weights. The target-only branch is kept and replaces the last of the K′ branches if
+    necessary.
 
     Args:
-      weights: Λ ``[B]`` of a merge.
-      branch_scores: Scores ``[B]`` of the single branches there.
-      branch_weights: ν ``[B, T]``.
-      keep: K′, the most branches to keep.
+      weights: Merge weights Λ, shape ``[B]``.
+      branch_scores: Scores of the single branches at this merge, shape ``[B]``.
+      branch_weights: ν of shape ``[B, T]``.
+      keep: K′, the maximum number of branches to keep.
       target: Index of the target task.
-      direction: Whether a large or a small score is good.
-      drop_zeros: Whether branches of weight zero go even if there is room.
-      keep_target_only: Whether the branch that trains on the target alone stays.
+      direction: ``"max"`` if a large score is good, ``"min"`` if a small one is.
+      drop_zeros: Whether to drop branches of weight zero even if fewer than K′ remain.
+      keep_target_only: Whether to keep the branch that trains on the target alone.
 
     Returns:
-      Indices of the branches, ascending; for :func:`take_branches`. Reads its
-      arguments on the host: shapes change, so the step is compiled once more.
+      Indices of the branches in ascending order, for :func:`take_branches`. The
+      arguments are read on the host. The number of branches changes, so the step is
+      compiled once more.
 
     Raises:
-      ValueError: If shapes do not fit, or ``keep`` is not positive.
+      ValueError: If shapes are inconsistent, or if ``keep`` is not positive.
 
     Examples:
       >>> nu = [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
@@ -71,7 +73,7 @@ def prune(
     kept = [b for b in ranked if share[b] > 0 or not drop_zeros][:keep]
     safe = target_only(nu, target)
     if keep_target_only and safe is not None and safe not in kept:
-        kept = [*kept[: keep - 1], safe]  # in the place of the last, if all are taken
+        kept = [*kept[: keep - 1], safe]  # replaces the last one if all are taken
     return tuple(sorted(kept))
 
 
@@ -85,21 +87,21 @@ def prune_groups(
     direction: Direction = "max",
     keep_target_only: bool = True,
 ) -> list[tuple[int, ...]]:
-    """:func:`prune` for several targets, all keeping equally many branches.
+    """Applies :func:`prune` to several targets with equally many kept branches.
 
-    As many as the target that needs most, ``keep`` at most.
+    The number is the largest that a target needs, at most ``keep``.
 
     Args:
-      weights: Λ ``[G, B]``.
-      branch_scores: ``[G, B]``.
-      branch_weights: ν ``[G, B, T]``.
-      targets: G indices.
-      keep: K′.
-      direction: As there.
-      keep_target_only: As there.
+      weights: Merge weights Λ, shape ``[G, B]``.
+      branch_scores: Scores of the single branches, shape ``[G, B]``.
+      branch_weights: ν of shape ``[G, B, T]``.
+      targets: Indices of the G target tasks.
+      keep: K′, the maximum number of branches to keep per target.
+      direction: See :func:`prune`.
+      keep_target_only: See :func:`prune`.
 
     Returns:
-      G tuples of indices, of one length.
+      G tuples of indices, all of the same length.
 
     Examples:
       >>> nu = [[[1, 0], [1, 1]], [[0, 1], [1, 1]]]

@@ -1,4 +1,4 @@
-"""How a branch follows its task weights: as a weighted sum, or one task at a time."""
+"""Training on task weights, by a weighted sum or by one sampled task per step."""
 
 from typing import Any, Literal, TypeAlias
 
@@ -13,14 +13,14 @@ Realisation: TypeAlias = Literal["sum", "sample"]
 
 
 def weighted_sum(losses: Losses, weights: Weights) -> Float[Array, ""]:
-    """The objective of a branch, ``Σ_k ν_k L_k``, without its absent tasks.
+    """Computes the objective of a branch, ``Σ_k ν_k L_k``, without its absent tasks.
 
-    A loss of weight zero is left out even where it is not finite (its gradient must
-    still exist: 0 · NaN is NaN on the way back).
+    A loss with weight zero is excluded even if it is not finite. Its gradient must be
+    finite, because ``0 * NaN`` is NaN in the backward pass.
 
     Args:
-      losses: L ``[T]``.
-      weights: A row of ν ``[T]``.
+      losses: L, shape ``[T]``.
+      weights: A row of ν, shape ``[T]``.
 
     Returns:
       A scalar.
@@ -36,16 +36,17 @@ def weighted_sum(losses: Losses, weights: Weights) -> Float[Array, ""]:
 def draw_task(
     key: PRNGKeyArray, step: ArrayLike, branch: ArrayLike, weights: Weights
 ) -> Int[Array, ""]:
-    """The task of one step of one branch, drawn in proportion to its weights.
+    """Samples the task of one step of one branch in proportion to its weights.
 
-    A pure function of key, step and branch: a run that goes on after an interruption
-    draws what it would have drawn.
+    The result is a pure function of key, step and branch. A resumed run therefore
+    samples the same tasks as an uninterrupted run.
 
     Args:
-      key: Of the whole run.
-      step: Steps taken before this one.
+      key: Random key of the whole run.
+      step: Number of completed steps.
       branch: Index of the branch.
-      weights: Its row of ν ``[T]``; a task of weight zero is never drawn.
+      weights: Row of ν of the branch, shape ``[T]``. A task with weight zero is never
+        sampled.
 
     Returns:
       Index of a task, int32.
@@ -65,19 +66,19 @@ def task_orders(
     *,
     start_step: ArrayLike = 0,
 ) -> Int[Array, "branches steps"]:
-    """The tasks that ``realisation="sample"`` draws, ahead of time.
+    """Computes in advance the tasks that ``realisation="sample"`` uses.
 
-    For data that come from the host: it reads one batch of the drawn task per branch
-    and step instead of one of every task.
+    Use it for data that the host loads. The host then reads one batch of the sampled
+    task per branch and step, instead of one batch of every task.
 
     Args:
-      key: As given to :func:`mtljax.forkmerge.train_branches`.
-      branch_weights: ν ``[B, T]``.
+      key: The key that is passed to :func:`mtljax.forkmerge.train_branches`.
+      branch_weights: ν of shape ``[B, T]``.
       num_steps: n.
-      start_step: Steps taken before the first.
+      start_step: Number of steps before the first.
 
     Returns:
-      Tasks ``[B, n]``.
+      Task indices, shape ``[B, n]``.
 
     Examples:
       >>> nu = jnp.array([[1.0, 0.0], [1.0, 1.0]])
@@ -93,11 +94,11 @@ def task_orders(
 
 
 def take_task(tree: Any, task: ArrayLike) -> Any:
-    """Row ``task`` of every leaf: a batch out of ``[T, ...]``, or a head.
+    """Selects row ``task`` of every leaf, a batch or a head out of ``[T, ...]``.
 
-    Under ``vmap`` over branches this is a gather, where ``lax.switch`` would run the
-    computation of every task for every branch. Keep the heads of tasks of one shape in
-    one leaf ``[T, ...]`` and the step computes a single trunk and a single head.
+    Under ``vmap`` over branches this is a gather. ``lax.switch`` would instead evaluate
+    all tasks for every branch. If the heads have one shape, store them in one leaf
+    ``[T, ...]``. The step then evaluates one trunk and one head.
 
     Args:
       tree: Pytree of arrays ``[T, ...]``.

@@ -1,4 +1,4 @@
-"""The merge weights Λ that a validation score likes best."""
+"""Searches the merge weights Λ that maximise a validation score."""
 
 import dataclasses
 import functools
@@ -27,15 +27,15 @@ from mtljax.forkmerge._merge import Head, Policy, Rules, make_rules, merge_leave
 Method: TypeAlias = Literal["auto", "grid", "greedy", "simplex", "random"]
 Evaluation: TypeAlias = Literal["map", "vmap"]
 
-_MOST_POINTS = 20_000  # of an exhaustive grid
+_MOST_POINTS = 20_000  # maximum size of an exhaustive grid
 
 
 class SearchResult(NamedTuple):
-    """What :func:`search_merge` found; n is the number of validation passes."""
+    """Result of :func:`search_merge`; n is the number of validation passes."""
 
     state: Any  # the merged state
-    weights: Float[Array, " branches"]  # Λ*
-    score: Float[Array, ""]  # of the merged state
+    weights: Float[Array, " branches"]  # merge weights Λ*
+    score: Float[Array, ""]  # score of the merged state
     branch_scores: Float[Array, " branches"]
     candidates: Float[Array, "n branches"]  # every Λ that was scored
     scores: Float[Array, " n"]
@@ -43,14 +43,15 @@ class SearchResult(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """How merge weights are searched, see :func:`search_merge`.
+    """Options of the search of merge weights, see :func:`search_merge`.
 
     Attributes:
-      method: ``"auto"`` is the paper's: the grid for two branches, greedy for more.
+      method: Search method. ``"auto"`` follows the paper: the grid for two branches,
+        the greedy search for more.
       levels: L, 5 in the paper.
-      num_samples: Draws of ``"random"``.
-      evaluation: Scores candidates one by one (``"map"``) or in one batch
-        (``"vmap"``), with the memory of all of them.
+      num_samples: Number of samples of ``"random"``.
+      evaluation: ``"map"`` scores candidates one by one. ``"vmap"`` scores them in one
+        batch and needs the memory of all of them.
     """
 
     method: Method = "auto"
@@ -60,10 +61,10 @@ class Search:
 
 
 class Plan(NamedTuple):
-    """All that is static in a search; hashable, so that it is compiled once."""
+    """The static part of a search; hashable, so that the search is compiled once."""
 
     score: Callable[..., Any]
-    search: Search  # its method is not "auto"
+    search: Search  # its method is resolved, never "auto"
     sign: int
     rules: Rules
     refresh: Callable[[Any], Any] | None
@@ -73,16 +74,16 @@ class Inputs(NamedTuple):
     """The arrays of a search."""
 
     branches: Any
-    args: tuple[Any, ...]  # what the score gets after the state
+    args: tuple[Any, ...]  # further arguments of the score
     key: Any
     branch_weights: Any
     initial: Any
 
 
 def simplex_points(num_branches: int, levels: int) -> list[list[float]]:
-    """All points of the simplex whose entries are multiples of ``1 / levels``.
+    """Returns all points of the simplex whose entries are multiples of ``1 / levels``.
 
-    Vertices first; ``C(levels + B − 1, B − 1)`` points in all.
+    There are ``C(levels + B − 1, B − 1)`` points. The vertices come first.
 
     Examples:
       >>> simplex_points(2, 2)
@@ -92,7 +93,8 @@ def simplex_points(num_branches: int, levels: int) -> list[list[float]]:
     if count > _MOST_POINTS:
         raise ValueError(
             f"search_merge: a simplex grid of {levels} levels over {num_branches} "
-            f"branches has {count} points; use method='greedy', or fewer levels."
+            f"branches has {count} points, but at most {_MOST_POINTS} are supported; "
+            "use method='greedy', or fewer levels."
         )
     vertices = [
         [float(i == j) for j in range(num_branches)] for i in range(num_branches)
@@ -108,7 +110,7 @@ def simplex_points(num_branches: int, levels: int) -> list[list[float]]:
 
 
 def validate(score: Callable[..., Any], state: Any, args: tuple[Any, ...]) -> Array:
-    """One validation pass: a scalar in float32 at least."""
+    """Runs one validation pass and returns a scalar, at least float32."""
     found = score(state, *args)
     if not hasattr(found, "shape") or jnp.shape(found) != ():
         what = (
@@ -117,14 +119,14 @@ def validate(score: Callable[..., Any], state: Any, args: tuple[Any, ...]) -> Ar
             else f"a {type(found).__name__}"
         )
         raise ValueError(
-            f"search_merge: the score must be a scalar array, one number to rank "
-            f"merged models by, not {what}."
+            "search_merge: the score must be a scalar array, because it ranks merged "
+            f"models, not {what}."
         )
     return found.astype(jnp.promote_types(jnp.result_type(found), jnp.float32))
 
 
 def merged_state(plan: Plan, inputs: Inputs, weights: Array) -> Any:
-    """The candidate of one Λ, as it is scored and returned."""
+    """Returns the candidate of one Λ, after ``refresh``."""
     state = merge_leaves(
         "search_merge",
         inputs.branches,
@@ -137,7 +139,7 @@ def merged_state(plan: Plan, inputs: Inputs, weights: Array) -> Any:
 
 
 def _score_all(plan: Plan, inputs: Inputs, candidates: Array) -> Array:
-    """Scores ``[n]``, the larger the better; a NaN is the worst there is."""
+    """Returns scores ``[n]``; larger is better, and NaN becomes the worst score."""
 
     def one(weights):
         state = merged_state(plan, inputs, weights)
@@ -150,21 +152,21 @@ def _score_all(plan: Plan, inputs: Inputs, candidates: Array) -> Array:
 
 
 def _greedy(plan: Plan, inputs: Inputs, num_branches: int):
-    """Algorithm 3: the best branch, then as much of each of the others as helps."""
+    """Algorithm 3: adds to the best branch the best share of each other branch."""
     corners = jnp.eye(num_branches)
     single = _score_all(plan, inputs, corners)
     order = jnp.argsort(-single)
     shares = jnp.arange(1, plan.search.levels + 1) / plan.search.levels
 
     def add(carry, place):
-        raw, best = carry  # unnormalised, by rank
+        raw, best = carry  # unnormalised weights, sorted by score
         mean = raw.sum() / place
         more = jax.nn.one_hot(place, num_branches)
         tried = raw[None] + shares[:, None] * mean * more[None]
         normal = tried / tried.sum(1, keepdims=True)
         candidates = jnp.zeros_like(normal).at[:, order].set(normal)
         scores = _score_all(plan, inputs, candidates)
-        # The share zero is the incumbent itself, already scored.
+        # The share zero is the current mixture, which is already scored.
         at = jnp.argmax(scores)
         better = scores[at] > best
         raw = jnp.where(better, tried[at], raw)
@@ -179,7 +181,7 @@ def _greedy(plan: Plan, inputs: Inputs, num_branches: int):
 
 
 def _candidates(plan: Plan, inputs: Inputs, num_branches: int) -> Array:
-    """Vertices first, so that of equal scores a single branch wins."""
+    """Returns the candidates, vertices first, so that a single branch wins a tie."""
     if plan.search.method == "random":
         mixed = jax.random.dirichlet(
             inputs.key, jnp.ones(num_branches), (plan.search.num_samples,)
@@ -189,7 +191,7 @@ def _candidates(plan: Plan, inputs: Inputs, num_branches: int) -> Array:
 
 
 def run_search(plan: Plan, inputs: Inputs) -> SearchResult:
-    """The search, as one function to be compiled."""
+    """Runs the search as one function that can be compiled."""
     num_branches = jax.tree.leaves(inputs.branches)[0].shape[0]
     if plan.search.method == "greedy":
         weights, best, single, candidates, scores = _greedy(plan, inputs, num_branches)
@@ -224,7 +226,7 @@ def make_plan(
     heads: Mapping[str, Head] | None,
     refresh: Callable[[Any], Any] | None,
 ) -> Plan:
-    """Checks the options of a search and resolves ``"auto"``."""
+    """Validates the options of a search and resolves ``"auto"``."""
     name = "search_merge"
     search = method if isinstance(method, Search) else Search(method)
     chosen = search.method
@@ -234,16 +236,16 @@ def make_plan(
     check_positive(name, "levels", search.levels)
     check_positive(name, "num_samples", search.num_samples)
     if chosen == "auto":
-        chosen = "simplex" if num_branches <= 2 else "greedy"  # the grid, for two
+        chosen = "simplex" if num_branches <= 2 else "greedy"  # "grid" for two branches
     if chosen == "grid":
         if num_branches != 2:
             raise ValueError(
                 f"{name}: method='grid' is the search of Algorithm 1, for 2 branches, "
                 f"not {num_branches}; use 'greedy' or 'simplex'."
             )
-        chosen = "simplex"  # the same points
+        chosen = "simplex"  # has the same points
     if chosen == "simplex":
-        simplex_points(num_branches, search.levels)  # not too many
+        simplex_points(num_branches, search.levels)  # raises if there are too many
     rules = make_rules(name, policies, heads)
     search = dataclasses.replace(search, method=chosen)
     return Plan(score, search, sign, rules, refresh)
@@ -263,48 +265,50 @@ def search_merge(
     initial: Any = None,
     refresh: Callable[[Any], Any] | None = None,
 ) -> SearchResult:
-    """The convex combination of branches with the best validation score.
+    """Searches the convex combination of branches with the best validation score.
 
-    ``Λ* = argmax_{Λ ∈ simplex} P̂(Σ_b Λ_b θ^b)`` over a finite set of candidates, which
-    always holds every single branch: on the set that is searched the result is never
-    worse than the best of them. What it is worth elsewhere, only a split that was not
-    searched can tell (:func:`split_validation`).
+    The search is ``Λ* = argmax_{Λ ∈ simplex} P̂(Σ_b Λ_b θ^b)`` over a finite set of
+    candidates. The set always contains every single branch. On the searched set, the
+    result is therefore never worse than the best branch. To estimate its performance on
+    other data, use a split that was not searched (:func:`split_validation`).
 
     - ``"grid"``: two branches, ``λ ∈ {0, 1/L, …, 1}`` (Algorithm 1). L + 1 passes.
-    - ``"greedy"``: branches by falling score; to the mixture of the first, each of the
-      others is added with the share of ``{0, 1/L, …, 1}`` times the mean weight so far
-      that improves the score most, if any does (Algorithm 3). The best branch keeps at
-      least 1/2 against the second. ``B + L (B − 1)`` passes: a share of zero is the
-      incumbent and not scored again.
+    - ``"greedy"``: adds the branches in descending order of their scores to a mixture
+      (Algorithm 3). The share of a branch is a multiple ``{0, 1/L, …, 1}`` of the mean
+      weight so far. The best share is used if it improves the score. The best branch
+      has at least the weight 1/2 relative to the second. ``B + L (B − 1)`` passes,
+      because the mixture with a share of zero is already scored.
     - ``"simplex"``: all multiples of 1/L. ``C(L + B − 1, B − 1)`` passes: 6, 21, 56,
       252 for 2, 3, 4, 6 branches and L = 5.
-    - ``"random"``: the single branches and uniform draws from the simplex.
+    - ``"random"``: the single branches and uniform samples from the simplex.
 
     Args:
-      branches: The branches, leaves ``[B, ...]``.
-      score: P̂, ``score(state) -> scalar``, or ``score(state, validation)`` with
-        ``validation``. A NaN is the worst score. Pure: it is compiled, once for every
-        function object and set of options.
+      branches: The branches, with leaves ``[B, ...]``.
+      score: P̂, ``score(state) -> scalar``, or ``score(state, validation)`` if
+        ``validation`` is given. NaN is the worst score. The function must be pure. It
+        is compiled once for every function object and set of options.
       validation: Arrays of the validation set, not empty.
-      method: As above, or a :class:`Search` with all options; ``"auto"`` is the
-        paper's: the grid for two branches, greedy for more.
+      method: One of the methods above, or a :class:`Search` with all options.
+        ``"auto"`` follows the paper: the grid for two branches, greedy for more.
       direction: Whether a large (``"max"``: accuracy) or a small (``"min"``: error)
         score is good.
-      key: For ``"random"``.
-      policies: As for :func:`merge`.
-      heads: As for :func:`merge`.
-      branch_weights: As for :func:`merge`.
-      initial: As for :func:`merge`.
-      refresh: ``refresh(state) -> state``, applied to every candidate before it is
-        scored and to the result, such as :func:`recompute_statistics` of batch
-        normalisation.
+      key: Random key for ``"random"``.
+      policies: See :func:`merge`.
+      heads: See :func:`merge`.
+      branch_weights: See :func:`merge`.
+      initial: See :func:`merge`.
+      refresh: ``refresh(state) -> state``. It is applied to every candidate before it
+        is scored, and to the result. An example is :func:`recompute_statistics` for
+        batch normalisation.
 
     Returns:
-      The merged state, Λ*, its score, those of the branches, and all candidates.
+      :class:`SearchResult`: The merged state, Λ*, its score, the scores of the
+      branches, and all candidates.
 
     Raises:
-      ValueError: If the validation set is empty, ``direction`` or ``method`` unknown,
-        ``"grid"`` is asked of more than two branches, or the score is no scalar.
+      ValueError: If the validation set is empty, if ``direction`` or ``method`` is
+        unknown, if ``"grid"`` is used with more than two branches, or if the score is
+        not a scalar.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -330,7 +334,9 @@ def search_merge(
         refresh=refresh,
     )
     if plan.search.method == "random" and key is None:
-        raise ValueError(f"{name}: method='random' draws candidates and needs key=.")
+        raise ValueError(
+            f"{name}: method='random' samples candidates at random and needs key=."
+        )
     if validation is not None:
         check_validation(name, validation)
     if branch_weights is not None:
@@ -348,22 +354,22 @@ def search_merge(
 def split_validation(
     validation: Any, *, key: Any, report: float = 0.5
 ) -> tuple[Any, Any]:
-    """Two disjoint parts of a validation set: one to search on, one to report on.
+    """Splits a validation set into two disjoint parts, for search and for report.
 
-    A search picks the luckiest of its candidates, so its score is optimistic; the
-    difference between the parts shows by how much.
+    A search selects the best of its candidates, so its score is optimistic. The
+    difference between the scores on both parts estimates this optimism.
 
     Args:
       validation: Pytree of arrays ``[N, ...]``.
-      key: Of the shuffle.
-      report: Share of the second part; both get at least one example.
+      key: Random key of the shuffle.
+      report: Share of the second part. Both parts get at least one example.
 
     Returns:
-      ``(search, report)``.
+      A pair ``(search, report)``.
 
     Raises:
-      ValueError: If there are fewer than two examples, lengths differ, or ``report``
-        is outside (0, 1).
+      ValueError: If there are fewer than two examples, if lengths differ, or if
+        ``report`` is outside (0, 1).
 
     Examples:
       >>> parts = split_validation(jnp.arange(10), key=jax.random.key(0), report=0.3)
@@ -377,25 +383,28 @@ def split_validation(
             "excluded."
         )
     if count < 2:
-        raise ValueError(f"split_validation: {count} example cannot be split in two.")
+        raise ValueError(
+            f"split_validation: {count} example cannot be split in two. Pass at least "
+            "2 examples."
+        )
     size = min(max(round(report * count), 1), count - 1)
     order = jax.random.permutation(key, count)
     return _rows_of(validation, order[size:]), _rows_of(validation, order[:size])
 
 
 def subsample(validation: Any, size: int, *, key: Any) -> Any:
-    """``size`` examples of a validation set, without repeats: cheaper passes.
+    """Samples ``size`` examples of a validation set without replacement.
 
     Args:
       validation: Pytree of arrays ``[N, ...]``.
-      size: At most N.
-      key: A fresh one for every merge.
+      size: Number of examples, at most N.
+      key: Random key. Use a new one for every merge.
 
     Returns:
       Arrays ``[size, ...]``.
 
     Raises:
-      ValueError: If the set is empty or smaller than ``size``.
+      ValueError: If the set is empty or has fewer than ``size`` examples.
 
     Examples:
       >>> subsample({"x": jnp.arange(9)}, 4, key=jax.random.key(0))["x"].shape
@@ -420,7 +429,7 @@ def _count_examples(name: str, validation: Any) -> int:
     lengths = {jnp.shape(x)[:1] for x in jax.tree.leaves(validation)}
     if len(lengths) != 1 or lengths == {()}:
         raise ValueError(
-            f"{name}: the arrays of the validation set must have one length, not "
-            f"{sorted(lengths)}."
+            f"{name}: the arrays of the validation set must have one common length, "
+            f"not {sorted(lengths)}."
         )
     return lengths.pop()[0]

@@ -1,4 +1,4 @@
-"""Running statistics of a merged model, measured anew."""
+"""Recomputes the running statistics of a merged model."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,24 +10,25 @@ import jax.numpy as jnp
 def recompute_statistics(
     update: Callable[[Any, Any], Any], statistics: Any, batches: Any, *, momentum: float
 ) -> Any:
-    """Statistics of batch normalisation from k batches, instead of averaged ones.
+    """Recomputes the statistics of batch normalisation from k batches.
 
-    The mean of a mixture of networks is not the mixture of their means. Here the batch
-    statistics of the merged network are averaged over k batches, with equal weight.
-    Write it into the ``refresh`` of a search to score candidates as they would be used.
+    The statistics of a mixture of networks differ from the mixture of their statistics.
+    This function averages the batch statistics of the merged network over k batches
+    with equal weights. Call it in the ``refresh`` of a search, so that candidates are
+    scored with the statistics that are used later.
 
     Args:
       update: ``update(statistics, batch) -> statistics``, a forward pass in training
-        mode, which moves running averages by ``s <- m s + (1 − m) s_batch``.
-      statistics: The running averages; only their shapes matter.
+        mode that updates running averages by ``s <- m s + (1 − m) s_batch``.
+      statistics: The running averages. Only their shapes and dtypes are used.
       batches: Pytree of arrays ``[k, ...]``.
-      momentum: m, at least 0 and below 1 (flax: 0.99 by default).
+      momentum: m, at least 0 and below 1 (flax uses 0.99 by default).
 
     Returns:
-      The statistics. Cost: k forward passes.
+      The statistics. The cost is k forward passes.
 
     Raises:
-      ValueError: If ``momentum`` is outside [0, 1), or there is no batch.
+      ValueError: If ``momentum`` is outside [0, 1), or if ``batches`` is empty.
 
     Examples:
       >>> move = lambda s, x: {"mean": 0.9 * s["mean"] + 0.1 * x.mean()}
@@ -41,7 +42,10 @@ def recompute_statistics(
         )
     leaves = jax.tree.leaves(batches)
     if not leaves or any(jnp.ndim(x) == 0 or jnp.shape(x)[0] == 0 for x in leaves):
-        raise ValueError("recompute_statistics: there is no batch to measure on.")
+        raise ValueError(
+            "recompute_statistics: there is no batch to measure on. Pass arrays "
+            "[k, ...] with k >= 1."
+        )
     nothing = jax.tree.map(jnp.zeros_like, statistics)
     each = jax.lax.map(lambda batch: update(nothing, batch), batches)
     return jax.tree.map(

@@ -336,7 +336,7 @@ def test_pruning():
         ({"branch_weights": np.ones((2, 3, 3))}, r"must be \(branches, tasks\)"),
         (
             {"merge_source": forkmerge.Snapshots("last", 2)},
-            "has no use with merge_source='last'",
+            "is only used with merge_source='best_in_round'",
         ),
         ({"method": "grid"}, "for 2 branches, not 3"),
         ({"policies": {"w": "average"}}, r"policies\['w'\]='average'"),
@@ -367,7 +367,7 @@ def test_errors_of_calls():
         d.merge(d.init(START), VALIDATION, REPORT[:0])
     with pytest.raises(ValueError, match="no merge yet"):
         d.prune(d.init(START), keep=2)
-    with pytest.raises(ValueError, match="key= is needed"):
+    with pytest.raises(ValueError, match="pass key="):
         drawing_driver().init(START)
     with pytest.raises(ValueError, match="'opt' matches no leaf"):
         dataclasses.replace(d, policies={"opt": "keep"}).init(START)
