@@ -1,24 +1,24 @@
-"""The trajectory laboratory: what multi-task training does to each task's trajectory.
+"""Measurements of the effect of multi-task training on each task's trajectory.
 
-Every estimator is a pure function of one checkpoint: ``loss(params, batch)`` is a mean
-over a batch in evaluation mode, closing over all that is not differentiated (heads,
-running averages of batch normalisation); ``batches`` are arrays ``[n, ...]``, gone
-through one at a time. Any pytree, any task.
+Every estimator is a pure function of one checkpoint and supports any pytree and any
+task. ``loss(params, batch)`` is a mean over a batch in evaluation mode. It closes over
+everything that is not differentiated, such as heads and running averages of batch
+normalisation. ``batches`` are arrays ``[n, ...]``, which are processed one at a time.
 
-- :func:`generalization_gap`: generalisation at equal training loss.
-- :func:`gradient_similarity`, :func:`conflict_matrix`, :func:`gradient_gram`,
-  :func:`task_affinity`: conflict between tasks.
-- :func:`gradient_covariance_trace`, :func:`gradient_noise_scale`, :func:`m_coherence`,
-  :func:`stiffness_matrix`: noise of the gradient, and coherence of examples.
-- :func:`fisher_trace`; :func:`worst_case_sharpness`, :func:`sam_sharpness`,
-  :func:`average_sharpness`: information and sharpness.
-- :func:`hvp`, :func:`ggn_vp`, :func:`hessian_top_eigenvalues`, :func:`hessian_trace`,
-  :func:`spectral_density`: curvature.
-- :func:`cka`, :func:`parameter_distance`, :func:`linear_mode_connectivity`,
-  :func:`loss_slice`: runs compared.
-- :class:`Probe`: measures all that along a run, or over saved checkpoints.
-- :func:`aggregate`, :func:`factor_delta`, :func:`sign_agreement`,
-  :func:`rank_correlation`: statements from measurements.
+- :func:`generalization_gap` compares generalisation at equal training loss.
+- :func:`gradient_similarity`, :func:`conflict_matrix`, :func:`gradient_gram` and
+  :func:`task_affinity` measure the conflict between tasks.
+- :func:`gradient_covariance_trace`, :func:`gradient_noise_scale`, :func:`m_coherence`
+  and :func:`stiffness_matrix` measure gradient noise and the coherence of examples.
+- :func:`fisher_trace`, :func:`worst_case_sharpness`, :func:`sam_sharpness` and
+  :func:`average_sharpness` measure Fisher information and sharpness.
+- :func:`hvp`, :func:`ggn_vp`, :func:`hessian_top_eigenvalues`, :func:`hessian_trace`
+  and :func:`spectral_density` measure curvature.
+- :func:`cka`, :func:`parameter_distance`, :func:`linear_mode_connectivity` and
+  :func:`loss_slice` compare runs.
+- :class:`Probe` evaluates these measurements during a run or on saved checkpoints.
+- :func:`aggregate`, :func:`factor_delta`, :func:`sign_agreement` and
+  :func:`rank_correlation` summarise measurements.
 """
 
 from mtljax.trajectory._affinity import task_affinity as task_affinity

@@ -1,4 +1,4 @@
-"""Task affinity: what a step on one task does to the loss of another."""
+"""Task affinity: effect of a step on one task on the loss of another task."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,25 +13,28 @@ from mtljax.types import Gramian
 def task_affinity(
     task_losses: Callable[[Any, Any], Any], params: Any, batch: Any, *, lr: float
 ) -> Gramian:
-    r"""Inter-task affinity of one batch, ``Z[i, j]``: row i acts on column j.
+    r"""Computes the inter-task affinity ``Z[i, j]`` of one batch.
 
     .. math:: Z_{ij} = 1 - L_j(θ - η ∇L_i) / L_j(θ)
 
-    Not symmetric. To first order :math:`η ⟨g_i, g_j⟩ / L_j`. TAG averages it over
-    training.
+    The entry is the relative decrease of the loss of task j after a step on task i. The
+    matrix is not symmetric. To first order it is :math:`η ⟨g_i, g_j⟩ / L_j`. TAG
+    averages it over training.
 
     Args:
-      task_losses: ``task_losses(params, batch) -> [K]``; it closes over the heads.
+      task_losses: A function ``task_losses(params, batch)`` that returns the losses,
+        shape ``[K]``. It closes over the heads.
       params: The shared parameters.
       batch: One batch.
-      lr: η, the step of plain gradient descent that is tried.
+      lr: η, the learning rate of the step of plain gradient descent.
 
     Returns:
-      ``[K, K]``; not finite where a loss is 0. Cost: 1 forward, K backward and K
-      forward passes, one task's at a time: 3 copies of the parameters in memory.
+      An array of shape ``[K, K]``. It is not finite if a loss is 0. The cost is 1
+      forward, K backward and K further forward passes, one task at a time. The memory
+      is 3 copies of the parameters.
 
     Raises:
-      ValueError: If lr is negative, or the losses are not a vector.
+      ValueError: If ``lr`` is negative, or if the losses are not a vector.
 
     Examples:
       >>> losses = lambda w, batch: jnp.stack([w**2, 4 - w])

@@ -1,4 +1,4 @@
-"""From measured trajectories to statements: aggregates, differences, correlations."""
+"""Statistics of measured trajectories: aggregates, differences and correlations."""
 
 import math
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ Rule: TypeAlias = Literal["last", "largest", "at_best"]
 
 
 class Delta(NamedTuple):
-    """What :func:`factor_delta` returns."""
+    """Result of :func:`factor_delta`."""
 
     delta: Float[Array, "..."]  # mean over runs, multi minus single
     significant: Bool[Array, "..."]  # ± 2 sd over runs do not overlap
@@ -23,20 +23,20 @@ class Delta(NamedTuple):
 
 
 class SignAgreement(NamedTuple):
-    """Counts of tasks, by :func:`sign_agreement`."""
+    """Counts of tasks that :func:`sign_agreement` returns."""
 
     agree: int  # both significant, of the same sign
     disagree: int  # both significant, of opposite signs
-    insignificant: int  # at least one is not
+    insignificant: int  # at least one is not significant
 
 
 class RankCorrelation(NamedTuple):
-    """What :func:`rank_correlation` returns; NaN where it is not defined."""
+    """Result of :func:`rank_correlation`; undefined values are NaN."""
 
     spearman: Float[Array, ""]
     kendall: Float[Array, ""]  # tau-b
-    partial: Float[Array, ""]  # Spearman with the covariate partialled out
-    within: dict[Any, float]  # Spearman inside each group
+    partial: Float[Array, ""]  # partial Spearman correlation given the covariate
+    within: dict[Any, float]  # Spearman within each group
     interval: Float[Array, " 2"]  # percentile bootstrap of spearman
     points: int
 
@@ -44,24 +44,26 @@ class RankCorrelation(NamedTuple):
 def aggregate(
     values: Any, rule: Rule, count: int, *, by: Any = None
 ) -> Float[Array, "..."]:
-    """One number a trajectory.
+    """Reduces each trajectory to one number.
 
-    The paper takes the mean of the last 20 checkpoints of sharpness and of gradient
-    covariance, of the 20 largest values of the Fisher trace (its early peak), and, for
-    generalisation, of the test scores at the 10 checkpoints of best validation.
+    The paper uses the following means. For sharpness and gradient covariance it
+    averages the last 20 checkpoints. For the Fisher trace, which peaks early, it
+    averages the 20 largest values. For generalisation it averages the test scores at
+    the 10 checkpoints of best validation.
 
     Args:
-      values: ``[..., T]``; NaN where not measured.
+      values: Trajectories ``[..., T]``, with NaN for values that were not measured.
       rule: ``"last"``, ``"largest"``, or ``"at_best"`` (at the largest of ``by``).
-      count: How many checkpoints; all that were measured, if they are fewer.
+      count: Number of checkpoints to average. If fewer were measured, all are used.
       by: Validation scores ``[..., T]``, higher is better, for ``"at_best"``.
 
     Returns:
-      Means ``[...]``; NaN where nothing was measured. A value that is infinite makes
-      the mean infinite.
+      Means of shape ``[...]``, NaN for trajectories without a measurement. An infinite
+      value makes the mean infinite.
 
     Raises:
-      ValueError: If count is not positive, or ``by`` is missing or of another shape.
+      ValueError: If ``count`` is not positive, or if ``by`` is missing or has another
+        shape.
 
     Examples:
       >>> values = jnp.array([5.0, 1.0, jnp.nan, 2.0, 3.0])
@@ -98,18 +100,19 @@ def aggregate(
 
 
 def factor_delta(multi: Any, single: Any) -> Delta:
-    """Multi-task minus single-task aggregates, and whether seeds could explain it.
+    """Computes multi-task minus single-task aggregates, and their significance.
 
-    With test scores this is transfer. Significant where the ± 2 sd intervals over runs
-    do not overlap: the paper's rule, of little power with three runs, and not corrected
-    for the number of tasks.
+    For test scores this is transfer. A difference is significant if the ± 2 sd
+    intervals over runs do not overlap. This is the rule of the paper. It has little
+    power with three runs and is not corrected for the number of tasks.
 
     Args:
-      multi: Aggregates ``[R, ...]``.
-      single: Aggregates ``[R', ...]``.
+      multi: Aggregates of multi-task runs, shape ``[R, ...]``.
+      single: Aggregates of single-task runs, shape ``[R', ...]``.
 
     Returns:
-      Differences of the means. With one run on a side nothing is significant.
+      :class:`Delta`: Differences of the means, their significance, and the standard
+      deviations. If a group has one run, nothing is significant.
 
     Examples:
       >>> found = factor_delta(jnp.array([0.8, 0.82]), jnp.array([0.7, 0.71]))
@@ -127,15 +130,16 @@ def factor_delta(multi: Any, single: Any) -> Delta:
 
 
 def sign_agreement(factor: Delta, transfer: Delta, *, lower: bool) -> SignAgreement:
-    """In how many tasks a factor moved the way that would explain transfer.
+    """Counts the tasks in which the change of a factor could explain the transfer.
 
     Args:
-      factor: Of the factor, one entry a task.
-      transfer: Of the score (higher is better), for the same tasks.
-      lower: Whether less of the factor is supposed to be better, as of sharpness.
+      factor: Differences of the factor, one entry per task.
+      transfer: Differences of the score (higher is better), for the same tasks.
+      lower: Whether a lower value of the factor is expected to be better, as for
+        sharpness.
 
     Returns:
-      Counts.
+      :class:`SignAgreement`: The counts.
 
     Examples:
       >>> def sure(delta):
@@ -153,7 +157,14 @@ def sign_agreement(factor: Delta, transfer: Delta, *, lower: bool) -> SignAgreem
 
 
 def percent_change(values: Any, baseline: Any) -> Float[Array, "..."]:
-    """``100 (x − x₀) / |x₀|``; not finite where the baseline is 0.
+    """Computes ``100 (x − x₀) / |x₀|``; not finite if the baseline is 0.
+
+    Args:
+      values: x, any shape.
+      baseline: x₀, of a shape that broadcasts with ``values``.
+
+    Returns:
+      The changes in percent.
 
     Examples:
       >>> percent_change([1.1, 0.9], 1.0).tolist()
@@ -173,22 +184,24 @@ def rank_correlation(
     num_bootstrap: int = 1000,
     confidence: float = 0.95,
 ) -> RankCorrelation:
-    """Spearman's and Kendall's correlation, with the number of tasks held fixed.
+    """Computes Spearman's and Kendall's rank correlation, also within groups.
 
-    Similarity to the sum falls with the number of tasks K by itself, and so may what it
-    is compared with: give K as ``covariate`` and as ``groups``.
+    Similarity to the sum decreases with the number of tasks K, and the other variable
+    may depend on K too. To hold K fixed, pass it as ``covariate`` and as ``groups``.
 
     Args:
-      x: ``[n]``.
-      y: ``[n]``. Pairs with a NaN are left out.
-      covariate: ``[n]``, whose ranks are regressed out of both ranks.
-      groups: ``[n]`` numeric labels, inside which correlations are computed as well.
-      key: For the bootstrap; without one the interval is NaN.
-      num_bootstrap: Resamples.
-      confidence: Of the interval.
+      x: First variable, shape ``[n]``.
+      y: Second variable, shape ``[n]``. Pairs with a NaN are excluded.
+      covariate: Variable of shape ``[n]``. Its ranks are regressed out of both ranks.
+      groups: Numeric labels, shape ``[n]``. Correlations are also computed within each
+        group.
+      key: Random key of the bootstrap. Without a key the interval is NaN.
+      num_bootstrap: Number of resamples.
+      confidence: Confidence of the interval.
 
     Returns:
-      The coefficients; NaN for fewer than three points, or constant ones.
+      :class:`RankCorrelation`: The coefficients, NaN for fewer than three points or for
+      constant values.
 
     Raises:
       ValueError: If lengths differ.
@@ -206,7 +219,8 @@ def rank_correlation(
     for label, values in given.items():
         if values is not None and values.shape != x.shape:
             raise ValueError(
-                f"rank_correlation: {label} has shape {values.shape}, x {x.shape}."
+                f"rank_correlation: {label} has shape {values.shape}, but x has shape "
+                f"{x.shape}."
             )
     keep = ~(jnp.isnan(x) | jnp.isnan(y))
     x, y = x[keep], y[keep]
@@ -216,7 +230,7 @@ def rank_correlation(
         z = _ranks(covariate[keep])
         xz, yz = _pearson(_ranks(x), z), _pearson(_ranks(y), z)
         rest = (1 - xz**2) * (1 - yz**2)
-        # A rank that is a function of the covariate leaves nothing to correlate.
+        # A rank that is a function of the covariate has no remaining variance.
         partial = jnp.where(
             rest > 1e-6,
             (spearman - xz * yz) / jnp.sqrt(jnp.maximum(rest, 1e-6)),
@@ -238,7 +252,7 @@ def rank_correlation(
 
 
 def _ranks(values: Array) -> Array:
-    """Ranks from 1, ties averaged."""
+    """Returns ranks from 1, averaged over ties."""
     below = (values[None, :] < values[:, None]).sum(1)
     same = (values[None, :] == values[:, None]).sum(1)
     return below + (same + 1) / 2
@@ -261,17 +275,17 @@ def _kendall(x: Array, y: Array) -> Array:
 
 
 def check_comparable(left: Mapping[str, Any], right: Mapping[str, Any]) -> None:
-    """Raises unless two trajectories were measured in the same way.
+    """Raises an error unless two trajectories were measured with equal settings.
 
-    Sharpness at another radius, covariance at another batch size or a probe set of
-    other examples are other quantities.
+    Sharpness with another radius, covariance with another batch size, and measurements
+    on other examples are different quantities.
 
     Args:
-      left: How the one was measured: ``probe.config()``, or any mapping.
-      right: How the other was.
+      left: Settings of one trajectory: ``probe.config()``, or any mapping.
+      right: Settings of the other trajectory.
 
     Raises:
-      ValueError: Naming the first difference and both values.
+      ValueError: If a setting differs. The message names the first one and its values.
 
     Examples:
       >>> check_comparable({"rho": 0.001}, {"rho": 0.01})

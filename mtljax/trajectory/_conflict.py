@@ -1,4 +1,4 @@
-"""Gradient conflict: Gramians by layer, pairwise cosines, similarity to the sum."""
+"""Gradient conflict: Gramians per layer, cosines, and similarity to the sum."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -18,44 +18,46 @@ SimilarityEstimator: TypeAlias = Literal["naive", "split"]
 
 
 class ConflictMatrix(NamedTuple):
-    """What one Gramian says; pairwise means are NaN with a single task."""
+    """Statistics of one Gramian; means over pairs are NaN with a single task."""
 
     cosine: Gramian  # [K, K]; 0 with a zero gradient
     magnitude_similarity: Gramian  # 2 ‖g_i‖ ‖g_j‖ / (‖g_i‖² + ‖g_j‖²)
     norm: Weights  # ‖g_k‖
     similarity: Weights  # cos(g_k, Σ w_j g_j)
-    null: Weights  # the same, were the gradients orthogonal; 1/√K for equal norms
-    conflict_fraction: Float[Array, ""]  # of pairs with a negative inner product
+    null: Weights  # the same for orthogonal gradients; 1/√K for equal norms
+    conflict_fraction: Float[Array, ""]  # share of pairs with a negative inner product
     mean_cosine: Float[Array, ""]  # over pairs
     pairs: int  # K (K − 1) / 2
 
 
 class GradientSimilarity(NamedTuple):
-    """What :func:`gradient_similarity` returns."""
+    """Result of :func:`gradient_similarity`."""
 
     similarity: Weights  # [K]
     interval: Float[Array, "tasks 2"]  # of the given confidence
-    null: Weights  # what orthogonal gradients of these lengths would give
+    null: Weights  # similarity of orthogonal gradients with these norms
     cosine: Gramian  # [K, K], by the same estimator
-    signal: Weights  # mean squared length the estimator saw; split: may be negative
-    samples: int  # batches, or pairs of half-batches
+    signal: Weights  # mean squared norm in the estimator; can be negative for "split"
+    samples: int  # number of batches, or of pairs of half-batches
 
 
 def gradient_gram(task_grads: Grads, *, by: By = "total") -> Any:
-    """Inner products of the task gradients, layer by layer.
+    """Computes inner products of the task gradients per layer.
 
-    All cosines, lengths and similarities follow from it: keep this, not the gradients.
+    All cosines, norms and similarities follow from them. Store this result instead of
+    the gradients.
 
     Args:
-      task_grads: Leaves ``[K, ...]``, of :func:`mtljax.value_and_task_grads`.
-      by: ``"leaf"`` for every array, ``"block"`` for every entry of the outermost
-        container (a layer, usually), ``"total"`` for one of all.
+      task_grads: Leaves ``[K, ...]``, from :func:`mtljax.value_and_task_grads`.
+      by: ``"leaf"`` returns one matrix per array. ``"block"`` returns one per entry of
+        the outermost container, usually a layer. ``"total"`` returns their sum.
 
     Returns:
-      ``[K, K]``, or a dict of them by path. At least float32; K² P multiplications.
+      An array of shape ``[K, K]``, or a dictionary of such arrays by path. The dtype
+      is at least float32. The cost is K² P multiplications for P parameters.
 
     Raises:
-      ValueError: If a leaf has no leading axis of the same length.
+      ValueError: If the leading axes of the leaves have different lengths.
 
     Examples:
       >>> grads = {"a": jnp.eye(2), "b": jnp.ones((2, 1))}
@@ -78,19 +80,21 @@ def gradient_gram(task_grads: Grads, *, by: By = "total") -> Any:
 
 
 def conflict_matrix(gramian: Gramian, weights: Weights | None = None) -> ConflictMatrix:
-    r"""Pairwise and aggregate conflict from a Gramian.
+    r"""Computes pairwise and aggregate conflict from a Gramian.
 
     .. math:: \mathrm{sim}_k = \cos\big(g_k, \textstyle\sum_j w_j g_j\big)
 
-    Similarity to the sum contains the task itself: orthogonal gradients of equal length
-    give :math:`1/\sqrt K`, not 0. Compare it with ``null``, never across K.
+    The sum contains the gradient of task k itself. Orthogonal gradients of equal norm
+    therefore have the similarity :math:`1/\sqrt K` and not 0. Compare the similarity
+    with ``null``, and do not compare it between different K.
 
     Args:
-      gramian: ``[K, K]``.
-      weights: Of the sum, ones by default; a task of weight 0 takes no part in the sum.
+      gramian: Inner products of the gradients, shape ``[K, K]``.
+      weights: Weights of the sum, by default ones. A task with weight 0 is excluded
+        from the sum.
 
     Returns:
-      The statistics. No passes.
+      :class:`ConflictMatrix`: The statistics. No pass is needed.
 
     Examples:
       >>> found = conflict_matrix(jnp.eye(4))
@@ -99,7 +103,7 @@ def conflict_matrix(gramian: Gramian, weights: Weights | None = None) -> Conflic
 
     References:
       Mueller et al., `arXiv 2408.14677 <https://arxiv.org/abs/2408.14677>`_, 2024,
-      eq. 6; Yu et al., `arXiv 2001.06782 <https://arxiv.org/abs/2001.06782>`_, 2020.
+      eq. 6. Yu et al., `arXiv 2001.06782 <https://arxiv.org/abs/2001.06782>`_, 2020.
     """
     tasks = gramian.shape[0]
     w = jnp.ones(tasks, gramian.dtype) if weights is None else weights
@@ -122,7 +126,7 @@ def _conflicts(gramian: Gramian) -> Array:
 
 
 def _similarities(gramian: Array, w: Array) -> tuple[Array, Array, Array]:
-    """Similarity, null and cosines; NaN where a squared length is not positive."""
+    """Returns similarity, null and cosines; NaN if a squared norm is not positive."""
     squares = jnp.diagonal(gramian)
     lengths = _root(squares)
     toward = jnp.matmul(gramian, w, precision="highest")
@@ -133,7 +137,7 @@ def _similarities(gramian: Array, w: Array) -> tuple[Array, Array, Array]:
 
 
 def _root(square: Array) -> Array:
-    """√x, NaN unless x > 0: no direction can be told."""
+    """Returns √x, or NaN unless x > 0, because the direction is undefined."""
     positive = square > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), jnp.nan)
 
@@ -147,39 +151,45 @@ def gradient_similarity(
     weights: Weights | None = None,
     confidence: float = 0.95,
 ) -> GradientSimilarity:
-    r"""How well each task's gradient agrees with the summed one, over many batches.
+    r"""Measures the similarity of each task gradient to the sum, over many batches.
 
-    ``"naive"`` is the paper's mean of :math:`\cos(g_k^B, \sum_j w_j g_j^B)`. Averaging
-    removes its variance, not its bias: noise shortens cosines between tasks by
-    :math:`\sqrt{(1 + b_i/B)(1 + b_j/B)}`, with b the noise scale; and a task's own
-    noise is in the sum, which pulls :math:`\mathrm{sim}_k` towards
-    :math:`\sqrt{\mathrm{tr}Σ_k / \sum_j \mathrm{tr}Σ_j}`. ``"split"`` multiplies
-    gradients of independent half-batches only, and divides after averaging,
+    ``"naive"`` is the mean of :math:`\cos(g_k^B, \sum_j w_j g_j^B)`, as in the paper.
+    The mean reduces the variance of this value, but not its bias. Noise shrinks cosines
+    between tasks by :math:`\sqrt{(1 + b_i/B)(1 + b_j/B)}`, with the noise scale b. The
+    sum also contains the noise of the task itself. It biases :math:`\mathrm{sim}_k`
+    towards :math:`\sqrt{\mathrm{tr}Σ_k / \sum_j \mathrm{tr}Σ_j}`.
+
+    ``"split"`` multiplies only gradients of independent half-batches, and divides after
+    averaging:
 
     .. math:: \frac{\sum_j w_j E⟨g_k^a, g_j^b⟩}
-       {\sqrt{E⟨g_k^a, g_k^b⟩ \, \sum_{ij} w_i w_j E⟨g_i^a, g_j^b⟩}},
+       {\sqrt{E⟨g_k^a, g_k^b⟩ \, \sum_{ij} w_i w_j E⟨g_i^a, g_j^b⟩}}
 
-    which estimates the similarity of the noiseless gradients. It is consistent; under
-    much noise it is wide, or NaN where a squared length comes out negative: see
-    ``signal`` and the interval. Intervals are normal ones around the mean (naive) and
-    by the jackknife over pairs (split), of the mean over batches, not of the bias.
+    This estimates the similarity of the noiseless gradients. It is consistent. With
+    large noise its interval is wide, or the value is NaN because the estimate of a
+    squared norm is negative. Check ``signal`` and the interval. Intervals describe the
+    mean over batches, without the bias. They are normal intervals for ``"naive"`` and
+    jackknife intervals over pairs for ``"split"``.
 
     Args:
-      task_losses: ``task_losses(params, batch) -> [K]``.
+      task_losses: A function ``task_losses(params, batch)`` that returns the losses,
+        shape ``[K]``.
       params: The shared parameters.
-      batches: Leaves ``[n, ...]``; consecutive pairs are the halves a and b for
-        ``"split"``, so n is even then, and batches are of half the size.
-      estimator: See above.
-      weights: Of the sum, ones by default; the balancer's for a weighted step.
-      confidence: Of the interval.
+      batches: Leaves ``[n, ...]``. For ``"split"``, consecutive pairs are the halves a
+        and b. Therefore n must be even, and each entry has half the batch size.
+      estimator: ``"naive"`` or ``"split"``, see above.
+      weights: Weights of the sum, by default ones. For a weighted step use those of
+        the balancer.
+      confidence: Confidence of the interval, between 0 and 1.
 
     Returns:
-      Similarities with interval and null value, and pairwise cosines. With one task,
-      similarity and null are both 1: there is nothing to disagree with. Cost: n K
-      gradients, K copies of the parameters in memory (2 K for split).
+      :class:`GradientSimilarity`: Similarities with intervals and null values, and
+      pairwise cosines. With one task, similarity and null are 1. The cost is n K
+      gradients. The memory is K copies of the parameters (2 K for ``"split"``).
 
     Raises:
-      ValueError: If n is too small or odd for ``"split"``, or confidence not in (0, 1).
+      ValueError: If n is too small or odd for ``"split"``, or if ``confidence`` is not
+        in (0, 1).
 
     Examples:
       >>> losses = lambda w, x: jnp.stack([(x[:, 0] @ w), (x[:, 1] @ w)])
@@ -223,7 +233,7 @@ def gradient_similarity(
     if split:
         total = grams.sum(0)
         similarity, null, cosine = _similarities(total / samples, w)
-        # Delete one pair, divide anew: the jackknife of a ratio of means.
+        # The jackknife of a ratio of means deletes one pair and divides again.
         without = jax.vmap(lambda g: _similarities((total - g) / (samples - 1), w)[0])
         apart = without(grams) - similarity[None]
         error = jnp.sqrt((samples - 1) * jnp.square(apart).mean(0))

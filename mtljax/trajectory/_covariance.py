@@ -1,4 +1,4 @@
-"""The covariance of the gradient: its trace, noise scale, m-coherence, stiffness."""
+"""Gradient covariance: its trace, noise scale, m-coherence and stiffness."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,13 +26,13 @@ class GradientCovariance(NamedTuple):
     """Estimates of :func:`gradient_covariance_trace`."""
 
     trace: Float[Array, ""]  # tr Σ, per example
-    square_norm: Float[Array, ""]  # ‖∇L‖², unbiased: it can be negative
-    noise_scale: Float[Array, ""]  # tr Σ / ‖∇L‖², in examples; NaN if that is <= 0
-    loss: Float[Array, ""]  # mean over the examples drawn
+    square_norm: Float[Array, ""]  # ‖∇L‖², unbiased, so it can be negative
+    noise_scale: Float[Array, ""]  # tr Σ / ‖∇L‖², in examples; NaN if ‖∇L‖² <= 0
+    loss: Float[Array, ""]  # mean over the sampled examples
 
 
 class PerExample(NamedTuple):
-    """What :func:`m_coherence` returns."""
+    """Result of :func:`m_coherence`."""
 
     m_coherence: Float[Array, ""]  # in [0, m]
     diversity: Float[Array, ""]  # its reciprocal
@@ -41,21 +41,22 @@ class PerExample(NamedTuple):
 
 
 def gradient_moments(loss: Loss, params: Any, batches: Any) -> GradientMoments:
-    """First and second moments of the gradients of n batches, in one pass.
+    """Computes first and second moments of the gradients of n batches in one pass.
 
-    The spread is accumulated around the running mean (Welford), not as a difference of
-    two large numbers: it keeps its digits late in training, in float32.
+    The spread is accumulated around the running mean (Welford's algorithm). It is not a
+    difference of two large numbers, so it remains accurate late in training in float32.
 
     Args:
       loss: ``loss(params, batch) -> ()``, a mean over the batch.
-      params: What to differentiate with respect to: usually the shared parameters.
+      params: Parameters to differentiate with respect to, usually the shared ones.
       batches: Leaves ``[n, B, ...]``.
 
     Returns:
-      The moments. Cost: n gradients of B examples, memory 3 copies of the parameters.
+      :class:`GradientMoments`: The moments. The cost is n gradients of B examples. The
+      memory is 3 copies of the parameters.
 
     Raises:
-      ValueError: If there is no batch, or lengths differ.
+      ValueError: If there is no batch, or if lengths differ.
 
     Examples:
       >>> found = gradient_moments(
@@ -94,29 +95,31 @@ def gradient_moments(loss: Loss, params: Any, batches: Any) -> GradientMoments:
 def gradient_covariance_trace(
     loss: Loss, params: Any, batches: Any, *, batch_size: int, population: int | None
 ) -> GradientCovariance:
-    r"""Trace of the per-example gradient covariance, from batch gradients alone.
+    r"""Estimates the trace of the per-example gradient covariance from batch gradients.
 
     .. math:: \mathrm{tr}\,Σ = \frac{G_B - G_L}{A_B/B - A_L/L}, \quad
               A_Z = \frac{N - Z}{N - 1}
 
-    with :math:`L = nB` examples drawn without replacement from N. Both estimates are
-    unbiased for the quantities of the whole population (divided by N, not N − 1). The
-    squared norm can come out negative, and is returned as it is: the noise scale, its
-    ratio, is then NaN. The paper calls the trace "coherence": lower is more coherent.
+    Here :math:`L = nB` examples are sampled without replacement from N. Both estimates
+    are unbiased for the quantities of the whole population (divided by N, and not by
+    N − 1). The estimate of the squared norm can be negative and is returned unchanged.
+    The noise scale, a ratio with this denominator, is then NaN. The paper calls the
+    trace "coherence". A lower value means more coherent gradients.
 
     Args:
       loss: ``loss(params, batch) -> ()``, a mean over the batch.
-      params: What to differentiate with respect to.
-      batches: Leaves ``[n, B, ...]``, examples drawn without replacement, n >= 2.
-      batch_size: B, examples in a batch.
-      population: N, the size of the set they were drawn from; None for an infinite one.
+      params: Parameters to differentiate with respect to.
+      batches: Leaves ``[n, B, ...]`` with n >= 2 and examples that are sampled without
+        replacement.
+      batch_size: B, the number of examples per batch.
+      population: N, the size of the set of the examples; None for an infinite set.
 
     Returns:
-      Trace, squared norm, noise scale and loss. Cost: n gradients of B examples; memory
-      3 copies of the parameters whatever n is.
+      :class:`GradientCovariance`: Trace, squared norm, noise scale and loss. The cost
+      is n gradients of B examples. The memory is 3 copies of the parameters for any n.
 
     Raises:
-      ValueError: If n < 2, or N is smaller than nB or equal to B.
+      ValueError: If n < 2, or if N is smaller than nB.
 
     Examples:
       >>> x = jnp.array([[1.0, 2.0], [3.0, 6.0]])  # all four of a set of four
@@ -128,7 +131,7 @@ def gradient_covariance_trace(
 
     References:
       Mueller et al., `arXiv 2408.14677 <https://arxiv.org/abs/2408.14677>`_, 2024,
-      appendix B; McCandlish et al., `arXiv 1812.06162
+      appendix B. McCandlish et al., `arXiv 1812.06162
       <https://arxiv.org/abs/1812.06162>`_, 2018.
     """
     name = "gradient_covariance_trace"
@@ -136,11 +139,11 @@ def gradient_covariance_trace(
     count = trees.check_length(name, "batches", batches)
     drawn = count * batch_size
     if count < 2:
-        raise ValueError(f"{name}: one batch has no spread; give at least 2.")
+        raise ValueError(f"{name}: one batch has no spread; pass at least 2 batches.")
     if population is not None and population < drawn:
         raise ValueError(
-            f"{name}: {count} batches of {batch_size} examples cannot be drawn without "
-            f"replacement from population={population}."
+            f"{name}: {count} batches of {batch_size} examples cannot be sampled "
+            f"without replacement from population={population}."
         )
 
     def correction(size: int) -> float:
@@ -159,20 +162,21 @@ def gradient_covariance_trace(
 def gradient_noise_scale(
     loss: Loss, params: Any, batches: Any, *, batch_size: int, population: int | None
 ) -> Float[Array, ""]:
-    """The simple noise scale ``tr Σ / ‖∇L‖²``, in examples.
+    """Estimates the simple noise scale ``tr Σ / ‖∇L‖²``, in examples.
 
-    A ratio of two unbiased estimates: consistent, not unbiased.
+    The ratio of two unbiased estimates is consistent, but not unbiased.
 
     Args:
-      loss: As for :func:`gradient_covariance_trace`.
-      params: Likewise.
-      batches: Likewise.
-      batch_size: Likewise.
-      population: Likewise.
+      loss: See :func:`gradient_covariance_trace`.
+      params: See :func:`gradient_covariance_trace`.
+      batches: See :func:`gradient_covariance_trace`.
+      batch_size: See :func:`gradient_covariance_trace`.
+      population: See :func:`gradient_covariance_trace`.
 
     Returns:
-      The batch size at which signal and noise of the gradient are of equal length; NaN
-      where the squared norm is estimated as zero or less. Cost as there.
+      The batch size at which signal and noise of the gradient have equal norms. It is
+      NaN if the estimate of the squared norm is not positive. The cost is that of
+      :func:`gradient_covariance_trace`.
 
     Examples:
       >>> x = jnp.array([[1.0, 2.0], [3.0, 6.0]])
@@ -191,22 +195,23 @@ def gradient_noise_scale(
 
 
 def m_coherence(loss: Loss, params: Any, examples: Any) -> PerExample:
-    """How many of m examples an average one helps: ``m ‖ḡ‖² / E‖g_x‖²``.
+    """Computes the m-coherence of m examples, ``m ‖ḡ‖² / E‖g_x‖²``.
 
-    1 where the m gradients are orthogonal, m where they are equal; its reciprocal is
-    gradient diversity.
+    The value estimates how many of the m examples benefit from a step on one of them.
+    It is 1 if the m gradients are orthogonal, and m if they are equal. Its reciprocal
+    is the gradient diversity.
 
     Args:
       loss: ``loss(params, batch) -> ()``, called with batches of one example.
-      params: What to differentiate with respect to.
+      params: Parameters to differentiate with respect to.
       examples: Leaves ``[m, ...]``.
 
     Returns:
-      The statistics; NaN where all gradients are zero. Cost: m gradients of one
-      example, memory 3 copies of the parameters.
+      :class:`PerExample`: The statistics, NaN if all gradients are zero. The cost is m
+      gradients of one example. The memory is 3 copies of the parameters.
 
     Raises:
-      ValueError: If there is no example, or lengths differ.
+      ValueError: If there is no example, or if lengths differ.
 
     Examples:
       >>> x = jnp.eye(3)
@@ -216,7 +221,7 @@ def m_coherence(loss: Loss, params: Any, examples: Any) -> PerExample:
 
     References:
       Chatterjee and Zielinski, `arXiv 2008.01217 <https://arxiv.org/abs/2008.01217>`_,
-      2020; Yin et al., `arXiv 1706.05699 <https://arxiv.org/abs/1706.05699>`_, 2017.
+      2020. Yin et al., `arXiv 1706.05699 <https://arxiv.org/abs/1706.05699>`_, 2017.
     """
     count = trees.check_length("m_coherence", "examples", examples)
     single = jax.tree.map(lambda x: jnp.expand_dims(x, 1), examples)
@@ -226,11 +231,11 @@ def m_coherence(loss: Loss, params: Any, examples: Any) -> PerExample:
 
 
 class Stiffness(NamedTuple):
-    """What :func:`stiffness_matrix` returns; one entry a pair, or a pair of groups."""
+    """Result of :func:`stiffness_matrix`, one entry per pair or pair of groups."""
 
     cosine: Float[Array, "a b"]
     sign: Float[Array, "a b"]
-    pairs: Float[Array, "a b"]  # how many were averaged; an empty mean is NaN
+    pairs: Float[Array, "a b"]  # number of averaged pairs; an empty mean is NaN
 
 
 def stiffness_matrix(
@@ -243,26 +248,30 @@ def stiffness_matrix(
     num_groups: int | None = None,
     block: int | None = None,
 ) -> Stiffness:
-    """Cosine and sign of the inner product of the gradients of two examples.
+    """Computes cosine and sign of the inner products of gradients of two examples.
 
-    A step on the one lowers the loss of the other where it is positive.
+    If the inner product is positive, a step on one example lowers the loss of the
+    other.
 
     Args:
       loss: ``loss(params, batch) -> ()``, called with batches of one example.
-      params: What to differentiate with respect to.
+      params: Parameters to differentiate with respect to.
       left: Leaves ``[m, ...]``.
       right: Leaves ``[n, ...]``, often validation examples.
-      groups: Labels ``[m]`` and ``[n]``, such as classes: entries are then means over
-        the pairs of two groups.
-      num_groups: How many labels there are; needed with ``groups``.
-      block: Gradients held at once; must divide m, which is the default.
+      groups: Labels ``[m]`` and ``[n]``, such as classes. Entries of the result are
+        then means over the pairs of two groups.
+      num_groups: Number of different labels, required with ``groups``.
+      block: Number of gradients that are stored at once. It must divide m, which is
+        the default.
 
     Returns:
-      ``[m, n]``, or ``[num_groups, num_groups]``; the cosine with a zero gradient is 0.
-      Cost: m + n · m / block gradients of one example, block + 1 copies in memory.
+      :class:`Stiffness`: Arrays of shape ``[m, n]``, or ``[num_groups, num_groups]``
+      with ``groups``. The cosine with a zero gradient is 0. The cost is
+      m + n · m / block gradients of one example. The memory is block + 1 copies of the
+      parameters.
 
     Raises:
-      ValueError: If ``block`` does not divide m, or num_groups is missing.
+      ValueError: If ``block`` does not divide m, or if ``num_groups`` is missing.
 
     Examples:
       >>> x = jnp.array([[1.0, 0.0], [0.0, 2.0]])
@@ -282,7 +291,7 @@ def stiffness_matrix(
     if rows % block:
         raise ValueError(f"{name}: block={block} must divide the {rows} examples.")
     if groups is not None and num_groups is None:
-        raise ValueError(f"{name}: groups need num_groups.")
+        raise ValueError(f"{name}: groups need num_groups. Pass the number of labels.")
 
     def gradient(example):
         batch = jax.tree.map(lambda x: x[None], example)

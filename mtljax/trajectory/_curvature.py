@@ -1,4 +1,4 @@
-"""Products with the Hessian and the Gauss-Newton matrix, and traces from them."""
+"""Products with the Hessian and the Gauss-Newton matrix, and their traces."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,29 +14,31 @@ Matvec = Callable[[Any], Any]
 
 
 class Trace(NamedTuple):
-    """What :func:`hessian_trace` returns."""
+    """Result of :func:`hessian_trace`."""
 
     trace: Float[Array, ""]
     standard_error: Float[Array, ""]  # NaN with one probe
-    samples: Float[Array, " n"]  # zᵀ H z of every probe
+    samples: Float[Array, " n"]  # zᵀ H z of every probe vector
 
 
 def hvp(loss: Loss, params: Any, batches: Any) -> Matvec:
-    """The Hessian of the mean loss over n batches, as a linear map.
+    """Returns the Hessian of the mean loss over n batches as a linear map.
 
-    ``H v = d/dτ ∇L(θ + τ v)``, forward over reverse: no second backward graph.
+    The product is ``H v = d/dτ ∇L(θ + τ v)``. It is computed in forward mode over
+    reverse mode, so no second backward graph is needed.
 
     Args:
       loss: ``loss(params, batch) -> ()``, a mean over the batch.
-      params: What to differentiate with respect to.
+      params: Parameters to differentiate with respect to.
       batches: Leaves ``[n, B, ...]``.
 
     Returns:
-      ``product(v) -> H v`` on trees like params, at least float32. Cost: n
-      Hessian-vector products, 2 to 3 gradients each; memory 3 copies of the parameters.
+      A function ``product(v)`` that returns ``H v``, for trees with the structure of
+      params, at least float32. The cost is n Hessian-vector products of 2 to 3
+      gradients each. The memory is 3 copies of the parameters.
 
     Raises:
-      ValueError: If there is no batch, or a parameter is not a float.
+      ValueError: If there is no batch, or if a parameter is not floating-point.
 
     Examples:
       >>> cube = lambda w, x: (x * w**3).mean()
@@ -66,23 +68,24 @@ def ggn_vp(
     params: Any,
     batches: tuple[Any, Any],
 ) -> Matvec:
-    """The generalised Gauss-Newton matrix ``Jᵀ H_z J``, as a linear map.
+    """Returns the generalised Gauss-Newton matrix ``Jᵀ H_z J`` as a linear map.
 
-    Positive semi-definite for a loss convex in the outputs; the Fisher matrix for
-    softmax cross-entropy and for squared errors halved.
+    The matrix is positive semi-definite if the loss is convex in the outputs. It is the
+    Fisher matrix for the softmax cross-entropy and for half the squared error.
 
     Args:
       model: ``model(params, inputs) -> outputs``, in evaluation mode.
       output_loss: ``output_loss(outputs, targets) -> ()``, a mean over the batch.
-      params: What to differentiate with respect to.
+      params: Parameters to differentiate with respect to.
       batches: ``(inputs, targets)``, leaves ``[n, B, ...]``.
 
     Returns:
-      ``product(v)`` on trees like params, at least float32. Cost: n times 1 forward, 1
-      forward-mode and 1 backward pass; memory 3 copies of the parameters.
+      A function ``product(v)`` for trees with the structure of params, at least
+      float32. The cost is n times 1 forward, 1 forward-mode and 1 backward pass. The
+      memory is 3 copies of the parameters.
 
     Raises:
-      ValueError: If there is no batch, or a parameter is not a float.
+      ValueError: If there is no batch, or if a parameter is not floating-point.
 
     Examples:
       >>> model, square = lambda w, x: x * w**2, lambda z, y: ((z - y) ** 2).mean() / 2
@@ -120,23 +123,25 @@ def _like(vector: Any, params: Any) -> Any:
 def hessian_trace(
     product: Matvec, params: Any, key: PRNGKeyArray, *, num_probes: int = 32
 ) -> Trace:
-    r"""Trace of a symmetric linear map, by Hutchinson's estimator.
+    r"""Estimates the trace of a symmetric linear map by Hutchinson's method.
 
     .. math:: \mathrm{tr} H = E\, z^T H z, \quad z_i = ±1
 
-    Unbiased, of variance :math:`2 \sum_{i \ne j} H_{ij}^2` a probe.
+    The estimate is unbiased. Its variance per probe is
+    :math:`2 \sum_{i \ne j} H_{ij}^2`.
 
     Args:
-      product: Of :func:`hvp` or :func:`ggn_vp`.
-      params: For the shapes.
-      key: For the probes.
-      num_probes: n; the error falls with √n.
+      product: A linear map from :func:`hvp` or :func:`ggn_vp`.
+      params: Parameters, used for their shapes.
+      key: Random key of the probe vectors.
+      num_probes: n. The error is proportional to 1/√n.
 
     Returns:
-      Mean, standard error and the n terms. Cost: n products, one vector in memory.
+      :class:`Trace`: Mean, standard error and the n terms. The cost is n products. The
+      memory is one vector.
 
     Raises:
-      ValueError: If num_probes is not positive.
+      ValueError: If ``num_probes`` is not positive.
 
     Examples:
       >>> found = hessian_trace(lambda v: 3 * v, jnp.zeros(5), jax.random.key(0))
@@ -144,8 +149,8 @@ def hessian_trace(
       (15.0, 0.0)
 
     References:
-      Hutchinson, A stochastic estimator of the trace of the influence matrix, 1990;
-      PyHessian: Yao et al., `arXiv 1912.07145 <https://arxiv.org/abs/1912.07145>`_.
+      Hutchinson, A stochastic estimator of the trace of the influence matrix, 1990.
+      Yao et al., `arXiv 1912.07145 <https://arxiv.org/abs/1912.07145>`_ (PyHessian).
     """
     trees.check_positive("hessian_trace", "num_probes", num_probes)
     trees.check_params("hessian_trace", params)

@@ -1,4 +1,4 @@
-"""The trace of the true Fisher information: labels are drawn from the model."""
+"""Trace of the Fisher information, with labels that are sampled from the model."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -16,11 +16,11 @@ Reduction: TypeAlias = Literal["sum", "mean"]
 
 
 class FisherTrace(NamedTuple):
-    """What :func:`fisher_trace` returns."""
+    """Result of :func:`fisher_trace`."""
 
     trace: Float[Array, ""]
-    standard_error: Float[Array, ""]  # over the terms averaged; NaN if there is one
-    terms: Float[Array, " n"]  # squared norms, by example or by batch
+    standard_error: Float[Array, ""]  # over the averaged terms; NaN for one term
+    terms: Float[Array, " n"]  # squared norms, per example or per batch
 
 
 def fisher_trace(
@@ -34,39 +34,46 @@ def fisher_trace(
     reduction: Reduction = "sum",
     batch_size: int = 32,
 ) -> FisherTrace:
-    r"""Trace of the Fisher information matrix of one task.
+    r"""Estimates the trace of the Fisher information matrix of one task.
 
     .. math:: \mathrm{tr} F = E_x E_{ŷ \sim p(·|x)} \|∇_θ \log p(ŷ|x)\|^2
 
-    ``"per_example"`` draws one label an example and is unbiased. ``"batch"`` is the
-    squared norm of the gradient of a batch with drawn labels, times B: unbiased too, as
-    scores have mean zero, and without a per-example gradient, but of a relative
-    deviation near √(2/rank) a batch. ``"exact"`` sums over all classes, and has no
-    label noise; for dense outputs it sums over positions, which are independent given
-    x. The source says neither which it used nor how regression is treated; a Gaussian
-    of unit variance and the sum over positions are inferred.
+    The estimators differ in cost and variance:
+
+    - ``"per_example"`` samples one label per example and is unbiased.
+    - ``"batch"`` multiplies the squared norm of the gradient of a batch with sampled
+      labels by B. It is also unbiased, because scores have the mean zero. It needs no
+      per-example gradient, but has a relative deviation of about √(2/rank) per batch.
+    - ``"exact"`` sums over all classes and has no label noise. For dense outputs it
+      sums over positions, which are independent given x.
+
+    The source specifies neither the estimator nor the treatment of regression. The
+    Gaussian of unit variance and the sum over positions are inferred.
 
     Args:
-      model: ``model(params, inputs[B, ...]) -> outputs [B, ...]``, in evaluation mode:
-        logits with classes last, logits, or means. Examples must not interact.
-      params: What to differentiate with respect to.
+      model: A function ``model(params, inputs) -> outputs`` in evaluation mode, with
+        leaves ``[B, ...]``. The outputs are logits with classes last, logits, or
+        means, see ``output``. Examples must not interact.
+      params: Parameters to differentiate with respect to.
       inputs: Leaves ``[N, ...]``.
-      key: For the labels; not needed by ``"exact"``.
-      estimator: See above.
-      output: What the model parametrises: a softmax, independent sigmoids, or normal
-        distributions of unit variance.
+      key: Random key of the labels. Not needed for ``"exact"``.
+      estimator: One of the estimators above.
+      output: Distribution that the model parametrises: a softmax, independent
+        sigmoids, or normal distributions of unit variance.
       reduction: Whether the log-likelihood of an example is the sum or the mean over
         its outputs (positions of a dense task, several labels).
-      batch_size: Examples in a batch of ``"batch"``, which N must be a multiple of;
-        examples at once of ``"per_example"``.
+      batch_size: Number of examples per batch. It must divide N for ``"batch"``. For
+        ``"per_example"`` it is the number of examples that are processed at once.
 
     Returns:
-      Trace and standard error. Cost in gradients: N of one example, N / batch_size of a
-      batch, or N times the number of outputs (all D entries of an example). Memory:
-      batch_size, 2 or 2 copies of the parameters.
+      :class:`FisherTrace`: Trace, standard error and terms. ``"per_example"`` costs N
+      gradients of one example and the memory of batch_size copies of the parameters.
+      ``"batch"`` costs N / batch_size gradients of a batch and 2 copies. ``"exact"``
+      costs N times the number of outputs (all D entries of an example) and 2 copies.
 
     Raises:
-      ValueError: If the key is missing, or N is not a multiple of batch_size.
+      ValueError: If the key is missing, or if N is not a multiple of ``batch_size`` for
+        ``"batch"``.
 
     Examples:
       >>> x = jnp.array([[1.0], [2.0]])
@@ -89,12 +96,12 @@ def fisher_trace(
     single = jax.tree.map(lambda x: x[:, None], inputs)
 
     def factor(outputs) -> float:
-        """1 / (number of terms of one log-likelihood) if it is their mean."""
+        """Returns 1 / (number of terms of one log-likelihood) if it is their mean."""
         size = outputs[0].size // (outputs.shape[-1] if output == "categorical" else 1)
         return 1 / size if reduction == "mean" else 1.0
 
     def pulled(x, scores):
-        """``‖Jᵀ scores‖²`` for the outputs of a batch."""
+        """Returns ``‖Jᵀ scores‖²`` for the outputs of a batch."""
         outputs, pull = jax.vjp(lambda p: model(p, x), params)
         return trees.square_norm(pull(scores(outputs).astype(outputs.dtype)))
 
@@ -108,7 +115,10 @@ def fisher_trace(
 
         return _summary(jax.lax.map(term, single))
     if key is None:
-        raise ValueError(f"{name}: estimator={estimator!r} draws labels and needs key.")
+        raise ValueError(
+            f"{name}: estimator={estimator!r} draws labels and needs key. Pass "
+            "key=jax.random.key(...)."
+        )
 
     def drawn(x, key):
         return pulled(x, lambda out: factor(out) * _sampled_score(out, output, key))
@@ -137,7 +147,7 @@ def _summary(terms: Array) -> FisherTrace:
 
 
 def _sampled_score(outputs: Array, output: Output, key: PRNGKeyArray) -> Array:
-    """Derivative of log p(ŷ) by the outputs, ŷ drawn from the model."""
+    """Returns the derivative of log p(ŷ) by the outputs, with ŷ from the model."""
     z = jax.lax.stop_gradient(trees.wide(outputs))
     if output == "categorical":
         label = jax.random.categorical(key, z)
@@ -149,7 +159,7 @@ def _sampled_score(outputs: Array, output: Output, key: PRNGKeyArray) -> Array:
 
 
 def _score_basis(outputs: Array, output: Output) -> Array:
-    """Vectors ``[D, ...]`` whose outer products sum to the outputs' Fisher matrix."""
+    """Returns vectors ``[D, ...]`` whose outer products sum to the Fisher matrix."""
     z = jax.lax.stop_gradient(trees.wide(outputs))
     identity = jnp.eye(z.size, dtype=z.dtype).reshape(z.size, *z.shape)
     if output == "gaussian":
@@ -158,6 +168,6 @@ def _score_basis(outputs: Array, output: Output) -> Array:
         p = jax.nn.sigmoid(z)
         return identity * jnp.sqrt(p * (1 - p))[None]
     p = jax.nn.softmax(z)
-    here = identity.sum(-1, keepdims=True)  # marks the position of the class
+    here = identity.sum(-1, keepdims=True)  # one-hot at the position of the class
     weight = jnp.sqrt(p.reshape((z.size,) + (1,) * z.ndim))
     return weight * (identity - here * p[None])

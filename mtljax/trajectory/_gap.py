@@ -1,4 +1,4 @@
-"""Generalisation at equal training loss: the gap, its significance and its onset."""
+"""Generalisation gap at equal training loss, its significance and its onset."""
 
 import itertools
 import math
@@ -14,23 +14,23 @@ Matching: TypeAlias = Literal["bins", "first_passage"]
 
 
 class GeneralizationGap(NamedTuple):
-    """What :func:`generalization_gap` returns; one entry a bin, the largest loss first.
+    """Result of :func:`generalization_gap`, one entry per bin, largest loss first.
 
-    Without an overlap of the two loss ranges there is no bin, and ``overlap`` is None.
+    If the two loss ranges do not overlap, there is no bin, and ``overlap`` is None.
     """
 
     loss: Float[Array, " bins"]  # centre of the bin (first passage: the threshold)
-    gap: Float[Array, " bins"]  # positive: multi-task is better; NaN: nothing to match
+    gap: Float[Array, " bins"]  # positive: multi-task is better; NaN: no match
     significant: Bool[Array, " bins"]  # ± 2 sd over runs do not overlap
     single: Float[Array, "runs bins"]  # run means of the single-task score
     multi: Float[Array, "runs2 bins"]
-    runs: Int[Array, "2 bins"]  # runs with a checkpoint in the bin
-    onset: float  # largest loss from which one significant sign holds; NaN if none
-    overlap: tuple[float, float] | None  # losses that both reach, largest first
-    ignored: int  # checkpoints with a loss or score that is no finite number, or <= 0
+    runs: Int[Array, "2 bins"]  # number of runs with a checkpoint in the bin
+    onset: float  # largest loss from which one significant sign persists; NaN if none
+    overlap: tuple[float, float] | None  # losses that both groups reach, largest first
+    ignored: int  # checkpoints whose loss or score is not finite, or whose loss <= 0
 
     def describe(self) -> str:
-        """One sentence on what was found."""
+        """Describes the result in one sentence."""
         if self.overlap is None:
             return "The loss ranges do not overlap: nothing can be compared."
         high, low = self.overlap
@@ -55,31 +55,36 @@ def generalization_gap(
     edges: Sequence[float] | None = None,
     matching: Matching = "bins",
 ) -> GeneralizationGap:
-    r"""Difference in generalisation of two groups of runs at equal own-task loss.
+    r"""Compares the generalisation of two groups of runs at equal own-task loss.
 
     Scores are averaged in bins of the logarithm of the training loss, first within a
-    run, then over runs; the gap is significant where ``|gap| > 2 sd + 2 sd``, with
-    standard deviations over runs. Bins cover the overlap of the two loss ranges only:
-    nothing is extrapolated. ``"first_passage"`` takes, at each edge, the score of the
-    first checkpoint whose loss is as small; it suits noisy losses. The matching rule is
-    inferred from the paper's figures; its text gives the two deviations only.
+    run and then over runs. The gap is significant if ``|gap| > 2 sd + 2 sd``, with
+    standard deviations over runs. Bins cover only the overlap of the two loss ranges,
+    so nothing is extrapolated. ``"first_passage"`` uses, at each edge, the score of the
+    first checkpoint whose loss is at most the edge. It is suitable for noisy losses.
+    The matching rule is inferred from the paper's figures. Its text specifies only the
+    two deviations.
 
     Args:
-      single_loss: Training loss of the task in single-task runs ``[R, T]``, from one
-        evaluation of the whole set a checkpoint, not from running means.
-      single_score: Their test score ``[R, T]``.
-      multi_loss: The same task's loss in multi-task runs ``[R', T']``.
-      multi_score: Their score.
-      higher_is_better: False turns the sign, so that a positive gap is always good.
-      bins_per_decade: Bins a factor of ten in loss, unless ``edges`` are given.
+      single_loss: Training loss of the task in single-task runs, shape ``[R, T]`` for T
+        checkpoints. Each entry is an evaluation of the whole set, and not a running
+        mean.
+      single_score: Test score of these runs, shape ``[R, T]``.
+      multi_loss: Loss of the same task in multi-task runs, shape ``[R', T']``.
+      multi_score: Test score of these runs.
+      higher_is_better: Whether a high score is good. False changes the sign, so that a
+        positive gap is always good.
+      bins_per_decade: Number of bins per factor of ten in loss, unless ``edges`` are
+        given.
       edges: Losses that bound the bins.
-      matching: See above.
+      matching: ``"bins"`` or ``"first_passage"``, see above.
 
     Returns:
-      The gap by bin, and what it rests on. Significance needs two runs on either side.
+      :class:`GeneralizationGap`: The gap per bin, with the underlying scores and
+      counts. Significance requires two runs in each group.
 
     Raises:
-      ValueError: If shapes differ, or an edge is not positive.
+      ValueError: If shapes differ, or if an edge is not positive.
 
     Examples:
       >>> loss = jnp.array([[1.0, 0.1, 0.01]] * 2)
@@ -127,7 +132,7 @@ def generalization_gap(
     centres = [centres[i] for i in order]
     (mean_s, sd_s, n_s), (mean_m, sd_m, n_m) = _over_runs(single), _over_runs(multi)
     gap = mean_m - mean_s if higher_is_better else mean_s - mean_m
-    significant = jnp.abs(gap) > 2 * sd_s + 2 * sd_m  # False where a sd is unknown
+    significant = jnp.abs(gap) > 2 * sd_s + 2 * sd_m  # False if an sd is unknown
     return GeneralizationGap(
         loss=jnp.array(centres),
         gap=gap,
@@ -142,7 +147,7 @@ def generalization_gap(
 
 
 def _overlap(losses: list[Array]) -> tuple[float, float] | None:
-    """The largest and the smallest loss that both groups reach."""
+    """Returns the largest and the smallest loss that both groups reach."""
     if any(not bool(jnp.isfinite(x).any()) for x in losses):
         return None
     high = min(float(jnp.nanmax(x)) for x in losses)
@@ -162,16 +167,16 @@ def _edges(name, overlap, bins_per_decade, edges) -> list[float]:
         raise ValueError(f"{name}: bins_per_decade={bins_per_decade} must be positive.")
     if overlap is None:
         return []
-    # Whole bins of a fixed grid, so that two comparisons share their bins; those at the
-    # ends may reach beyond the overlap, by less than a bin.
+    # Whole bins of a fixed grid are used, so that two comparisons share their bins. The
+    # first and the last bin may exceed the overlap by less than a bin.
     high, low = (math.log10(x) * bins_per_decade for x in overlap)
     first, last = math.floor(low + 1e-6), math.floor(high + 1e-6) + 1
     return [10 ** (i / bins_per_decade) for i in range(first, last + 1)]
 
 
 def _in_bins(loss, score, good, logs) -> Array:
-    """Mean score of each run in each bin ``[R, bins]``; NaN without a checkpoint."""
-    place = jnp.log10(jnp.where(good, loss, 1)) + 1e-6  # as the grid above rounds
+    """Returns the mean score of each run in each bin; NaN without a checkpoint."""
+    place = jnp.log10(jnp.where(good, loss, 1)) + 1e-6  # same rounding as the grid
     found = []
     for low, high in itertools.pairwise(logs):
         inside = good & (place >= low) & (place < high)
@@ -182,7 +187,7 @@ def _in_bins(loss, score, good, logs) -> Array:
 
 
 def _first_passages(loss, score, good, logs) -> Array:
-    """Score of each run when its loss first is at or below each edge."""
+    """Returns the score of each run when its loss first reaches each edge."""
     found = []
     for edge in logs:
         below = good & (jnp.log10(jnp.where(good, loss, 1)) <= edge + 1e-6)
@@ -192,7 +197,7 @@ def _first_passages(loss, score, good, logs) -> Array:
 
 
 def _over_runs(values: Array) -> tuple[Array, Array, Array]:
-    """Mean, standard deviation and number of the runs that are not NaN."""
+    """Returns mean, standard deviation and number of the runs that are not NaN."""
     there = ~jnp.isnan(values)
     count = there.sum(0)
     filled = jnp.where(there, values, 0)
@@ -203,7 +208,7 @@ def _over_runs(values: Array) -> tuple[Array, Array, Array]:
 
 
 def _onset(centres: list[float], gap: list[float], significant: list[bool]) -> float:
-    """Where the last stretch of one significant sign begins, at the largest loss."""
+    """Returns the largest loss of the final stretch with one significant sign."""
     onset, sign = math.nan, 0.0
     for loss, value, sure in reversed(
         list(zip(centres, gap, significant, strict=True))

@@ -1,4 +1,4 @@
-"""Where runs are: distances, the path between two of them, slices of the loss."""
+"""Distances between runs, the linear path between them, and slices of the loss."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,24 +14,25 @@ Loss = Callable[[Any, Any], Any]
 
 
 class LinearPath(NamedTuple):
-    """What :func:`linear_mode_connectivity` returns."""
+    """Result of :func:`linear_mode_connectivity`."""
 
     alphas: Float[Array, " points"]
     losses: Float[Array, "points ..."]  # at (1 − α) a + α b; last axis: tasks, if any
-    barrier: Float[Array, "..."]  # max over α of the excess over the chord
+    barrier: Float[Array, "..."]  # maximum over α of the excess over the chord
 
 
 def parameter_distance(a: Any, b: Any, start: Any = None) -> Float[Array, ""]:
-    """Euclidean distance of two sets of parameters, or how far apart they have moved.
+    """Computes the Euclidean distance between two sets of parameters.
 
     Args:
       a: Parameters.
       b: Parameters of the same shapes.
-      start: The initialisation they share: the distance is then divided by the mean
-        length of the two displacements from it.
+      start: Common initialisation. If given, the distance is divided by the mean norm
+        of the two displacements from it.
 
     Returns:
-      The distance; NaN relative to a displacement of 0. No passes.
+      The distance, a scalar. It is NaN relative to displacements of 0. No pass is
+      needed.
 
     Examples:
       >>> float(parameter_distance(jnp.array([3.0, 0.0]), jnp.array([0.0, 4.0])))
@@ -45,15 +46,15 @@ def parameter_distance(a: Any, b: Any, start: Any = None) -> Float[Array, ""]:
 
 
 def displacement_cosine(a: Any, b: Any, start: Any) -> Float[Array, ""]:
-    """Cosine of the angle between the displacements of two runs from where they began.
+    """Computes the cosine between the displacements of two runs from a common start.
 
     Args:
-      a: Parameters.
+      a: Parameters of a run.
       b: Parameters of another run.
-      start: The initialisation they share.
+      start: Common initialisation of both runs.
 
     Returns:
-      A number in ``[-1, 1]``; NaN if a run has not moved. No passes.
+      A number in ``[-1, 1]``, or NaN if a run did not move. No pass is needed.
 
     Examples:
       >>> zero = jnp.zeros(2)
@@ -76,27 +77,27 @@ def linear_mode_connectivity(
     num_points: int = 11,
     prepare: Callable[[Any], Any] | None = None,
 ) -> LinearPath:
-    """The loss on the straight line between two runs, and its barrier.
+    """Computes the loss on the straight line between two runs, and its barrier.
 
-    ``max_α L((1 − α) a + α b) − [(1 − α) L(a) + α L(b)]``, at least 0: 0 for a convex
-    valley, positive where a ridge lies between.
+    The barrier is ``max_α L((1 − α) a + α b) − [(1 − α) L(a) + α L(b)]``, at least 0.
+    It is 0 if the loss on the line is convex, and positive if it rises above the chord.
 
     Args:
       loss: ``loss(params, batch)``, a mean over the batch: a scalar, or ``[K]``.
       a: Parameters.
       b: Parameters of the same shapes.
       batches: Leaves ``[n, B, ...]``.
-      num_points: Points on the line, both ends included.
-      prepare: ``prepare(params)``, what ``loss`` takes for the parameters at a point:
-        measure running averages anew there if there is batch normalisation; those of
-        the ends are wrong in between.
+      num_points: Number of points on the line, including both ends.
+      prepare: ``prepare(params)`` returns the argument of ``loss`` for the parameters
+        at a point. With batch normalisation, recompute the running averages there,
+        because those of the ends are wrong between the ends.
 
     Returns:
-      Positions, losses and barrier. Cost: num_points · n forward passes, 3 copies of
-      the parameters.
+      :class:`LinearPath`: Positions, losses and barrier. The cost is num_points · n
+      forward passes. The memory is 3 copies of the parameters.
 
     Raises:
-      ValueError: If num_points is below 3, or there is no batch.
+      ValueError: If ``num_points`` is below 3, or if there is no batch.
 
     Examples:
       >>> loss = lambda w, x: jnp.square(w**2 - x).mean()  # minima at -1 and 1
@@ -106,9 +107,9 @@ def linear_mode_connectivity(
       ([0.0, 1.0, 0.0], 1.0)
 
     References:
-      Frankle et al., `arXiv 1912.05671 <https://arxiv.org/abs/1912.05671>`_, 2019; for
-      several tasks Mirzadeh et al., `arXiv 2010.04495
-      <https://arxiv.org/abs/2010.04495>`_, 2020.
+      Frankle et al., `arXiv 1912.05671 <https://arxiv.org/abs/1912.05671>`_, 2019.
+      Mirzadeh et al., `arXiv 2010.04495 <https://arxiv.org/abs/2010.04495>`_, 2020,
+      for several tasks.
     """
     name = "linear_mode_connectivity"
     trees.check_positive(name, "num_points", num_points)
@@ -126,26 +127,26 @@ def linear_mode_connectivity(
     losses = jax.lax.map(at, alphas)
     share = alphas.reshape((-1,) + (1,) * (losses.ndim - 1)).astype(losses.dtype)
     chord = (1 - share) * losses[:1] + share * losses[-1:]
-    # The ends are on the chord: their excess is 0, up to rounding.
+    # The ends are on the chord, so their excess is 0 and not a rounding error.
     excess = jnp.where((share == 0) | (share == 1), 0, losses - chord)
     return LinearPath(alphas, losses, excess.max(0))
 
 
 def filter_normalized(direction: Any, params: Any) -> Any:
-    """Scales every filter of a direction to the length of that filter of the weights.
+    """Scales every filter of a direction to the norm of the same filter in ``params``.
 
-    A filter is what feeds one output: all axes but the last. Vectors and scalars, such
-    as biases and norm parameters, become 0.
+    A filter contains the weights of one output, along all axes but the last. Vectors
+    and scalars, such as biases and norm parameters, become 0.
 
     Args:
-      direction: A tree like ``params``.
+      direction: A tree with the structure of ``params``.
       params: The weights.
 
     Returns:
-      The direction, at least float32. A zero filter stays zero.
+      The direction, at least float32. A zero filter remains zero.
 
     Examples:
-      >>> w = jnp.array([[3.0, 1.0], [4.0, 0.0]])  # two filters of lengths 5 and 1
+      >>> w = jnp.array([[3.0, 1.0], [4.0, 0.0]])  # two filters of norms 5 and 1
       >>> filter_normalized(jnp.ones((2, 2)), w)[0].tolist()
       [3.536, 0.707]
 
@@ -167,14 +168,14 @@ def filter_normalized(direction: Any, params: Any) -> Any:
 
 
 def random_direction(key: PRNGKeyArray, params: Any) -> Any:
-    """A filter-normalised Gaussian direction.
+    """Samples a filter-normalised Gaussian direction.
 
     Args:
-      key: For the draw.
-      params: The weights it is scaled to.
+      key: Random key.
+      params: The weights, whose filter norms the direction has.
 
     Returns:
-      A tree like ``params``, at least float32.
+      A tree with the structure of ``params``, at least float32.
 
     Examples:
       >>> w = jnp.array([[3.0], [4.0]])
@@ -194,24 +195,26 @@ def loss_slice(
     radius: float = 1.0,
     num_points: int = 25,
 ) -> tuple[Float[Array, " points"], Array]:
-    """The loss along one direction, or on the plane of two.
+    """Computes the loss along one direction, or on the plane of two directions.
 
     Args:
       loss: ``loss(params, batch)``, a mean over the batch: a scalar, or ``[K]``.
       params: The centre.
-      directions: One or two trees like ``params``; of :func:`random_direction`, or
-        towards another run.
+      directions: One or two trees with the structure of ``params``, for example from
+        :func:`random_direction` or towards another run.
       batches: Leaves ``[n, B, ...]``.
-      radius: Coefficients run from −radius to radius.
-      num_points: A, points in each direction; odd, so that the centre is one.
+      radius: Coefficients range from −radius to radius.
+      num_points: A, the number of points in each direction. It must be odd, so that
+        the centre is a point.
 
     Returns:
-      Coefficients ``[A]`` and losses ``[A, ...]`` or ``[A, A, ...]``, the first axis
-      along the first direction. Cost: A or A² times n forward passes; memory 3 copies
-      of the parameters.
+      A pair of coefficients ``[A]`` and losses ``[A, ...]`` or ``[A, A, ...]``. The
+      first axis is along the first direction. The cost is A or A² times n forward
+      passes. The memory is 3 copies of the parameters.
 
     Raises:
-      ValueError: If there are not one or two directions, or num_points is even.
+      ValueError: If the number of directions is not one or two, or if ``num_points`` is
+        even.
 
     Examples:
       >>> loss = lambda w, x: (x * w**2).sum()

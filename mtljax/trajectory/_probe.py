@@ -1,4 +1,4 @@
-"""A probe that a run takes along: chosen quantities, every so many steps."""
+"""Probe: measures quantities of a run periodically on a fixed set of examples."""
 
 import copy
 import hashlib
@@ -15,15 +15,18 @@ from mtljax.trajectory import _trees as trees
 
 
 class Quantity(NamedTuple):
-    """Something to measure.
+    """A quantity that :class:`Probe` measures.
 
     Attributes:
-      measure: ``measure(params, data, key) -> array``, or a dict or NamedTuple of
-        arrays; pure, of one run. It is compiled once.
-      every: Measured at every so manieth probe: 1 for all, more for dear ones.
-      cost: Example-gradients of one measurement, for :func:`cadence`: the number of
-        gradients times the examples in each.
-      config: What the numbers depend on, such as ``{"rho": 1e-3}``; plain values.
+      measure: ``measure(params, data, key)`` returns an array, or a dictionary or
+        NamedTuple of arrays. It must be a pure function of one run. It is compiled
+        once.
+      every: Measure at every ``every``-th probe. Use a larger value for expensive
+        measurements.
+      cost: Cost of one measurement in example-gradients, for :func:`cadence`. It is the
+        number of gradients times the number of examples in each.
+      config: Settings that affect the values, such as ``{"rho": 1e-3}``, as plain
+        values.
     """
 
     measure: Callable[[Any, Any, PRNGKeyArray], Any]
@@ -33,18 +36,18 @@ class Quantity(NamedTuple):
 
 
 def cadence(cost: float | int, step_cost: float | int, *, share: float = 0.05) -> int:
-    """Steps between probes so that probing adds about ``share`` of the training work.
+    """Returns the number of steps between probes for a given share of extra work.
 
     Args:
-      cost: Of one probe, in example-gradients.
-      step_cost: Of one training step, in the same unit: tasks times batch size.
-      share: Extra work allowed, relative to training.
+      cost: Cost of one probe in example-gradients.
+      step_cost: Cost of one training step in the same unit: tasks times batch size.
+      share: Permitted extra work of the probes, relative to training.
 
     Returns:
       The number of steps, at least 1.
 
     Raises:
-      ValueError: If a number is not positive (a cost of 0 is fine).
+      ValueError: If ``cost`` is negative, or if another number is not positive.
 
     Examples:
       >>> cadence(cost=6720 * 128, step_cost=20 * 16)  # sharpness of 20 tasks
@@ -59,26 +62,29 @@ def cadence(cost: float | int, step_cost: float | int, *, share: float = 0.05) -
 
 
 class Probe:
-    """Measures quantities on a fixed set of examples, in training or afterwards.
+    """Measures quantities on a fixed set of examples, during training or afterwards.
 
-    Every measurement uses the same examples and the same random numbers, so that
-    differences along a run, and between runs, are of the parameters. Nothing is
-    remembered between measurements: an interrupted run that goes on from a checkpoint
-    measures what it would have measured.
+    Every measurement uses the same examples and the same random numbers. Differences
+    along a run and between runs are therefore due to the parameters. The probe stores
+    nothing between measurements. A run that is resumed from a checkpoint measures the
+    same values as an uninterrupted run.
 
     Args:
-      quantities: By name.
-      data: The probe set, any pytree; kept on the device.
-      key: Fixes the random numbers of all measurements.
-      every: Steps between probes; by default from the costs, see :func:`cadence`.
-      step_cost: Example-gradients of a training step; needed without ``every``.
-      share: Extra work allowed, for the default of ``every``.
-      at: Further steps to measure at, such as the last, with all quantities.
+      quantities: Dictionary of quantities by name.
+      data: The probe set, any pytree. It is stored on the device.
+      key: Random key of all measurements.
+      every: Number of steps between probes. By default it is computed from the costs,
+        see :func:`cadence`.
+      step_cost: Cost of a training step in example-gradients, required without
+        ``every``.
+      share: Permitted extra work, for the default of ``every``.
+      at: Further steps at which all quantities are measured, such as the last.
       many: Whether parameters have a leading axis of runs (seeds trained together).
-      prefix: Of the names in the rows.
+      prefix: Prefix of the names in the rows.
 
     Raises:
-      ValueError: If there is no quantity, or ``every`` or a quantity's is not positive.
+      ValueError: If there is no quantity, or if ``every`` of the probe or of a quantity
+        is not positive.
 
     Examples:
       >>> norm = Quantity(lambda w, data, key: (w**2).sum(), config={"of": "all"})
@@ -106,7 +112,9 @@ class Probe:
         prefix: str = "probe_",
     ):
         if not quantities:
-            raise ValueError("Probe: there is no quantity to measure.")
+            raise ValueError(
+                "Probe: quantities is empty, so there is no quantity to measure."
+            )
         for name, quantity in quantities.items():
             trees.check_positive(f"Probe: quantity {name!r}", "every", quantity.every)
         self.quantities = dict(quantities)
@@ -122,13 +130,13 @@ class Probe:
         self._compiled: dict[tuple[str, ...], Callable[..., Any]] = {}
 
     def on(self, data: Any) -> "Probe":
-        """The same probe on other examples of the same shapes.
+        """Returns the same probe for other examples of the same shapes.
 
         Args:
           data: The probe set.
 
         Returns:
-          A probe that shares the compiled programs.
+          A :class:`Probe` that shares the compiled programs.
 
         Examples:
           >>> mean = Quantity(lambda w, data, key: (w * data).mean())
@@ -141,13 +149,14 @@ class Probe:
         return other
 
     def cost(self) -> float:
-        """Example-gradients of a probe, on average over the quantities' cadences."""
+        """Returns the mean cost of a probe in example-gradients."""
         return sum(q.cost / q.every for q in self.quantities.values())
 
     def config(self) -> dict[str, Any]:
-        """What the numbers depend on, for :func:`check_comparable`; plain values.
+        """Returns the settings that affect the values, for :func:`check_comparable`.
 
-        The digest of the probe set and the key are in it.
+        The settings are plain values. They include the digest of the probe set and the
+        key.
         """
         digest = hashlib.sha256()
         for path, leaf in jax.tree_util.tree_leaves_with_path(self.data):
@@ -160,10 +169,10 @@ class Probe:
         return found
 
     def due(self, step: int) -> tuple[str, ...]:
-        """Names of what is measured at a step.
+        """Returns the names of the quantities that are measured at a step.
 
         Args:
-          step: Completed steps.
+          step: Number of completed steps.
         """
         if step in self.at:
             return tuple(self.quantities)
@@ -173,16 +182,16 @@ class Probe:
         return tuple(n for n, q in self.quantities.items() if index % q.every == 0)
 
     def __call__(self, params: Any, step: int) -> dict[str, Array]:
-        """Measures what is due at a step.
+        """Measures the quantities that are due at a step.
 
         Args:
           params: Parameters, with a leading axis of runs if ``many``.
-          step: Completed steps.
+          step: Number of completed steps.
 
         Returns:
-          Arrays by name (``prefix + quantity[_field]``), and ``prefix + "nonfinite"``,
-          the number of entries that are NaN or infinite, which are returned as they
-          are. Empty if nothing is due.
+          Arrays by name (``prefix + quantity[_field]``), or an empty dictionary if
+          nothing is due. ``prefix + "nonfinite"`` is the number of entries that are NaN
+          or infinite. Such entries are returned unchanged.
         """
         names = self.due(int(step))
         return self._run(names, params) if names else {}
@@ -225,19 +234,21 @@ class Probe:
         params: Callable[[Any], Any],
         step: Callable[[Any], Any],
     ) -> Callable[[Any], dict[str, Any]]:
-        """An evaluation that measures too: pass it to a training loop as ``eval_fn``.
+        """Adds the measurements to an evaluation function.
 
-        Its rows hold the metrics and, at the steps that are due, the measurements. The
-        loop must evaluate at these steps: let its interval divide ``every``.
+        Pass the result to a training loop as ``eval_fn``. Its rows contain the metrics
+        and, at the steps that are due, the measurements. The loop must evaluate at
+        these steps, so its interval must divide ``every``.
 
         Args:
           evaluate: The evaluation of the run, ``evaluate(state) -> dict``.
-          params: ``params(state)``, what the quantities take.
-          step: ``step(state)``, the completed steps, from the state itself, so that a
-            resumed run goes on counting; of the first run if there are several.
+          params: ``params(state)``, the parameters that the quantities receive.
+          step: ``step(state)``, the number of completed steps, of the first run if
+            there are several. It is read from the state, so that a resumed run
+            continues the count.
 
         Returns:
-          ``function(state) -> dict``.
+          A function ``f(state) -> dict``.
 
         Examples:
           >>> norm = Quantity(lambda w, data, key: jnp.abs(w))
@@ -263,14 +274,14 @@ class Probe:
         return both
 
     def offline(self, checkpoints: Iterable[tuple[int, Any]]) -> list[dict[str, Any]]:
-        """Measures saved parameters, whatever their steps, with all quantities.
+        """Measures all quantities of saved parameters, at any steps.
 
         Args:
-          checkpoints: Pairs of step and parameters; loaded one at a time if it is a
-            generator.
+          checkpoints: Pairs of step and parameters. A generator loads them one at a
+            time.
 
         Returns:
-          A dict for each, with ``step``.
+          A list with one dictionary per checkpoint, which also contains ``step``.
         """
         names = tuple(self.quantities)
         return [{"step": s, **self._run(names, params)} for s, params in checkpoints]

@@ -1,4 +1,4 @@
-"""Similarity of representations: linear CKA."""
+"""Similarity of representations by linear CKA."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -7,25 +7,26 @@ from jaxtyping import Array, Float
 def cka(
     x: Float[Array, "n p"], y: Float[Array, "n q"], *, unbiased: bool = False
 ) -> Float[Array, ""]:
-    r"""Linear centred kernel alignment of two sets of features of the same inputs.
+    r"""Computes the linear centred kernel alignment (CKA) of two sets of features.
 
     .. math:: \frac{\|Y^T X\|_F^2}{\|X^T X\|_F \, \|Y^T Y\|_F}
 
-    for centred columns: 1 for a rotated and scaled copy. Biased upwards unless n is
-    much larger than p and q; ``unbiased`` uses the U-statistic of HSIC instead, which
-    is 0 on average for independent features and may be negative.
+    The columns of X and Y are centred. The value is 1 for a rotated and scaled copy. It
+    is biased upwards unless n is much larger than p and q. With ``unbiased=True`` the
+    function uses the U-statistic of HSIC. This value is 0 on average for independent
+    features and may be negative.
 
     Args:
       x: Features ``[n, p]`` of n inputs.
       y: Features ``[n, q]`` of the same inputs, in the same order.
-      unbiased: Whether to remove the bias; needs n >= 4.
+      unbiased: Whether to remove the bias, which requires n >= 4.
 
     Returns:
-      The similarity; NaN where features are constant. Cost: n p q multiplications, or
-      n² (p + q). Memory: p q, or n².
+      The similarity, a scalar. It is NaN if features are constant. The cost is n p q
+      multiplications, or n² (p + q) if unbiased. The memory is p q, or n² if unbiased.
 
     Raises:
-      ValueError: If there are too few inputs.
+      ValueError: If there are fewer than 2 inputs, or fewer than 4 if unbiased.
 
     Examples:
       >>> x = jnp.array([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0], [1.0, 1.0]])
@@ -56,7 +57,7 @@ def cka(
 
 
 def _hsic(k: Array, l: Array) -> Array:
-    """The U-statistic of HSIC, from kernels without a diagonal, times n (n − 3)."""
+    """Returns the U-statistic of HSIC times n (n − 3), for kernels without diagonal."""
     n = k.shape[0]
     rows_k, rows_l = k.sum(1), l.sum(1)
     trace = (k * l).sum()

@@ -1,4 +1,4 @@
-"""Sharpness: the worst, a steepest and an average perturbation of the weights."""
+"""Sharpness: rise of the loss under worst-case, SAM and random perturbations."""
 
 import math
 from collections.abc import Callable
@@ -14,41 +14,41 @@ Loss = Callable[[Any, Any], Any]
 
 
 class Sharpness(NamedTuple):
-    """A mean over n batches of a rise of the loss."""
+    """Rise of the loss, averaged over n batches."""
 
-    sharpness: Float[Array, ""]  # NaN if any loss on the way was not finite
+    sharpness: Float[Array, ""]  # NaN if a loss in the search was not finite
     per_batch: Float[Array, " n"]
-    loss: Float[Array, ""]  # at the centre; below eps · loss a rise is rounding
+    loss: Float[Array, ""]  # at the centre; a rise below eps · loss is rounding
 
 
 class _Ascent(NamedTuple):
-    """The iterate of APGD and what it has seen."""
+    """Iterate and record of APGD."""
 
     point: Any
     grad: Any
-    before: Any  # the point before, for momentum
+    before: Any  # the previous point, for momentum
     best_point: Any
     best_grad: Any
     best: Array
     step: Array
-    improved: Array  # steps since the last checkpoint that raised the best
+    improved: Array  # steps since the last checkpoint that raised the best value
     start_step: Array  # step size and best at the last checkpoint
     start_best: Array
     finite: Array
 
 
 def apgd_checkpoints(num_iters: int) -> list[tuple[int, int]]:
-    """After which iterations APGD may halve its step, with the lengths between them.
+    """Returns the iterations after which APGD may halve its step, with intervals.
 
-    The first checkpoint is after 22 % of the iterations; each interval is 3 % shorter
-    than the one before, and at least 6 %. Counted exactly: the reference code rounds
-    70 % of 20 iterations up to 15.
+    The first checkpoint is after 22 % of the iterations. Each interval is shorter than
+    the previous one by 3 % of the iterations, and at least 6 % long. The counts are
+    exact. The reference code rounds 70 % of 20 iterations up to 15.
 
     Args:
-      num_iters: Iterations in all.
+      num_iters: Total number of iterations.
 
     Returns:
-      Pairs ``(iteration, iterations since the checkpoint before)``.
+      Pairs ``(iteration, iterations since the previous checkpoint)``.
 
     Examples:
       >>> [at for at, _ in apgd_checkpoints(20)]
@@ -74,33 +74,34 @@ def worst_case_sharpness(
     momentum: float = 0.75,
     adaptive: bool = True,
 ) -> Sharpness:
-    r"""Worst-case m-sharpness in a box that is relative to the weights.
+    r"""Computes the worst-case m-sharpness in a box that is relative to the weights.
 
     .. math:: E_B \max_{|ε_i| \le ρ |θ_i|} L^B(θ + ε) - L^B(θ)
 
-    by APGD from ε = 0: signed steps of 2 ρ |θ|, momentum, projection, the step halved
-    and the iterate set back to the best point when progress stalls. A lower bound of
-    the maximum. A weight of exactly 0 cannot move. For small ρ it is
-    :math:`ρ ⟨|θ|, |∇L^B|⟩`, for any ρ it depends on ρ: compare equal ρ only. The paper
-    names the quantity, not the solver; this is the solver of the work it cites, with
-    the rewind done on the iterate as well.
+    The maximisation uses APGD from ε = 0, with signed steps of 2 ρ |θ|, momentum and
+    projection. If progress stalls, the step is halved and the iterate is reset to the
+    best point. The result is a lower bound of the maximum. A weight of exactly 0 cannot
+    change. For small ρ the value is :math:`ρ ⟨|θ|, |∇L^B|⟩`. It depends on ρ, so
+    compare values with equal ρ only. The paper specifies the quantity but not the
+    solver. This is the solver of the work that the paper cites, except that the iterate
+    is also reset.
 
     Args:
       loss: ``loss(params, batch) -> ()``, a mean over the batch.
-      params: What is perturbed: the shared parameters, in the paper.
-      batches: Leaves ``[n, B, ...]``; the paper takes n = 16 batches of B = 128.
+      params: Parameters to perturb. The paper uses the shared parameters.
+      batches: Leaves ``[n, B, ...]``. The paper uses n = 16 batches of B = 128.
       rho: Half-width of the box, relative to the weights (absolute if not adaptive).
-      num_iters: Iterations.
+      num_iters: Number of iterations.
       momentum: Share of the projected step in the next iterate.
       adaptive: Whether the box is relative to the weights.
 
     Returns:
-      The mean over batches, at least 0. Cost: n (num_iters + 1) gradients; memory 7
-      copies of the parameters.
+      :class:`Sharpness`: The mean over batches, at least 0. The cost is
+      n (num_iters + 1) gradients. The memory is 7 copies of the parameters.
 
     Raises:
-      ValueError: If rho is negative or not finite, momentum not in (0, 1], num_iters
-        not positive, or there is no batch.
+      ValueError: If ``rho`` is negative or not finite, if ``momentum`` is not in
+        (0, 1], if ``num_iters`` is not positive, or if there is no batch.
 
     Examples:
       >>> loss = lambda w, x: (w * x).sum()
@@ -110,9 +111,9 @@ def worst_case_sharpness(
 
     References:
       Mueller et al., `arXiv 2408.14677 <https://arxiv.org/abs/2408.14677>`_, 2024,
-      eq. 3; Andriushchenko et al., `arXiv 2302.07011
-      <https://arxiv.org/abs/2302.07011>`_, 2023; APGD: Croce and Hein, `arXiv
-      2003.01690 <https://arxiv.org/abs/2003.01690>`_, 2020.
+      eq. 3. Andriushchenko et al., `arXiv 2302.07011
+      <https://arxiv.org/abs/2302.07011>`_, 2023. Croce and Hein, `arXiv 2003.01690
+      <https://arxiv.org/abs/2003.01690>`_, 2020 (APGD).
     """
     name = "worst_case_sharpness"
     check_rho(name, rho)
@@ -122,7 +123,7 @@ def worst_case_sharpness(
     trees.check_params(name, params)
     trees.check_length(name, "batches", batches)
     halves_at = dict(apgd_checkpoints(num_iters))
-    # The check after iteration t, and the interval it looks back on; 0 for none.
+    # Length of the interval that the check after iteration t covers; 0 for no check.
     lengths = jnp.array([halves_at.get(t, 0) for t in range(1, num_iters + 1)])
     centre = trees.widen(params)
     box = jax.tree.map(jnp.abs if adaptive else jnp.ones_like, centre)
@@ -160,7 +161,7 @@ def worst_case_sharpness(
 
 
 def _climb(state: _Ascent, value_and_grad, box, rho, momentum) -> _Ascent:
-    """One projected step, mixed with the point before."""
+    """Performs one projected step with momentum."""
 
     def move(point, grad, scale, before):
         raised = point + state.step.astype(point.dtype) * scale * jnp.sign(grad)
@@ -183,7 +184,7 @@ def _climb(state: _Ascent, value_and_grad, box, rho, momentum) -> _Ascent:
 
 
 def _check_progress(state: _Ascent, length: Array) -> _Ascent:
-    """At a checkpoint: halve the step and go back to the best, if progress stalls."""
+    """Halves the step and returns to the best point if progress stalls."""
     due = length > 0
     few = state.improved < 0.75 * length
     stuck = (state.start_step == state.step) & (state.start_best == state.best)
@@ -209,7 +210,7 @@ def _mean(pairs: tuple[Array, Array]) -> Sharpness:
 
 
 def check_rho(name: str, rho: Any) -> None:
-    """Raises unless the radius is a finite number of at least 0."""
+    """Raises an error unless the radius is a finite number of at least 0."""
     if not isinstance(rho, int | float) or not 0 <= rho < math.inf:
         raise ValueError(f"{name}: rho={rho!r} must be a finite number of at least 0.")
 
@@ -217,24 +218,25 @@ def check_rho(name: str, rho: Any) -> None:
 def sam_sharpness(
     loss: Loss, params: Any, batches: Any, *, rho: float, adaptive: bool = False
 ) -> Sharpness:
-    """The rise of the loss along its own gradient: one step instead of twenty.
+    """Computes the rise of the loss along its own gradient, in one step.
 
-    ``L(θ + ρ g/‖g‖) − L(θ)``, or ``ρ |θ|² g / ‖|θ| g‖`` if adaptive. To first order
-    ``ρ ‖g‖`` (``ρ ‖|θ| g‖``); a lower bound of the worst case in that ball.
+    The rise is ``L(θ + ρ g/‖g‖) − L(θ)``. If adaptive, the perturbation is
+    ``ρ |θ|² g / ‖|θ| g‖``. To first order the rise is ``ρ ‖g‖`` (``ρ ‖|θ| g‖`` if
+    adaptive). It is a lower bound of the worst case in that ball.
 
     Args:
       loss: ``loss(params, batch) -> ()``.
-      params: What is perturbed.
+      params: Parameters to perturb.
       batches: Leaves ``[n, ...]``.
-      rho: Radius, in Euclidean length (relative to the weights if adaptive).
-      adaptive: Whether lengths are relative to the weights.
+      rho: Radius in the Euclidean norm (relative to the weights if adaptive).
+      adaptive: Whether the norm is relative to the weights.
 
     Returns:
-      The mean over batches; 0 where the gradient is zero. Cost: n gradients and n
-      forward passes; memory 3 copies of the parameters.
+      :class:`Sharpness`: The mean over batches, 0 if the gradient is zero. The cost is
+      n gradients and n forward passes. The memory is 3 copies of the parameters.
 
     Raises:
-      ValueError: If rho is negative or not finite, or there is no batch.
+      ValueError: If ``rho`` is negative or not finite, or if there is no batch.
 
     Examples:
       >>> loss = lambda w, x: x.sum() * (w**2).sum()
@@ -243,7 +245,7 @@ def sam_sharpness(
       11.0
 
     References:
-      Foret et al., `arXiv 2010.01412 <https://arxiv.org/abs/2010.01412>`_, 2020; Kwon
+      Foret et al., `arXiv 2010.01412 <https://arxiv.org/abs/2010.01412>`_, 2020. Kwon
       et al., `arXiv 2102.11600 <https://arxiv.org/abs/2102.11600>`_, 2021.
     """
     check_rho("sam_sharpness", rho)
@@ -261,7 +263,7 @@ def sam_sharpness(
         factor = jnp.where(moves, rho / jnp.sqrt(jnp.where(moves, square, 1)), 0)
         if adaptive:
             scaled = jax.tree.map(lambda g, p: jnp.abs(p) * g, scaled, centre)
-        # A NaN gradient is not a zero one.
+        # A NaN gradient must give NaN and is not treated as a zero gradient.
         factor = jnp.where(jnp.isnan(square), jnp.nan, factor)
         return trees.wide(
             loss(trees.shifted(params, scaled, factor), batch)
@@ -280,26 +282,27 @@ def average_sharpness(
     num_draws: int = 16,
     adaptive: bool = True,
 ) -> Sharpness:
-    """The mean rise of the loss under Gaussian noise on the weights.
+    """Computes the mean rise of the loss under Gaussian noise on the weights.
 
-    ``E_{ε ~ N(0, ρ² θ²)} L(θ + ε) − L(θ)``, to second order
+    The value is ``E_{ε ~ N(0, ρ² θ²)} L(θ + ε) − L(θ)``. To second order it is
     ``ρ²/2 Σ_i θ_i² H_ii``. It can be negative.
 
     Args:
       loss: ``loss(params, batch) -> ()``.
-      params: What is perturbed.
+      params: Parameters to perturb.
       batches: Leaves ``[n, ...]``.
-      key: For the noise; the same draws for every batch.
+      key: Random key of the noise. All batches use the same samples.
       rho: Standard deviation, relative to the weights (absolute if not adaptive).
-      num_draws: Draws, whose mean it is.
-      adaptive: Whether noise is proportional to the weights.
+      num_draws: Number of samples, over which the mean is taken.
+      adaptive: Whether the noise is proportional to the weights.
 
     Returns:
-      The mean over batches and draws. Cost: n (num_draws + 1) forward passes; memory 3
-      copies of the parameters.
+      :class:`Sharpness`: The mean over batches and samples. The cost is
+      n (num_draws + 1) forward passes. The memory is 3 copies of the parameters.
 
     Raises:
-      ValueError: If rho is negative or not finite, or num_draws not positive.
+      ValueError: If ``rho`` is negative or not finite, or if ``num_draws`` is not
+        positive.
 
     Examples:
       >>> loss = lambda w, x: x.sum() * w
@@ -333,7 +336,7 @@ def average_sharpness(
 
 
 def random_tree(key: PRNGKeyArray, params: Any) -> Any:
-    """Standard normal entries in the shapes of ``params``, at least float32."""
+    """Samples standard normal entries for ``params``, at least float32."""
     leaves, treedef = jax.tree.flatten(params)
     keys = jax.random.split(key, len(leaves))
     drawn = [

@@ -1,4 +1,4 @@
-"""Extreme eigenvalues and the spectral density, by Lanczos."""
+"""Extreme eigenvalues and the spectral density by the Lanczos method."""
 
 from typing import Any, NamedTuple
 
@@ -12,15 +12,15 @@ from mtljax.trajectory._curvature import Matvec
 
 
 class Lanczos(NamedTuple):
-    """What :func:`lanczos` returns, in ascending order of the values."""
+    """Result of :func:`lanczos`, in ascending order of the values."""
 
     values: Float[Array, " m"]  # Ritz values
     weights: Float[Array, " m"]  # squared first entries: quadrature weights, sum 1
-    bounds: Float[Array, " m"]  # an eigenvalue lies within this of each Ritz value
+    bounds: Float[Array, " m"]  # distance bound to an eigenvalue, per Ritz value
 
 
 class Eigenvalues(NamedTuple):
-    """What :func:`hessian_top_eigenvalues` returns."""
+    """Result of :func:`hessian_top_eigenvalues`."""
 
     top: Float[Array, " k"]  # largest first
     top_bound: Float[Array, " k"]
@@ -29,10 +29,10 @@ class Eigenvalues(NamedTuple):
 
 
 class SpectralDensity(NamedTuple):
-    """What :func:`spectral_density` returns."""
+    """Result of :func:`spectral_density`."""
 
     grid: Float[Array, " points"]
-    density: Float[Array, " points"]  # integrates to 1 over the grid, nearly
+    density: Float[Array, " points"]  # its integral over the grid is nearly 1
     nodes: Float[Array, "starts m"]
     weights: Float[Array, "starts m"]
 
@@ -40,24 +40,25 @@ class SpectralDensity(NamedTuple):
 def lanczos(
     product: Matvec, params: Any, key: PRNGKeyArray, *, num_iters: int
 ) -> Lanczos:
-    """Ritz values of a symmetric linear map from m products, with error bounds.
+    """Computes Ritz values of a symmetric linear map, with error bounds.
 
-    Orthogonalised fully, twice, in every iteration. Where an invariant subspace is
-    exhausted, it goes on from a fresh random direction, so that no spurious zero enters
-    and multiple eigenvalues are found.
+    Every iteration orthogonalises the new vector twice against all previous vectors. If
+    an invariant subspace is exhausted, the iteration continues from a new random
+    direction. Therefore no spurious zeros occur, and multiple eigenvalues are found.
 
     Args:
-      product: Of :func:`hvp` or :func:`ggn_vp`.
-      params: For the shapes.
-      key: For the starting vector.
+      product: A linear map from :func:`hvp` or :func:`ggn_vp`.
+      params: Parameters, used for their shapes.
+      key: Random key of the starting vector.
       num_iters: m, at most the number of parameters.
 
     Returns:
-      Values, weights and bounds ``|β_m s_m|``: the residual of each Ritz pair, so that
-      an exact eigenvalue is that near. Cost: m products, m copies of the parameters.
+      :class:`Lanczos`: Values, weights and bounds ``|β_m s_m|``. A bound is the
+      residual of the Ritz pair, so the distance to an exact eigenvalue is at most this.
+      The cost is m products and m copies of the parameters.
 
     Raises:
-      ValueError: If num_iters is not positive or exceeds the number of parameters.
+      ValueError: If ``num_iters`` is not positive or exceeds the number of parameters.
 
     Examples:
       >>> scale = jnp.array([5.0, 2.0, -1.0])
@@ -112,7 +113,7 @@ def lanczos(
     between = coupled[:-1]
     matrix = jnp.diag(alphas) + jnp.diag(between, 1) + jnp.diag(between, -1)
     values, vectors = jnp.linalg.eigh(matrix)
-    # What was dropped where a subspace ended is an error too.
+    # The coupling that is dropped at the end of a subspace adds to the error.
     dropped = jnp.where(coupled == 0, betas, 0)
     bounds = jnp.abs(betas[-1] * vectors[-1]) + jnp.max(dropped.at[-1].set(0))
     return Lanczos(values, jnp.square(vectors[0]), bounds)
@@ -121,23 +122,25 @@ def lanczos(
 def hessian_top_eigenvalues(
     product: Matvec, params: Any, key: PRNGKeyArray, *, k: int = 1, num_iters: int = 32
 ) -> Eigenvalues:
-    """The k largest and the k smallest eigenvalues, with error bounds.
+    """Computes the k largest and the k smallest eigenvalues, with error bounds.
 
-    Algebraically largest and smallest; a power iteration finds the largest modulus.
+    The order is algebraic. A power iteration, in contrast, finds the largest modulus.
 
     Args:
-      product: Of :func:`hvp` or :func:`ggn_vp`.
-      params: For the shapes.
-      key: For the starting vector.
-      k: How many at each end.
-      num_iters: Iterations of Lanczos, at least k and at most the number of parameters.
+      product: A linear map from :func:`hvp` or :func:`ggn_vp`.
+      params: Parameters, used for their shapes.
+      key: Random key of the starting vector.
+      k: Number of eigenvalues at each end.
+      num_iters: Lanczos iterations, at least k and at most the number of parameters.
 
     Returns:
-      Both ends with bounds: an eigenvalue is that near to the value beside it. Cost:
-      num_iters products, num_iters copies of the parameters.
+      :class:`Eigenvalues`: The values at both ends with bounds on the distance to an
+      exact eigenvalue. The cost is num_iters products and num_iters copies of the
+      parameters.
 
     Raises:
-      ValueError: If k exceeds num_iters, or num_iters the number of parameters.
+      ValueError: If ``k`` exceeds ``num_iters``, or if ``num_iters`` exceeds the number
+        of parameters.
 
     Examples:
       >>> scale = jnp.array([5.0, 2.0, -1.0])
@@ -173,27 +176,29 @@ def spectral_density(
     num_points: int = 256,
     width: float = 0.01,
 ) -> SpectralDensity:
-    """The density of the eigenvalues, by stochastic Lanczos quadrature.
+    """Estimates the density of the eigenvalues by stochastic Lanczos quadrature.
 
-    Ritz values of several starts with their quadrature weights, each a Gaussian of
-    ``width`` times the range. The mean over starts of ``Σ w_i f(λ_i)`` estimates
-    ``tr f(H) / P`` without bias for polynomials of degree below 2 m.
+    The density is a sum of Gaussians at the Ritz values of several starts, with their
+    quadrature weights. The standard deviation is ``width`` times the range of the
+    values. The mean over starts of ``Σ w_i f(λ_i)`` estimates ``tr f(H) / P`` without
+    bias for polynomials f of degree below 2 m.
 
     Args:
-      product: Of :func:`hvp` or :func:`ggn_vp`.
-      params: For the shapes.
-      key: For the starting vectors.
+      product: A linear map from :func:`hvp` or :func:`ggn_vp`.
+      params: Parameters, used for their shapes.
+      key: Random key of the starting vectors.
       num_iters: m.
-      num_starts: Starting vectors.
-      num_points: Points of the grid.
-      width: Standard deviation of the Gaussians, in shares of the spectrum's range.
+      num_starts: Number of starting vectors.
+      num_points: Number of grid points.
+      width: Standard deviation of the Gaussians, relative to the range of the spectrum.
 
     Returns:
-      Grid, density, and the raw nodes and weights. Cost: num_starts · m products, m
-      copies of the parameters.
+      :class:`SpectralDensity`: Grid, density, and the nodes and weights of every start.
+      The cost is num_starts · m products and m copies of the parameters.
 
     Raises:
-      ValueError: If a number is not positive.
+      ValueError: If an argument is not positive, or if ``num_iters`` exceeds the number
+        of parameters.
 
     Examples:
       >>> scale = jnp.array([5.0, 2.0, -1.0])

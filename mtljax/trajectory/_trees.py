@@ -1,9 +1,10 @@
-"""What the files of this room share: trees as vectors, and means over batches.
+"""Operations on trees as vectors, and means over batches, for this subpackage.
 
-A *loss* is ``loss(params, batch) -> ()``, a mean over the examples of the batch, in
-evaluation mode: it closes over frozen running averages of batch normalisation, over
-heads and over whatever else is not differentiated. *Batches* are a pytree of arrays
-``[n, ...]``: n batches of one size, gone through in turn, in the memory of one.
+A *loss* is ``loss(params, batch) -> ()``, a mean over the examples of the batch in
+evaluation mode. It closes over frozen running averages of batch normalisation, over
+heads and over all other values that are not differentiated. *Batches* are a pytree of
+arrays ``[n, ...]``: n batches of one size. They are processed one after another with
+the memory of one.
 """
 
 import functools
@@ -19,7 +20,7 @@ from mtljax import stack
 
 
 def check_positive(name: str, argument: str, value: Any) -> None:
-    """Raises unless ``value`` is a positive integer."""
+    """Raises an error unless ``value`` is a positive integer."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(
             f"{name}: {argument} must be a positive integer, not {value!r}."
@@ -27,10 +28,11 @@ def check_positive(name: str, argument: str, value: Any) -> None:
 
 
 def check_length(name: str, argument: str, tree: Any) -> int:
-    """The length of the first axis that all leaves share.
+    """Returns the common length of the first axis of all leaves.
 
     Raises:
-      ValueError: If there is no leaf, a scalar one, an empty one, or lengths differ.
+      ValueError: If there is no leaf, if a leaf is a scalar or empty, or if the lengths
+        differ.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     if not leaves:
@@ -55,7 +57,7 @@ def check_length(name: str, argument: str, tree: Any) -> int:
 
 
 def check_params(name: str, params: Any) -> None:
-    """Raises unless every leaf of ``params`` is a real floating-point array."""
+    """Raises an error unless every leaf is a real floating-point array."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if not leaves:
         raise ValueError(f"{name}: params hold no array.")
@@ -69,18 +71,18 @@ def check_params(name: str, params: Any) -> None:
 
 
 def wide(leaf: Any) -> Array:
-    """At least float32."""
+    """Converts to at least float32."""
     leaf = jnp.asarray(leaf)
     return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
 
 
 def widen(tree: Any) -> Any:
-    """Every leaf at least float32."""
+    """Converts every leaf to at least float32."""
     return jax.tree.map(wide, tree)
 
 
 def dot(a: Any, b: Any) -> Array:
-    """``<a, b>`` over all leaves, at least float32."""
+    """Returns ``<a, b>`` over all leaves, at least float32."""
     products = jax.tree.map(
         lambda x, y: jnp.vdot(wide(x), wide(y), precision="highest"), a, b
     )
@@ -88,24 +90,24 @@ def dot(a: Any, b: Any) -> Array:
 
 
 def square_norm(tree: Any) -> Array:
-    """``‖tree‖²`` over all leaves, at least float32."""
+    """Returns ``‖tree‖²`` over all leaves, at least float32."""
     return dot(tree, tree)
 
 
 def shifted(params: Any, step: Any, scale: Any = 1.0) -> Any:
-    """``params + scale · step``; each leaf keeps its dtype."""
+    """Returns ``params + scale · step`` in the dtypes of ``params``."""
     return jax.tree.map(lambda p, d: (p + scale * d).astype(p.dtype), params, step)
 
 
 def difference(a: Any, b: Any) -> Any:
-    """``a − b``, at least float32."""
+    """Returns ``a − b``, at least float32."""
     return jax.tree.map(lambda x, y: wide(x) - wide(y), a, b)
 
 
 def mean_over(function: Callable[[Any], Any], batches: Any, length: int) -> Any:
-    """Mean of ``function(batch)`` over the leading axis, in the memory of one batch.
+    """Averages ``function(batch)`` over the leading axis, one batch at a time.
 
-    Sums are compensated (Kahan), so that late, tiny terms are not lost in float32.
+    The sum is compensated (Kahan), so that small late terms are not lost in float32.
     """
     first = jax.tree.map(lambda x: x[0], batches)
     shapes = jax.eval_shape(lambda batch: widen(function(batch)), first)
