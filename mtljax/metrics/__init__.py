@@ -1,6 +1,7 @@
 """Metrics: multi-task summaries, gradient conflict, calibration, regression, Pareto.
 
-Pure functions of arrays that run inside ``jit``. This floor imports jax and jaxtyping.
+All metrics are pure functions of arrays that run inside ``jit``. This subpackage
+imports jax and jaxtyping only.
 """
 
 from mtljax.metrics.classification import accuracy, brier, ece, predictive_entropy

@@ -1,8 +1,9 @@
 """Classification metrics from logits: accuracy, calibration and uncertainty.
 
-Logits are unnormalised log probabilities ``[..., classes]``; log probabilities, e.g. of
-an ensemble's mean prediction, are logits too. Labels are integers ``[...]``. ``mask``
-leaves out examples (padding, ignored pixels); with none left a mean is NaN.
+Logits are unnormalised log probabilities ``[..., classes]``. Log probabilities are also
+valid logits, for example of the mean prediction of an ensemble. Labels are integers
+``[...]``. The boolean array ``mask`` excludes examples (padding, ignored pixels). If no
+example remains, a mean is NaN.
 """
 
 import jax
@@ -16,15 +17,15 @@ def accuracy(
     labels: Integer[ArrayLike, "*batch"],
     mask: Bool[ArrayLike, "*batch"] | None = None,
 ) -> Float[Array, ""]:
-    """Share of examples whose largest logit is the label's.
+    """Computes the share of examples whose largest logit belongs to the label.
 
     Args:
-      logits: Unnormalised log probabilities.
-      labels: True classes.
-      mask: Examples that count; all by default.
+      logits: Unnormalised log probabilities, shape ``[..., classes]``.
+      labels: True classes, integers of shape ``[...]``.
+      mask: Examples to include, shape ``[...]``. By default all are included.
 
     Returns:
-      A number in ``[0, 1]``; the first of tied logits is the prediction.
+      A number in ``[0, 1]``. The first of tied logits is the prediction.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -43,27 +44,27 @@ def ece(
     *,
     num_bins: int = 10,
 ) -> Float[Array, ""]:
-    r"""Expected calibration error: gap between confidence and accuracy.
+    r"""Computes the expected calibration error from confidence and accuracy.
 
     .. math:: \sum_b \frac{n_b}{N} |\mathrm{acc}_b - \mathrm{conf}_b|
 
-    over bins of equal width, closed on the right: ``(0, 0.1], (0.1, 0.2], ...``. The
-    confidence is the largest softmax probability.
+    The sum is over bins of equal width, closed on the right: ``(0, 0.1], (0.1, 0.2],
+    ...``. The confidence is the largest softmax probability.
 
     Args:
-      logits: Unnormalised log probabilities.
-      labels: True classes.
-      mask: Examples that count; all by default.
+      logits: Unnormalised log probabilities, shape ``[..., classes]``.
+      labels: True classes, integers of shape ``[...]``.
+      mask: Examples to include, shape ``[...]``. By default all are included.
       num_bins: Number of bins of ``[0, 1]``.
 
     Returns:
-      A number in ``[0, 1]``; 0 is perfect calibration.
+      A number in ``[0, 1]``. The value 0 means perfect calibration.
 
     Raises:
-      ValueError: ``num_bins`` is less than one.
+      ValueError: If ``num_bins`` is less than one.
 
     Examples:
-      Two of three right at a confidence of 0.8.
+      Two of three predictions are correct at a confidence of 0.8.
 
       >>> import jax.numpy as jnp
       >>> from mtljax.metrics import ece
@@ -76,7 +77,7 @@ def ece(
       <https://arxiv.org/abs/1706.04599>`_, 2017.
     """
     if num_bins < 1:
-        raise ValueError(f"num_bins must be at least one; got {num_bins}.")
+        raise ValueError(f"ece: num_bins must be at least one, not {num_bins}.")
     probabilities = jax.nn.softmax(jnp.asarray(logits), axis=-1).reshape(
         -1, jnp.shape(logits)[-1]
     )
@@ -96,18 +97,18 @@ def brier(
     labels: Integer[ArrayLike, "*batch"],
     mask: Bool[ArrayLike, "*batch"] | None = None,
 ) -> Float[Array, ""]:
-    r"""Brier score: squared distance of the probabilities from the one-hot label.
+    r"""Computes the Brier score, a squared distance to the one-hot label.
 
-    Mean over examples of :math:`\sum_k (p_k - 1[k = y])^2` (the sum, not the mean, over
-    classes).
+    The score is the mean over examples of :math:`\sum_k (p_k - 1[k = y])^2` for the
+    softmax probabilities p. It is the sum, and not the mean, over classes.
 
     Args:
-      logits: Unnormalised log probabilities.
-      labels: True classes.
-      mask: Examples that count; all by default.
+      logits: Unnormalised log probabilities, shape ``[..., classes]``.
+      labels: True classes, integers of shape ``[...]``.
+      mask: Examples to include, shape ``[...]``. By default all are included.
 
     Returns:
-      A number in ``[0, 2]``; lower is better.
+      A number in ``[0, 2]``. Lower is better.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -130,13 +131,14 @@ def brier(
 def predictive_entropy(
     logits: Float[ArrayLike, "*batch classes"],
 ) -> Float[Array, "*batch"]:
-    r"""Entropy of every prediction, :math:`-\sum_k p_k \log p_k`, in nats.
+    r"""Computes the entropy of every prediction, :math:`-\sum_k p_k \log p_k`, in nats.
 
     Args:
-      logits: Unnormalised log probabilities; ``-inf`` is a probability of zero.
+      logits: Unnormalised log probabilities, shape ``[..., classes]``. An entry of
+        ``-inf`` is a probability of zero.
 
     Returns:
-      Numbers in ``[0, log(classes)]``, one an example.
+      Numbers in ``[0, log(classes)]``, one per example, shape ``[...]``.
 
     Examples:
       >>> import jax.numpy as jnp

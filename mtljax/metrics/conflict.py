@@ -1,8 +1,8 @@
-"""How much task gradients disagree, from their Gramian.
+"""Measures of the conflict between task gradients, computed from their Gramian.
 
-Every function takes ``gramian[i, j] = <g_i, g_j>`` and an optional ``mask`` of the
-tasks that are present; absent tasks are ignored. All are jit-able and finite for zero
-gradients.
+Every function takes ``gramian[i, j] = <g_i, g_j>``, shape ``[T, T]``, and an optional
+boolean ``mask`` of shape ``[T]`` that marks the present tasks. Absent tasks are
+ignored. All functions can be compiled and are finite for zero gradients.
 """
 
 import jax.numpy as jnp
@@ -14,15 +14,15 @@ def cosine_matrix(
     gramian: Float[ArrayLike, "tasks tasks"],
     mask: Bool[ArrayLike, " tasks"] | None = None,
 ) -> Float[Array, "tasks tasks"]:
-    """Cosine of the angle between every two task gradients.
+    """Computes the cosine of the angle between every two task gradients.
 
     Args:
-      gramian: Inner products of the task gradients.
-      mask: Tasks present; all by default.
+      gramian: Inner products of the task gradients, shape ``[T, T]``.
+      mask: Present tasks, shape ``[T]``. By default all are present.
 
     Returns:
-      Cosines in ``[-1, 1]``; 0 in the row and column of a zero gradient and of an
-      absent task, the diagonal included.
+      Cosines in ``[-1, 1]``, shape ``[T, T]``. The row and the column of a zero
+      gradient or an absent task are 0, including the diagonal.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -43,14 +43,14 @@ def mean_cosine(
     gramian: Float[ArrayLike, "tasks tasks"],
     mask: Bool[ArrayLike, " tasks"] | None = None,
 ) -> Float[Array, ""]:
-    """Mean cosine over all pairs of different tasks.
+    """Computes the mean cosine over all pairs of different tasks.
 
     Args:
-      gramian: Inner products of the task gradients.
-      mask: Tasks present; all by default.
+      gramian: Inner products of the task gradients, shape ``[T, T]``.
+      mask: Present tasks, shape ``[T]``. By default all are present.
 
     Returns:
-      A number in ``[-1, 1]``; 0 with fewer than two tasks.
+      A number in ``[-1, 1]``, or 0 with fewer than two tasks.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -66,17 +66,18 @@ def conflict_rate(
     gramian: Float[ArrayLike, "tasks tasks"],
     mask: Bool[ArrayLike, " tasks"] | None = None,
 ) -> Float[Array, ""]:
-    """Share of task pairs whose gradients have a negative inner product.
+    """Computes the share of task pairs with a negative inner product.
 
-    With two tasks, its mean over the batches of an epoch is FS-MTL's gradient conflict.
+    With two tasks, its mean over the batches of an epoch is the gradient conflict of
+    FS-MTL.
 
     Args:
-      gramian: Inner products of the task gradients.
-      mask: Tasks present; all by default.
+      gramian: Inner products of the task gradients, shape ``[T, T]``.
+      mask: Present tasks, shape ``[T]``. By default all are present.
 
     Returns:
-      A number in ``[0, 1]``; 0 with fewer than two tasks. A zero gradient conflicts
-      with none, and its pairs count.
+      A number in ``[0, 1]``, or 0 with fewer than two tasks. A zero gradient conflicts
+      with no task, but its pairs are counted.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -98,17 +99,17 @@ def gradient_magnitude_similarity(
     gramian: Float[ArrayLike, "tasks tasks"],
     mask: Bool[ArrayLike, " tasks"] | None = None,
 ) -> Float[Array, "tasks tasks"]:
-    r"""How equal the lengths of every two task gradients are.
+    r"""Computes the similarity of the norms of every two task gradients.
 
     .. math:: \Phi(g_i, g_j) = \frac{2 \|g_i\| \|g_j\|}{\|g_i\|^2 + \|g_j\|^2}
 
     Args:
-      gramian: Inner products of the task gradients.
-      mask: Tasks present; all by default.
+      gramian: Inner products of the task gradients, shape ``[T, T]``.
+      mask: Present tasks, shape ``[T]``. By default all are present.
 
     Returns:
-      Numbers in ``[0, 1]``, 1 for equal lengths, which two zero gradients have; 0 in
-      the row and column of an absent task.
+      Numbers in ``[0, 1]``, shape ``[T, T]``. Equal norms give 1, including two zero
+      gradients. The row and the column of an absent task are 0.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -141,14 +142,14 @@ def _both(flags: Bool[Array, " tasks"]) -> Bool[Array, "tasks tasks"]:
 
 def _norms(gramian: Float[Array, "tasks tasks"]) -> Float[Array, " tasks"]:
     squares = jnp.diagonal(gramian)
-    positive = squares > 0  # the slope of sqrt at zero is infinite
+    positive = squares > 0  # the derivative of sqrt at zero is infinite
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1)), 0)
 
 
 def _pair_mean(
     matrix: Float[Array, "tasks tasks"], present: Bool[Array, " tasks"]
 ) -> Float[Array, ""]:
-    """Mean over pairs ``i < j`` of present tasks; 0 if there is none."""
+    """Averages over pairs ``i < j`` of present tasks; returns 0 without a pair."""
     pairs = jnp.triu(_both(present), k=1)
     count = jnp.maximum(pairs.sum(), 1).astype(matrix.dtype)
     return jnp.where(pairs, matrix, 0).sum() / count

@@ -1,4 +1,4 @@
-"""Quality of a set of trade-offs. Every objective is minimised."""
+"""Quality of a set of trade-offs between objectives that are minimised."""
 
 import jax
 import jax.numpy as jnp
@@ -10,22 +10,24 @@ def hypervolume(
     points: Float[ArrayLike, "points objectives"],
     reference: Float[ArrayLike, " objectives"],
 ) -> Float[Array, ""]:
-    """Volume that the points dominate, up to the reference; higher is better.
+    """Computes the volume that the points dominate, bounded by the reference.
 
-    Exact, for minimisation, in two objectives (a sweep, ``N log N``) and three (one
-    sweep a slab, ``N^2``). Points that do not dominate the reference, or hold a NaN,
-    add nothing; dominated points need not be removed. Jit-able and differentiable.
-    Negate objectives that are maximised, and the reference with them.
+    A higher value is better. The computation is exact for two objectives (a sweep,
+    ``N log N``) and for three (one sweep per slab, ``N^2``). All objectives are
+    minimised. Negate objectives that are maximised, and their reference. Points that do
+    not dominate the reference, or that contain a NaN, add nothing. Dominated points
+    need not be removed. The function can be compiled and differentiated.
 
     Args:
-      points: Objective values of the solutions.
-      reference: A point worse than all solutions of interest.
+      points: Objective values of N solutions, shape ``[N, M]`` with M of 2 or 3.
+      reference: A point that is worse than all solutions of interest, shape ``[M]``.
 
     Returns:
-      The volume, in the product of the objectives' units.
+      The volume, in the product of the units of the objectives.
 
     Raises:
-      ValueError: Neither two nor three objectives.
+      ValueError: If the number of objectives is not two or three, or if the shapes do
+        not match.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -42,10 +44,11 @@ def hypervolume(
     objectives = points.shape[-1]
     if objectives not in (2, 3) or reference.shape != (objectives,):
         raise ValueError(
-            "hypervolume takes points [N, M] and a reference [M] with M of 2 or 3; got "
-            f"shapes {points.shape} and {reference.shape}."
+            "hypervolume: points must have shape [N, M] and the reference shape [M] "
+            f"with M of 2 or 3, not {points.shape} and {reference.shape}."
         )
-    inside = (points < reference[None]).all(axis=-1, keepdims=True)  # False with a NaN
+    # The comparison is False for a NaN.
+    inside = (points < reference[None]).all(axis=-1, keepdims=True)
     points = jnp.where(inside, points, reference[None])
     points = points[jnp.argsort(points[:, 0])]
     if objectives == 2:
@@ -54,16 +57,18 @@ def hypervolume(
 
 
 def non_dominated(points: Float[ArrayLike, "points objectives"]) -> Bool[Array, " n"]:
-    """Which points no other point dominates (Pareto front), for minimisation.
+    """Marks the points that no other point dominates (the Pareto front).
 
-    A point dominates another if it is nowhere worse and somewhere better; equal points
-    do not dominate each other. Any number of objectives.
+    All objectives are minimised. A point dominates another if it is not worse in any
+    objective and better in at least one. Equal points do not dominate each other. Any
+    number of objectives is supported.
 
     Args:
-      points: Objective values of the solutions.
+      points: Objective values of N solutions, shape ``[N, M]``.
 
     Returns:
-      True for the points of the front; False for a point with a NaN.
+      A boolean array of shape ``[N]``, True for the points of the front. It is False
+      for a point with a NaN.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -81,7 +86,7 @@ def non_dominated(points: Float[ArrayLike, "points objectives"]) -> Bool[Array, 
 def _area(
     points: Float[Array, "points 2"], reference: Float[Array, " 2"]
 ) -> Float[Array, ""]:
-    """Area for points sorted by the first objective, none beyond the reference."""
+    """Returns the area for points sorted by the first objective, in the reference."""
     right = jnp.append(points[1:, 0], reference[0])
     lowest = jax.lax.cummin(points[:, 1])
     return jnp.sum((right - points[:, 0]) * (reference[1] - lowest))
@@ -90,13 +95,14 @@ def _area(
 def _volume(
     points: Float[Array, "points 3"], reference: Float[Array, " 3"]
 ) -> Float[Array, ""]:
-    """Slabs between successive third objectives, each the area of the points below."""
+    """Returns the volume as a sum of slabs between successive third objectives."""
     floors = jnp.sort(points[:, 2])
     heights = jnp.diff(jnp.append(floors, reference[2]))
 
     def area(floor):
         below = points[:, 2:] <= floor
-        # A point above the slab moves to the reference in y only: x stays sorted.
+        # Only the second coordinate of a point above the slab moves to the reference,
+        # so that the first coordinate stays sorted.
         second = jnp.where(below, points[:, 1:2], reference[1])
         flat = jnp.concatenate([points[:, :1], second], axis=1)
         return _area(flat, reference[:2])

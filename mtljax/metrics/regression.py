@@ -1,7 +1,7 @@
-"""Regression metrics over all elements of two arrays of one shape.
+"""Regression metrics over all elements of two arrays of the same shape.
 
-``mask`` leaves out elements (padding, invalid pixels); with none left a mean is NaN.
-Use ``jax.vmap`` for one number per output.
+The boolean array ``mask`` excludes elements (padding, invalid pixels). If no element
+remains, a mean is NaN. Use ``jax.vmap`` to compute one number per output.
 """
 
 import jax.numpy as jnp
@@ -14,12 +14,12 @@ def rmse(
     targets: Float[ArrayLike, "*shape"],
     mask: Bool[ArrayLike, "*shape"] | None = None,
 ) -> Float[Array, ""]:
-    """Root of the mean squared error, in the targets' units.
+    """Computes the root of the mean squared error, in the units of the targets.
 
     Args:
-      predictions: Of the model.
-      targets: True values.
-      mask: Elements that count; all by default.
+      predictions: Predictions of the model, any shape.
+      targets: True values, of the same shape.
+      mask: Elements to include, of the same shape. By default all are included.
 
     Returns:
       A number of at least zero.
@@ -38,12 +38,12 @@ def mae(
     targets: Float[ArrayLike, "*shape"],
     mask: Bool[ArrayLike, "*shape"] | None = None,
 ) -> Float[Array, ""]:
-    """Mean absolute error, in the targets' units.
+    """Computes the mean absolute error, in the units of the targets.
 
     Args:
-      predictions: Of the model.
-      targets: True values.
-      mask: Elements that count; all by default.
+      predictions: Predictions of the model, any shape.
+      targets: True values, of the same shape.
+      mask: Elements to include, of the same shape. By default all are included.
 
     Returns:
       A number of at least zero.
@@ -62,17 +62,18 @@ def relative_error(
     targets: Float[ArrayLike, "*shape"],
     mask: Bool[ArrayLike, "*shape"] | None = None,
 ) -> Float[Array, ""]:
-    """Mean of ``|prediction - target| / |target|``, a fraction.
+    """Computes the mean of ``|prediction - target| / |target|``, a fraction.
 
-    Elements whose target is zero are left out: in depth maps zero means "not measured".
+    Elements whose target is zero are excluded, because zero means "not measured" in
+    depth maps.
 
     Args:
-      predictions: Of the model.
-      targets: True values.
-      mask: Elements that count; all by default.
+      predictions: Predictions of the model, any shape.
+      targets: True values, of the same shape.
+      mask: Elements to include, of the same shape. By default all are included.
 
     Returns:
-      A number of at least zero; NaN if every target is zero.
+      A number of at least zero, or NaN if every target is zero.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -82,7 +83,7 @@ def relative_error(
 
     References:
       Liu et al., `End-to-End Multi-Task Learning with Attention
-      <https://arxiv.org/abs/1803.10704>`_, 2019 (its relative depth error).
+      <https://arxiv.org/abs/1803.10704>`_, 2019 (relative depth error).
     """
     targets = jnp.asarray(targets)
     valid = targets != 0
@@ -95,16 +96,19 @@ def r2(
     targets: Float[ArrayLike, "*shape"],
     mask: Bool[ArrayLike, "*shape"] | None = None,
 ) -> Float[Array, ""]:
-    """Coefficient of determination, ``1 - squared error / variance of the targets``.
+    """Computes the coefficient of determination R².
+
+    The value is ``1 - squared error / variance of the targets``.
 
     Args:
-      predictions: Of the model.
-      targets: True values.
-      mask: Elements that count; all by default.
+      predictions: Predictions of the model, any shape.
+      targets: True values, of the same shape.
+      mask: Elements to include, of the same shape. By default all are included.
 
     Returns:
-      At most 1; 0 is the constant mean prediction. For constant targets, where it is
-      not defined, 1 if every prediction is exact and else 0, as in scikit-learn.
+      A number of at most 1. The constant prediction of the mean gives 0. R² is not
+      defined for constant targets. The result is then 1 if every prediction is exact,
+      and 0 otherwise, as in scikit-learn.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -123,15 +127,18 @@ def explained_variance(
     targets: Float[ArrayLike, "*shape"],
     mask: Bool[ArrayLike, "*shape"] | None = None,
 ) -> Float[Array, ""]:
-    """``1 - variance of the error / variance of the targets``: :func:`r2` without bias.
+    """Computes the explained variance, which is :func:`r2` without the bias.
+
+    The value is ``1 - variance of the error / variance of the targets``.
 
     Args:
-      predictions: Of the model.
-      targets: True values.
-      mask: Elements that count; all by default.
+      predictions: Predictions of the model, any shape.
+      targets: True values, of the same shape.
+      mask: Elements to include, of the same shape. By default all are included.
 
     Returns:
-      At most 1. For constant targets 1 if the error is constant and else 0.
+      A number of at most 1. For constant targets it is 1 if the error is constant, and
+      0 otherwise.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -148,9 +155,9 @@ def explained_variance(
 
 def _error(predictions: ArrayLike, targets: ArrayLike) -> Array:
     predictions, targets = jnp.asarray(predictions), jnp.asarray(targets)
-    if predictions.shape != targets.shape:  # broadcasting would hide this mistake
+    if predictions.shape != targets.shape:  # they might broadcast without an error
         raise ValueError(
-            f"predictions has shape {predictions.shape} and targets "
+            f"predictions has shape {predictions.shape} and targets has shape "
             f"{targets.shape}; they must be equal."
         )
     return predictions - targets

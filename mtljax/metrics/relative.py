@@ -1,8 +1,7 @@
-"""One number for a multi-task model: change against single-task baselines, mean rank.
+"""Summaries of a multi-task model: change against single-task baselines, mean rank.
 
-Two conventions with opposite signs and different averages are in use; their numbers
-cannot be compared. On the same NYUv2 row (equal weights, MTAN):
-
+Two conventions are in use, with opposite signs and different averages. Their values
+cannot be compared. For the same row of NYUv2 (equal weights, MTAN) they are:
 ====================  ==============  ================  =====
 function              better          mean over         value
 ====================  ==============  ================  =====
@@ -27,34 +26,37 @@ def delta_m(
     *,
     groups: Sequence[int] | None = None,
 ) -> Float[Array, "*batch"]:
-    r"""Mean relative drop against the baseline, in percent; lower is better.
+    r"""Computes the mean relative drop against the baseline, in percent.
 
     .. math::
       \Delta m = \frac{100}{M} \sum_{k=1}^{M} (-1)^{h_k} \frac{V_k - S_k}{|S_k|}
 
-    where :math:`h_k` is 1 if metric :math:`k` is better when higher. The default, one
-    mean over all metrics, is what Nash-MTL, FAMO and FS-MTL print; it counts a task
-    as often as it has metrics (on NYUv2 normals are 5 of 9). With ``groups`` it is the
-    mean over tasks of the mean over each task's metrics.
+    Here :math:`h_k` is 1 if a higher value of metric :math:`k` is better, and 0
+    otherwise. A lower :math:`\Delta m` is better. By default the mean is over all
+    metrics, as in Nash-MTL, FAMO and FS-MTL. Each task then counts as often as it has
+    metrics (on NYUv2, 5 of 9 metrics are of the normals). With ``groups`` the result is
+    the mean over tasks of the mean over the metrics of each task.
 
-    The sources divide by :math:`S_k`, which is positive in their tables; the absolute
-    value keeps "better" negative for metrics such as rewards that may be negative.
+    The sources divide by :math:`S_k`, which is positive in their tables. The absolute
+    value ensures that a negative result is better for metrics that may be negative,
+    such as rewards.
 
     Args:
-      values: Metrics of the multi-task model, in any units, with any leading axes.
-      baseline: Metrics of the single-task models, in the same units; none is zero.
-      higher_is_better: Direction of every metric.
-      groups: Index of the task that every metric belongs to, ``0 .. tasks-1``.
+      values: Metrics of the multi-task model, shape ``[..., M]``, in any units.
+      baseline: Metrics of the single-task models, shape ``[M]``, in the same units.
+        They must not be zero.
+      higher_is_better: Direction of every metric, shape ``[M]``.
+      groups: Index of the task of every metric, ``0 .. tasks-1``.
 
     Returns:
-      Percent, one number per leading index of ``values``.
+      The drop in percent, one number per leading index of ``values``.
 
     Raises:
-      ValueError: Lengths differ, ``groups`` skips a task, or a baseline is zero. A zero
-        that is traced cannot be seen; the result is then infinite or NaN.
+      ValueError: If lengths differ, if ``groups`` skips a task, or if a baseline is
+        zero. A traced zero cannot be detected. The result is then infinite or NaN.
 
     Examples:
-      Cityscapes, MTAN: two metrics of segmentation, two of depth.
+      Cityscapes, MTAN, with two metrics of segmentation and two of depth.
 
       >>> import jax.numpy as jnp
       >>> from mtljax.metrics import delta_m
@@ -89,21 +91,22 @@ def delta_p(
     *,
     groups: Sequence[int],
 ) -> Float[Array, "*batch"]:
-    """Mean relative gain per task against the baseline, in percent; higher is better.
+    """Computes the mean relative gain per task against the baseline, in percent.
 
-    What LibMTL and DB-MTL print: ``-delta_m(..., groups=groups)``.
+    A higher value is better. LibMTL and DB-MTL report this value. It equals
+    ``-delta_m(..., groups=groups)``.
 
     Args:
       values: See :func:`delta_m`.
       baseline: See :func:`delta_m`.
       higher_is_better: See :func:`delta_m`.
-      groups: Index of the task that every metric belongs to, ``0 .. tasks-1``.
+      groups: Index of the task of every metric, ``0 .. tasks-1``.
 
     Returns:
-      Percent, one number per leading index of ``values``.
+      The gain in percent, one number per leading index of ``values``.
 
     Raises:
-      ValueError: As :func:`delta_m`.
+      ValueError: If :func:`delta_m` would raise an error.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -123,21 +126,21 @@ def mean_rank(
     table: Float[ArrayLike, "methods metrics"],
     higher_is_better: Sequence[bool] | Bool[ArrayLike, " metrics"],
 ) -> Float[Array, " methods"]:
-    """Rank of every method (1 is best), averaged over metrics; lower is better.
+    """Computes the rank of every method (1 is best), averaged over metrics.
 
-    Tied methods share the mean of their ranks. A NaN ranks last. The value depends on
-    which methods are in the table, so report them with it; the single-task row is
-    usually left out.
+    A lower value is better. Tied methods have the mean of their ranks, and a NaN ranks
+    last. The value depends on the methods in the table, so report them with it. The
+    single-task row is usually excluded.
 
     Args:
-      table: Metrics of every method.
-      higher_is_better: Direction of every metric.
+      table: Metrics of every method, shape ``[methods, metrics]``.
+      higher_is_better: Direction of every metric, shape ``[metrics]``.
 
     Returns:
-      Mean ranks, in ``[1, methods]``.
+      Mean ranks in ``[1, methods]``, shape ``[methods]``.
 
     Raises:
-      ValueError: The directions do not match the table's columns.
+      ValueError: If the directions do not match the columns of the table.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -147,29 +150,29 @@ def mean_rank(
       Array([2.25, 2.  , 1.75], dtype=float32)
 
     References:
-      Liu et al., `FAMO <https://arxiv.org/abs/2306.03792>`_, 2023 (its tables' MR).
+      Liu et al., `FAMO <https://arxiv.org/abs/2306.03792>`_, 2023 (MR in its tables).
     """
     table = jnp.asarray(table)
     loss = table * _signs(higher_is_better, table.shape[-1])[None]
     loss = jnp.where(jnp.isnan(loss), jnp.inf, loss)
     better = (loss[None] < loss[:, None]).sum(axis=1)
-    tied = (loss[None] == loss[:, None]).sum(axis=1)  # counts the method itself
+    tied = (loss[None] == loss[:, None]).sum(axis=1)  # includes the method itself
     return (2 * better + tied + 1).mean(axis=-1) / 2
 
 
 def _signs(higher_is_better, count: int) -> Float[Array, " metrics"]:
-    """-1 where higher is better, +1 where lower is."""
+    """Returns -1 where a higher value is better, and +1 where a lower one is."""
     higher = jnp.asarray(higher_is_better, dtype=bool)
     if higher.shape != (count,):
         raise ValueError(
-            f"higher_is_better has shape {higher.shape}; it needs one entry for each "
-            f"of the {count} metrics."
+            f"higher_is_better has shape {higher.shape}, but one entry for each of the "
+            f"{count} metrics is required."
         )
     return jnp.where(higher, -1.0, 1.0)
 
 
 def _metric_weights(groups: Sequence[int] | None, count: int) -> list[float]:
-    """Weight of every metric in the mean: equal, or equal inside equal tasks."""
+    """Returns the weights of the metrics: equal, or equal within equal tasks."""
     groups = range(count) if groups is None else [int(g) for g in groups]
     tasks = set(groups)
     if len(groups) != count or tasks != set(range(len(tasks))):
@@ -184,11 +187,11 @@ def _metric_weights(groups: Sequence[int] | None, count: int) -> list[float]:
 def _check_nonzero(baseline: ArrayLike) -> None:
     if isinstance(baseline, Tracer):
         return
-    with jax.ensure_compile_time_eval():  # inside jit, constants stay concrete
+    with jax.ensure_compile_time_eval():  # constants stay concrete inside jit
         values = jnp.ravel(jnp.asarray(baseline)).tolist()
     zeros = [i for i, value in enumerate(values) if value == 0]
     if zeros:
         raise ValueError(
             f"The baseline of metric {zeros[0]} is zero, so a relative change is not "
-            "defined; leave the metric out or report it in its own units."
+            "defined. Leave the metric out or report it in its own units."
         )

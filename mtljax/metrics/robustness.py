@@ -1,4 +1,4 @@
-"""How a score holds when the weights are disturbed."""
+"""Robustness of a score to perturbations of the weights."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias, get_args
@@ -12,18 +12,18 @@ Loop: TypeAlias = Literal["unrolled", "map", "vmap"]
 
 
 def weight_noise(params: PyTree, key: PRNGKeyArray, magnitude: ArrayLike) -> PyTree:
-    r"""Moves all weights together by a distance, in a random direction.
+    r"""Moves all weights together by a given distance in a random direction.
 
-    :math:`\theta + \gamma u` with u uniform on the unit sphere of all floating-point
-    parameters; other leaves stay.
+    The result is :math:`\theta + \gamma u` with u uniform on the unit sphere of all
+    floating-point parameters. Other leaves do not change.
 
     Args:
       params: The parameters.
-      key: Fixes u; every leaf draws from its own key.
+      key: Random key of u. Every leaf uses its own key.
       magnitude: :math:`\gamma`, in the units of the parameters.
 
     Returns:
-      The moved parameters, each leaf in its own dtype.
+      The moved parameters. Each leaf keeps its dtype.
 
     Raises:
       ValueError: If there is no floating-point parameter.
@@ -66,28 +66,29 @@ def weight_noise_robustness(
     num_draws: int = 10,
     loop: Loop = "unrolled",
 ) -> PyTree:
-    """A score at random points on spheres around the weights.
+    """Evaluates a score at random points on spheres around the weights.
 
-    The wider the minimum, the slower the score falls. FS-MTL draws 10 directions for
-    each of the magnitudes 0, 50, …, 950 (its reference code; the units are those of a
-    ResNet-18). The same directions serve all magnitudes.
+    The score falls more slowly in a wider minimum. FS-MTL samples 10 directions for
+    each of the magnitudes 0, 50, …, 950. These are the values of its reference code,
+    in the units of a ResNet-18. All magnitudes use the same directions.
 
     Args:
-      score: ``score(params) -> `` arrays, e.g. the accuracy of every task. Close over
-        the data and over the running averages of batch normalisation, which are not
-        estimated again. Jit it for ``"unrolled"``.
+      score: A function ``score(params)`` that returns arrays, for example the accuracy
+        of every task. It closes over the data and over the running averages of batch
+        normalisation, which are not estimated again. Compile it for ``"unrolled"``.
       params: The parameters.
-      key: Fixes the directions.
+      key: Random key of the directions.
       magnitudes: The M distances, see :func:`weight_noise`.
-      num_draws: Directions D.
-      loop: ``"unrolled"`` calls ``score`` M D times one after another, ``"map"`` loops
-        inside a compiled program, ``"vmap"`` runs all at once.
+      num_draws: D, the number of directions.
+      loop: ``"unrolled"`` calls ``score`` M D times, one call after another. ``"map"``
+        loops inside a compiled program. ``"vmap"`` evaluates all points at once.
 
     Returns:
-      The arrays of ``score`` with two leading axes ``[M, D, ...]``.
+      The arrays of ``score`` with two leading axes, ``[M, D, ...]``. The cost is M D
+      evaluations of ``score``.
 
     Raises:
-      ValueError: If there is no magnitude or draw, or no floating-point parameter.
+      ValueError: If there is no magnitude, no direction or no floating-point parameter.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -108,7 +109,7 @@ def weight_noise_robustness(
         )
     if num_draws < 1 or not len(magnitudes):
         raise ValueError(
-            "weight_noise_robustness needs at least one magnitude and one draw; got "
+            "weight_noise_robustness needs at least one magnitude and one draw, not "
             f"magnitudes={list(magnitudes)} and num_draws={num_draws}."
         )
     keys = jax.random.split(key, num_draws)
