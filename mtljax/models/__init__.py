@@ -1,6 +1,6 @@
-"""Models for multi-task experiments: a shared trunk and one head a task.
+"""Models for multi-task experiments: a shared trunk and one head per task.
 
-This floor imports Flax; the core of the library takes any pytree of parameters.
+This subpackage imports Flax. The core of the library supports any pytree of parameters.
 """
 
 from mtljax.extras import require

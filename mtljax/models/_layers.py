@@ -1,7 +1,8 @@
-"""Layers that the models share, with the arithmetic and the initial values of PyTorch.
+"""Shared layers with the arithmetic and the initial values of PyTorch.
 
-The reproduced papers trained PyTorch models, so linear layers, batch normalisation
-and pooling follow its conventions. Images are ``[batch, height, width, channels]``.
+The papers that are reproduced trained PyTorch models. Therefore linear layers, batch
+normalisation and pooling follow its conventions. Images have the shape
+``[batch, height, width, channels]``.
 """
 
 import math
@@ -13,16 +14,16 @@ from flax.typing import Dtype
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PRNGKeyArray, Real
 
-# Normal with variance 2 / (kernel area * output channels): He et al. (1502.01852) in
-# its fan-out form, the initial value of convolutions in torchvision's ResNet.
+# Normal with variance 2 / (kernel area * output channels), as in He et al. (1502.01852)
+# with fan-out. It initialises the convolutions of torchvision's ResNet.
 he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
-# Uniform in +-1/sqrt(fan_in): the initial kernel of PyTorch's Linear and Conv2d.
+# Uniform in +-1/sqrt(fan_in), the initial kernel of PyTorch's Linear and Conv2d.
 torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def torch_bias(fan_in: int) -> nn.initializers.Initializer:
-    """Uniform in ``+-1/sqrt(fan_in)``: the initial bias of PyTorch's layers."""
+    """Returns an initializer that is uniform in ``+-1/sqrt(fan_in)``, as in PyTorch."""
     bound = 1 / math.sqrt(fan_in)
 
     def init(key: PRNGKeyArray, shape, dtype=jnp.float32, out_sharding=None) -> Array:
@@ -39,7 +40,7 @@ def linear(
     dtype: Dtype | None = None,
     name: str | None = None,
 ) -> nn.Dense:
-    """A dense layer whose kernel and bias start as PyTorch's ``nn.Linear``."""
+    """Creates a dense layer with the initial values of PyTorch's ``nn.Linear``."""
     bias_init = torch_bias(fan_in)
     return nn.Dense(
         features, dtype=dtype, kernel_init=torch_uniform, bias_init=bias_init, name=name
@@ -47,7 +48,7 @@ def linear(
 
 
 def to_compute(x: Real[ArrayLike, "*shape"], dtype: Dtype | None) -> Array:
-    """Casts to the compute dtype; ``None`` keeps floats and makes integers float32."""
+    """Casts to the compute dtype; None keeps floats and casts integers to float32."""
     x = jnp.asarray(x)
     if dtype is None:
         dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32
@@ -55,26 +56,26 @@ def to_compute(x: Real[ArrayLike, "*shape"], dtype: Dtype | None) -> Array:
 
 
 def at_least_float32(x: Array) -> Array:
-    """Casts half-precision floats to float32 and leaves wider ones alone."""
+    """Casts half-precision floats to float32 and leaves wider floats unchanged."""
     return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
 
 
 def check_images(x: Array, model: str) -> None:
-    """Raises ``ValueError`` unless ``x`` is ``[batch, height, width, channels]``."""
+    """Raises an error unless ``x`` is ``[batch, height, width, channels]``."""
     if x.ndim != 4:
         raise ValueError(
-            f"{model} takes images [batch, height, width, channels]; "
-            f"got shape {x.shape}."
+            f"{model} takes images [batch, height, width, channels], but the input has "
+            f"shape {x.shape}."
         )
 
 
 def max_pool_2x2(
     x: Float[Array, "batch height width channels"],
 ) -> Float[Array, "batch height//2 width//2 channels"]:
-    """Maximum over 2x2 windows; an odd last row or column is dropped.
+    """Computes the maximum over 2x2 windows and ignores an odd last row or column.
 
-    Half the time of ``lax.reduce_window`` in a training step on a CPU, because its
-    gradient is a mask and not a scatter. Tied maxima share the gradient equally.
+    In a training step on a CPU it takes half the time of ``lax.reduce_window``, because
+    its gradient is a mask and not a scatter. Tied maxima share the gradient equally.
     """
     n, height, width, channels = x.shape
     x = x[:, : height // 2 * 2, : width // 2 * 2]
@@ -84,14 +85,15 @@ def max_pool_2x2(
 class BatchNorm(nn.Module):
     """Batch normalisation over all axes but the last, as PyTorch computes it.
 
-    With ``train=True`` the batch's mean and biased variance normalise, and the running
-    averages move by ``momentum`` towards the mean and the *unbiased* variance where
-    the ``batch_stats`` collection is mutable. With ``train=False`` the running averages
-    normalise. Statistics are taken in float32 at least. Under ``jit`` with a sharded
-    batch they are those of the global batch.
+    With ``train=True`` the input is normalised with the mean and the biased variance of
+    the batch. If the ``batch_stats`` collection is mutable, the running averages move
+    by ``momentum`` towards the mean and the *unbiased* variance. With ``train=False``
+    the input is normalised with the running averages. Statistics are computed in at
+    least float32. Under ``jit`` with a sharded batch they are those of the global
+    batch.
 
     Attributes:
-      momentum: Weight of the new statistics (PyTorch's meaning: 0.1 moves slowly).
+      momentum: Weight of the new statistics, as in PyTorch (0.1 is slow).
       epsilon: Added to the variance.
 
     References:
@@ -104,7 +106,7 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
-        """Normalises ``x [..., channels]``; see the class for the two modes."""
+        """Normalises ``x [..., channels]``; the class describes the two modes."""
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
@@ -128,8 +130,8 @@ class BatchNorm(nn.Module):
         axes = tuple(range(x.ndim - 1))
         if x.size < 2 * x.shape[-1]:
             raise ValueError(
-                "Batch normalisation in training needs more than one value per "
-                f"channel; got an input of shape {x.shape}."
+                "BatchNorm: training needs more than one value per channel, but the "
+                f"input has shape {x.shape}."
             )
         mean = x.mean(axes)
         return mean, jnp.square(x - x.mean(axes, keepdims=True)).mean(axes)

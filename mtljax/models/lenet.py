@@ -19,18 +19,18 @@ from mtljax.models._layers import (
 
 
 class LeNet(nn.Module):
-    """Convolution, 2x2 max-pool and ReLU, twice or more; then a dense layer and ReLU.
+    """LeNet trunk: convolutions with 2x2 max-pool and ReLU, then a dense layer.
 
-    The defaults are the LeNet of FS-MTL: on 36x36x1 images the second pool leaves
-    5x5x20 = 500 values, and with two heads of ten classes the model has 31,910
-    parameters. Convolutions are VALID; every layer starts as in PyTorch.
+    The defaults are the LeNet of FS-MTL. On 36x36x1 images the second pool returns
+    5x5x20 = 500 values. With two heads of ten classes the model has 31,910 parameters.
+    Convolutions use VALID padding. Every layer has the initial values of PyTorch.
 
     Attributes:
       channels: Output channels of every convolution.
-      kernels: Side of every square kernel; for small images choose smaller ones.
-      features: Width of the dense layer, i.e. of what the heads read.
-      dropout: Share of the dense layer's units dropped while training.
-      dtype: Compute dtype; parameters stay float32.
+      kernels: Side of every square kernel. Use smaller kernels for small images.
+      features: Width of the dense layer, which is the input of the heads.
+      dropout: Share of the units of the dense layer that are dropped in training.
+      dtype: Compute dtype. Parameters stay float32.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -43,9 +43,9 @@ class LeNet(nn.Module):
       (2, 50)
 
     References:
-      LeCun et al., Gradient-based learning applied to document recognition, 1998; with
-      two heads in Sener and Koltun, `Multi-Task Learning as Multi-Objective
-      Optimization <https://arxiv.org/abs/1810.04650>`_, 2018.
+      LeCun et al., Gradient-based learning applied to document recognition, 1998. Sener
+      and Koltun, `Multi-Task Learning as Multi-Objective Optimization
+      <https://arxiv.org/abs/1810.04650>`_, 2018, use it with two heads.
     """
 
     channels: Sequence[int] = (10, 20)
@@ -59,11 +59,12 @@ class LeNet(nn.Module):
         """Maps images ``x [batch, height, width, channels]`` to ``[batch, features]``.
 
         Raises:
-          ValueError: The image is too small for the kernels, or the options disagree.
+          ValueError: If the image is too small for the kernels, or if the numbers of
+            channels and kernels differ.
         """
         if len(self.channels) != len(self.kernels):
             raise ValueError(
-                f"LeNet needs one kernel size per convolution; got channels="
+                "LeNet needs one kernel size per convolution, but received channels="
                 f"{tuple(self.channels)} and kernels={tuple(self.kernels)}."
             )
         h = to_compute(x, self.dtype)
@@ -76,7 +77,7 @@ class LeNet(nn.Module):
                 raise ValueError(
                     f"A {image[0]}x{image[1]} image is too small for LeNet with "
                     f"kernels={tuple(self.kernels)}: convolution {i} and its 2x2 pool "
-                    f"need at least {side + 1} pixels a side and get "
+                    f"need at least {side + 1} pixels per side, but the input has "
                     f"{min(h.shape[1:3])}."
                 )
             h = nn.Conv(

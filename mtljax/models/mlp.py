@@ -1,4 +1,4 @@
-"""Multi-layer perceptron trunk."""
+"""Trunk that is a multi-layer perceptron (MLP)."""
 
 from collections.abc import Sequence
 
@@ -20,16 +20,17 @@ _ACTIVATIONS = {
 
 
 class MLP(nn.Module):
-    """Dense layers, each followed by an activation; the input is flattened.
+    """Multi-layer perceptron (MLP) trunk: dense layers, each with an activation.
 
-    Layers start as PyTorch's ``nn.Linear``. An empty ``hidden`` is the identity, which
-    makes every head a linear model of the input.
+    The input is flattened. Layers have the initial values of PyTorch's ``nn.Linear``.
+    An empty ``hidden`` is the identity, so that every head is a linear model of the
+    input.
 
     Attributes:
       hidden: Width of every hidden layer.
       activation: One of ``relu``, ``gelu``, ``elu``, ``tanh``.
-      dropout: Share of units dropped after every activation while training.
-      dtype: Compute dtype; parameters stay float32.
+      dropout: Share of units that are dropped after every activation in training.
+      dtype: Compute dtype. Parameters stay float32.
 
     Examples:
       >>> import jax, jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Message-passing network for small molecules: NNConv, GRU, Set2Set."""
+"""Message-passing network for small molecules, with NNConv, GRU and Set2Set."""
 
 from typing import Literal, TypeAlias
 
@@ -18,26 +18,30 @@ _BOND_TYPES = 4  # single, double, triple, aromatic
 
 
 class MPNN(nn.Module):
-    """The network of QM9's multi-task tables, on padded molecules.
+    """Message-passing network (MPNN) of the multi-task tables on QM9.
 
-    A dense layer and ReLU embed the atoms; ``rounds`` times, with the same weights,
-    ``m_i = mean_j A(e_ij) h_j`` over the neighbours, ReLU, and ``h_i = GRU(m_i, h_i)``;
-    Set2Set reads the atoms out and a dense layer with ReLU gives the features. ``A`` is
-    a network of one hidden layer from the edge's features to a width x width matrix.
-    It is evaluated once per bond type, or, where edges have distances, contracted with
-    the neighbours' states before its last layer: the same numbers, without a matrix
-    per edge.
+    The network processes padded molecules in three stages:
+
+    1. A dense layer with ReLU embeds the atoms.
+    2. ``rounds`` rounds with the same weights compute ``m_i = mean_j A(e_ij) h_j`` over
+       the neighbours, apply ReLU, and update ``h_i = GRU(m_i, h_i)``.
+    3. Set2Set pools the atoms, and a dense layer with ReLU returns the features.
+
+    ``A`` is a network with one hidden layer that maps the features of an edge to a
+    width x width matrix. For bonds, it is evaluated once per bond type. For distances,
+    it is contracted with the states of the neighbours before its last layer. This gives
+    the same values without a matrix per edge.
 
     Attributes:
-      edges: ``"bonds"`` takes ``mtljax.data.qm9_subset``'s tables ``[batch, atoms,
-        5 + atoms, 1]``, whose edges are bonds of four types; ``"distances"`` takes
-        those of ``qm9`` ``[batch, atoms, 4, 1]``, where every pair is an edge.
-      width: Length of an atom's state.
+      edges: ``"bonds"`` takes the tables of ``mtljax.data.qm9_subset``, ``[batch,
+        atoms, 5 + atoms, 1]``, whose edges are bonds of four types. ``"distances"``
+        takes those of ``qm9``, ``[batch, atoms, 4, 1]``, where every pair is an edge.
+      width: Length of the state of an atom.
       edge_width: Hidden width of the edge network.
-      rounds: Rounds of message passing.
-      readout_steps: Steps of Set2Set.
-      features: Length of what the heads read.
-      dtype: Compute dtype; parameters stay float32.
+      rounds: Number of rounds of message passing.
+      readout_steps: Number of steps of Set2Set.
+      features: Number of features, which are the input of the heads.
+      dtype: Compute dtype. Parameters stay float32.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -51,7 +55,7 @@ class MPNN(nn.Module):
 
     References:
       Gilmer et al., `Neural Message Passing for Quantum Chemistry
-      <https://arxiv.org/abs/1704.01212>`_, 2017; Vinyals et al., `Order Matters:
+      <https://arxiv.org/abs/1704.01212>`_, 2017. Vinyals et al., `Order Matters:
       Sequence to sequence for sets <https://arxiv.org/abs/1511.06391>`_, 2015.
     """
 
@@ -65,7 +69,11 @@ class MPNN(nn.Module):
 
     @nn.compact
     def __call__(self, x: ArrayLike, *, train: bool) -> Float[Array, "batch features"]:
-        """Maps molecules to features ``[batch, features]``."""
+        """Maps molecules to features ``[batch, features]``.
+
+        Raises:
+          ValueError: If the shape of ``x`` does not match ``edges``.
+        """
         del train
         x = jnp.asarray(x)
         if self.edges == "bonds":
@@ -90,18 +98,18 @@ class MPNN(nn.Module):
         return jax.nn.relu(out(pooled))
 
     def _edge_network(self, columns: int):
-        """The two layers of ``A``."""
+        """Returns the two layers of ``A``."""
         hidden = linear(self.edge_width, columns, dtype=self.dtype, name="edge_hidden")
         size = self.width * self.width
         return hidden, linear(size, self.edge_width, dtype=self.dtype, name="edge_out")
 
     def _bonded(self, bonds: Array):
-        """Mean messages ``[batch, atoms, width]`` of states: a matrix per bond type."""
+        """Returns mean messages of states, with one matrix per bond type."""
         batch, n, _, kinds = bonds.shape
         width = self.width
         hidden, last = self._edge_network(kinds)
         matrices = last(jax.nn.relu(hidden(jnp.eye(kinds, dtype=bonds.dtype))))
-        # [width in, kinds x width out]: one product serves all kinds of bonds.
+        # [width in, kinds x width out], so that one product covers all kinds of bonds.
         joined = matrices.reshape(kinds, width, width).transpose(1, 0, 2)
         joined = joined.reshape(width, kinds * width)
         count = jnp.maximum(bonds.sum((2, 3)), 1)[..., None]
@@ -114,13 +122,13 @@ class MPNN(nn.Module):
         return messages
 
     def _placed(self, edges: Array, real: Array):
-        """Mean messages of states, contracted before the last layer of ``A``."""
+        """Returns mean messages, contracted before the last layer of ``A``."""
         width = self.width
         apart = ~jnp.eye(real.shape[1], dtype=bool)[None]
         pairs = (real[:, :, None] & real[:, None, :] & apart).astype(edges.dtype)
         hidden, last = self._edge_network(edges.shape[-1])
         basis = jax.nn.relu(hidden(edges)) * pairs[..., None]
-        last(basis[:1, :1, 0])  # makes its parameters, which are used below
+        last(basis[:1, :1, 0])  # creates the parameters that are used below
         layer = last.variables["params"]
         kernel = layer["kernel"].astype(edges.dtype).reshape(-1, width)
         bias = layer["bias"].astype(edges.dtype).reshape(width, width)
@@ -135,7 +143,7 @@ class MPNN(nn.Module):
         return messages
 
     def _gru(self):
-        """PyTorch's GRU cell, one for all rounds."""
+        """Returns the GRU cell of PyTorch, which all rounds share."""
         ingoing = linear(3 * self.width, self.width, dtype=self.dtype, name="gru_in")
         own = linear(3 * self.width, self.width, dtype=self.dtype, name="gru_state")
 
@@ -150,9 +158,9 @@ class MPNN(nn.Module):
         return cell
 
     def _set2set(self, h: Array, real: Array) -> Array:
-        """An LSTM that asks, and attention over the atoms that answers."""
+        """Pools atoms with an LSTM, which queries, and attention over the atoms."""
         batch, width = h.shape[0], self.width
-        draw = torch_bias(width)  # both of PyTorch's matrices and biases
+        draw = torch_bias(width)  # initialises all matrices and biases, as in PyTorch
 
         def dense(name):
             return nn.Dense(
@@ -173,24 +181,24 @@ class MPNN(nn.Module):
             cell = cell + jax.nn.sigmoid(gate_in) * jnp.tanh(new)
             query = jax.nn.sigmoid(gate_out) * jnp.tanh(cell)
             score = (h * query[:, None]).sum(-1)
-            # A row of padding alone has no atom to attend to.
+            # A row that consists of padding has no atom to attend to.
             share = jnp.where(real, jax.nn.softmax(score, where=real), 0)
             answer = jnp.concatenate([query, (share[..., None] * h).sum(1)], -1)
         return answer
 
 
 def _check(x: Array, edges: str, columns) -> None:
-    """Raises unless ``x`` is ``[batch, atoms, columns(atoms), 1]``."""
+    """Raises an error unless ``x`` is ``[batch, atoms, columns(atoms), 1]``."""
     if x.ndim != 4 or x.shape[2:] != (columns(x.shape[1]), 1):
         wanted = {"bonds": "5 + atoms", "distances": "4"}[edges]
         raise ValueError(
-            f"MPNN(edges={edges!r}) takes molecules [batch, atoms, {wanted}, 1]; "
-            f"got shape {x.shape}."
+            f"MPNN(edges={edges!r}) takes molecules [batch, atoms, {wanted}, 1], but "
+            f"the input has shape {x.shape}."
         )
 
 
 def _read_bonded(x: Array) -> tuple[Array, Array, Array]:
-    """Features of atoms, which are real, and one-hot bonds ``[batch, i, j, 4]``."""
+    """Returns atom features, the real atoms, and one-hot bonds ``[batch, i, j, 4]``."""
     x = x.astype(jnp.int32)
     z, hydrogens, charge, hybrid, ring = (x[..., i] for i in range(_ATOM_COLUMNS))
     real = z > 0
@@ -207,14 +215,14 @@ def _read_bonded(x: Array) -> tuple[Array, Array, Array]:
 
 
 def _read_placed(x: Array) -> tuple[Array, Array, Array]:
-    """Features of atoms, which are real, and distances ``[batch, i, j, 1]``."""
+    """Returns atom features, the real atoms, and distances ``[batch, i, j, 1]``."""
     z = x[..., 0].astype(jnp.int32)
     real = z > 0
     elements = jnp.stack([z == number for number in (1, 6, 7, 8, 9)], -1)
     atoms = elements.astype(jnp.float32)
     place = x[..., 1:].astype(jnp.float32)
     square = jnp.square(place[:, :, None] - place[:, None, :]).sum(-1)
-    # The root has no slope at an atom's distance to itself.
+    # sqrt has no derivative at the distance 0 of an atom to itself.
     apart = square > 0
     distance = jnp.where(apart, jnp.sqrt(jnp.where(apart, square, 1)), 0)
     return atoms, real, distance[..., None]

@@ -1,4 +1,4 @@
-"""One trunk, one linear head a task, behind two pure functions."""
+"""Multi-task model as two pure functions: one trunk and one linear head per task."""
 
 import zlib
 from collections.abc import Callable, Mapping
@@ -19,10 +19,10 @@ _TRUNKS: dict[str, type[nn.Module]] = {"mlp": MLP, "lenet": LeNet, "resnet18": R
 
 
 class Variables(NamedTuple):
-    """What a model remembers."""
+    """Parameters and running averages of a model."""
 
     params: PyTree  # {"trunk": {...}, "heads": {task: {"kernel", "bias"}}}
-    batch_stats: PyTree  # running averages of batch normalisation; {} if there are none
+    batch_stats: PyTree  # running averages of batch normalisation; {} without them
 
 
 class ApplyFn(Protocol):
@@ -40,28 +40,29 @@ class ApplyFn(Protocol):
         """Runs the model.
 
         Args:
-          variables: The model's variables, or the pair ``(params, batch_stats)``.
-          x: A batch, ``[batch, ...]``.
-          train: Normalise by the batch's statistics and drop units; else by the
-            running averages, which come back unchanged.
-          key: For dropout; needed in training where the model has any.
-          update_stats: With ``train=True``, whether running averages move. ``False``
-            leaves them as they are, e.g. in the second pass of SAM.
+          variables: The variables of the model, or the pair ``(params, batch_stats)``.
+          x: A batch, shape ``[batch, ...]``.
+          train: Whether to normalise with the statistics of the batch and apply
+            dropout. Otherwise the running averages are used and returned unchanged.
+          key: Random key of dropout. Required in training if the model has dropout.
+          update_stats: Whether running averages are updated with ``train=True``.
+            ``False`` leaves them unchanged, for example in the second pass of SAM.
 
         Returns:
-          The outputs of every task, ``{task: [batch, size]}`` and float32 at least, and
-          the new ``batch_stats``.
+          A pair of the outputs of every task, ``{task: [batch, size]}`` in at least
+          float32, and the new ``batch_stats``.
+
         """
         ...
 
 
 class Model(NamedTuple):
-    """A model as two pure functions; nothing above this floor sees a Flax module.
+    """A model as two pure functions, so that callers do not depend on Flax.
 
     Attributes:
-      init: ``init(key, x) -> Variables``; ``x [batch, ...]`` gives shapes only.
+      init: ``init(key, x) -> Variables``. Only the shape of ``x [batch, ...]`` is used.
       apply: ``apply(variables, x, *, train, key=None, update_stats=True) ->
-        (outputs, batch_stats)``; see :class:`ApplyFn`.
+        (outputs, batch_stats)``, see :class:`ApplyFn`.
     """
 
     init: Callable[[PRNGKeyArray, ArrayLike], Variables]
@@ -69,21 +70,24 @@ class Model(NamedTuple):
 
 
 def build(name: str, heads: Mapping[str, int], **options: Any) -> Model:
-    """A multi-task model by the name of its trunk.
+    """Builds a multi-task model from the name of its trunk.
 
     Args:
       name: ``"mlp"`` (:class:`MLP`), ``"lenet"`` (:class:`LeNet`) or ``"resnet18"``
         (:class:`ResNet`).
-      heads: Output size of every task's linear head; one entry is a single-task model.
-      **options: Fields of the trunk's class, such as ``hidden`` or ``stem``; ``dtype``
-        computes trunk and heads in that type with float32 parameters.
+      heads: Output size of the linear head of every task. One entry gives a single-task
+        model.
+      **options: Fields of the class of the trunk, such as ``hidden`` or ``stem``. With
+        ``dtype``, trunk and heads compute in this type with float32 parameters.
 
     Returns:
-      The model. Trunk and heads draw from keys of their own, a head's from its task's
-      name: with one key, single- and multi-task models start from equal numbers.
+      A :class:`Model`. The trunk and each head use their own random keys, and the key
+      of a head depends on the name of its task. With the same key, single-task and
+      multi-task models therefore start from equal values.
 
     Raises:
-      ValueError: An unknown name or option, or no head, or a head of no output.
+      ValueError: If the name or an option is unknown, if there is no head, or if a head
+        has no output.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -113,19 +117,19 @@ def build(name: str, heads: Mapping[str, int], **options: Any) -> Model:
 def multitask(
     trunk: nn.Module, heads: Mapping[str, int], *, dtype: Dtype | None = None
 ) -> Model:
-    """Puts one linear head a task on a trunk.
+    """Adds one linear head per task to a trunk.
 
     Args:
-      trunk: A linen module, called ``trunk(x, train=...)``, that returns features
-        ``[batch, features]`` and holds its running averages in ``batch_stats``.
-      heads: Output size of every task's head.
-      dtype: Compute dtype of the heads; outputs are cast back to float32.
+      trunk: A linen module, called as ``trunk(x, train=...)``, that returns features
+        ``[batch, features]`` and stores its running averages in ``batch_stats``.
+      heads: Output size of the head of every task.
+      dtype: Compute dtype of the heads. Outputs are cast back to float32.
 
     Returns:
-      The model; see :func:`build`.
+      A :class:`Model`, see :func:`build`.
 
     Raises:
-      ValueError: No head, or a head of no output.
+      ValueError: If there is no head, or if a head has no output.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -136,10 +140,10 @@ def multitask(
       (4, 1)
     """
     if not heads:
-        raise ValueError("A model needs at least one head; got heads={}.")
+        raise ValueError("A model needs at least one head, but heads is empty.")
     for task, size in heads.items():
         if size < 1:
-            raise ValueError(f"Head {task!r} needs at least one output; got {size}.")
+            raise ValueError(f"Head {task!r} needs at least one output, not {size}.")
     heads = dict(heads)
 
     def init(key: PRNGKeyArray, x: ArrayLike) -> Variables:

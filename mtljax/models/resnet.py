@@ -1,4 +1,4 @@
-"""ResNet-18 trunk, with the ImageNet or the CIFAR stem."""
+"""ResNet-18 trunk with the ImageNet or the CIFAR stem."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ from mtljax.models._layers import (
 
 
 class ResNet(nn.Module):
-    """ResNet of basic blocks; the defaults are torchvision's ResNet-18.
+    """ResNet trunk of basic blocks; the defaults are torchvision's ResNet-18.
 
     ============================  ===========================================  ========
     model                         options                                      features
@@ -29,20 +29,20 @@ class ResNet(nn.Module):
     torchvision without its fc    ``features=None``                                 512
     ============================  ===========================================  ========
 
-    The first has 11,223,560 parameters with one input channel and two heads of ten
-    classes; the second's 2048 features are those of a 64x64 image. Convolutions have
-    no bias and start He-normal with fan-out, batch normalisation at 1 and 0, the dense
-    layer as PyTorch's.
+    The first model has 11,223,560 parameters with one input channel and two heads of
+    ten classes. The 2048 features of the second model are those of a 64x64 image.
+    Convolutions have no bias and He-normal initial values with fan-out. Batch
+    normalisation starts at 1 and 0, and the dense layer as in PyTorch.
 
     Attributes:
-      stem: ``"imagenet"`` (7x7 convolution of stride 2, then a 3x3 max-pool of
-        stride 2) or ``"cifar"`` (3x3 convolution of stride 1, no pool).
-      pool: ``None`` averages the last map over all positions; an integer averages
-        windows of that side and flattens them.
-      features: Width of a last dense layer with ReLU; ``None`` leaves it out.
-      width: Channels of the first stage; every further stage doubles them.
-      blocks: Basic blocks of every stage.
-      dtype: Compute dtype; parameters and batch statistics stay float32.
+      stem: ``"imagenet"`` is a 7x7 convolution of stride 2 and a 3x3 max-pool of
+        stride 2. ``"cifar"`` is a 3x3 convolution of stride 1 without a pool.
+      pool: ``None`` averages the last feature map over all positions. An integer is
+        the side of windows that are averaged and then flattened.
+      features: Width of a last dense layer with ReLU. ``None`` omits this layer.
+      width: Channels of the first stage. Every further stage doubles them.
+      blocks: Number of basic blocks of every stage.
+      dtype: Compute dtype. Parameters and batch statistics stay float32.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -71,8 +71,8 @@ class ResNet(nn.Module):
         """Maps images ``x [batch, height, width, channels]`` to ``[batch, features]``.
 
         Raises:
-          ValueError: An unknown stem, an input that is no image, or a last map smaller
-            than the pooling window.
+          ValueError: If the stem is unknown, if the input is not a batch of images, or
+            if the last feature map is smaller than the pooling window.
         """
         x = to_compute(x, self.dtype)
         check_images(x, "ResNet")
@@ -115,8 +115,8 @@ class ResNet(nn.Module):
             return x.mean(axis=(1, 2))
         if min(x.shape[1:3]) < self.pool:
             raise ValueError(
-                f"The last map of this ResNet is {x.shape[1]}x{x.shape[2]}, smaller "
-                f"than pool={self.pool}; use larger images or pool=None."
+                f"The last feature map of this ResNet is {x.shape[1]}x{x.shape[2]}, "
+                f"smaller than pool={self.pool}; use larger images or pool=None."
             )
         n, rows, columns, channels = x.shape
         rows, columns = rows // self.pool, columns // self.pool
@@ -126,12 +126,13 @@ class ResNet(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with batch normalisation, and a shortcut around them.
+    """Two 3x3 convolutions with batch normalisation, and a shortcut connection.
 
     Attributes:
       width: Output channels.
-      stride: Of the first convolution and of the shortcut. The shortcut is a 1x1
-        convolution with batch normalisation where shapes differ, else the identity.
+      stride: Stride of the first convolution and of the shortcut. If shapes differ,
+        the shortcut is a 1x1 convolution with batch normalisation, otherwise the
+        identity.
       dtype: Compute dtype.
     """
 

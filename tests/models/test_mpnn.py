@@ -155,7 +155,7 @@ def test_gradients_are_finite_and_reach_every_parameter(edges):
     ("edges", "shape", "message"),
     [
         ("bonds", (2, 9, 4, 1), r"takes molecules \[batch, atoms, 5 \+ atoms, 1\]"),
-        ("bonds", (2, 9, 14), r"got shape \(2, 9, 14\)"),
+        ("bonds", (2, 9, 14), r"the input has shape \(2, 9, 14\)"),
         ("distances", (2, 9, 14, 1), r"takes molecules \[batch, atoms, 4, 1\]"),
     ],
 )
