@@ -1,4 +1,4 @@
-"""Equinox: arrays and static parts of a module are separated first."""
+"""Equinox: separates the arrays of a module from its static parts."""
 
 import equinox as eqx
 import jax

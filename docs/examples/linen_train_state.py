@@ -1,4 +1,4 @@
-"""flax linen: a ``TrainState`` whose ``apply_gradients`` passes the losses on."""
+"""flax linen: a ``TrainState`` whose ``apply_gradients`` passes the losses."""
 
 from typing import Any
 
@@ -12,10 +12,10 @@ import mtljax
 
 
 class MultiTaskState(TrainState):
-    """``apply_gradients(grads=stacked, losses=losses, mask=mask)``."""
+    """A state with ``apply_gradients(grads=stacked, losses=losses, mask=mask)``."""
 
     def apply_gradients(self, *, grads: Any, **kwargs: Any) -> "MultiTaskState":
-        """Extra arguments go to the optimizer, and so to the balancer."""
+        """Passes extra arguments to the optimizer, and so to the balancer."""
         updates, opt_state = self.tx.update(
             grads, self.opt_state, self.params, **kwargs
         )
@@ -24,11 +24,11 @@ class MultiTaskState(TrainState):
 
 
 class Network(nn.Module):
-    """Two outputs."""
+    """A network with two outputs."""
 
     @nn.compact
     def __call__(self, x):
-        """The outputs ``[N, 2]``."""
+        """Returns the outputs ``[N, 2]``."""
         return nn.Dense(2)(nn.tanh(nn.Dense(16)(x)))
 
 

@@ -1,7 +1,8 @@
-"""Physics-informed losses as a dictionary of terms, each with points of its own.
+"""Physics-informed losses as a dictionary of terms, each with its own points.
 
-The form of jaxpi's ``losses(params, batch)`` and of jinns' loss terms: one scalar per
-term, by name. Here u'' = -sin(x), u(0) = 0 and u(pi) = 0; the solution is sin(x).
+The losses have the form of ``losses(params, batch)`` in jaxpi and of the loss terms in
+jinns: one scalar per term, by name. The problem is u'' = -sin(x) with u(0) = 0 and
+u(pi) = 0. Its solution is sin(x).
 """
 
 import jax
@@ -12,19 +13,19 @@ import mtljax
 
 
 def network(params, x):
-    """A scalar function of a scalar."""
+    """Computes a scalar function of a scalar."""
     h = jnp.tanh(x * params["w"] + params["b"])
     return h @ params["v"]
 
 
 def residual(params, x):
-    """Mean square of u'' + sin(x)."""
+    """Computes the mean square of u'' + sin(x)."""
     u = jax.vmap(jax.grad(jax.grad(network, 1), 1), (None, 0))
     return jnp.mean((u(params, x) + jnp.sin(x)) ** 2)
 
 
 def boundary(params, x):
-    """Mean square of u at the ends."""
+    """Computes the mean square of u at the ends."""
     return jnp.mean(jax.vmap(network, (None, 0))(params, x) ** 2)
 
 

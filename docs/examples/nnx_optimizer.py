@@ -9,14 +9,14 @@ import mtljax
 
 
 class Network(nnx.Module):
-    """A trunk and two heads."""
+    """A network with a trunk and two heads."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.trunk = nnx.Linear(4, 16, rngs=rngs)
         self.heads = nnx.List([nnx.Linear(16, 1, rngs=rngs) for _ in range(2)])
 
     def __call__(self, x):
-        """The outputs of both heads."""
+        """Returns the outputs of both heads."""
         h = nnx.tanh(self.trunk(x))
         return [head(h)[:, 0] for head in self.heads]
 
@@ -29,7 +29,7 @@ def train(steps: int = 100) -> tuple[float, float]:
     balancer = mtljax.cagrad(2)
 
     def task_losses(params, x, y):
-        # copy=True: the variables belong to the trace that merges them.
+        # copy=True is required, because this trace must own the variables it merges.
         outputs = nnx.merge(graph, params, copy=True)(x)
         return jnp.stack([jnp.mean((out - y[t]) ** 2) for t, out in enumerate(outputs)])
 

@@ -1,4 +1,4 @@
-"""``optax.experimental.aggregating``: a balancer as the aggregator of the rows."""
+"""``optax.experimental.aggregating`` with a balancer as the aggregator."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def train(steps: int = 100) -> tuple[float, float]:
     balancer = mtljax.upgrad(2)
     clip = jax.vmap(optax.projections.projection_l2_ball)
     optimizer = aggregating.process(
-        optax.stateless(lambda rows, _: clip(rows)),  # each task's gradient on its own
+        optax.stateless(lambda rows, _: clip(rows)),  # clips each task's gradient
         aggregating.Aggregator(init=balancer.init, update=balancer.update),
         optax.adam(1e-2),
     )

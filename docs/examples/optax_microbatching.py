@@ -1,4 +1,4 @@
-"""Exact accumulation by ``micro_batches=``, or by ``optax.microbatching``."""
+"""Exact gradient accumulation by ``micro_batches=`` or ``optax.microbatching``."""
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ def train(steps: int = 50) -> tuple[float, float]:
 
 
 def _check_recipe(task_losses, params, x, y):
-    """The recipe for a loop of your own: average rows, then balance once."""
+    """Checks the recipe for custom loops: average the gradients, then balance once."""
     rows_of = mtljax.value_and_task_grads(task_losses)
     microbatched = optax.microbatching.microbatch(
         rows_of,

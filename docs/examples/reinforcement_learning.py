@@ -1,7 +1,7 @@
-"""Tasks with batches of their own, and an optimizer that takes ``task_losses=``.
+"""Tasks with their own batches, and an optimizer that takes ``task_losses=``.
 
 Multi-task reinforcement learning has one batch per environment. metaworld-algorithms
-passes the keyword ``task_losses`` to ``optimizer.update``; the adapter renames it.
+passes the keyword ``task_losses`` to ``optimizer.update``. The adapter renames it.
 """
 
 import jax
@@ -14,7 +14,7 @@ TASKS = 5
 
 
 def with_task_losses(balancer):
-    """The balancer with the keyword ``task_losses`` in place of ``losses``."""
+    """Wraps a balancer to take the keyword ``task_losses`` in place of ``losses``."""
 
     def update(updates, state, params=None, *, task_losses=None, **extra):
         return balancer.update(updates, state, params, losses=task_losses, **extra)
@@ -31,7 +31,7 @@ def train(steps: int = 100) -> tuple[float, float]:
         "heads": 0.1 * jnp.ones((TASKS, 16)),
     }
 
-    def loss(params, x, y):  # of one task, with its slice of the heads
+    def loss(params, x, y):  # the loss of one task, with its slice of the heads
         return jnp.mean((jnp.tanh(x @ params["trunk"]) @ params["heads"] - y) ** 2)
 
     losses = mtljax.separate(loss, in_axes=({"trunk": None, "heads": 0}, 0, 0))
