@@ -1,7 +1,7 @@
-"""The backward pass: the one place that differentiates on behalf of the package.
+"""Backward passes: the only module that differentiates for the whole package.
 
-``jax.vjp`` gives the pass. On one CPU device it is rewritten into forms that XLA:CPU
-runs faster (``_rewrite``); everywhere else it is left unchanged.
+``jax.vjp`` provides the pass. On one CPU device the pass is rewritten into forms that
+XLA:CPU runs faster (``_rewrite``). Otherwise it is unchanged.
 """
 
 import math
@@ -16,24 +16,24 @@ from mtljax.placement import Backward
 
 
 def everything(results: Any) -> Any:
-    """All gradients."""
+    """Selects all gradients."""
     return results
 
 
 class Pull(NamedTuple):
-    """What maps cotangents to gradients, any number of times."""
+    """Function that maps cotangents to gradients and can be called repeatedly."""
 
     vjp: Callable[[Any], Any]
     outputs: Any
 
     @property
     def body(self) -> Body:
-        """What one pass consists of, as far as its residuals show."""
+        """Estimates the operations of one pass from its residuals."""
         residuals = [math.prod(x.shape) for x in _arrays(self.vjp)]
         return Body(max(residuals, default=1), False, 2 * len(residuals))
 
     def __call__(self, cotangent: Any, part: Callable[[Any], Any] = everything) -> Any:
-        """The gradients, or a part of their tree.
+        """Returns the gradients, or a part of their tree.
 
         The cotangent gets the varying axes and the Explicit sharding of the outputs.
         """
@@ -51,20 +51,20 @@ def pullback(
     backward: Backward = "auto",
     runs: int = 1,
 ) -> tuple[Any, Callable[..., Any], Any]:
-    """Runs a function and returns what maps cotangents of its result to gradients.
+    """Runs a function and returns its result with the pullback of cotangents.
 
     Args:
       function: A function of the primals.
       *primals: Trees of arrays.
-      has_aux: The function returns ``(result, aux)``.
-      backward: ``"jax"`` is ``jax.vjp`` unchanged, ``"rewritten"`` rewrites the pass
-        for XLA:CPU, ``"auto"`` rewrites it on one CPU device only.
+      has_aux: Whether the function returns ``(result, aux)``.
+      backward: ``"jax"`` is ``jax.vjp`` unchanged. ``"rewritten"`` rewrites the pass
+        for XLA:CPU. ``"auto"`` rewrites it on one CPU device only.
       runs: An estimate of the number of passes.
 
     Returns:
-      ``(result, pull, aux)``. ``pull(cotangent)`` is the tuple of gradients, and
-      ``pull(cotangent, part)`` a part of it, without the work for the rest;
-      ``pull.body`` describes one pass. ``aux`` is None without ``has_aux``.
+      A tuple ``(result, pull, aux)``. ``pull(cotangent)`` returns the tuple of
+      gradients. ``pull(cotangent, part)`` returns a part of it and skips the work for
+      the rest. ``pull.body`` describes one pass. ``aux`` is None without ``has_aux``.
     """
     if has_aux:
         outputs, vjp, aux = jax.vjp(function, *primals, has_aux=True)

@@ -1,4 +1,9 @@
-"""The balanced gradient, by the cheapest engine that is exactly equal."""
+"""Computes the balanced gradient with the cheapest exact engine.
+
+A balancer declares what it reads: the losses, the Gramian of the task gradients, or the
+gradients. :func:`value_and_balanced_grad` selects an engine that computes no more than
+this. All engines return the same update up to rounding.
+"""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -64,70 +69,88 @@ def value_and_balanced_grad(
     grad_shardings: Any = None,
     backward: Backward = "auto",
 ) -> Callable[..., Any]:
-    """Computes the losses and the balanced gradient in the cheapest exact way.
+    """Returns a function that computes the losses and the balanced gradient.
 
-    Equal to stacking the gradients with :func:`value_and_task_grads` and passing them
-    through ``balancer.update``, but a balancer that reads only the losses costs a
-    single backward pass, and one that reads the Gramian need not form the gradients:
-    with ``y = x W`` and ``δ_t`` the cotangent of y for loss t, the entry of W in the
-    Gramian is ``<xᵀ δ_s, xᵀ δ_t> = <δ_s, (x xᵀ) δ_t>``, so that T backward passes of
-    the activations are enough, and the update is ``xᵀ Σ_t w_t δ_t`` or one more pass.
+    The result equals the output of ``balancer.update`` for the stacked gradients of
+    :func:`value_and_task_grads`, up to rounding. The cost depends on the balancer:
+
+    - A balancer that reads only the losses needs one backward pass.
+    - A balancer that reads the Gramian needs T backward passes for the activations, but
+      no stacked parameter gradients. Let ``y = x W``, and let ``δ_t`` be the cotangent
+      of y for the loss of task t. The contribution of W to the Gramian is
+      ``<xᵀ δ_s, xᵀ δ_t> = <δ_s, (x xᵀ) δ_t>``. The update is ``xᵀ Σ_t w_t δ_t``, or the
+      result of one more pass.
+    - A balancer that reads the gradients needs T backward passes and stores T
+      gradients.
 
     Args:
-      task_losses: ``task_losses(params, *args, **kwargs) -> losses[T]`` (or
-        ``(losses[T], aux)``), or a dict ``{name: scalar}`` in place of the vector; see
-        also :func:`mtljax.separate` and :func:`mtljax.through`.
-      balancer: A :class:`mtljax.Balancer` (or any transformation of stacked gradients).
+      task_losses: A function ``task_losses(params, *args, **kwargs)`` that returns the
+        losses, an array of shape ``[T]`` or a dictionary ``{name: scalar}``. With
+        ``has_aux=True`` it returns ``(losses, aux)``. See also :func:`mtljax.separate`
+        and :func:`mtljax.through`.
+      balancer: A :class:`mtljax.Balancer`, or any optax transformation of stacked
+        gradients.
       labels: Marks parameters ``"shared"``, ``"own"`` or ``"frozen"``, see
-        :func:`value_and_task_grads`. The balancer sees the shared ones only.
-      heads: Gradient of own parameters: ``"own"``, that of their own task's loss, or
-        ``"weighted"``, that gradient times the task's weight. Reference codebases
-        differ; the papers that balance "shared parameters" mean the first.
-      has_aux: ``task_losses`` returns ``(losses, aux)``.
-      engine: ``"losses"`` (one weighted backward pass), ``"gramian"`` (T backward
-        passes of the activations, then their mixture or one weighted pass, whichever is
-        less work; a parameter's T gradients are formed only if that is less work, or
-        if it is used in an unknown way), ``"stacked"`` (T backward passes) or
-        ``"auto"``: the cheapest that the balancer allows and, of the last two, the one
-        with less work by the shapes. ``"auto"`` stacks if ``task_losses`` uses
-        ``jax.checkpoint``, which the engine ``"gramian"`` inlines, or a ``custom_vjp``
-        whose rule is not linear in the cotangent, for which ``"gramian"`` raises. The
-        engine ``"losses"`` passes the weighted cotangent through such a rule, as
-        training with static weights does.
-      strategy: How T backward passes run, see :func:`value_and_task_grads`.
+        :func:`value_and_task_grads`. The balancer receives the shared ones only.
+      heads: Gradient of the parameters labelled ``"own"``. ``"own"`` is the gradient of
+        the loss of their task. ``"weighted"`` multiplies it by the task weight.
+        Reference implementations differ. Papers that balance the shared parameters
+        correspond to ``"own"``.
+      has_aux: Whether ``task_losses`` returns ``(losses, aux)``.
+      engine: One of the following:
+
+        - ``"auto"`` selects the cheapest engine that the balancer supports. It decides
+          between the last two engines from the shapes. It stacks the gradients if
+          ``task_losses`` uses ``jax.checkpoint``, or a ``custom_vjp`` whose rule is not
+          linear in the cotangent.
+        - ``"losses"`` runs one weighted backward pass. It passes the weighted cotangent
+          through nonlinear ``custom_vjp`` rules, as training with constant weights
+          does.
+        - ``"gramian"`` runs T backward passes of the activations, and then combines
+          their results or runs one weighted pass, whichever is less work. The T
+          gradients of a parameter are formed only if that is less work, or if the
+          parameter is used in an unknown operation. This engine inlines
+          ``jax.checkpoint``, and raises an error for a ``custom_vjp`` whose rule is
+          not linear in the cotangent.
+        - ``"stacked"`` computes T gradients.
+      strategy: How the T backward passes are run, see :func:`value_and_task_grads`.
       measure: Computes the task weights from other gradients than those of all shared
-        parameters; the update is one weighted backward pass of all of them. This is
-        another method, at a lower cost. ``"representation"`` measures that of
-        :func:`mtljax.through`: T passes run through the heads and one through the
-        trunk. Paths as for :func:`label_params`, a function of the path or a tree of
-        booleans select shared parameters: the T passes end at these. For balancers
-        that read the Gramian.
+        parameters. The update is one weighted backward pass of all shared parameters.
+        This is a different method with a lower cost, for balancers that read the
+        Gramian. ``"representation"`` uses the gradients with respect to the
+        representation of :func:`mtljax.through`. The T passes then run through the
+        heads, and one pass runs through the trunk. To use the gradients of some shared
+        parameters, pass their paths as in :func:`label_params`, a function of the path,
+        or a tree of booleans. The T passes then end at these parameters.
       micro_batches: M, see :func:`value_and_task_grads`. With ``engine="gramian"`` the
-        T gradients are stacked, as the Gramian of a batch is not the sum of those of
-        its parts; with ``measure="representation"`` only the Gramians are added up,
-        and a second loop computes the weighted gradient.
-      axis_name: The mapped axis, see :func:`value_and_task_grads`; with
-        ``Mapped(name, exchange="scatter")`` the gradients are stacked and every device
-        holds a part of them. The balancer sees the means over the devices, and its
-        state is equal on all of them.
+        T gradients are stacked, because the Gramian of a batch is not the sum of the
+        Gramians of its parts. With ``measure="representation"`` only the Gramians are
+        accumulated, and a second loop computes the weighted gradient.
+      axis_name: The mapped axis, see :func:`value_and_task_grads`. With
+        ``Mapped(name, exchange="scatter")`` the gradients are stacked, and every device
+        stores a part of them. The balancer receives the means over the devices, and its
+        state is equal on all devices.
       grad_shardings: Shardings of the gradient, see :func:`value_and_task_grads`.
       backward: See :func:`value_and_task_grads`.
 
     Returns:
-      ``function(params, state, *args, mask=None, side=None, **kwargs)`` that returns
-      ``(losses[T], grad, state)``, or ``((losses[T], aux), grad, state)``. ``state`` is
-      the balancer's (``balancer.init(params)``); ``grad`` is shaped like ``params``.
-      ``mask`` ``[T]``, or a dict with the names of the tasks, marks the tasks present
-      in the batch. The losses are a dict if ``task_losses`` returns one. The loss of an
-      absent task may be NaN, but must be differentiable to finite numbers (0 · NaN is
-      NaN in any backward pass): write ``where``-safe losses. ``side`` is a dict of
-      further keywords for the balancer's update. If a loss or gradient of a present
-      task, or the result, is not finite, ``grad`` is NaN everywhere and the state is
-      unchanged.
+      A function ``f(params, state, *args, mask=None, side=None, **kwargs)``. It returns
+      ``(losses, grad, state)``, or ``((losses, aux), grad, state)`` with
+      ``has_aux=True``. The losses have shape ``[T]``, or are a dictionary if
+      ``task_losses`` returns one. The tree ``grad`` has the structure of ``params``.
+      Create the first state with ``balancer.init(params)``. The boolean array ``mask``
+      of shape ``[T]``, or a dictionary with the names of the tasks, marks the tasks
+      that are present in the batch. The loss of an absent task may be NaN, but its
+      derivative must be finite, because ``0 * NaN`` is NaN in the backward pass. The
+      dictionary ``side`` is passed to the balancer as keyword arguments. If the result,
+      or a loss or gradient of a present task, is not finite, ``grad`` is NaN everywhere
+      and the state is unchanged.
 
     Raises:
-      ValueError: If the balancer was built for another number of tasks, the losses are
-        not a vector, or ``heads="weighted"`` meets a balancer without weights.
+      ValueError: If the number of losses differs from ``balancer.num_tasks``, if
+        ``task_losses`` does not return a vector, if the balancer does not support the
+        options, or if ``heads="weighted"`` is used with a balancer that has no task
+        weights.
 
     Examples:
       >>> import jax, jax.numpy as jnp, mtljax, optax
@@ -146,9 +169,9 @@ def value_and_balanced_grad(
 
     References:
       Goodfellow, `Efficient Per-Example Gradient Computations
-      <https://arxiv.org/abs/1510.01799>`_, 2015, has the identity for norms; Quinton
-      and Rey, `Jacobian Descent for Multi-Objective Optimization
-      <https://arxiv.org/abs/2406.16232>`_, 2024, descend by the Gramian.
+      <https://arxiv.org/abs/1510.01799>`_, 2015, uses the same identity for gradient
+      norms. Quinton and Rey, `Jacobian Descent for Multi-Objective Optimization
+      <https://arxiv.org/abs/2406.16232>`_, 2024, use it for the Gramian.
     """
     needs = getattr(balancer, "needs", "grads")
     num_tasks = getattr(balancer, "num_tasks", None)
@@ -173,12 +196,12 @@ def value_and_balanced_grad(
         _check_measure(measure, task_losses, name, needs, micro_batches)
     if options.exchange == "scatter" and (needs == "grads" or engine == "gramian"):
         raise ValueError(
-            "exchange='scatter' stacks gradients of which a device holds a part; it "
-            f"supports neither engine='gramian' nor {name} if that reads the "
+            f"exchange='scatter' stacks gradients of which each device stores a part. "
+            f"It does not support engine='gramian', or {name} if that reads the "
             "gradients. Use exchange='all'."
         )
-    # Weights that read only the losses need no Gramian, weights that read the
-    # gradients need them formed.
+    # A balancer that reads only the losses needs no Gramian. One that reads the
+    # gradients needs them stacked.
     default = {"losses": "losses", "gramian": engine}.get(needs, "stacked")
     chosen = engine if engine in ("losses", "stacked") else default
     if options.exchange == "scatter" and chosen == "auto":
@@ -220,19 +243,19 @@ def value_and_balanced_grad(
 
 
 def _check_whole(found: Any, name: str) -> None:
-    """Raises if a method that reads gradients would see parts of them."""
+    """Raises an error if a method that reads gradients would receive parts of them."""
     axes = found.region.axes
     for leaf in found.leaves.of("shared"):
         if unsplit(leaf, axes) != axes:
             raise ValueError(
                 f"{name} reads the gradients, but a shared parameter is split over "
-                f"{axes}, so that a device has a part of its gradient. Gather the "
+                f"{axes}, so each device has a part of its gradient. Gather the "
                 "parameters, or use a method that reads the losses or the Gramian."
             )
 
 
 class _Setup(NamedTuple):
-    """What is known before the parameters."""
+    """The options that are known before the parameters."""
 
     task_losses: Any
     balancer: Any
@@ -243,7 +266,7 @@ class _Setup(NamedTuple):
 
 
 def _forward(setup: _Setup, call: VectorLosses, params: Params, mask: Any) -> Any:
-    """The forward pass, ready for the gradients that the balancer needs."""
+    """Runs the forward pass and prepares the gradients that the balancer needs."""
     task: Any = setup.task_losses
     options, measure = setup.options, setup.measure
     weighs = getattr(setup.balancer, "weigh", None) is not None
@@ -282,9 +305,9 @@ def _forward(setup: _Setup, call: VectorLosses, params: Params, mask: Any) -> An
 
 
 def _weigh(setup: _Setup, found: Any, state: Any, inputs: Any) -> tuple[Any, Any, Any]:
-    """Task weights, the new state, and the gradients as far as they were formed."""
+    """Returns task weights, the new state, and the gradients that were formed."""
     balancer = setup.balancer
-    # A balancer that reuses its weights decides before the passes, not after.
+    # A balancer that reuses its weights decides before the T passes are run.
     keep, rule = (getattr(balancer, name, None) for name in ("keep", "renew"))
     rule = rule or balancer.weigh
 
@@ -297,7 +320,7 @@ def _weigh(setup: _Setup, found: Any, state: Any, inputs: Any) -> tuple[Any, Any
 
     if keep is None:
         return fresh(state)
-    # The T passes are inside the branch, so that kept weights cost none of them.
+    # The T passes are inside the branch, so that steps with reused weights skip them.
     weights, new = jax.lax.cond(
         balancer.refresh(state, inputs["mask"]),
         lambda state: fresh(state)[:2],
@@ -313,7 +336,7 @@ def _check_measure(
     if needs != "gramian":
         raise ValueError(
             f"measure computes task weights from the Gramian of other gradients, but "
-            f"{name} needs the {needs}; leave out measure."
+            f"{name} needs the {needs}. Leave out measure."
         )
     if measure == "representation" and not isinstance(task_losses, Through):
         raise ValueError(
@@ -321,11 +344,11 @@ def _check_measure(
         )
     if isinstance(task_losses, Separate):
         raise ValueError(
-            "measure does not support mtljax.separate: its tasks already cost one pass "
-            "each."
+            "measure does not support mtljax.separate, whose tasks already cost one "
+            "pass each. Leave out measure."
         )
     if measure != "representation" and micro_batches is not None:
         raise ValueError(
-            "micro_batches supports measure='representation' only: the Gramian of "
-            "parameters is not the sum of those of the micro-batches."
+            "micro_batches supports measure='representation' only, because the Gramian "
+            "of parameters is not the sum of the Gramians of the micro-batches."
         )

@@ -1,4 +1,4 @@
-"""Which parameters are shared by the tasks, and which belong to one of them."""
+"""Labels of parameters: shared by the tasks, own to one task, or frozen."""
 
 import fnmatch
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ import optax
 from mtljax import stack
 from mtljax.types import Label, Params
 
-_SHOWN = 8  # paths listed in an error
+_SHOWN = 8  # maximum number of paths in an error message
 
 
 def _paths(params: Params) -> list[str]:
@@ -35,18 +35,18 @@ def label_params(
     Args:
       params: The parameters, any pytree.
       own: Paths of the parameters that belong to a single task: a prefix
-        (``"heads"``, ``"params/head_a"``) or a glob (``"*/decoder_*/*"``), or
-        several of them. Paths are written with slashes, as
+        (``"heads"``, ``"params/head_a"``), a glob (``"*/decoder_*/*"``), or
+        several of them. Paths are written with slashes, such as
         ``trunk/dense/kernel``. All other parameters are shared.
       frozen: Paths of the parameters that are not trained, in the same form. A
-        parameter that both match is frozen.
+        parameter that matches both is frozen.
 
     Returns:
-      A tree of strings of the structure of ``params``, for the ``labels`` of
+      A tree of strings with the structure of ``params``, for the ``labels`` of
       :func:`value_and_balanced_grad` and for ``optax.partition``.
 
     Raises:
-      ValueError: If a pattern matches no parameter, or no parameter remains shared.
+      ValueError: If a pattern matches no parameter, or if no parameter remains shared.
 
     Examples:
       >>> params = {"trunk": {"w": 1.0}, "heads": {"a": 2.0, "b": 3.0}}
@@ -81,10 +81,10 @@ def label_params(
 
 
 def resolve_labels(labels: Any, params: Params) -> list[Any]:
-    """One label per leaf of ``params``, from a tree, a prefix tree or a predicate.
+    """Returns one label per leaf, from a tree, a prefix tree or a function of the path.
 
     Raises:
-      ValueError: If a label is unknown, no parameter is shared, or every parameter is.
+      ValueError: If a label is unknown, if no parameter is shared, or if all are.
     """
     if isinstance(labels, str):
         raise ValueError(
@@ -124,16 +124,16 @@ def resolve_labels(labels: Any, params: Params) -> list[Any]:
 
 
 def resolve_measure(measure: Any, params: Params, marks: Sequence[str]) -> list[int]:
-    """Numbers of the shared leaves that ``measure`` selects.
+    """Returns the numbers of the shared leaves that ``measure`` selects.
 
     Args:
-      measure: Paths as for :func:`label_params`, a predicate of the path, or a tree of
-        booleans like the parameters or a prefix of it.
+      measure: Paths as for :func:`label_params`, a function of the path, or a tree of
+        booleans with the structure of the parameters or a prefix of it.
       params: Parameters.
       marks: The label of every leaf.
 
     Raises:
-      ValueError: If nothing is selected, or a leaf that is not shared.
+      ValueError: If ``measure`` selects nothing, or a leaf that is not shared.
     """
     paths = _paths(params)
     if isinstance(measure, str) or (
@@ -168,7 +168,7 @@ def resolve_measure(measure: Any, params: Params, marks: Sequence[str]) -> list[
 
 
 def _any_matches(paths: Sequence[str], patterns: Any) -> list[bool]:
-    """Which paths match one of some prefixes or globs."""
+    """Whether each path matches one of the prefixes or globs."""
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     return [any(_matches(path, pattern) for pattern in patterns) for path in paths]
 
@@ -185,8 +185,16 @@ def _matches(path: str, pattern: str) -> bool:
 def shared_params(params: Params, labels: Any) -> Params:
     """Returns the parameters with ``optax.MaskedNode()`` for all but shared leaves.
 
-    A balancer sees this tree when ``labels`` are given: initialise one whose state is
-    shaped like the gradients with ``balancer.init(shared_params(params, labels))``.
+    With ``labels``, a balancer receives this tree. If the state of the balancer has the
+    structure of the gradients, initialise it with
+    ``balancer.init(shared_params(params, labels))``.
+
+    Args:
+      params: The parameters, any pytree.
+      labels: Labels as for :func:`value_and_balanced_grad`.
+
+    Returns:
+      A tree with the structure of ``params``.
 
     Examples:
       >>> params = {"trunk": 1.0, "head": 2.0}
@@ -202,18 +210,19 @@ def shared_params(params: Params, labels: Any) -> Params:
 def check_labels(
     task_losses: Callable[..., Any], labels: Any, params: Params, *args: Any
 ) -> None:
-    """Checks on one batch that every own parameter serves at most one task.
+    """Checks on one batch that every own parameter affects at most one task.
 
-    Costs T backward passes; call it once, outside ``jit``, before training.
+    The check costs T backward passes. Call it once before training, outside ``jit``.
 
     Args:
-      task_losses: As for :func:`value_and_task_grads` (without ``has_aux``).
-      labels: As for :func:`value_and_balanced_grad`.
+      task_losses: See :func:`value_and_task_grads` (without ``has_aux``).
+      labels: See :func:`value_and_balanced_grad`.
       params: Parameters.
       *args: Further arguments of ``task_losses``.
 
     Raises:
-      ValueError: Naming the first own parameter that several tasks depend on.
+      ValueError: If several tasks depend on an own parameter. The message names the
+        first such parameter.
     """
     rows = jax.jacrev(task_losses)(params, *args)
     flat = resolve_labels(labels, params)

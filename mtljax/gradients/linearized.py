@@ -1,8 +1,8 @@
 """The forward pass, and the gradients of any weighted sum of its losses.
 
-Three facts are handled here for all public functions: which leaves are shared, own and
-frozen; the names of the tasks; and the mapped region in which a device computes the
-losses of its part of the batch.
+This module implements three aspects for all public functions: the labels of the leaves
+(shared, own or frozen), the names of the tasks, and the mapped region in which a device
+computes the losses of its part of the batch.
 """
 
 import dataclasses
@@ -34,11 +34,11 @@ class Mapped:
 
     Attributes:
       axis_name: Name of the axis, or several names.
-      exchange: How stacked gradients are averaged over the devices. ``"all"`` gives
-        every device all T rows. ``"scatter"`` gives every device its part of the
-        parameters of all rows; only the T x T Gramian and the update are exchanged
-        afterwards, which sends (T + 1) / 2T of the bytes. It supports methods that read
-        the losses or the Gramian.
+      exchange: How stacked gradients are averaged over the devices. With ``"all"``
+        every device has all T gradients. With ``"scatter"`` every device has the T
+        gradients of its part of the parameters. Afterwards only the T x T Gramian and
+        the update are exchanged, which sends (T + 1) / 2T of the bytes. ``"scatter"``
+        supports methods that read the losses or the Gramian.
     """
 
     axis_name: str | tuple[str, ...]
@@ -49,7 +49,7 @@ class Mapped:
 
     @property
     def axes(self) -> Axes:
-        """The names."""
+        """Names of the mapped axes."""
         names = self.axis_name
         return (names,) if isinstance(names, str) else tuple(names)
 
@@ -58,7 +58,7 @@ AxisName: TypeAlias = str | tuple[str, ...] | Mapped | None
 
 
 class Options(NamedTuple):
-    """How gradients are computed: what all public functions have in common."""
+    """Options of the gradients that all public functions share."""
 
     has_aux: bool = False
     labels: Any = None
@@ -79,7 +79,7 @@ def make_options(
     axis_name: AxisName = None,
     grad_shardings: Any = None,
 ) -> Options:
-    """Checks the options on behalf of a public function."""
+    """Validates the options; ``name`` is the public function in error messages."""
     if isinstance(strategy, int):
         if strategy < 1:
             raise ValueError(
@@ -98,7 +98,7 @@ def make_options(
 
 
 def check_losses(losses: Any) -> Losses:
-    """Raises unless ``task_losses`` returned a float vector."""
+    """Raises an error unless ``task_losses`` returned a floating-point vector."""
     if not hasattr(losses, "ndim") or losses.ndim != 1:
         found = (
             f"an array of shape {losses.shape}"
@@ -110,7 +110,10 @@ def check_losses(losses: Any) -> Losses:
             "reduce every loss to a scalar and return jnp.stack([loss_1, ..., loss_T])."
         )
     if losses.shape[0] == 0:
-        raise ValueError("task_losses returned no loss at all (a vector of length 0).")
+        raise ValueError(
+            "task_losses returned no loss at all (a vector of length 0). Return at "
+            "least one loss."
+        )
     if not jnp.issubdtype(losses.dtype, jnp.floating):
         raise ValueError(
             f"task_losses must return floating-point losses, not {losses.dtype}."
@@ -119,7 +122,7 @@ def check_losses(losses: Any) -> Losses:
 
 
 def checked_losses(out: Any, has_aux: bool) -> tuple[Losses, Any]:
-    """The losses and the auxiliary output (None without) of ``task_losses``."""
+    """Returns the losses and the auxiliary output (or None) of ``task_losses``."""
     aux = None
     if has_aux:
         if not (isinstance(out, tuple) and len(out) == 2):
@@ -144,27 +147,27 @@ class Leaves(NamedTuple):
     labelled: bool
 
     def numbers(self, label: str) -> list[int]:
-        """The leaves with a label."""
+        """Returns the numbers of the leaves with a label."""
         return [i for i, mark in enumerate(self.marks) if mark == label]
 
     def of(self, label: str) -> list[Any]:
-        """Their values."""
+        """Returns the values of the leaves with a label."""
         return [self.values[i] for i in self.numbers(label)]
 
     def tree(self, shared: Sequence[Any], own: Sequence[Any], frozen: Sequence[Any]):
-        """A tree like the parameters."""
+        """Returns a tree with the structure of the parameters."""
         sources = {"shared": iter(shared), "own": iter(own), "frozen": iter(frozen)}
         leaves = [next(sources[mark]) for mark in self.marks]
         return jax.tree.unflatten(self.treedef, leaves)
 
     def shared_tree(self, shared: Sequence[Any]) -> Any:
-        """The same with MaskedNode for leaves that a balancer does not see."""
+        """Returns the tree with MaskedNode for leaves that are not shared."""
         count = len(self.marks) - len(self.numbers("shared"))
         rest = [optax.MaskedNode()] * count
         return self.tree(shared, rest, rest)
 
     def gramian(self, rows: Sequence[Any], region: "Region") -> Gramian:
-        """Inner products of stacked gradients, also of parameters that are split."""
+        """Returns inner products of stacked gradients, also of split parameters."""
         parts: dict[Axes, list[Any]] = {}
         for row, leaf in zip(rows, self.of("shared"), strict=True):
             sums = region.sums(leaf)
@@ -183,7 +186,7 @@ class Leaves(NamedTuple):
         ]
 
     def constrained(self, rows: list[Any], shardings: Any) -> list[Any]:
-        """Stacked gradients with the shardings that the user asked for."""
+        """Applies the shardings that the user passed to stacked gradients."""
         if shardings is None:
             return rows
         wanted = jax.tree.leaves(shardings)
@@ -191,12 +194,12 @@ class Leaves(NamedTuple):
         return placement.constrain(rows, wanted, stacked=True)
 
     def gradient(self, shared: Sequence[Any], own: Sequence[Any]) -> Any:
-        """The same for a gradient; that of a frozen leaf is zero."""
+        """Returns the gradient as a tree; the gradient of a frozen leaf is zero."""
         return self.tree(shared, own, [jnp.zeros_like(x) for x in self.of("frozen")])
 
 
 def split_leaves(params: Params, labels: Any) -> Leaves:
-    """Sorts the leaves by their labels; without labels all are shared."""
+    """Sorts the leaves by their labels; without labels all leaves are shared."""
     values, treedef = jax.tree.flatten(params)
     if labels is None:
         return Leaves(values, treedef, ["shared"] * len(values), False)
@@ -204,9 +207,9 @@ def split_leaves(params: Params, labels: Any) -> Leaves:
 
 
 def unsplit(leaf: Any, axes: Axes) -> Axes:
-    """The axes over which a parameter is not split.
+    """Returns the axes over which a parameter is not split.
 
-    Over the others, the transpose of the gathering has summed its gradient.
+    Over the other axes, the transpose of the gathering has already summed the gradient.
     """
     split = placement.varying(leaf)
     return tuple(axis for axis in axes if axis not in split)
@@ -222,26 +225,26 @@ class Region(NamedTuple):
     axes: Axes  # empty outside of a mapped region, or without axis_name
     local: Losses  # this device's losses
     seeds: Losses | None  # [T], cotangents of the local losses; None for ones
-    losses: Losses  # the means
-    mask: Mask | None  # tasks that are present on some device
-    local_mask: Mask | None  # on this one
+    losses: Losses  # means over the devices
+    mask: Mask | None  # tasks that are present on at least one device
+    local_mask: Mask | None  # tasks that are present on this device
 
     def seeded(self, cotangent: Array) -> Array:
-        """Cotangents of the local losses, one or a stack of them."""
+        """Returns cotangents of the local losses, for one or a stack of cotangents."""
         if self.seeds is None:
             return cotangent
         return cotangent * jnp.broadcast_to(self.seeds, cotangent.shape)
 
     def sums(self, leaf: Any) -> Axes:
-        """The axes over which the gradient of a parameter has yet to be summed."""
+        """Returns the axes over which the gradient of a parameter must be summed."""
         return unsplit(leaf, self.axes)
 
 
 class VectorLosses:
     """A call of ``task_losses`` as a function of the parameters.
 
-    A dict of losses becomes a vector, in the order of the names given or else in its
-    own; ``names`` is known after the first call.
+    A dictionary of losses is converted to a vector, in the order of ``names`` or, if
+    they are None, in its own order. ``names`` is known after the first call.
     """
 
     def __init__(
@@ -251,12 +254,12 @@ class VectorLosses:
         kwargs: Mapping[str, Any],
         names: Sequence[str] | None = None,
     ):
-        """Keeps the arguments of the call."""
+        """Stores the function and the arguments of the call."""
         self.function, self.args, self.kwargs = function, args, kwargs
         self.names = None if names is None else tuple(names)
 
     def __call__(self, params: Params) -> Any:
-        """The losses as a vector, with the auxiliary output if there is one."""
+        """Returns the losses as a vector, with the auxiliary output if there is one."""
         out = self.function(params, *self.args, **self.kwargs)
         if isinstance(out, Mapping):
             return self._vector(out)
@@ -275,7 +278,7 @@ class VectorLosses:
         return task_vector(losses, self.names)
 
     def named(self, losses: Losses) -> Any:
-        """The losses in the form in which the user's function returns them."""
+        """Returns the losses in the form that the user's function returns."""
         if self.names is None:
             return losses
         return dict(zip(self.names, losses, strict=True))
@@ -314,7 +317,7 @@ def make_region(local: Losses, mask: Any, options: Options, name: str) -> Region
 
 
 class Linearized(NamedTuple):
-    """The forward pass, ready for any number of backward passes."""
+    """The forward pass, from which any number of backward passes can be run."""
 
     leaves: Leaves
     region: Region
@@ -332,13 +335,14 @@ class Linearized(NamedTuple):
 
     @property
     def body(self) -> Body:
-        """What a backward pass consists of."""
+        """Description of a backward pass."""
         return self.pull.body  # pyright: ignore[reportFunctionMemberAccess]
 
     def local_rows(self, only: Sequence[int] | None = None) -> list[Any]:
-        """This device's part of the T gradients of the shared leaves, or of some.
+        """Returns this device's part of the T gradients of shared leaves.
 
-        A pass for every unit cotangent. Rows of absent tasks are zero.
+        If ``only`` is given, it selects some of the leaves. Each unit cotangent needs
+        one pass. Gradients of absent tasks are zero.
         """
 
         def part(results):
@@ -346,7 +350,7 @@ class Linearized(NamedTuple):
             return shared if only is None else [shared[i] for i in only]
 
         region, num_tasks = self.region, self.losses.shape[0]
-        # Loops and vmap need the type of the cotangents before the pass sees them.
+        # Loops and vmap require the final type of the cotangents before the pass.
         basis = jnp.eye(num_tasks, dtype=region.local.dtype)
         basis = placement.cast(region.seeded(basis), placement.varying(region.local))
         passes = pick(self.options.passes, num_tasks, self.body)
@@ -355,28 +359,28 @@ class Linearized(NamedTuple):
         return rows if mask is None else stack.select(rows, mask)
 
     def stacked(self) -> list[Any]:
-        """The T gradients of the shared leaves."""
+        """Returns the T gradients of the shared leaves."""
         rows = self.leaves.summed(self.local_rows(), self.region.axes)
         return self.leaves.constrained(rows, self.options.shardings)
 
     def local_gradients(self, weights: Weights, own: Weights) -> tuple[Any, Any]:
-        """This device's parts of both weighted gradients."""
+        """Returns this device's parts of both weighted gradients."""
         return self._weighted(weights, 0), self.local_own(own)
 
     def local_own(self, weights: Weights) -> list[Any]:
-        """That of own leaves."""
+        """Returns this device's part of the weighted gradient of own leaves."""
         return self._weighted(weights, 1) if self.leaves.numbers("own") else []
 
     def shared(self, weights: Weights) -> list[Any]:
-        """``Σ_t weights[t] g_t`` of the shared leaves."""
+        """Returns ``Σ_t weights[t] g_t`` for the shared leaves."""
         return self.leaves.summed(self._weighted(weights, 0), self.region.axes)
 
     def own(self, weights: Weights) -> list[Any]:
-        """The same of own leaves."""
+        """Returns ``Σ_t weights[t] g_t`` for the own leaves."""
         return self.leaves.summed(self.local_own(weights), self.region.axes, "own")
 
     def measured(self) -> tuple[Gramian, list[Any] | None]:
-        """The Gramian, and the stacked gradients if it is that of all shared leaves."""
+        """Returns the Gramian, and the stacked gradients if ``only`` is None."""
         if self.only is None:
             rows = self.stacked()
             return self.leaves.gramian(rows, self.region), rows
@@ -389,9 +393,9 @@ class Linearized(NamedTuple):
     def gradients(
         self, weights: Weights, own: Weights, rows: list[Any] | None = None
     ) -> tuple[list[Any], list[Any]]:
-        """Weighted sums of the gradients of shared and of own leaves.
+        """Returns the weighted gradients of shared and of own leaves.
 
-        From the rows if there are any, else by a backward pass.
+        They are computed from the rows if these are given, else by a backward pass.
         """
         if rows is None:
             return self.shared(weights), self.own(own)
@@ -401,7 +405,7 @@ class Linearized(NamedTuple):
         seeds = self.region.seeded(weights)
         dtype, scale = self.losses.dtype, None
         if jnp.finfo(dtype).bits < 32:
-            # Weights that float16 cannot hold: their size is multiplied afterwards.
+            # Weights may exceed the range of float16, so scale them afterwards.
             scale = jnp.maximum(jnp.abs(seeds).max(), jnp.finfo(jnp.float32).tiny)
             seeds = seeds / scale
         found = self.pull(seeds.astype(dtype), lambda results: results[part])
@@ -426,7 +430,8 @@ def linearize(
         out = function(leaves.tree(shared, own, frozen))
         return checked_losses(out, options.has_aux)
 
-    # Marked as varying, so that JAX does not sum gradients before they are scaled.
+    # The parameters are marked as varying, so that JAX does not sum their gradients
+    # before they are scaled.
     parts = placement.cast((leaves.of("shared"), leaves.of("own")), options.axes)
     local, pull, aux = pullback(
         of_parts, *parts, has_aux=True, backward=options.backward
@@ -437,7 +442,7 @@ def linearize(
 
 
 def own_weights(losses: Losses, mask: Mask | None) -> Losses:
-    """Ones for present tasks: every own parameter follows its own loss."""
-    # Not ones_like, which would have the varying axes of the losses.
+    """Returns ones for present tasks, because own parameters follow their own loss."""
+    # ones_like would have the varying axes of the losses.
     ones = jnp.ones(losses.shape, losses.dtype)
     return ones if mask is None else jnp.where(mask, ones, 0)

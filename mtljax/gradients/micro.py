@@ -21,17 +21,17 @@ from mtljax.gradients.representation import Represented, Through, linearize_thro
 from mtljax.gradients.separate import Separate
 from mtljax.types import Gramian, Losses, Params, Weights
 
-# What the first sweep adds up: losses alone, or also T gradients, or also the Gramian
-# of a representation.
+# What the first loop accumulates: the losses, and also T gradients or the Gramian of a
+# representation.
 Wanted: TypeAlias = Literal["losses", "rows", "representation"]
 
 
 class Accumulated(NamedTuple):
-    """A batch as a loop over micro-batches, of which every loss is the mean.
+    """A batch as a loop over micro-batches; every loss is the mean over the loop.
 
-    Gradients are additive, so that they are added up; so is the Gramian of a
-    representation, in which examples do not mix. The Gramian of the parameters is not:
-    it needs the T gradients of the whole batch.
+    Gradients are additive, so the loop sums them. The Gramian of a representation is
+    additive too, because examples do not mix in it. The Gramian of the parameters is
+    not additive. It needs the T gradients of the whole batch.
     """
 
     sweep: Callable[[Callable[[Any], Any]], tuple[Any, Any]]
@@ -48,17 +48,17 @@ class Accumulated(NamedTuple):
         return self.region.losses
 
     def stacked(self) -> list[Any]:
-        """The T gradients of the shared leaves."""
+        """Returns the T gradients of the shared leaves."""
         assert self.rows is not None
         return self.rows
 
     def own(self, weights: Weights) -> list[Any]:
-        """The gradients of the own leaves; the weights are those of present tasks."""
+        """Returns the gradients of the own leaves for weights of one."""
         del weights
         return self.owns
 
     def measured(self) -> tuple[Gramian | None, list[Any] | None]:
-        """The Gramian, and the stacked gradients if it is made of them."""
+        """Returns the Gramian, and the stacked gradients if they were used."""
         if self.rows is None:
             return self.gramian, None
         return self.leaves.gramian(self.rows, self.region), self.rows
@@ -66,7 +66,7 @@ class Accumulated(NamedTuple):
     def gradients(
         self, weights: Weights, own: Weights, rows: list[Any] | None = None
     ) -> tuple[list[Any], list[Any]]:
-        """Weighted sums of the gradients of shared and of own leaves."""
+        """Returns the weighted gradients of shared and of own leaves."""
         if rows is None:
             found, _ = self.sweep(lambda one: one.local_gradients(weights, own))
             shared, owns = found
@@ -83,10 +83,10 @@ class Accumulated(NamedTuple):
 
 
 def split_batch(args: Any, count: int) -> Any:
-    """Every array ``[N, ...]`` as ``[M, N / M, ...]``.
+    """Splits every array ``[N, ...]`` into ``[M, N / M, ...]``.
 
-    Example n goes to micro-batch n mod M, so that examples that are split over devices
-    stay where they are.
+    Example n is in micro-batch n mod M, so that examples that are split over devices
+    remain on their device.
 
     Raises:
       ValueError: If M does not divide the length of an array.
@@ -117,24 +117,26 @@ def accumulate(
     wanted: Wanted = "rows",
     owns: bool = True,
 ) -> Accumulated:
-    """Runs the first sweep over the micro-batches.
+    """Runs the first loop over the micro-batches.
 
     Args:
       task_losses: The function of the user.
       call: Its call, with the arguments that are split.
       params: Parameters.
-      options: How gradients are computed.
+      options: Options of the gradients.
       count: M.
-      mask: Present tasks, of the whole batch.
-      name: The public function.
-      wanted: What the sweep adds up.
-      owns: Whether it adds up gradients of own leaves with weight one.
+      mask: Present tasks of the whole batch.
+      name: Name of the public function, for error messages.
+      wanted: What the loop accumulates.
+      owns: Whether it accumulates gradients of own leaves with weight one.
     """
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ValueError(f"{name}: micro_batches must be a positive integer.")
+        raise ValueError(
+            f"{name}: micro_batches must be a positive integer, not {count!r}."
+        )
     if isinstance(task_losses, Separate):
         raise ValueError(
-            f"{name}: micro_batches does not support mtljax.separate; split the "
+            f"{name}: micro_batches does not support mtljax.separate. Split the "
             "batches of the tasks in the loss."
         )
     batches = split_batch(list(call.args), count)
@@ -152,7 +154,7 @@ def accumulate(
         return found
 
     def sweep(function):
-        """The mean over the micro-batches, and the auxiliary outputs."""
+        """Returns the mean over the micro-batches, and the auxiliary outputs."""
 
         def one(batch):
             found = forward(batch)
@@ -189,7 +191,8 @@ def accumulate(
         rows = leaves.summed(measured, axes)
         rows = leaves.constrained(rows, options.shardings)
     elif wanted == "representation":
-        # The mean of M Gramians, of gradients of the mean over M times the examples.
+        # Gradients of a micro-batch are M times as large as those of the whole batch,
+        # and ``measured`` is a mean, so that Σ_m G_m / M² = measured / M.
         gramian = measured / count
     own = leaves.summed(own, axes, "own") if own else []
     return Accumulated(sweep, leaves, region, aux, rows, gramian, own)

@@ -1,4 +1,4 @@
-"""How T backward passes run, by default decided from static shapes."""
+"""Selects how T backward passes are run, by default from static shapes."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,37 +8,37 @@ import jax.numpy as jnp
 
 
 class Passes(NamedTuple):
-    """How T backward passes run."""
+    """Strategy of the T backward passes."""
 
     strategy: Any
     chunk_size: int
-    together: int = 1  # passes that "map" makes in one turn of its loop
+    together: int = 1  # number of passes per iteration of the loop of "map"
 
 
 class Body(NamedTuple):
-    """What one backward pass consists of."""
+    """Description of one backward pass."""
 
-    largest: int  # entries of its largest value
+    largest: int  # number of entries of its largest value
     convolves: bool
     ops: int
 
 
-# Passes up to which they are unrolled. XLA:CPU runs batched products and grouped
-# convolutions slowly: separate passes win until their number makes the program long.
+# Maximum number of passes that are unrolled. XLA:CPU runs batched products and grouped
+# convolutions slowly, so separate passes are faster until the program is too long.
 _UNROLL = {"cpu": 16}
-# And the operations of all of them: some twenty seconds of compilation.
+# Maximum number of operations of all passes, about twenty seconds of compilation.
 _UNROLLED_OPS = 10_000
-# A pass of fewer operations that convolves is faster alone. In a longer one, what lies
-# between the convolutions leaves a core idle, which another pass fills.
+# A convolving pass with fewer operations is faster in a loop. In a longer pass, the
+# operations between the convolutions use one core, and another pass can use the rest.
 _LONG = 100
-# Bytes that the values of all passes may take at once.
+# Maximum number of bytes of the values of all passes that run at once.
 _LIVE = {"cpu": 1 << 28}
-# And those of a chunk, where not all fit: a loop on a CPU is fastest near its caches.
+# Number of bytes per chunk if not all fit: loops on a CPU are fastest near cache size.
 _CHUNK = {"cpu": 1 << 25}
-# Passes that convolve up to which a loop makes one in a turn.
+# Maximum number of convolving passes for a loop with one pass per iteration.
 _ALONE = 8
-# Where a pass alone is as large as a chunk, a loop is as fast from here on, leaner,
-# and compiles sooner.
+# If one pass is as large as a chunk, a loop over more passes than this is as fast as
+# unrolling, needs less memory and compiles faster.
 _UNROLL_LARGE = 8
 
 
@@ -50,22 +50,22 @@ def few(tasks: int, body: Body) -> bool:
 
 
 def loops_sooner(tasks: int, body: Body) -> bool:
-    """Whether a loop is as good as unrolling: one pass is as large as a chunk."""
+    """Whether a loop is as fast as unrolling, as one pass is as large as a chunk."""
     large = 16 * body.largest >= _CHUNK.get(jax.default_backend(), 1 << 32)
     return large and not body.convolves and tasks > _UNROLL_LARGE
 
 
 def batched(tasks: int, body: Body) -> Passes:
-    """All passes at once, or some at a time where their values do not fit together.
+    """Runs all passes at once, or in chunks if their values need too much memory.
 
-    Convolutions on a CPU run one by one: a batch takes longer, and more memory. Where
-    there are many, two in a turn fill the gaps of each other.
+    Convolutions on a CPU run one by one, because a batch needs more time and memory.
+    For many passes, two per iteration of the loop use the cores better.
     """
     backend, default = jax.default_backend(), 1 << 32
     if backend == "cpu" and body.convolves:
         pairs = tasks > _ALONE and tasks % 2 == 0
         return Passes("map", 1, together=2 if pairs else 1)
-    each = 16 * body.largest  # four bytes an entry, and a few such values at a time
+    each = 16 * body.largest  # 4 bytes per entry, and about 4 such values at a time
     if each * tasks <= _LIVE.get(backend, default):
         return Passes("vmap", tasks)
     some = _CHUNK.get(backend, default) // each
@@ -89,9 +89,9 @@ def map_tasks(
     in_axes: Any = 0,
     out_axes: Any = 0,
 ) -> Any:
-    """``function`` of every row of a stacked tree, the results stacked.
+    """Applies ``function`` to every row of a stacked tree and stacks the results.
 
-    Tasks lie along ``in_axes`` and ``out_axes``: 0, or a tree of axes.
+    ``in_axes`` and ``out_axes`` are the axes of the tasks: 0, or a tree of axes.
     """
     strategy, chunk_size, together = passes
     if strategy == "vmap":

@@ -23,15 +23,15 @@ from mtljax.types import Gramian, Losses, Params, Weights
 
 
 class Through:
-    """A ``task_losses`` that exposes its representation; made by :func:`through`."""
+    """A ``task_losses`` with a representation; the result of :func:`through`."""
 
     def __init__(self, encode: Callable[..., Any], losses: Callable[..., Any]):
-        """Keeps the two functions."""
+        """Stores the two functions."""
         self.encode = encode
         self.losses = losses
 
     def __call__(self, params: Params, *args: Any, **kwargs: Any) -> Any:
-        """The losses of the representation."""
+        """Computes the losses of the representation."""
         return self.losses(
             params, self.encode(params, *args, **kwargs), *args, **kwargs
         )
@@ -45,13 +45,15 @@ def through(encode: Callable[..., Any], losses: Callable[..., Any]) -> Through:
     The T passes then run through the heads only (MGDA-UB).
 
     Args:
-      encode: ``encode(params, *args, **kwargs) -> z``, any tree of arrays. It must not
-        read parameters that are labelled ``"own"``.
-      losses: ``losses(params, z, *args, **kwargs) -> losses[T]`` (or
-        ``(losses[T], aux)``).
+      encode: A function ``encode(params, *args, **kwargs)`` that returns the
+        representation z, any tree of arrays. It must not read parameters that are
+        labelled ``"own"``.
+      losses: A function ``losses(params, z, *args, **kwargs)`` that returns the losses,
+        shape ``[T]``, or ``(losses, aux)``.
 
     Returns:
-      A callable for ``task_losses`` of every function of mtljax.
+      A :class:`Through`, which all functions of mtljax accept as ``task_losses``. It
+      can also be called.
 
     Examples:
       >>> import jax.numpy as jnp, mtljax
@@ -70,7 +72,7 @@ def through(encode: Callable[..., Any], losses: Callable[..., Any]) -> Through:
 
 
 class Represented(NamedTuple):
-    """A forward pass in two parts."""
+    """A forward pass through the trunk and the heads."""
 
     leaves: Leaves
     region: Region
@@ -86,9 +88,9 @@ class Represented(NamedTuple):
         return self.region.losses
 
     def measured(self) -> tuple[Gramian, None]:
-        """The Gramian of the gradients of the representation.
+        """Returns the Gramian of the gradients of the representation.
 
-        Examples do not mix in a representation: that of all devices is a sum.
+        Examples do not mix in a representation, so the Gramian is a sum over devices.
         """
         region, num_tasks = self.region, self.losses.shape[0]
         basis = jnp.eye(num_tasks, dtype=region.local.dtype)
@@ -101,7 +103,7 @@ class Represented(NamedTuple):
         return placement.total(stack.gramian(rows), self.split), None
 
     def local_gradients(self, weights: Weights, own: Weights) -> tuple[Any, Any]:
-        """This device's parts of the weighted gradients of shared and own leaves."""
+        """Returns this device's parts of both weighted gradients."""
         seeds = self.region.seeded(weights).astype(self.losses.dtype)
         direct, of_z = self.pull_heads(seeds, lambda r: (r[0], r[2]))
         (through_trunk,) = self.pull_trunk(of_z)
@@ -109,7 +111,7 @@ class Represented(NamedTuple):
         return shared, self.local_own(own)
 
     def local_own(self, weights: Weights) -> list[Any]:
-        """That of own leaves."""
+        """Returns this device's part of the weighted gradient of own leaves."""
         if not self.leaves.numbers("own"):
             return []
         seeds = self.region.seeded(weights).astype(self.losses.dtype)
@@ -118,7 +120,7 @@ class Represented(NamedTuple):
     def gradients(
         self, weights: Weights, own: Weights, cache: None = None
     ) -> tuple[list[Any], list[Any]]:
-        """Weighted sums of the gradients of shared and of own leaves."""
+        """Returns the weighted gradients of shared and of own leaves."""
         del cache
         shared, owns = self.local_gradients(weights, own)
         axes = self.region.axes
@@ -134,7 +136,7 @@ def linearize_through(
     mask: Any,
     name: str,
 ) -> Represented:
-    """Runs the trunk, then the heads, with the arguments of a call of ``task``."""
+    """Runs the trunk and then the heads, with the arguments of a call of ``task``."""
     args, kwargs = call.args, call.kwargs
     leaves = split_leaves(params, options.labels)
     frozen = leaves.of("frozen")
@@ -156,8 +158,8 @@ def linearize_through(
         heads, shared, own, z, has_aux=True, backward=mode
     )
     region = make_region(local, task_vector(mask, call.names), options, name)
-    # Without names of axes, those that types show; parameters that vary as well belong
-    # to separate models.
+    # Without axis names, the varying axes of z are used. If the parameters vary over an
+    # axis too, that axis belongs to separate models.
     seen = placement.varying(z) - placement.varying(leaves.values)
     split = options.axes or tuple(sorted(seen))
     return Represented(leaves, region, aux, pull_heads, pull_trunk, split, options)
@@ -166,7 +168,7 @@ def linearize_through(
 def _check_trunk(
     task: Through, leaves: Leaves, own: list[Any], args: Sequence[Any], kwargs: Any
 ) -> None:
-    """Raises if the trunk reads an own parameter."""
+    """Raises an error if the trunk reads an own parameter."""
     if not own:
         return
     rest = leaves.of("shared"), leaves.of("frozen")
@@ -182,5 +184,5 @@ def _check_trunk(
     ):
         raise ValueError(
             "measure='representation': encode reads a parameter that is labelled "
-            "'own'; own parameters belong to the heads."
+            "'own', but own parameters belong to the heads. Label it 'shared'."
         )

@@ -1,4 +1,4 @@
-"""Stacked gradients of which every device of a mapped axis holds a part."""
+"""Stacked gradients that are split over the devices of a mapped axis."""
 
 from typing import Any, NamedTuple
 
@@ -8,7 +8,7 @@ from mtljax import placement, stack
 from mtljax.gradients.linearized import Leaves, Linearized, Region
 from mtljax.types import Gramian, Losses, Weights
 
-# Entries of a part from which on a leaf travels alone, without a copy into a buffer.
+# Leaves with at least this many entries per part are exchanged without a buffer.
 _LARGE = 1 << 12
 
 
@@ -22,9 +22,9 @@ class Part(NamedTuple):
 class Scattered(NamedTuple):
     """A forward pass whose stacked gradients are scattered over the devices.
 
-    The rows are summed over the devices by a reduce-scatter; of the parts, T x T inner
-    products and the weighted sum are exchanged. Small leaves travel in one buffer, as
-    each collective has a cost of its own.
+    A reduce-scatter sums the gradients over the devices. The devices then exchange
+    T x T inner products and the weighted sum. Small leaves share one buffer, because
+    each collective operation has a constant cost.
     """
 
     found: Linearized
@@ -50,11 +50,11 @@ class Scattered(NamedTuple):
         return self.found.aux
 
     def measured(self) -> tuple[Gramian, list[Part]]:
-        """The Gramian, and the parts of the gradients."""
+        """Returns the Gramian, and the parts of the gradients."""
         axes, rows = self.region.axes, self.found.local_rows()
         devices, parts = placement.size(axes), []
         for numbers in _buffers(rows, devices):
-            # A region is per device, so a reshape is free of communication.
+            # Inside a mapped region a reshape needs no communication.
             flat = [rows[i].reshape(len(rows[i]), -1) for i in numbers]
             dtype = jnp.result_type(*flat)
             buffer = jnp.concatenate([x.astype(dtype) for x in flat], axis=1)
@@ -67,7 +67,7 @@ class Scattered(NamedTuple):
     def gradients(
         self, weights: Weights, own: Weights, parts: list[Part] | None = None
     ) -> tuple[list[Any], list[Any]]:
-        """Weighted sums of the gradients of shared and of own leaves."""
+        """Returns the weighted gradients of shared and of own leaves."""
         if parts is None:
             return self.found.gradients(weights, own)
         leaves = self.leaves.of("shared")
@@ -84,18 +84,19 @@ class Scattered(NamedTuple):
 
 
 def scatter(found: Linearized) -> Scattered:
-    """Raises if a shared parameter is split over the axis, so that rows are parts."""
+    """Checks that no shared parameter is split, and returns the scattered pass."""
     region = found.region
     if any(region.sums(leaf) != region.axes for leaf in found.leaves.of("shared")):
         raise ValueError(
-            "exchange='scatter' is for parameters that are equal on all devices of "
-            f"{region.axes}; parameters that are split over them need exchange='all'."
+            "exchange='scatter' requires parameters that are equal on all devices of "
+            f"{region.axes}, but a shared parameter is split over them. Use "
+            "exchange='all'."
         )
     return Scattered(found)
 
 
 def _buffers(rows: list[Any], devices: int) -> list[list[int]]:
-    """Leaves that travel together: large ones alone, small ones in one buffer."""
+    """Groups the leaves: large ones alone, small ones in one buffer."""
     large = [i for i, row in enumerate(rows) if row.size >= devices * _LARGE]
     small = [i for i in range(len(rows)) if i not in large]
     return [[i] for i in large] + ([small] if small else [])

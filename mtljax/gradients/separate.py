@@ -1,8 +1,8 @@
-"""Tasks with inputs of their own: T times the cost of one task.
+"""Tasks with separate inputs, at T times the cost of one task.
 
-A vector of losses in which every task reads its own batch costs T² if each of T
-backward passes runs through the batches of all tasks. Here the user says that the tasks
-are separate, and each is differentiated on its own.
+If every task reads its own batch, a vector of losses costs T² times as much as one
+task, because each of T backward passes runs through the batches of all tasks. Here the
+user declares that the tasks are separate, and each task is differentiated separately.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,19 +25,19 @@ from mtljax.types import Gramian, Losses, Params, Weights
 
 
 class Separate:
-    """Losses of tasks with inputs of their own; made by :func:`separate`.
+    """Losses of tasks with separate inputs; the result of :func:`separate`.
 
-    Called like any ``task_losses``, it returns ``losses[T]``.
+    A call with the arguments of ``task_losses`` returns the losses, shape ``[T]``.
     """
 
     def __init__(self, losses: Any, in_axes: Any):
-        """Keeps the losses."""
+        """Stores the losses and their axes."""
         self.losses = losses
         self.in_axes = in_axes
         self.names = tuple(losses) if isinstance(losses, Mapping) else None
 
     def __call__(self, params: Params, *args: Any, **kwargs: Any) -> Any:
-        """The losses of all tasks, ``(losses, aux)`` if the single ones have an aux."""
+        """Returns the losses of all tasks, with the auxiliary outputs if any."""
         if self.names is None:
             axes = self.axes(args)
             return jax.vmap(lambda *x: self.losses(*x, **kwargs), axes)(params, *args)
@@ -51,7 +51,7 @@ class Separate:
         return jnp.stack(losses), dict(zip(self.names, aux, strict=True))
 
     def axes(self, args: Sequence[Any]) -> tuple[Any, ...]:
-        """``in_axes`` of the parameters and of every further argument."""
+        """Returns ``in_axes`` for the parameters and for every further argument."""
         axes = self.in_axes
         if isinstance(axes, int) or len(axes) != len(args) + 1:
             raise ValueError(
@@ -61,7 +61,7 @@ class Separate:
         return tuple(axes)
 
     def param_axes(self, params: Params) -> list[int | None]:
-        """The axis of the tasks in every leaf of the parameters; None if shared."""
+        """Returns the axis of the tasks in every leaf; None if the leaf is shared."""
         if self.names is not None:
             return [None] * len(jax.tree.leaves(params))
         try:
@@ -79,12 +79,14 @@ class Separate:
         found = jax.tree.leaves(full, is_leaf=lambda x: isinstance(x, tuple))
         axes = [axis for (axis,) in found]
         if any(axis not in (None, 0) for axis in axes):
-            raise ValueError("separate: axes of parameters must be None or 0.")
+            raise ValueError(
+                f"separate: axes of parameters must be None or 0, not {axes}."
+            )
         return axes
 
 
 def ordered(task: Separate, names: Sequence[str] | None) -> Separate:
-    """The tasks in the order of the names of a balancer.
+    """Returns the tasks in the order of the names of a balancer.
 
     Raises:
       ValueError: If the names differ.
@@ -103,23 +105,29 @@ def separate(
     loss: Callable[..., Any] | Mapping[str, Callable[..., Any]],
     in_axes: Any = (None, 0),
 ) -> Separate:
-    """Declares tasks whose losses read inputs of their own.
+    """Declares tasks whose losses read separate inputs.
 
-    The gradients of all tasks then cost T times those of one task. A ``task_losses``
-    that is a ``jax.vmap`` over the tasks gives the same numbers at T² times the cost.
+    The gradients of all tasks then cost T times as much as those of one task. A
+    ``jax.vmap`` over the tasks in ``task_losses`` gives the same numbers at T² times
+    the cost.
 
     Args:
-      loss: ``loss(params, *args) -> scalar``, the same for all tasks, whose arguments
-        are stacked along a leading axis of length T; or a dict of such functions, one
-        per task, for inputs of unequal shapes. Every positional argument is then a dict
-        with the same names; keyword arguments go to every loss unchanged. With
-        ``has_aux=True`` a loss returns ``(scalar, aux)``.
-      in_axes: For a single function, as in ``jax.vmap``: one entry for ``params`` and
-        one for every argument. A leaf of the parameters with axis 0 holds a slice per
-        task (stacked heads); it is own by definition, and its gradient is ``[T, ...]``.
+      loss: A function ``loss(params, *args) -> scalar`` for all tasks, whose arguments
+        are stacked along a leading axis of length T. For inputs of different shapes,
+        pass a dictionary of such functions, one per task. Every positional argument is
+        then a dictionary with the same names, and keyword arguments are passed to every
+        loss unchanged. With ``has_aux=True`` a loss returns ``(scalar, aux)``.
+      in_axes: Axes for a single function, as in ``jax.vmap``: one entry for ``params``
+        and one for every argument. A leaf of the parameters with axis 0 contains one
+        slice per task (stacked heads). It is labelled ``"own"`` automatically, and its
+        gradient has shape ``[T, ...]``.
 
     Returns:
-      A callable for ``task_losses`` of every function of mtljax.
+      A :class:`Separate`, which all functions of mtljax accept as ``task_losses``. It
+      can also be called.
+
+    Raises:
+      ValueError: If the dictionary of losses is empty.
 
     Examples:
       >>> import jax.numpy as jnp, mtljax
@@ -137,13 +145,13 @@ def separate(
 
 
 class SeparateRows(NamedTuple):
-    """The gradients of separate tasks, each from a pass through its own inputs."""
+    """Gradients of separate tasks, each from a pass through its own inputs."""
 
     leaves: Leaves
     region: Region
     aux: Any
     local: list[Any]  # [T, ...], this device's part of the gradients of shared leaves
-    local_own: list[Any]  # of own leaves, by task
+    local_own: list[Any]  # of own leaves, stacked over tasks
     stacked_own: list[bool]  # whether the own leaf itself has an axis of tasks
     options: Options
 
@@ -153,12 +161,12 @@ class SeparateRows(NamedTuple):
         return self.region.losses
 
     def stacked(self) -> list[Any]:
-        """The T gradients of the shared leaves."""
+        """Returns the T gradients of the shared leaves."""
         rows = self.leaves.summed(self.local, self.region.axes)
         return self.leaves.constrained(rows, self.options.shardings)
 
     def own(self, weights: Weights) -> list[Any]:
-        """The weighted sum of the gradients of the own leaves."""
+        """Returns the weighted sum of the gradients of the own leaves."""
         found = []
         for g, whole in zip(self.local_own, self.stacked_own, strict=True):
             if whole:
@@ -169,14 +177,14 @@ class SeparateRows(NamedTuple):
         return self.leaves.summed(found, self.region.axes, "own")
 
     def measured(self) -> tuple[Gramian, list[Any]]:
-        """Their Gramian, and the gradients."""
+        """Returns the Gramian and the stacked gradients."""
         rows = self.stacked()
         return self.leaves.gramian(rows, self.region), rows
 
     def gradients(
         self, weights: Weights, own: Weights, rows: list[Any] | None = None
     ) -> tuple[list[Any], list[Any]]:
-        """Weighted sums of the gradients of shared and of own leaves."""
+        """Returns the weighted gradients of shared and of own leaves."""
         rows = self.stacked() if rows is None else rows
         return stack.combine(rows, weights), self.own(own)
 
@@ -191,7 +199,7 @@ def linearize_separate(
     mask: Any,
     name: str,
 ) -> SeparateRows:
-    """One forward and one backward pass per task."""
+    """Runs one forward and one backward pass per task."""
     leaves, axes = _labelled(task, params, options)
     values = placement.cast(leaves.values, options.axes)
     trained = [i for i, mark in enumerate(leaves.marks) if mark != "frozen"]
@@ -241,7 +249,7 @@ def linearize_separate(
 
 
 def _seeded(rows: list[Any], region: Region) -> list[Any]:
-    """The rows of absent tasks zeroed, the others times the seeds."""
+    """Sets gradients of absent tasks to zero, and multiplies others by the seeds."""
     if region.local_mask is not None:
         rows = stack.select(rows, region.local_mask)
     if region.seeds is None:
@@ -255,7 +263,7 @@ def _seeded(rows: list[Any], region: Region) -> list[Any]:
 def _labelled(
     task: Separate, params: Params, options: Options
 ) -> tuple[Leaves, list[int | None]]:
-    """The leaves, and the axis of the tasks in each; one with an axis is own."""
+    """Returns the leaves and the axis of the tasks in each; one with an axis is own."""
     values, treedef = jax.tree.flatten(params)
     axes = task.param_axes(params)
     implied = ["own" if axis == 0 else "shared" for axis in axes]
@@ -267,13 +275,13 @@ def _labelled(
         if axis == 0 and mark == "shared":
             raise ValueError(
                 f"separate: parameter {stack.path_name(path)!r} has a slice per task "
-                "by in_axes, but labels mark it as 'shared'."
+                "by in_axes, but labels mark it as 'shared'. Label it 'own'."
             )
     return Leaves(values, treedef, marks, True), axes
 
 
 def with_labels(task: Separate, params: Params, options: Options) -> Options:
-    """The options with the labels that ``in_axes`` implies."""
+    """Returns the options with the labels that ``in_axes`` implies."""
     leaves, _ = _labelled(task, params, options)
     if not leaves.labelled:
         return options
@@ -281,7 +289,7 @@ def with_labels(task: Separate, params: Params, options: Options) -> Options:
 
 
 def _known_absent(names: Sequence[str], mask: Any) -> set[str]:
-    """Tasks that Python booleans in the mask mark as absent: they are not traced."""
+    """Returns tasks that Python booleans mark as absent; they are not traced."""
     if isinstance(mask, Mapping):
         flags = dict(mask)
     elif isinstance(mask, list | tuple):

@@ -1,4 +1,4 @@
-"""Per-task gradients: one vector-Jacobian product per task, four ways to run them."""
+"""Per-task gradients: one backward pass per task, with several strategies."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,54 +28,61 @@ def value_and_task_grads(
     grad_shardings: Any = None,
     backward: Backward = "auto",
 ) -> Callable[..., Any]:
-    """Computes the losses and the gradient of each, stacked along a new leading axis.
+    """Returns a function that computes the losses and their stacked gradients.
 
-    ``jax.value_and_grad`` for a function that returns T losses: one forward pass
-    and T backward passes from the same residuals.
+    The function generalises ``jax.value_and_grad`` to T losses. It runs one forward
+    pass, and T backward passes from the same residuals.
 
     Args:
-      task_losses: ``task_losses(params, *args, **kwargs) -> losses[T]`` (or
-        ``(losses[T], aux)``), or a dict ``{name: scalar}`` in place of the vector. The
-        other arguments are free: one batch for all tasks, or a dict with a batch per
-        task, of any shapes. Use :func:`mtljax.separate` for tasks with inputs of their
-        own.
-      argnums: Which positional argument(s) to differentiate.
-      has_aux: ``task_losses`` returns ``(losses, aux)``.
-      labels: Marks parameters ``"shared"``, ``"own"`` or ``"frozen"``: a tree of
+      task_losses: A function ``task_losses(params, *args, **kwargs)`` that returns the
+        losses, an array of shape ``[T]`` or a dictionary ``{name: scalar}``. With
+        ``has_aux=True`` it returns ``(losses, aux)``. The other arguments may be one
+        batch for all tasks, or a dictionary with one batch of any shape per task. Use
+        :func:`mtljax.separate` for tasks with separate inputs.
+      argnums: Index or indices of the positional arguments to differentiate.
+      has_aux: Whether ``task_losses`` returns ``(losses, aux)``.
+      labels: Marks parameters ``"shared"``, ``"own"`` or ``"frozen"``. Pass a tree of
         strings, a prefix of one, or a function of the path (see :func:`label_params`).
-        Own leaves are not stacked: they get the gradient of the sum of the losses,
-        which is that of their own task's loss. Frozen leaves get zeros of their own
-        shape, and cost no backward pass.
-      strategy: ``"unrolled"`` (T separate passes), ``"vmap"`` (one batched pass),
-        ``"map"`` (a loop, least memory in addition to the result), an integer k (a loop
-        of batched passes of k tasks; ``"chunked"`` is 4) or ``"auto"``: unrolled on CPU
-        up to 16 tasks (fewer for long programs), else vmap, or a loop if the values of
-        all tasks would be large and for convolutions on CPU.
-        All give the same numbers up to rounding.
+        Own leaves are not stacked. Their gradient is that of the sum of the losses,
+        which equals that of the loss of their own task. Frozen leaves have a gradient
+        of zeros with their own shape and cost no backward pass.
+      strategy: How the T backward passes are run. All strategies give the same numbers
+        up to rounding.
+
+        - ``"unrolled"`` runs T separate passes.
+        - ``"vmap"`` runs one batched pass.
+        - ``"map"`` runs a loop, with the least memory in addition to the result.
+        - An integer k runs a loop of batched passes of k tasks. ``"chunked"`` is 4.
+        - ``"auto"`` unrolls up to 16 passes on CPU, or fewer for long programs.
+          Otherwise it uses vmap, or a loop if the values of all tasks would be large
+          and for convolutions on CPU.
       micro_batches: M. The leading axes of all positional arguments after the first are
-        split into M micro-batches, and a loop adds up losses and gradients. Equal to
-        the whole batch if every loss is a mean over the examples; the auxiliary output
-        is stacked ``[M, ...]``. Memory: that of one micro-batch, and T gradients.
+        split into M micro-batches. A loop accumulates losses and gradients. The result
+        equals that of the whole batch if every loss is a mean over the examples. The
+        auxiliary output is stacked, ``[M, ...]``. The memory is that of one micro-batch
+        and T gradients.
       axis_name: The mapped axis of ``jax.pmap`` or ``jax.shard_map``, if
         ``task_losses`` returns the losses of this device's part of the batch. Losses
         and gradients are then the means over the axis. Without it, ``jax.shard_map``
-        gives sums over the devices, as ``jax.jacrev`` does.
-      grad_shardings: Tree of ``NamedSharding`` like the parameters, for a mesh with
-        Auto axes: the sharding of the gradient of every leaf.
-      backward: ``"jax"`` runs the backward passes of ``jax.vjp`` unchanged,
-        ``"rewritten"`` rewrites them for XLA:CPU, ``"auto"`` rewrites them if the
+        returns sums over the devices, as ``jax.jacrev`` does.
+      grad_shardings: Tree of ``NamedSharding`` with the structure of the parameters,
+        for a mesh with Auto axes. It sets the sharding of the gradient of every leaf.
+      backward: ``"jax"`` runs the backward passes of ``jax.vjp`` unchanged.
+        ``"rewritten"`` rewrites them for XLA:CPU. ``"auto"`` rewrites them if the
         program runs on one CPU device.
 
     Returns:
-      A function of the same arguments, and of ``mask=`` ``[T]`` (the tasks that are
-      present; a vector, or a dict with the names of the tasks), that returns
-      ``(losses[T], grads)``, or ``((losses[T], aux), grads)``. Every shared leaf of
-      ``grads`` has shape ``[T, *leaf]``. Rows and own gradients of absent tasks are
-      zero. A task whose loss has no finite derivative makes the rows of the others
-      non-finite too (0 · NaN is NaN): write ``where``-safe losses for absent tasks.
+      A function of the same arguments and of ``mask=``. It returns ``(losses, grads)``,
+      or ``((losses, aux), grads)`` with ``has_aux=True``. Every shared leaf of
+      ``grads`` has shape ``[T, *leaf]``. The boolean array ``mask`` of shape ``[T]``,
+      or a dictionary with the names of the tasks, marks the present tasks. Stacked and
+      own gradients of absent tasks are zero. The loss of an absent task may be NaN, but
+      its derivative must be finite. Otherwise the gradients of the other tasks are not
+      finite either, because ``0 * NaN`` is NaN in the backward pass.
 
     Raises:
-      ValueError: If the losses are not a vector, a label is unknown or marks nothing.
+      ValueError: If the losses are not a vector, or if a label is unknown or matches no
+        parameter.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -89,7 +96,10 @@ def value_and_task_grads(
     """
     name = "value_and_task_grads"
     if labels is not None and not isinstance(argnums, int):
-        raise ValueError("labels go with a single differentiated argument (argnums).")
+        raise ValueError(
+            "labels go with a single differentiated argument. Pass an integer argnums, "
+            f"not {argnums!r}."
+        )
     options = make_options(
         name,
         has_aux=has_aux,
@@ -104,7 +114,7 @@ def value_and_task_grads(
     ):
         raise ValueError(
             f"{name}: micro_batches and mtljax.separate go with a single "
-            "differentiated argument (argnums)."
+            "differentiated argument. Pass an integer argnums."
         )
     indices = (argnums,) if isinstance(argnums, int) else argnums
 

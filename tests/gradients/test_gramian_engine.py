@@ -904,7 +904,7 @@ def test_errors():
     with pytest.raises(ValueError, match="task_gramian: engine='loss' is not one of"):
         mtljax.task_gramian(lambda p: p, engine="loss")
     balancer = mtljax.graddrop(2, key=jax.random.key(0))
-    with pytest.raises(ValueError, match=r"'gramian' cannot serve graddrop.*the grads"):
+    with pytest.raises(ValueError, match=r"'gramian' does not support graddrop.*grads"):
         mtljax.value_and_balanced_grad(lambda p: p, balancer, engine="gramian")
     p = jnp.ones(3)
     gramian = mtljax.task_gramian(lambda p: p, engine="gramian", strategy="loop")
