@@ -1,8 +1,8 @@
 """Primitives of JAX as objects.
 
-A primitive that this version of JAX does not have is left out, and one that is not
-exported is learnt from a traced example. An operation that is not recognised is
-differentiated as usual, so that a new name costs speed and never correctness.
+A primitive that this version of JAX does not have is omitted. A primitive that JAX does
+not export is taken from a traced example. An operation that is not recognised is
+differentiated as usual. An unknown name therefore affects speed and not correctness.
 """
 
 from collections.abc import Callable, Collection
@@ -17,13 +17,13 @@ from mtljax import placement
 
 
 def exported(*names: str) -> frozenset[Any]:
-    """The primitives of these names that ``jax.extend.core.primitives`` has."""
+    """Returns the primitives with these names in ``jax.extend.core.primitives``."""
     found = (getattr(jax.extend.core.primitives, f"{n}_p", None) for n in names)
     return frozenset(p for p in found if p is not None)
 
 
 def _learnt(function: Callable[..., Any], *args: Any) -> frozenset[Any]:
-    """The primitive of the last equation of a traced function."""
+    """Returns the primitive of the last equation of a traced function."""
     return frozenset({jax.make_jaxpr(function)(*args).jaxpr.eqns[-1].primitive})
 
 
@@ -51,8 +51,8 @@ def _learn_reshard() -> frozenset[Any]:
 
 
 REMAT = _learnt(jax.checkpoint(lambda x: x + 1), _X)
-# Calls that mean nothing but their body. Those of custom derivatives are not among
-# them: their derivative is not that of the body. Loops and branches stay whole.
+# Calls that are equivalent to their body. Calls with custom derivatives are excluded,
+# because their derivative is not that of the body. Loops and branches stay whole.
 CALLS = exported("jit", "closed_call", "call") | _learnt(jax.jit(lambda x: x + 1), _X)
 CALLS |= REMAT
 
@@ -73,8 +73,8 @@ STACK = _learnt(lambda x: jnp.stack([x, x]), _X) - CONCATENATE
 MAX_POOL_GRADIENT = exported("select_and_scatter_add")
 GREATER_OR_EQUAL = exported("ge")
 
-# Every entry of the operand appears once in the result, so inner products of
-# gradients do not change.
+# Every entry of the operand occurs once in the result, so inner products of gradients
+# do not change.
 REORDERS = RESHAPE | TRANSPOSE | SQUEEZE | exported("rev", "neg", "copy", "name")
 REORDERS |= exported("sharding_constraint") | _learnt(jax.lax.optimization_barrier, _X)
 REORDERS |= _learn_pvary() | _learn_reshard()
@@ -88,12 +88,12 @@ ELEMENTWISE = exported(
 
 
 def understood(params: dict[str, Any], keys: Collection[str]) -> bool:
-    """Whether a rule that has read these parameters knows all that are set."""
+    """Whether all parameters that are set are among those that a rule has read."""
     return all(key in keys or value in (None, False) for key, value in params.items())
 
 
 def bodies(params: dict[str, Any]) -> list[Any]:
-    """The jaxprs among the parameters of an equation, also in tuples."""
+    """Returns the jaxprs among the parameters of an equation, also in tuples."""
 
     def found(value):
         if isinstance(value, tuple | list):
@@ -105,7 +105,7 @@ def bodies(params: dict[str, Any]) -> list[Any]:
 
 
 def body_of_call(eqn: Any) -> Any:
-    """The jaxpr that a call runs, closed or not; None if the equation is no call."""
+    """Returns the jaxpr that a call runs, or None if the equation is not a call."""
     if eqn.primitive not in CALLS:
         return None
     jaxprs = [

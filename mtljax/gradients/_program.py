@@ -1,4 +1,4 @@
-"""A traced function as a flat list of operations, calls inlined."""
+"""A traced function as a flat list of operations with inlined calls."""
 
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -11,12 +11,12 @@ from jax.extend.core import Literal
 from mtljax.gradients._primitives import REMAT, body_of_call
 from mtljax.types import Losses
 
-Ref = int  # a value of the program
+Ref = int  # the number of a value of the program
 Env = dict[Ref, Any]
 
 
 class Op(NamedTuple):
-    """One equation, with values named by numbers."""
+    """One equation, whose values are identified by numbers."""
 
     eqn: Any
     ins: tuple[Ref, ...]
@@ -47,7 +47,7 @@ class Program(NamedTuple):
     constants: Env  # closed-over arrays and literals
     avals: dict[Ref, Any]  # types of the values
     restore_aux: Callable[[list[Any]], Any]
-    rematerialises: bool  # it held a jax.checkpoint, which is inlined like any call
+    rematerialises: bool  # whether it contained a jax.checkpoint, which is inlined
 
 
 class Flat(NamedTuple):
@@ -62,7 +62,7 @@ class Flat(NamedTuple):
 
 
 def is_float(dtype: Any) -> bool:
-    """Whether the dtype is of real numbers."""
+    """Whether the dtype is real floating-point."""
     return jnp.issubdtype(dtype, jnp.floating)
 
 
@@ -110,7 +110,7 @@ def trace(
 
 
 def flatten(closed: Any, keep: Collection[Any] = ()) -> Flat:
-    """The operations of a closed jaxpr, calls inlined but those to keep."""
+    """Returns the operations of a closed jaxpr; calls except ``keep`` are inlined."""
     builder = _Builder(keep)
     inputs = [builder.new(var.aval) for var in closed.jaxpr.invars]
     outputs = builder.inline(closed.jaxpr, closed.consts, inputs)
@@ -147,7 +147,7 @@ class _Builder:
     def inline(
         self, jaxpr: Any, consts: Iterable[Any], inputs: Iterable[Ref]
     ) -> list[Ref]:
-        # Variables are looked up per call: one jaxpr may be called several times.
+        # Variables are resolved per call, because a jaxpr may be called several times.
         names: dict[Any, Ref] = dict(zip(jaxpr.invars, inputs, strict=True))
         for var, value in zip(jaxpr.constvars, consts, strict=True):
             names[var] = self.constant(var.aval, value)
@@ -172,7 +172,7 @@ class _Builder:
 
 
 def needed(ops: Sequence[Op], results: Iterable[Ref]) -> list[Op]:
-    """The operations that some values depend on, and prints and callbacks, in order."""
+    """Returns the operations with effects or that results depend on, in order."""
     wanted, found = set(results), []
     for op in reversed(ops):
         if wanted.intersection(op.outs) or op.eqn.effects:
@@ -188,7 +188,7 @@ def run(op: Op, env: Env) -> None:
 
 
 def scope(op: Op) -> Any:
-    """Where an operation was traced: its mesh, and its layer's name for profiles."""
+    """Returns the context of an operation: its mesh and its name scope for profiles."""
     name = str(op.eqn.source_info.name_stack)
     if not name:
         return op.eqn.ctx.manager
@@ -201,7 +201,7 @@ def scope(op: Op) -> Any:
 def apply(
     op: Op, values: Sequence[Any], params: dict[str, Any] | None = None
 ) -> Sequence[Any]:
-    """Results of one operation, with its own parameters or others."""
+    """Returns the results of one operation, with its own or other parameters."""
     with scope(op):
         return bind(op, values, params)
 
@@ -209,10 +209,10 @@ def apply(
 def bind(
     op: Op, values: Sequence[Any], params: dict[str, Any] | None = None
 ) -> Sequence[Any]:
-    """The same in the scope of the caller."""
+    """Returns the results of one operation in the scope of the caller."""
     primitive = op.eqn.primitive
     bound: Any = primitive.get_bind_params(op.params if params is None else params)
-    # jax 0.7 hands the functions of a custom rule back beside the parameters.
+    # jax 0.7 returns the functions of a custom rule separately from the parameters.
     functions, bound = bound if isinstance(bound, tuple) else ((), bound)
     out = primitive.bind(*functions, *values, **bound)
     return out if primitive.multiple_results else [out]

@@ -1,4 +1,4 @@
-"""The Gramian of the task gradients, with or without the gradients."""
+"""The Gramian of the task gradients, computed with or without the gradients."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -37,7 +37,7 @@ GramianEngine: TypeAlias = Literal["auto", "stacked", "gramian"]
 
 
 class Uses(NamedTuple):
-    """A planned ``task_losses``: what can be decided before anything is computed."""
+    """A planned ``task_losses``, before any value is computed."""
 
     plan: Plan
     leaves: Leaves
@@ -53,11 +53,10 @@ def find_uses(
     """Traces ``function`` and plans its Gramian.
 
     Args:
-      function: Returns the losses.
+      function: A function that returns the losses.
       params: Parameters.
-      options: How gradients are computed.
-      measured: The leaves over which inner products are taken; None for all that are
-        shared.
+      options: Options of the gradients.
+      measured: Leaves over which inner products are computed; None for all shared ones.
 
     Raises:
       ValueError: If a parameter is not a real floating-point array.
@@ -114,18 +113,18 @@ class LinearizedUses(NamedTuple):
         return self.uses.plan.program.restore_aux(self.backward.aux)
 
     def measured(self) -> tuple[Gramian, evaluate.Rows]:
-        """The Gramian, and the gradients as far as they were formed."""
+        """Returns the Gramian, and the gradients as far as they were formed."""
         rows = self.rows(self.options.passes)
         return self.gramian(rows), rows
 
     def gradients(
         self, weights: Weights, own: Weights, rows: evaluate.Rows | None = None
     ) -> tuple[list[Any], list[Any]]:
-        """Weighted sums of the gradients of shared and of own leaves."""
+        """Returns the weighted gradients of shared and of own leaves."""
         return self.shared(weights, rows), self.own(own)
 
     def rows(self, passes: Passes) -> evaluate.Rows:
-        """The T gradients, formed as far as they need to be."""
+        """Returns the T gradients, formed only if the plan requires it."""
         rewrites = placement.rewrites(self.options.backward, self._types())
 
         def run(pull, cotangents, in_axes, out_axes):
@@ -139,13 +138,13 @@ class LinearizedUses(NamedTuple):
         return evaluate.gather(self.uses.plan, self.backward, run, self._sums("shared"))
 
     def gramian(self, rows: evaluate.Rows) -> Gramian:
-        """Inner products of the gradients of the shared leaves."""
+        """Returns inner products of the gradients of the shared leaves."""
         products = self.products(rows, rows)
         # Rounding differs across the diagonal, and solvers rely on symmetry.
         return (products + products.T) / 2
 
     def products(self, left: evaluate.Rows, right: evaluate.Rows) -> Gramian:
-        """The same of two batches; not symmetric."""
+        """Returns inner products of the gradients of two batches; not symmetric."""
         return evaluate.products(
             self.uses.plan,
             self.backward.leaves,
@@ -156,7 +155,7 @@ class LinearizedUses(NamedTuple):
         )
 
     def shared(self, weights: Weights, rows: evaluate.Rows | None) -> list[Any]:
-        """``Σ_t weights[t] g_t`` of the shared leaves."""
+        """Returns ``Σ_t weights[t] g_t`` for the shared leaves."""
         made = self.uses.plan
         if rows is None or self.uses.partly or not combining_pays(made):
             return self._gradient("shared", weights)
@@ -167,19 +166,19 @@ class LinearizedUses(NamedTuple):
         return self._filled(found, numbers)
 
     def own(self, weights: Weights) -> list[Any]:
-        """The same of own leaves."""
+        """Returns ``Σ_t weights[t] g_t`` for the own leaves."""
         return self._gradient("own", weights) if self.leaves.numbers("own") else []
 
     def _types(self) -> Any:
         return list(self.uses.plan.program.avals.values())
 
     def _numbers(self, label: str) -> list[int]:
-        """Leaves of the program with a label; frozen ones are no leaves of it."""
+        """Returns the leaves of the program with a label; frozen ones are excluded."""
         marks = [mark for mark in self.leaves.marks if mark != "frozen"]
         return [i for i, mark in enumerate(marks) if mark == label]
 
     def _sums(self, label: str) -> dict[int, Any]:
-        """The axes over which the gradient of each leaf is summed."""
+        """Returns the axes over which the gradient of each leaf is summed."""
         values = zip(self._numbers(label), self.leaves.of(label), strict=True)
         return {number: self.region.sums(value) for number, value in values}
 
@@ -198,7 +197,7 @@ class LinearizedUses(NamedTuple):
         return self._filled(found, numbers)
 
     def _filled(self, found: dict[int, Any], numbers: list[int]) -> list[Any]:
-        """Zeros for leaves that no loss reads."""
+        """Adds zeros for leaves that no loss reads."""
         leaves = self.backward.leaves
         return [found[i] if i in found else jnp.zeros_like(leaves[i]) for i in numbers]
 
@@ -206,7 +205,7 @@ class LinearizedUses(NamedTuple):
 def linearize_uses(
     uses: Uses, options: Options, *, mask: Any = None, name: str
 ) -> LinearizedUses:
-    """One forward pass, and one backward pass through the heads."""
+    """Runs one forward pass, and one backward pass through the heads."""
     values = [
         jnp.asarray(value)
         for value, mark in zip(uses.leaves.values, uses.leaves.marks, strict=True)
@@ -231,22 +230,27 @@ def task_gramian(
     axis_name: AxisName = None,
     backward: Backward = "auto",
 ) -> Callable[..., Any]:
-    """Computes the losses and the Gramian of their gradients.
+    """Returns a function that computes the losses and the Gramian of their gradients.
 
     Args:
-      task_losses: As for :func:`value_and_task_grads`.
-      has_aux: ``task_losses`` returns ``(losses, aux)``.
-      labels: Restricts the Gramian to the shared parameters.
-      engine: ``"stacked"`` forms the T gradients, ``"gramian"`` only those that are
-        less expensive to form, ``"auto"`` chooses; see
+      task_losses: See :func:`value_and_task_grads`.
+      has_aux: Whether ``task_losses`` returns ``(losses, aux)``.
+      labels: Restricts the Gramian to the parameters labelled ``"shared"``.
+      engine: ``"stacked"`` forms the T gradients. ``"gramian"`` forms only those that
+        are less expensive to form. ``"auto"`` selects one of them, see
         :func:`value_and_balanced_grad`.
-      strategy: How the T backward passes run.
-      axis_name: As for :func:`value_and_task_grads`.
-      backward: As for :func:`value_and_task_grads`.
+      strategy: How the T backward passes are run.
+      axis_name: See :func:`value_and_task_grads`.
+      backward: See :func:`value_and_task_grads`.
 
     Returns:
-      A function of ``(params, *args)`` that returns ``(losses[T], gramian[T, T])``, or
-      ``((losses, aux), gramian)``. Cost: one forward and T backward passes.
+      A function of ``(params, *args)`` and ``mask=`` that returns ``(losses, gramian)``
+      of shapes ``[T]`` and ``[T, T]``, or ``((losses, aux), gramian)``. The cost is one
+      forward and T backward passes.
+
+    Raises:
+      ValueError: If an option is unknown, if the losses are not a vector, or if
+        ``engine="gramian"`` is used with an unsupported ``custom_vjp`` rule.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -291,7 +295,7 @@ def linearize_any(
     name: str,
     measured: list[int] | None = None,
 ) -> Linearized | LinearizedUses:
-    """The forward pass for the engine ``"gramian"`` or ``"stacked"``."""
+    """Runs the forward pass for the engine ``"gramian"`` or ``"stacked"``."""
     uses, passes = choose(engine, function, params, options, measured)
     options = options._replace(passes=passes)
     if uses is None:
@@ -306,7 +310,7 @@ def linearize_any(
 
 
 class Choice(NamedTuple):
-    """An engine and how its passes run."""
+    """An engine and the strategy of its passes."""
 
     uses: Uses | None  # None: stack the gradients
     passes: Passes
@@ -321,8 +325,8 @@ def choose(
 ) -> Choice:
     """Resolves ``engine="auto"`` and ``strategy="auto"`` from the shapes.
 
-    If only some of the shared leaves are ``measured``, the engine does not stack those
-    unless it has to.
+    If only some of the shared leaves are ``measured``, the Gramian engine is preferred,
+    and gradients are stacked only if this engine does not support the program.
     """
     asked = options.passes
 
@@ -338,8 +342,8 @@ def choose(
         rule = _nonlinear_rule(uses.plan.program, function, params, options)
         if rule is not None:
             raise ValueError(
-                f"engine='gramian' needs backward passes that are linear in the "
-                f"cotangent, but the custom_vjp rule of {rule} is not; use "
+                "engine='gramian' needs backward passes that are linear in the "
+                f"cotangent, but the custom_vjp rule of {rule} is not. Use "
                 "engine='stacked'."
             )
         return Choice(uses, passes(uses, stacked=False))
@@ -350,9 +354,9 @@ def choose(
     try:
         uses = find_uses(function, params, options, measured)
     except jax.errors.JAXTypeError:
-        # Outside of jit a function may look at the values of its parameters.
+        # Outside of jit a function may read concrete values of its parameters.
         return Choice(None, asked)
-    # jax.checkpoint asks for less memory, which inlining does not give.
+    # Inlining jax.checkpoint would lose its memory savings, so stack the gradients.
     program = uses.plan.program
     worth = measured is not None or pays(uses.plan)
     if (
@@ -370,10 +374,10 @@ def _nonlinear_rule(
     params: Params,
     options: Options,
 ) -> str | None:
-    """The function with a ``custom_vjp`` whose rule is not linear in the cotangent.
+    """Returns the name of a ``custom_vjp`` rule that is not linear in the cotangent.
 
-    Clipping or rounding a cotangent makes the sum of two backward passes differ from
-    the pass of the sum. Rules are only checked if there is one.
+    If a rule clips or rounds a cotangent, the sum of two backward passes differs from
+    the pass of the sum. The check runs only if the program contains a rule.
     """
     rules = [eqn for op in program.ops for eqn in _custom_rules(op.eqn)]
     if not rules:
@@ -416,25 +420,27 @@ def cross_task_gramian(
     axis_name: AxisName = None,
     backward: Backward = "auto",
 ) -> Callable[..., Any]:
-    """Computes ``J₁ J₂ᵀ``, inner products of the task gradients of two batches.
+    """Returns a function that computes inner products of task gradients of two batches.
 
-    The side input ``cross_gramian`` of ``moco``, ``modo`` and ``sdmgrad``, whose
-    expectation is free of the noise that a Gramian of one batch has on its diagonal.
-    For a product the entries are ``<δ_s, (x x'ᵀ) δ'_t>``, as in :func:`task_gramian`.
+    The result ``J₁ J₂ᵀ`` is the side input ``cross_gramian`` of ``moco``, ``modo`` and
+    ``sdmgrad``. The Gramian of one batch has noise on its diagonal. The expectation of
+    the cross-batch product does not contain this noise. For a product the entries are
+    ``<δ_s, (x x'ᵀ) δ'_t>``, as in :func:`task_gramian`.
 
     Args:
-      task_losses: As for :func:`value_and_task_grads`, without auxiliary output.
-      labels: Restricts the products to the shared parameters.
-      engine: As for :func:`task_gramian`.
-      strategy: How the 2 T backward passes run.
-      axis_name: As for :func:`value_and_task_grads`.
-      backward: As for :func:`value_and_task_grads`.
+      task_losses: See :func:`value_and_task_grads`, without auxiliary output.
+      labels: Restricts the products to the parameters labelled ``"shared"``.
+      engine: See :func:`task_gramian`.
+      strategy: How the 2 T backward passes are run.
+      axis_name: See :func:`value_and_task_grads`.
+      backward: See :func:`value_and_task_grads`.
 
     Returns:
-      A function of ``(params, first, second)``, with a tuple of the further arguments
-      of ``task_losses`` for each batch, that returns ``(losses[T], losses[T],
-      cross[T, T])``; rows belong to the first batch. Cost: two forward and 2 T
-      backward passes.
+      A function of ``(params, first, second)``, where ``first`` and ``second`` are
+      tuples of the further arguments of ``task_losses`` for each batch. It returns
+      ``(losses, losses, cross)`` of shapes ``[T]``, ``[T]`` and ``[T, T]``. Rows of
+      ``cross`` belong to the first batch. The cost is two forward and 2 T backward
+      passes.
 
     Raises:
       ValueError: If the two batches give different numbers of losses.
@@ -473,7 +479,7 @@ def cross_task_gramian(
             _check_equal_tasks(*losses)
             rows = [one.stacked() for one in found]
             return *losses, stack.cross_gramian(*rows)
-        # Both sides of a product have to be of the same form.
+        # Both sides of a product must have the same form.
         common = common_plan(left.plan, right.plan)
         found = [
             linearize_uses(uses._replace(plan=made), options, name=name)
@@ -493,5 +499,5 @@ def _check_equal_tasks(first: Losses, second: Losses) -> None:
     if first.shape != second.shape:
         raise ValueError(
             f"cross_task_gramian: task_losses returns {first.shape[0]} losses on the "
-            f"first batch and {second.shape[0]} on the second."
+            f"first batch and {second.shape[0]} on the second. They must be equal."
         )

@@ -1,1 +1,1 @@
-"""Parts of the Gramian engine: a program, its stages, known uses, contractions."""
+"""Gramian engine: stages of a program, recognised operations and contractions."""

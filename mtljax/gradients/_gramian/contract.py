@@ -1,15 +1,16 @@
 """Inner products of weight gradients, from the inputs and cotangents of a product.
 
-All functions take two sides (of one batch, or of two) and return ``[S, S']``. A side is
-the inputs ``X [b, P, I]``, in blocks along I, and cotangents ``δ [b, P, S, O]`` of S
-tasks; the gradients are ``g_s = Xᵀ δ_s`` for every b. With the tasks next to the
-outputs δ is a matrix ``[P, S O]`` in memory: the cotangents of all tasks move in one
-large product of two matrices, which every backend runs fast.
+All functions take two sides (of one batch, or of two) and return ``[S, S']``. A side
+consists of inputs ``X [b, P, I]``, in blocks along I, and cotangents ``δ [b, P, S, O]``
+of S tasks. The gradients are ``g_s = Xᵀ δ_s`` for every b. The tasks are next to the
+outputs, so δ is a matrix ``[P, S O]`` in memory. One large product of two matrices,
+which every backend runs fast, then processes the cotangents of all tasks.
 
-Inside a mapped region a device holds its own positions, and the gradients are sums over
-the devices. ``axes`` names the mapped axes. The Gramian of a sum is not the sum of
-Gramians, so either one side is gathered or the gradients are summed first. The sum of
-the results over the axes is the Gramian: one sum for all leaves.
+Inside a mapped region a device has its own positions, and the gradients are sums over
+the devices. ``axes`` contains the names of the mapped axes. The Gramian of a sum is not
+the sum of Gramians. Therefore either one side is gathered, or the gradients are summed
+first. The sum of the results over the axes is the Gramian. One sum is enough for all
+leaves.
 """
 
 import functools
@@ -25,27 +26,27 @@ from mtljax import placement
 from mtljax.placement import Axes
 
 _EXACT = "highest"
-# Entries that an intermediate result may have; of a larger one a part at a time.
+# Maximum number of entries of an intermediate result; larger ones are split.
 _LIVE = 1 << 22
 
 
 class Side(NamedTuple):
-    """What the gradients of one leaf are made of."""
+    """Factors of the gradients of one leaf."""
 
     blocks: list[Array]
     delta: Array
 
 
 def wide(x: Array) -> Array:
-    """The dtype in which inner products are accumulated."""
+    """Converts to the dtype in which inner products are accumulated."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def inner(left: Side, right: Side, axes: Axes = ()) -> Array:
-    """``<g_s, g'_t> = Σ_b <δ_s, (X X'ᵀ) δ'_t>``: no gradient is formed.
+    """Computes ``<g_s, g'_t> = Σ_b <δ_s, (X X'ᵀ) δ'_t>`` without forming a gradient.
 
-    Costs ``P P' (I + S' O)`` multiplications, instead of the ``S P I O`` of forming.
-    In a mapped region the right side is gathered.
+    The cost is ``P P' (I + S' O)`` multiplications. Forming the gradients costs
+    ``S P I O``. In a mapped region the right side is gathered.
     """
 
     def one(x, delta, y, delta2):
@@ -65,7 +66,7 @@ def inner(left: Side, right: Side, axes: Axes = ()) -> Array:
 
 
 def formed(left: Side, right: Side, axes: Axes = ()) -> Array:
-    """``Σ_j <X_jᵀ δ_s, X'_jᵀ δ'_t>``: the gradients, some of their rows j at a time.
+    """Computes ``Σ_j <X_jᵀ δ_s, X'_jᵀ δ'_t>``, a few rows j at a time.
 
     In a mapped region the rows are summed over the devices before they are multiplied.
     """
@@ -88,11 +89,12 @@ def formed(left: Side, right: Side, axes: Axes = ()) -> Array:
 
 
 def looked_up(left: Side, right: Side, axes: Axes = ()) -> Array:
-    """``Σ_v <Σ_{n: id_n = v} δ_s[n], Σ_{m: id'_m = v} δ'_t[m]>``, for a table.
+    """Computes the inner products of the gradients of an embedding table.
 
-    Only the rows of a table that were read have a gradient. They are renumbered, so
-    that T tables of as many rows as were read replace T whole ones. In a mapped region
-    both sides are gathered.
+    They are ``Σ_v <Σ_{n: id_n = v} δ_s[n], Σ_{m: id'_m = v} δ'_t[m]>``. Only the rows
+    of the table that were read have a nonzero gradient. The function renumbers these
+    rows and builds T tables with one row per row that was read, instead of T full
+    tables. In a mapped region both sides are gathered.
     """
     same = left is right
     left, right = (
@@ -118,7 +120,7 @@ def looked_up(left: Side, right: Side, axes: Axes = ()) -> Array:
 
 
 def _over_batch(function, x: Array, delta: Array, y: Array, delta2: Array) -> Array:
-    """Sum over b of a function of ``X_b, δ_b`` and those of the other side."""
+    """Sums over b a function of ``X_b, δ_b`` and those of the other side."""
     if len(x) == 1:  # XLA:CPU is slower with a batch axis of size 1
         return function(x[0], delta[0], y[0], delta2[0])
     return jax.vmap(function)(x, delta, y, delta2).sum(0)
@@ -129,13 +131,13 @@ def _total(parts: Iterable[Array]) -> Array:
 
 
 def _in_parts(function, size: int, *arrays: Array, axis: int = 0) -> Array:
-    """Sum of a function of parts of arrays along an axis, of about ``size``."""
+    """Sums a function over parts of arrays along an axis, of length about ``size``."""
     length = arrays[0].shape[axis]
     count = max(round(length / size), 1)
     size = -(-length // count)
 
     def part(start, size=size):
-        # A slice of the whole array; one reshaped into parts would be another copy.
+        # A slice of the whole array needs no copy. Reshaping it into parts would.
         return function(
             *(jax.lax.dynamic_slice_in_dim(x, start, size, axis) for x in arrays)
         )
@@ -148,12 +150,12 @@ def _in_parts(function, size: int, *arrays: Array, axis: int = 0) -> Array:
 
 
 def _times(matrix: Array, delta: Array) -> Array:
-    """``[Q, P]`` times ``[P, S, O]``."""
+    """Multiplies ``[Q, P]`` by ``[P, S, O]``."""
     flat = delta.reshape(len(delta), -1)
     made = jnp.matmul(matrix, flat, precision=_EXACT)
     return made.reshape(len(matrix), *delta.shape[1:])
 
 
 def _products(a: Array, b: Array) -> Array:
-    """``Σ_p <a_ps, b_pt>`` of ``[P, S, O]``, a small product for every p."""
+    """Computes ``Σ_p <a_ps, b_pt>`` of ``[P, S, O]`` by a small product for every p."""
     return jnp.einsum("pso,pto->pst", a, b, precision=_EXACT).sum(0)

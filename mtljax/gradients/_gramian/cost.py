@@ -1,8 +1,8 @@
-"""Which engine is faster, and how its passes run, estimated from static shapes.
+"""Estimates the faster engine, and how to run its passes, from static shapes.
 
-Work is counted in multiplications. That does not predict a time, but it tells the work
-of forming T gradients from the work of T backward passes, which is what the choice
-turns on; the table ``benchmarks/results/engine.json`` shows how well.
+Work is counted in multiplications. This does not predict a time. It distinguishes the
+work of forming T gradients from the work of T backward passes, which decides the
+choice. The table ``benchmarks/results/engine.json`` shows the accuracy.
 """
 
 import math
@@ -15,16 +15,16 @@ from mtljax.gradients._primitives import CONVOLUTION, DOT, bodies
 from mtljax.gradients._program import Op
 from mtljax.gradients.passes import Body, Passes, batched, few, loops_sooner
 
-# Multiplications made in the time in which one entry of an array is read and written.
+# Number of multiplications in the time of reading and writing one entry of an array.
 _PER_ENTRY = 16
-# A task so small that calls and compilation are what it costs.
+# Below this amount of work, call overhead and compilation dominate.
 _SMALL = 1 << 20
-# The engine has to be faster by a margin, as it takes longer to compile.
+# The Gramian engine must be faster by this margin, because it compiles more slowly.
 _MARGIN = 0.9
 
 
 class Work(NamedTuple):
-    """Multiplications of one backward pass."""
+    """Number of multiplications of one backward pass."""
 
     activations: int = 0  # cotangents of values
     shared: int = 0  # gradients of shared parameters
@@ -32,12 +32,12 @@ class Work(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Sum of all parts."""
         return sum(self)
 
 
 def forward_work(eqn: Any) -> int:
-    """Multiplications of an equation, those of its bodies included."""
+    """Returns the multiplications of an equation, including those of its bodies."""
     primitive, params = eqn.primitive, eqn.params
     size = sum(math.prod(getattr(v.aval, "shape", ())) for v in eqn.outvars)
     if primitive in DOT:
@@ -55,7 +55,7 @@ def forward_work(eqn: Any) -> int:
 
 
 def backward_work(plan: Plan, ops: list[Op]) -> Work:
-    """One backward pass through some operations."""
+    """Returns the work of one backward pass through some operations."""
     shared = set(plan.shared)
     total = {"activations": 0, "shared": 0, "own": 0}
     for op in ops:
@@ -73,14 +73,14 @@ def backward_work(plan: Plan, ops: list[Op]) -> Work:
 
 
 class Estimate(NamedTuple):
-    """Work of a step beyond its forward pass."""
+    """Work of a step in addition to its forward pass."""
 
     stacked: int
     gramian: int
 
 
 def estimate(plan: Plan) -> Estimate:
-    """Both engines: T passes with gradients, or T without and one with."""
+    """Estimates both engines: T passes with gradients, or T without and one with."""
     tasks = plan.num_tasks
     trunk = backward_work(plan, plan.stages.trunk)
     heads = backward_work(plan, plan.stages.once)
@@ -88,7 +88,8 @@ def estimate(plan: Plan) -> Estimate:
         leaf: math.prod(plan.program.avals[plan.program.leaves[leaf]].shape)
         for leaf in plan.shared
     }
-    # A formed gradient is written, read for the Gramian, and for the update if stacked.
+    # A formed gradient is written and read for the Gramian, and read again for the
+    # update if it is stacked.
     write_read = 2 * tasks * _PER_ENTRY
     stacked = tasks * (
         trunk.activations + trunk.shared + heads.activations + heads.shared
@@ -118,14 +119,14 @@ def estimate(plan: Plan) -> Estimate:
 
 
 class _Last(NamedTuple):
-    """Work of the weighted gradient once the T passes are made."""
+    """Work of the weighted gradient after the T passes."""
 
-    weighted: int  # one more pass
-    combined: int  # the mixture of what the passes left
+    weighted: int  # of one more pass
+    combined: int  # of combining the results of the T passes
 
 
 def _last(plan: Plan, trunk: Work) -> _Last:
-    """Compares the two ways to the weighted gradient."""
+    """Estimates both ways to compute the weighted gradient."""
 
     def entries(refs):
         return sum(math.prod(plan.program.avals[ref].shape) for ref in refs)
@@ -139,10 +140,10 @@ def _last(plan: Plan, trunk: Work) -> _Last:
 
 
 def pays(plan: Plan) -> bool:
-    """Whether the Gramian engine is worth its compilation."""
+    """Whether the Gramian engine is faster by enough to compensate its compilation."""
     work = estimate(plan)
-    # Passes made one by one compile faster without T gradients to stack, and a loop of
-    # whole passes would go through the heads of all tasks in each of them.
+    # Unrolled passes compile faster without T gradients to stack. A loop of complete
+    # passes would differentiate the heads of all tasks in each iteration.
     unrolls = _convolves(plan) and jax.default_backend() == "cpu"
     loops = passes(plan, stacked=True).strategy in ("map", "chunked")
     margin = 1 if unrolls or loops else _MARGIN
@@ -150,13 +151,13 @@ def pays(plan: Plan) -> bool:
 
 
 def combining_pays(plan: Plan) -> bool:
-    """Whether the mixture of the passes costs less than a weighted pass."""
+    """Whether combining the T passes costs less than one more weighted pass."""
     last = _last(plan, backward_work(plan, plan.stages.trunk))
     return last.combined < last.weighted
 
 
 def cheap_heads(plan: Plan) -> bool:
-    """Whether a second pass through the heads is less than to mix what they gave."""
+    """Whether a second pass through the heads costs less than combining the first."""
     ends = {*plan.stages.outputs, *plan.stages.entries}
     entries = sum(math.prod(plan.program.avals[ref].shape) for ref in ends)
     heads = backward_work(plan, plan.stages.once)
@@ -168,13 +169,13 @@ def _convolves(plan: Plan) -> bool:
 
 
 def passes(plan: Plan, *, stacked: bool) -> Passes:
-    """The default way to run the T passes.
+    """Returns the default way to run the T passes.
 
-    One batched pass is the fastest where its operations are large products. XLA:CPU is
-    slow at batches of gradients of kernels, and at convolutions in batches: there the
-    passes of stacking, and those of a long trunk that convolves, are unrolled while
-    they are few. Values of all tasks that do not fit together are made for some at a
-    time.
+    One batched pass is the fastest if its operations are large products. XLA:CPU is
+    slow for batches of kernel gradients and for batched convolutions. On CPU, a small
+    number of passes is therefore unrolled if the gradients are stacked, or if the trunk
+    is long and contains convolutions. If the values of all tasks need too much memory,
+    the passes are run in chunks.
     """
     tasks, trunk = plan.num_tasks, plan.stages.trunk
     sizes = [

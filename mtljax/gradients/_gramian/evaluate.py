@@ -1,4 +1,4 @@
-"""A planned program, run and differentiated stage by stage."""
+"""Runs and differentiates a planned program stage by stage."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -19,32 +19,32 @@ from mtljax.placement import Axes
 from mtljax.types import Gramian, Losses, Mask, Weights
 
 Leaf = int
-# Runs a function of one task's cotangents on those of all, stacked along ``in_axes``.
+# Applies a function of one task's cotangents to all tasks, stacked along ``in_axes``.
 MapTasks = Callable[..., Any]
 
 
 class Forward(NamedTuple):
-    """A forward pass, ready for backward passes through the heads."""
+    """A forward pass, from which backward passes through the heads can be run."""
 
     plan: Plan
     losses: Losses
     aux: list[Any]
     leaves: list[Any]
-    env: Env  # values that outlive the forward pass
+    env: Env  # values that are needed after the forward pass
     outputs: dict[Ref, Array]  # values at the end of the trunk
     pull_trunk: Callable[[dict[Ref, Array]], tuple[dict[Leaf, Array], Any]]
-    # Of cotangents of the losses: cotangents of the copies that each head reads, of the
-    # entries, and of the leaves that each head reads.
+    # Maps cotangents of the losses to cotangents of the copies that each head reads, of
+    # the entries, and of the leaves that each head reads.
     pull_heads: Callable[[Losses], tuple[Any, dict[Ref, Array], Any]]
     mode: placement.Backward
 
 
 class Backward(NamedTuple):
-    """The same after one pass through all heads, ready for the trunk."""
+    """The result of one pass through all heads, from which the trunk can be run."""
 
     forward: Forward
     cotangents: dict[Ref, Array]  # at the end of the trunk, of all tasks
-    head_rows: list[dict[Leaf, Array]]  # each task's gradient of what its head reads
+    head_rows: list[dict[Leaf, Array]]  # gradients of the leaves of each task's head
     mask: Mask | None = None
 
     @property
@@ -74,9 +74,9 @@ def forward(
     ]
     in_trunk = {leaf: leaves[leaf] for leaf in sorted(plan.in_trunk)}
     made = {use.op.outs[0] for f in plan.factored.values() for use in f.uses}
-    # Added to the products, so that their cotangents are the δ. Their types have to be
-    # those of the products: of a value that is equal on all devices, JAX returns the
-    # sum of the devices' cotangents.
+    # Probes are added to the products, and their cotangents are the δ. They must have
+    # the types of the products. For a value that is equal on all devices, JAX would
+    # return the sum of the cotangents over the devices.
     probes = {ref: placement.zeros(program.avals[ref]) for ref in sorted(made)}
     trunk = _trunk(plan, fixed, ends)
     outputs, pull_trunk, seen = pullback(
@@ -107,7 +107,7 @@ def forward(
 
 
 def through_heads(forward: Forward, seeds: Losses | None) -> Backward:
-    """One backward pass through all heads; ``seeds`` is ones if None."""
+    """Runs one backward pass through all heads; None for ``seeds`` means ones."""
     losses, outputs = forward.losses, forward.outputs
     seeds = jnp.ones(losses.shape) if seeds is None else seeds
     found = forward.pull_heads(seeds.astype(losses.dtype))
@@ -120,7 +120,7 @@ def through_heads(forward: Forward, seeds: Losses | None) -> Backward:
 
 
 def _trunk(plan: Plan, fixed: Env, ends: list[Ref]) -> Callable[..., Any]:
-    """The trunk as a function of its parameters and of the probes."""
+    """Returns the trunk as a function of its parameters and of the probes."""
     kept = _kept(plan).union(ends)
 
     def trunk(values, probes):
@@ -136,7 +136,7 @@ def _trunk(plan: Plan, fixed: Env, ends: list[Ref]) -> Callable[..., Any]:
 
 
 def _heads(plan: Plan, env: Env) -> Callable[..., Any]:
-    """The heads as a function of what each task reads, every task its own copy."""
+    """Returns the heads as a function of separate copies of the values they read."""
     kept, stages = _kept(plan), plan.stages
 
     def heads(copies, entries, values):
@@ -150,7 +150,7 @@ def _heads(plan: Plan, env: Env) -> Callable[..., Any]:
         last = {**env, **entries}
         for op in stages.tail:
             if joins_scalars(op, plan.program, plan.num_tasks):
-                # Entry t as task t sees it.
+                # Entry t is taken from the values of task t.
                 parts = [seen[ref] for seen, ref in zip(each, op.ins, strict=True)]
                 (last[op.outs[0]],) = apply(op, parts)
             else:
@@ -162,7 +162,7 @@ def _heads(plan: Plan, env: Env) -> Callable[..., Any]:
 
 
 def select(backward: Backward, mask: Mask) -> Backward:
-    """Zeroes the gradients of absent tasks, also where they are not finite."""
+    """Sets the gradients of absent tasks to zero, even if they are not finite."""
     rows = _present(backward.head_rows, mask)
     cotangents = {
         ref: jnp.where(jnp.expand_dims(mask, _around(c)), c, 0)
@@ -172,7 +172,7 @@ def select(backward: Backward, mask: Mask) -> Backward:
 
 
 def _present(trees: list[Any], mask: Mask | None) -> list[Any]:
-    """One tree per task, those of absent tasks zeroed."""
+    """Returns one tree per task, with zeros for absent tasks."""
     if mask is None:
         return trees
     return [
@@ -182,7 +182,7 @@ def _present(trees: list[Any], mask: Mask | None) -> list[Any]:
 
 
 def _kept(plan: Plan) -> set[Ref]:
-    """Values that are read outside of the stage that computes them."""
+    """Returns the values that are read outside of the stage that computes them."""
     kept = {use.source for f in plan.factored.values() for use in f.uses}
     kept.update(plan.stages.outputs, plan.stages.entries, plan.program.aux)
     for op in plan.stages.extra:
@@ -191,7 +191,7 @@ def _kept(plan: Plan) -> set[Ref]:
 
 
 def _views(plan: Plan, values: dict[Leaf, Any]) -> Env:
-    """The given parameters and all their reordered forms."""
+    """Returns the given parameters and all their reordered forms."""
     env = {plan.program.leaves[leaf]: value for leaf, value in values.items()}
     for op in plan.stages.views:
         if op.ins[0] in env:
@@ -202,7 +202,7 @@ def _views(plan: Plan, values: dict[Leaf, Any]) -> Env:
 def _stack(
     ref: Ref, value: Array, of_copies: list[dict[Ref, Array]], of_entry: Array | None
 ) -> Array:
-    """Cotangents of one value by task; a task that does not read it has 0."""
+    """Stacks the cotangents of one value; zero for a task that does not read it."""
     zeros = jnp.zeros_like(value)
     rows = [copy.get(ref, zeros) for copy in of_copies]
     if of_entry is not None:
@@ -211,28 +211,28 @@ def _stack(
 
 
 def _around(stacked: Array) -> list[int]:
-    """All axes but that of the tasks."""
+    """Returns all axes except that of the tasks."""
     return [a for a in range(stacked.ndim) if a != task_axis(stacked.ndim)]
 
 
 class Rows(NamedTuple):
-    """The T gradients of the shared leaves, formed only as far as the plan says."""
+    """The T gradients of the shared leaves, formed only if the plan requires it."""
 
     sources: dict[Ref, Array]  # inputs of the products with factored leaves
     deltas: dict[Ref, Array]  # cotangents of these products, of all tasks
-    whole: dict[Leaf, Array]  # [T, *leaf], of other leaves that the trunk reads
-    partial: dict[Leaf, dict[int, Array]]  # by task, of those that only heads read
+    whole: dict[Leaf, Array]  # [T, *leaf], for other leaves that the trunk reads
+    partial: dict[Leaf, dict[int, Array]]  # by task, for leaves that only heads read
 
 
 def gather(
     plan: Plan, backward: Backward, map_tasks: MapTasks, sums: dict[Leaf, Axes]
 ) -> Rows:
-    """T backward passes through the trunk.
+    """Runs T backward passes through the trunk.
 
     Args:
       plan: The plan.
-      backward: The forward pass.
-      map_tasks: Runs a function of one task's cotangents on those of all tasks.
+      backward: The result of the pass through the heads.
+      map_tasks: Applies a function of one task's cotangents to those of all tasks.
       sums: Mapped axes over which the gradient of a leaf is summed.
     """
     wanted = [leaf for leaf in plan.direct if leaf in plan.in_trunk]
@@ -248,7 +248,8 @@ def gather(
 
     whole, deltas = {}, {}
     if wanted or uses:
-        # The second entry is not read; it says how many tasks if there is no other.
+        # The second entry is not read. It fixes the number of tasks if the first is
+        # empty.
         rows = backward.cotangents, jnp.zeros(plan.num_tasks)
         in_axes = {ref: task_axis(c.ndim) for ref, c in rows[0].items()}, 0
         avals = plan.program.avals
@@ -273,7 +274,7 @@ def gather(
 
 
 def _side(factored: Factored, rows: tuple[list[Array], list[Array]]) -> contract.Side:
-    """``Σ_u X_uᵀ δ_u`` is one product if the positions of all uses u are joined."""
+    """Joins the positions of all uses u, so that ``Σ_u X_uᵀ δ_u`` is one product."""
     uses, (sources, deltas) = factored.uses, rows
     each = [use.inputs(x) for use, x in zip(uses, sources, strict=True)]
     deltas = [use.cotangents(d) for use, d in zip(uses, deltas, strict=True)]
@@ -286,13 +287,13 @@ def _side(factored: Factored, rows: tuple[list[Array], list[Array]]) -> contract
 def _contracted(
     factored: Factored, leaf: Array, left: Rows, right: Rows, axes: Axes
 ) -> tuple[Gramian, Axes]:
-    """This device's part of one factored leaf, and the axes to sum it over."""
+    """Returns this device's part for one factored leaf, and the axes of its sum."""
     uses = factored.uses
     parts = [
         ([r.sources[u.source] for u in uses], [r.deltas[u.op.outs[0]] for u in uses])
         for r in ((left,) if left is right else (left, right))
     ]
-    # A leaf that is equal on all devices has the sum of the devices' gradients.
+    # The gradient of a leaf that is equal on all devices is summed over the devices.
     mapped = axes or tuple(sorted(placement.varying(parts) - placement.varying(leaf)))
 
     def run(*parts):
@@ -303,7 +304,7 @@ def _contracted(
 
 
 def _joined(parts: Sequence[Array]) -> Array:
-    """One array of all positions."""
+    """Concatenates arrays along the positions."""
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
@@ -316,13 +317,13 @@ def products(
     sums: dict[Leaf, Axes],
     axes: Axes,
 ) -> Gramian:
-    """``<g_s, g'_t>`` over all shared leaves.
+    """Computes ``<g_s, g'_t>`` over all shared leaves.
 
     Args:
       plan: The plan.
       leaves: The parameters.
       left: Gradients of one batch.
-      right: Those of the other, or of the same.
+      right: Gradients of the other batch, or of the same.
       sums: Mapped axes over which the gradient of a leaf is summed. Over other axes of
         the region the leaf is split, and a device has a part of its gradient.
       axes: All mapped axes of the region.
@@ -331,7 +332,7 @@ def products(
     refs = [plan.program.leaves[leaf] for leaf in plan.shared]
     dtypes = [plan.program.avals[ref].dtype for ref in refs]
     dtype = functools.reduce(jnp.promote_types, dtypes, jnp.float32)
-    # Parts of the Gramian by the axes over which they are summed: one sum for all.
+    # The parts of the Gramian are grouped by their mapped axes, with one sum per group.
     parts: dict[Axes, list[Gramian]] = {}
     for leaf, factored in plan.factored.items():
         part, mapped = _contracted(factored, leaves[leaf], left, right, sums[leaf])
@@ -339,7 +340,7 @@ def products(
     for leaf, whole in left.whole.items():
         part = stack.cross_gramian(whole, right.whole[leaf])
         parts.setdefault(splits[leaf], []).append(part)
-    # Leaves that the heads of the same tasks read make one block of the matrix.
+    # Leaves that the heads of the same tasks read form one block of the matrix.
     groups: dict[tuple[Any, ...], list[Leaf]] = {}
     for leaf, rows in left.partial.items():
         groups.setdefault((*rows, splits[leaf]), []).append(leaf)
@@ -365,7 +366,7 @@ def _stacked(rows: dict[int, Array]) -> Array:
 
 
 def _combine(stacked: Array, weights: Weights) -> Array:
-    """``Σ_t weights[t] c_t`` of values that, unlike parameters, may be complex."""
+    """Computes ``Σ_t weights[t] c_t``; unlike parameters, the values may be complex."""
     wide = contract.wide(stacked)
     weights = weights.astype(wide.dtype)
     if wide.ndim == 1:
@@ -375,7 +376,7 @@ def _combine(stacked: Array, weights: Weights) -> Array:
         contracted = (((tasks,), (0,)), ((), ()))
         mixed = jax.lax.dot_general(wide, weights, contracted, precision="highest")
         return mixed.astype(stacked.dtype)
-    # A row vector for every position: tensordot would first bring the tasks forward.
+    # One row vector per position; tensordot would first move the tasks to the front.
     rows = wide.reshape(-1, *wide.shape[-2:])
     weights = jnp.broadcast_to(weights, (len(rows), 1, len(weights)))
     mixed = jnp.matmul(weights, rows, precision="highest")
@@ -391,10 +392,10 @@ def gradient(
     seeds: Losses | None,
     heads_again: bool,
 ) -> dict[Leaf, Array]:
-    """``Σ_t weights[t] g_t`` of some leaves: one backward pass through the trunk.
+    """Computes ``Σ_t weights[t] g_t`` of some leaves by one pass through the trunk.
 
-    It starts from a second pass through the heads, or from the weighted sum of the
-    cotangents that the first one left.
+    The pass starts from a second pass through the heads, or from the weighted sum of
+    the cotangents of the first pass.
     """
     shares = any(len(plan.in_heads.get(leaf, [])) > 1 for leaf in leaves)
     through_trunk = bool(plan.in_trunk.intersection(leaves))
@@ -419,7 +420,7 @@ def gradient(
         found = {leaf: mixed[leaf] for leaf in leaves if leaf in plan.in_trunk}
     for leaf in leaves:
         tasks = plan.in_heads.get(leaf, [])
-        if len(tasks) > 1:  # adds up what else would be a row per head
+        if len(tasks) > 1:  # sums in the pass instead of one row per head
             parts = [again[2][task][leaf] for task in tasks]
         else:
             parts = [
@@ -435,7 +436,7 @@ def gradient(
 def _sum(
     ref: Ref, stacked: Array, of_copies: list[dict[Ref, Array]], of_entry: Array | None
 ) -> Array:
-    """Cotangents of one value, weighted by the seeds, summed over the tasks."""
+    """Sums the cotangents of one value, which are weighted by the seeds, over tasks."""
     parts = [copy[ref] for copy in of_copies if ref in copy]
     parts += [] if of_entry is None else [of_entry]
     shape = [n for a, n in enumerate(stacked.shape) if a != task_axis(stacked.ndim)]
@@ -451,7 +452,7 @@ def combine(
     *,
     sums: dict[Leaf, Axes],
 ) -> dict[Leaf, Array]:
-    """The result of :func:`gradient` from what T passes left, without one more."""
+    """Computes the result of :func:`gradient` from the T passes that were run."""
     mixed = {ref: _combine(delta, weights) for ref, delta in rows.deltas.items()}
     found: dict[Leaf, Array] = {}
     for leaf in leaves:
@@ -469,9 +470,9 @@ def combine(
 def _pull_products(
     plan: Plan, backward: Backward, leaf: Leaf, mixed: dict[Ref, Array]
 ) -> Array:
-    """``Σ_u X_uᵀ δ_u`` in the layout of the leaf, of cotangents of the products.
+    """Computes ``Σ_u X_uᵀ δ_u`` in the layout of the leaf, from combined cotangents.
 
-    Of a bias, for which X is a column of ones, their sums over the positions.
+    For a bias, X is a column of ones, and the result is a sum over the positions.
     """
     avals = plan.program.avals
     uses, _, bias = plan.factored[plan.biases.get(leaf, leaf)]
@@ -486,8 +487,8 @@ def _pull_products(
         rows = zip(bias.terms, bias.orders, shapes, strict=True)
         return [_row(seen[ref], order, shape) for ref, order, shape in rows]
 
-    # At the leaf itself, so that the result has its varying axes and its sharding. The
-    # products are linear in it, and their values are dead code.
+    # Pulling back at the leaf itself gives the result its varying axes and sharding.
+    # The products are linear in the leaf, so their values are dead code.
     _, pull, _ = pullback(
         products, backward.leaves[leaf], backward=backward.forward.mode
     )
@@ -496,7 +497,7 @@ def _pull_products(
 
 
 def _row(term: Array, order: tuple[int, ...], shape: tuple[int, ...]) -> Array:
-    """What is added to a product, with the axes of the product."""
+    """Returns the term that is added to a product, with the axes of the product."""
     if term.ndim:
         term = term.transpose(order)
     return jnp.broadcast_to(term, shape)

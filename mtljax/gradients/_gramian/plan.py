@@ -1,4 +1,4 @@
-"""Which gradients are formed and which are not, decided from static shapes."""
+"""Decides from static shapes which gradients are formed for the Gramian."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -13,27 +13,28 @@ from mtljax.gradients._primitives import ADD, BROADCAST, TRANSPOSE
 from mtljax.gradients._program import Op, Program, Ref
 from mtljax.placement import Axes
 
-Contract = Callable[..., Array]  # of two sides and mapped axes
+Contract = Callable[..., Array]  # a function of two sides and mapped axes
 
-# Entries of the T gradients of one leaf from which on they are made piece by piece.
+# If the T gradients of a leaf have more entries, they are formed piece by piece.
 _LARGE = 1 << 25
 
 
 class Bias(NamedTuple):
-    """A leaf that is added to the products with another one.
+    """A leaf that is added to the products with another leaf.
 
-    It is one more row of that matrix, ``X W + 1 bᵀ = [X 1] [W; bᵀ]``, and costs what a
-    column of X does. Alone it would be the sum of T cotangents over the positions.
+    It is one more row of that matrix, ``X W + 1 bᵀ = [X 1] [W; bᵀ]``, and costs as much
+    as one column of X. A separate computation would sum T cotangents over the
+    positions.
     """
 
     leaf: int
-    terms: list[Ref]  # per product, what is added to it
+    terms: list[Ref]  # per product, the value that is added to it
     orders: list[tuple[int, ...]]  # the axes of the product among those of the sum
-    spreads: list[Op]  # operations that repeat the leaf for these
+    spreads: list[Op]  # operations that broadcast the leaf for these terms
 
 
 class Factored(NamedTuple):
-    """A leaf whose T gradients stay products ``Xᵀδ``."""
+    """A leaf whose T gradients are represented by products ``Xᵀδ``."""
 
     uses: list[Use]
     contract: Contract
@@ -41,34 +42,35 @@ class Factored(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A program, sorted, with a way to the Gramian for every shared leaf."""
+    """A sorted program, with a way to compute the Gramian for every shared leaf."""
 
     program: Program
     stages: Stages
     num_tasks: int
     factored: dict[int, Factored]
-    direct: list[int]  # other shared leaves but biases, differentiated as usual
+    direct: list[int]  # other shared leaves except biases, differentiated as usual
     in_trunk: set[int]  # leaves that the trunk reads
-    in_heads: dict[int, list[int]]  # leaves that heads read, and the tasks of these
+    in_heads: dict[int, list[int]]  # leaves that heads read, and their tasks
 
     @property
     def biases(self) -> dict[int, int]:
-        """Leaves that are a row of a factored one, and that one."""
+        """Maps each leaf that is a row of a factored leaf to the factored leaf."""
         pairs = self.factored.items()
         return {f.bias.leaf: leaf for leaf, f in pairs if f.bias is not None}
 
     @property
     def shared(self) -> list[int]:
-        """All leaves over which inner products are taken."""
+        """All leaves over which inner products are computed."""
         return [*self.factored, *self.biases, *self.direct]
 
 
 def plan(
     program: Program, num_tasks: int, shared: Sequence[int], axes: Axes = ()
 ) -> Plan:
-    """Plans the Gramian over the shared leaves (numbers into ``program.leaves``).
+    """Plans the Gramian over the shared leaves.
 
-    ``axes`` are the mapped axes over which losses are averaged.
+    ``shared`` contains indices into ``program.leaves``. ``axes`` are the mapped axes
+    over which losses are averaged.
     """
     stages = split(program, num_tasks)
     view_of = stages.view_of
@@ -83,7 +85,8 @@ def plan(
         for leaf in sorted({view_of[ref].leaf for ref in reads if ref in view_of}):
             in_heads.setdefault(leaf, []).append(task)
 
-    # What a head reads is differentiated by the one pass over all heads.
+    # Leaves that a head reads are excluded, as the pass over all heads differentiates
+    # them.
     inside = {
         leaf: readers[leaf]
         for leaf in shared
@@ -106,7 +109,7 @@ def plan(
 
 
 def common_plan(left: Plan, right: Plan) -> tuple[Plan, Plan]:
-    """The plans of one function on two batches, brought to the same form."""
+    """Converts the plans of one function on two batches to the same form."""
 
     def same(leaf):
         one, two = left.factored[leaf], right.factored.get(leaf)
@@ -135,7 +138,7 @@ def _factor(
     num_tasks: int,
     axes: Axes,
 ) -> Factored | None:
-    """All uses of one leaf, if every one is known and they fit together."""
+    """Returns all uses of one leaf, if all are recognised and have the same layout."""
     uses = []
     for op, operand in readers:
         use = find_use(op, operand, stages.view_of[op.ins[operand]], program)
@@ -153,14 +156,14 @@ def _factor(
 
 
 class _Links(NamedTuple):
-    """Who makes and who reads the values of the trunk."""
+    """Maps every value of the trunk to its producer and its consumers."""
 
     made_by: dict[Ref, Op]
     read_by: dict[Ref, list[Op]]
     outside: set[Ref]  # values that heads and losses read
 
     def only_reader(self, ref: Ref) -> Op | None:
-        """The operation whose operand this is, if nothing else depends on it."""
+        """Returns the only consumer of a value, or None if there are several."""
         found = self.read_by.get(ref, [])
         return found[0] if len(found) == 1 and ref not in self.outside else None
 
@@ -182,7 +185,7 @@ def _find_bias(
     program: Program,
     stages: Stages,
 ) -> Bias | None:
-    """The leaf that is added to all these products, and to nothing else."""
+    """Finds the leaf that is added to all these products, and to nothing else."""
     leaves, terms, orders, spreads, reads = set(), [], [], [], []
     for use in uses:
         product = use.op.outs[0]
@@ -219,11 +222,11 @@ def _find_bias(
 
 
 def choose(uses: list[Use], num_tasks: int, devices: int = 1) -> Contract | None:
-    """The cheaper way in multiplications; None is to form the gradients as usual.
+    """Selects the contraction with fewer multiplications; None forms the gradients.
 
-    In a mapped region, in which every one of ``devices`` has its own positions, the
-    positions of all are gathered only if they are fewer bytes than the gradients that
-    would be summed.
+    In a mapped region each of ``devices`` has its own positions. The positions of all
+    devices are gathered only if they need fewer bytes than the gradients that would be
+    summed.
     """
     first = uses[0]
     if first.lookup:
@@ -243,27 +246,27 @@ def _positions(uses: list[Use]) -> int:
 
 
 def gathering(uses: list[Use], num_tasks: int, devices: int) -> int:
-    """Entries that a device receives for :func:`contract.inner`."""
+    """Returns the entries that a device receives for :func:`contract.inner`."""
     first = uses[0]
     entries = first.fan_in + num_tasks * first.fan_out
     return devices * _positions(uses) * first.batch * entries
 
 
 def summing(uses: list[Use], num_tasks: int) -> int:
-    """Entries that a device sends and receives to sum T gradients."""
+    """Returns the entries that a device sends and receives to sum T gradients."""
     first = uses[0]
     return 2 * num_tasks * first.batch * first.fan_in * first.fan_out
 
 
 def forming(uses: list[Use], num_tasks: int) -> int:
-    """Multiplications that make T gradients of a leaf."""
+    """Returns the multiplications that form T gradients of a leaf."""
     first = uses[0]
     work = first.batch * first.fan_in * first.fan_out
     return num_tasks * _positions(uses) * work
 
 
 def not_forming(uses: list[Use], num_tasks: int, devices: int = 1) -> int:
-    """Multiplications of :func:`contract.inner`."""
+    """Returns the multiplications of :func:`contract.inner`."""
     first = uses[0]
     work = first.batch * (first.fan_in + num_tasks * first.fan_out)
     return devices * _positions(uses) ** 2 * work

@@ -1,10 +1,11 @@
-"""Which part of a program serves all tasks, and which only one.
+"""Splits a program into a part shared by several tasks and one part per task.
 
-A value *reaches* a task if that task's loss depends on it. Operations that reach one
-task are its *head*, whatever the user calls them; those that reach several are the
-*trunk*. The heads of all tasks can be differentiated in a single backward pass, if each
-reads its own copy of the outputs of the trunk: only the trunk needs T passes. Where
-every task has a forward pass of its own there is no trunk, and one pass is enough.
+A value *reaches* a task if the loss of the task depends on it. Operations that reach
+one task are its *head*, independently of the names in the user's code. Operations that
+reach several tasks are the *trunk*. One backward pass can differentiate the heads of
+all tasks, if each head reads its own copy of the outputs of the trunk. Only the trunk
+needs T passes. If every task has a separate forward pass, there is no trunk, and one
+pass is enough.
 """
 
 import math
@@ -26,30 +27,33 @@ from mtljax.gradients._program import Op, Program, Ref, is_float
 
 
 class View(NamedTuple):
-    """A parameter with its entries in another order or precision."""
+    """A parameter whose entries have another order or precision."""
 
     leaf: int
-    chain: tuple[Any, ...]  # how it was reordered; equal for equal layouts
+    chain: tuple[Any, ...]  # the reordering operations; equal for equal layouts
 
 
 class Stages(NamedTuple):
-    """The operations of a program, in the order in which they can be run."""
+    """The operations of a program, in an order in which they can be run."""
 
     fixed: list[Op]  # independent of the parameters
     views: list[Op]
     trunk: list[Op]
     heads: list[list[Op]]  # one list per task
-    tail: list[Op]  # the vector of losses from its entries, entry by entry
-    extra: list[Op]  # what no loss depends on
+    tail: list[Op]  # elementwise operations from the entries to the vector of losses
+    extra: list[Op]  # operations that no loss depends on
     view_of: dict[Ref, View]
     dependent: set[Ref]  # values that depend on a parameter
-    reads: list[set[Ref]]  # what each task's head takes from anywhere
+    reads: list[set[Ref]]  # values from outside that the head of each task reads
     outputs: set[Ref]  # values of the trunk that heads read
     entries: list[Ref]  # vectors of the trunk of which task t reads entry t
 
     @property
     def once(self) -> list[Op]:
-        """The operations of all heads; what several run is one loop with others."""
+        """The operations of all heads; an operation of several heads is listed once.
+
+        XLA fuses its copies with other operations.
+        """
         return list({op.outs: op for ops in self.heads for op in ops}.values())
 
 
@@ -65,19 +69,19 @@ def _is_reorder(op: Op, program: Program) -> bool:
 
 
 def _frozen(params: dict[str, Any]) -> frozenset[tuple[str, Any]]:
-    """Parameters that can be compared; views of different layouts must differ."""
+    """Parameters in a comparable form, so that views of different layouts differ."""
 
     def fixed(value):
         if isinstance(value, list | tuple):
             return tuple(map(fixed, value))
-        # What cannot be compared is equal to itself only.
+        # A value that cannot be compared is equal to itself only.
         return value if isinstance(value, Hashable) else id(value)
 
     return frozenset((key, fixed(value)) for key, value in params.items())
 
 
 def find_views(program: Program) -> tuple[dict[Ref, View], list[Op]]:
-    """All values that are a reordered parameter, and the operations that make them."""
+    """Finds all reordered parameters, and the operations that compute them."""
     views = {ref: View(i, ()) for i, ref in enumerate(program.leaves)}
     ops = []
     for op in program.ops:
@@ -100,27 +104,27 @@ def joins_scalars(op: Op, program: Program, num_tasks: int) -> bool:
 
 class _Reach(NamedTuple):
     ops: list[int]  # the tasks that an operation reaches, as bits
-    tail: set[int]  # operations by entries
-    entries: set[Ref]  # values read by entries
+    tail: set[int]  # operations on entries
+    entries: set[Ref]  # values of which each task reads one entry
 
 
 def _reach(
     program: Program, num_tasks: int, dependent: set[Ref], views: dict[Ref, View]
 ) -> _Reach:
-    """Walks from the losses back to the parameters."""
+    """Computes the reached tasks, from the losses back to the parameters."""
     everyone = (1 << num_tasks) - 1
     reach = dict.fromkeys(program.avals, 0)
     entries = set() if num_tasks == 1 else {program.losses}
     reach[program.losses] = int(num_tasks == 1)
 
     def by_entries(op):
-        """What an elementwise operation of losses reads; None if it is another."""
+        """Returns the vectors that an elementwise operation of losses reads."""
         shapes = {ref: program.avals[ref].shape for ref in op.ins}
         moving = [ref for ref in op.ins if ref in dependent]
         fits = op.primitive in ELEMENTWISE and all(
             shape in ((), (num_tasks,)) for shape in shapes.values()
         )
-        # A number or a parameter that moves all the losses belongs to the trunk.
+        # A scalar or a parameter that affects all losses belongs to the trunk.
         own = all(shapes[ref] and ref not in views for ref in moving)
         return moving if fits and own else None
 
@@ -151,16 +155,16 @@ def _reach(
 def _ends_to_heads(stages: Stages) -> Stages:
     """Moves activations at the end of the trunk into every head that reads them.
 
-    A head undoes them in the loop that makes its cotangent; the trunk would need a pass
-    over the cotangents of all tasks, and room for its result.
+    A head differentiates them in the loop that computes its cotangent. The trunk would
+    need a pass over the cotangents of all tasks, and memory for the result.
     """
     heads, reads = [list(ops) for ops in stages.heads], [set(r) for r in stages.reads]
     remain: list[Op] = []
-    inside = set(stages.entries)  # what is read elsewhere than in heads
+    inside = set(stages.entries)  # values that are read outside of heads
     for op in reversed(stages.trunk):
         moving = [ref for ref in op.ins if ref in stages.dependent]
-        # Of one operand, so that heads take over as much as before; a conversion would
-        # round the cotangents before they are mixed.
+        # Only one operand is permitted, so that heads read as many values as before. A
+        # conversion would round the cotangents before they are combined.
         activation = op.primitive not in CONVERT and _is_elementwise(op.eqn)
         single = len(op.outs) == len(moving) == 1 and moving[0] not in stages.view_of
         if not activation or not single or inside.intersection(op.outs):
@@ -186,7 +190,7 @@ def _is_elementwise(eqn: Any) -> bool:
 
 
 def split(program: Program, num_tasks: int) -> Stages:
-    """Sorts the operations by the tasks they reach."""
+    """Sorts the operations by the tasks that they reach."""
     view_of, views = find_views(program)
     dependent = set(program.leaves)
     for op in program.ops:

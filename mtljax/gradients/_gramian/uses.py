@@ -1,9 +1,10 @@
-"""Operations that are linear in a parameter, as products of two matrices.
+"""Expresses operations that are linear in a parameter as products of two matrices.
 
-Every rule brings its operation ``y = f(x, W)`` into the form ``Y_b = X_b W_b``, with
-``X_b [P, I]`` (P positions, fan-in I), ``W_b [I, O]`` and a batch index b that both
-share. The gradient for a cotangent δ of y is then ``X_bᵀ δ_b``, block by block. A rule
-reads static shapes; what it needs of the values it says by two functions.
+Every rule converts its operation ``y = f(x, W)`` to the form ``Y_b = X_b W_b``. Here
+``X_b`` has shape ``[P, I]`` (P positions, fan-in I), ``W_b`` has shape ``[I, O]``, and
+both share the batch index b. The gradient for a cotangent δ of y is then ``X_bᵀ δ_b``,
+block by block. A rule reads static shapes. Two functions compute what it needs from the
+values.
 """
 
 import itertools
@@ -23,26 +24,26 @@ Axes: TypeAlias = tuple[int, ...]
 
 
 class Use(NamedTuple):
-    """One operation that reads a parameter in a known way."""
+    """One recognised operation that reads a parameter."""
 
     op: Op
     leaf: int
     source: Ref  # the other operand, x
-    layout: Any  # equal for uses that address the entries of the leaf alike
+    layout: Any  # equal for uses that read the entries of the leaf in the same order
     batch: int  # length of b
     positions: int  # P
-    fan_in: int  # I, that of all blocks together
+    fan_in: int  # I, of all blocks together
     fan_out: int  # O
-    # x -> blocks [b, P, I_j] with sum_j I_j = I; for a lookup the row numbers [P],
-    # negative where nothing was read.
+    # Maps x to blocks [b, P, I_j] with sum_j I_j = I. For a lookup it returns the row
+    # numbers [P], which are negative if nothing was read.
     inputs: Callable[[Array], list[Array]]
     axes: tuple[Axes, Axes, Axes]  # axes of y that are b, P and O
     lookup: bool = False
 
     def cotangents(self, delta: Array) -> Array:
-        """δ of all tasks as [b, P, T, O].
+        """Converts δ of all tasks to the shape [b, P, T, O].
 
-        It has the axes of y, and the tasks at :func:`task_axis`.
+        The argument has the axes of y, and the tasks at :func:`task_axis`.
         """
         tasks = task_axis(delta.ndim)
         batch, positions, outputs = (
@@ -54,16 +55,16 @@ class Use(NamedTuple):
 
 
 def task_axis(ndim: int) -> int:
-    """Where the tasks lie among the axes of stacked cotangents.
+    """Returns the axis of the tasks in stacked cotangents.
 
-    Next to the last one, so that ``δ [*positions, T, O]`` of a dense layer is a matrix
-    whose rows are positions.
+    The axis is next to the last one. Then ``δ [*positions, T, O]`` of a dense layer is
+    a matrix whose rows are positions.
     """
     return max(ndim - 2, 0)
 
 
 def find_use(op: Op, operand: int, view: View, program: Program) -> Use | None:
-    """The rule for an operand that is a parameter, if there is one."""
+    """Applies the rule for an operand that is a parameter; None without a rule."""
     for primitives, rule, keys in _RULES:
         if op.primitive in primitives and understood(op.params, keys):
             return rule(op, operand, view, program)
@@ -78,12 +79,12 @@ def _only_one_parameter(op: Op, operand: int, program: Program) -> bool:
 
 
 def _dense(op: Op, operand: int, view: View, program: Program) -> Use | None:
-    """``dot_general``: y[b, n, o] = Σ_i x[b, n, i] W[b, i, o], in any order of axes."""
+    """Rule for ``dot_general``, y[b, n, o] = Σ_i x[b, n, i] W[b, i, o] in any order."""
     if not _only_one_parameter(op, operand, program):
         return None
     contract, batch = op.params["dimension_numbers"]
     shape, x_shape = op.shape(operand), op.shape(1 - operand)
-    # Axes in the order of the parameter's, so that equal layouts mean equal entries.
+    # Axes are in the order of the parameter, so that equal layouts mean equal entries.
     pairs = sorted(zip(contract[operand], contract[1 - operand], strict=True))
     batches = sorted(zip(batch[operand], batch[1 - operand], strict=True))
     w_in, x_in = (
@@ -98,7 +99,7 @@ def _dense(op: Op, operand: int, view: View, program: Program) -> Use | None:
 
     b, n = size(w_b, shape), size(x_n, x_shape)
     i, o = size(w_in, shape), size(w_o, shape)
-    # Result axes: batch as listed, then those of the left, then those of the right.
+    # Axes of the result: batch as listed, then those of the left and the right operand.
     listed = [batch[operand].index(a) for a in w_b]
     free = (x_n, w_o) if operand == 1 else (w_o, x_n)
     first = len(w_b)
@@ -124,10 +125,10 @@ def _dense(op: Op, operand: int, view: View, program: Program) -> Use | None:
 
 
 def _conv(op: Op, operand: int, view: View, program: Program) -> Use | None:
-    """A convolution is a sum of products, one per entry k of the window.
+    """Rule for convolutions, which are sums of products, one per entry k of the window.
 
-    ``y[n, o] = Σ_k Σ_c x_k[n, c] W[k, c, o]`` with n over images and output pixels, and
-    x_k the image shifted by k. The x_k are the blocks.
+    ``y[n, o] = Σ_k Σ_c x_k[n, c] W[k, c, o]``. The index n is over images and output
+    pixels, and x_k is the image shifted by k. The x_k are the blocks.
     """
     p = op.params
     if operand != 1 or not _only_one_parameter(op, operand, program):
@@ -143,7 +144,7 @@ def _conv(op: Op, operand: int, view: View, program: Program) -> Use | None:
     n = y_shape[y_spec[0]] * math.prod(spatial)
 
     def inputs(x):
-        # To [image, *pixels, channel]; holes of a dilated input are padding too.
+        # Axes [image, *pixels, channel]; holes of a dilated input are also padding.
         x = x.transpose((x_spec[0], *x_spec[2:], x_spec[1]))
         holes = [d - 1 for d in p["lhs_dilation"]]
         edges = [(lo, hi, h) for (lo, hi), h in zip(p["padding"], holes, strict=True)]
@@ -182,7 +183,7 @@ def _conv(op: Op, operand: int, view: View, program: Program) -> Use | None:
 
 
 def _lookup(op: Op, operand: int, view: View, program: Program) -> Use | None:
-    """``gather`` of whole rows, y[n] = W[id[n]]: x is the one-hot matrix of the ids."""
+    """Rule for ``gather`` of rows, y[n] = W[id[n]], where x is one-hot in the ids."""
     del program
     p = op.params
     numbers, table = p["dimension_numbers"], op.shape(0)
@@ -229,7 +230,7 @@ _CONVOLVED = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
 _CONVOLVED += ("feature_group_count", "batch_group_count")
 _GATHERED = ("dimension_numbers", "slice_sizes", "mode", "fill_value")
 _GATHERED += ("indices_are_sorted", "unique_indices")
-# A rule, and the parameters of the operation that it has understood.
+# Each entry is a rule and the parameters of the operation that the rule has read.
 _RULES = (
     (DOT, _dense, (*_KEPT, "out_sharding")),
     (
