@@ -1,8 +1,9 @@
-"""One function of the cotangents of a task, run on those of all tasks at once.
+"""Runs a function of the cotangents of one task on those of all tasks at once.
 
-What ``jax.vmap`` does, except that the axis of the tasks stays where it is wherever an
-operation allows it: ``vmap`` moves it to the front at the first elementwise operation
-with a value that all tasks share, and every move copies the cotangents of all tasks.
+The result is that of ``jax.vmap``, but the axis of the tasks keeps its place if an
+operation permits it. ``vmap`` moves the axis to the front at the first elementwise
+operation with a value that all tasks share. Every move copies the cotangents of all
+tasks.
 """
 
 import math
@@ -19,16 +20,16 @@ from mtljax.gradients._program import Op, apply, flatten, needed
 
 
 class Value(NamedTuple):
-    """A value, and where its tasks lie; None if they share it."""
+    """A value and the axis of its tasks, which is None if they share the value."""
 
     array: Any
     axis: int | None
 
 
 def batch(function: Callable[[Any], Any], rows: Any, in_axes: Any, out_axes: Any):
-    """``jax.vmap(function, (in_axes,), out_axes)(rows)``; the axes are trees of axes.
+    """Computes ``jax.vmap(function, (in_axes,), out_axes)(rows)`` with trees of axes.
 
-    The function is inlined, so it should be one that is called once.
+    The function is inlined, so it should be a function that is called once.
     """
     leaves, axes = jax.tree.leaves(rows), jax.tree.leaves(in_axes)
     num_tasks = leaves[0].shape[axes[0]]
@@ -44,7 +45,7 @@ def batch(function: Callable[[Any], Any], rows: Any, in_axes: Any, out_axes: Any
     env = {ref: Value(x, None) for ref, x in program.constants.items()}
     values = [Value(x, axis) for x, axis in zip(leaves, axes, strict=True)]
     env |= dict(zip(program.inputs, values, strict=True))
-    # A pullback returns gradients that are not used.
+    # A pullback also returns gradients that are not used, so skip their operations.
     for op in needed(program.ops, program.outputs):
         outs = _run(op, [env[ref] for ref in op.ins])
         env |= dict(zip(op.outs, outs, strict=True))
@@ -56,7 +57,7 @@ def batch(function: Callable[[Any], Any], rows: Any, in_axes: Any, out_axes: Any
 
 
 def _run(op: Op, values: list[Value]) -> list[Value]:
-    """One operation."""
+    """Runs one operation on values with an axis of tasks."""
     axes = [value.axis for value in values]
     batched = [i for i, axis in enumerate(axes) if axis is not None]
     if not batched:
@@ -80,7 +81,7 @@ def _run(op: Op, values: list[Value]) -> list[Value]:
 
 
 def _same_shapes(op: Op, values: list[Value]) -> bool:
-    """Whether every operand is a shared number or of the shape of the result."""
+    """Whether every operand is a shared scalar or has the shape of the result."""
     shape = op.eqn.outvars[0].aval.shape
     return all(
         op.shape(i) == shape or (op.shape(i) == () and value.axis is None)
@@ -89,7 +90,7 @@ def _same_shapes(op: Op, values: list[Value]) -> bool:
 
 
 def _beside(value: Value, axis: int, shape: tuple[int, ...]) -> ArrayLike:
-    """An operand of an elementwise operation with its tasks along an axis."""
+    """Returns an operand of an elementwise operation with its tasks along an axis."""
     if value.axis is not None:
         return jnp.moveaxis(value.array, value.axis, axis)
     if jnp.ndim(value.array) == 0:
@@ -98,7 +99,7 @@ def _beside(value: Value, axis: int, shape: tuple[int, ...]) -> ArrayLike:
 
 
 def _dot(op: Op, values: list[Value], which: int) -> Value:
-    """A product of which one operand differs between tasks: one more free axis."""
+    """Runs a product with one operand that differs between tasks, as one more axis."""
     axis = values[which].axis
     assert axis is not None
     contract, batches = op.params["dimension_numbers"]
@@ -119,7 +120,7 @@ def _dot(op: Op, values: list[Value], which: int) -> Value:
 
 
 def _transpose(op: Op, value: Value) -> Value:
-    """The tasks stay between the axes that they lay between, or before the second."""
+    """Transposes the other axes; the tasks stay in front of the same axis."""
     axis = value.axis
     assert axis is not None
     order = list(op.params["permutation"])
@@ -130,7 +131,7 @@ def _transpose(op: Op, value: Value) -> Value:
 
 
 def _kept_apart(op: Op, axis: int) -> int | None:
-    """Where the tasks lie after a reshape that does not mix them with other axes."""
+    """Returns the axis of the tasks after a reshape; None if it would mix axes."""
     before = math.prod(op.shape(0)[:axis])
     sizes = op.params["new_sizes"]
     places = [i for i in range(len(sizes) + 1) if math.prod(sizes[:i]) == before]
@@ -144,7 +145,7 @@ def _reshape(op: Op, value: Value, place: int) -> Value:
 
 
 def _moved(value: Value, axis: int, num_tasks: int) -> Array:
-    """A result with its tasks along an axis."""
+    """Returns a result with its tasks along an axis."""
     if value.axis is not None:
         return jnp.moveaxis(value.array, value.axis, axis)
     wide = jnp.expand_dims(value.array, axis)

@@ -1,13 +1,13 @@
-"""Operations of backward passes in forms that XLA:CPU has fast code for.
+"""Operations of backward passes in forms that XLA:CPU runs fast.
 
-- Convolutions whose axes are in the order images, pixels, channels. XLA:CPU sorts the
-  axes of others at the top level of a program only; in loops it falls back to code that
-  takes many times as long, above all for gradients of kernels.
-- The gradient of a kernel, where many passes need it for the same images: the patches
-  of these are laid out once, and a pass is a product of matrices.
-- Max pooling of windows that lie side by side. XLA:CPU scatters entry by entry.
-  Here the search leaves the number of the maximum in its window, once for all passes,
-  and a pass compares these numbers. ``benchmarks.forms`` has the times.
+- Convolutions with axes in the order images, pixels, channels. XLA:CPU sorts other axes
+  at the top level of a program only. In loops it uses code that is many times slower,
+  especially for gradients of kernels.
+- The gradient of a kernel that many passes need for the same images. The patches of the
+  images are laid out once, and each pass is a product of matrices.
+- Max pooling of adjacent windows. XLA:CPU scatters entry by entry. Here the forward
+  search stores the index of the maximum in its window once for all passes, and each
+  pass compares these indices. ``benchmarks.forms`` measures the times.
 """
 
 import itertools
@@ -26,10 +26,11 @@ from mtljax.gradients._primitives import (
 )
 from mtljax.gradients._program import Op, bind
 
-# Entries of a pooling window up to which it is taken apart.
+# Maximum number of entries of a pooling window that is rewritten.
 _WINDOW = 25
-# Passes from which on it pays to lay the patches of images out side by side; the most
-# entries that may be for a pass, and for all; and the most patches of an image.
+# Minimum number of passes for laying out the patches of images, the maximum number of
+# entries of the patches per pass and in total, and the maximum number of patches per
+# image.
 _REUSED = 4
 _PATCHES = 1 << 19
 _ALL_PATCHES = 1 << 23
@@ -39,17 +40,17 @@ _PLACES = 128
 class Rewrite(NamedTuple):
     """Another form of an operation, in two parts."""
 
-    prepare: Callable[[Op, int, Array], Array]  # an operand, whatever the others are
-    finish: Callable[[Op, Sequence[Array]], Array]  # the result of prepared operands
+    prepare: Callable[[Op, int, Array], Array]  # converts one operand
+    finish: Callable[[Op, Sequence[Array]], Array]  # computes the result from these
 
 
 def rewrite(op: Op, known: Sequence[bool], runs: int) -> Rewrite | None:
-    """The other form, where there is one.
+    """Returns another form of an operation, or None.
 
     Args:
       op: The operation.
-      known: Whether an operand is the same in all runs.
-      runs: How often it runs, as far as one knows.
+      known: Whether each operand is the same in all runs.
+      runs: Expected number of runs, used to decide which rewrites pay off.
     """
     if op.primitive in CONVOLUTION and op.params["batch_group_count"] == 1:
         if known[0] and not known[1] and runs >= _REUSED and _is_small(op, runs):
@@ -80,14 +81,14 @@ def _convolve(op: Op, values: Sequence[Array]) -> Array:
 
 
 def _placed_back(op: Op, out: Array) -> Array:
-    """A result in the order images, pixels, channels with its axes as asked for."""
+    """Returns a result ``[image, *pixels, channel]`` in the requested order of axes."""
     spec = op.params["dimension_numbers"].out_spec
     places = (spec[0], *spec[2:], spec[1])
     return out.transpose([places.index(axis) for axis in range(out.ndim)])
 
 
 def _is_small(op: Op, runs: int) -> bool:
-    """Whether the result has few pixels, as the gradient of a kernel has."""
+    """Whether the result has few pixels, as the gradient of a kernel."""
     of_x, of_kernel, of_out = op.params["dimension_numbers"]
     places = math.prod(op.eqn.outvars[0].aval.shape[axis] for axis in of_out[2:])
     entries = op.shape(0)[of_x[0]] * math.prod(op.shape(1)) * places
@@ -97,7 +98,7 @@ def _is_small(op: Op, runs: int) -> bool:
 
 
 def _lay_out(op: Op, operand: int, value: Array) -> Array:
-    """The images as ``[image, pixel of the result, window and channel]``."""
+    """Lays out the images as ``[image, pixel of the result, window and channel]``."""
     p = op.params
     value = _sort_axes(op, operand, value)
     if operand == 1:
@@ -137,7 +138,7 @@ def _multiply(op: Op, values: Sequence[Array]) -> Array:
 
 
 def _is_max_pooling(op: Op) -> bool:
-    """Whether it is that of max pooling, with no entry in two windows or outside."""
+    """Whether ``op`` is the gradient of max pooling with disjoint, unpadded windows."""
     p = op.params
     apart = p["window_dimensions"] == p["window_strides"]
     inside = not any(map(any, p["padding"]))
@@ -146,7 +147,7 @@ def _is_max_pooling(op: Op) -> bool:
 
 
 def _find_maxima(op: Op, operand: int, value: Array) -> Array:
-    """The number of each window's first maximum; the cotangent stays as it is."""
+    """Returns the index of the first maximum per window; the cotangent is unchanged."""
     if operand == 0:
         return value
     window = op.params["window_dimensions"]
@@ -168,7 +169,7 @@ def _find_maxima(op: Op, operand: int, value: Array) -> Array:
 
 
 def _spread(op: Op, values: Sequence[Array]) -> Array:
-    """Every window's cotangent, where its maximum is."""
+    """Places the cotangent of every window at its maximum."""
     cotangent, found = values
     window, shape = op.params["window_dimensions"], op.shape(1)
     beside = [2 * axis + 1 for axis in range(len(shape))]

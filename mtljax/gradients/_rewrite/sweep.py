@@ -1,17 +1,19 @@
-"""A backward pass, rewritten for XLA:CPU.
+"""Rewrites a backward pass with simplifications that XLA:CPU does not perform.
 
-``jax.vjp`` transposes a program operation by operation. Three consequences are removed:
+``jax.vjp`` transposes a program operation by operation. This has three consequences,
+which the rewritten pass avoids:
 
-- The cotangent of a mean over positions is equal at all of them, and is yet passed on
-  in full, through every product before the mean. Here a value has size 1 along the
-  axes on which it is constant, until an operation needs all of it: the product is
-  computed once, and a gradient ``Σ_p x_p δᵀ`` is ``(Σ_p x_p) δᵀ``.
-- The gradient of a matrix contracts all axes of positions at once, for which XLA:CPU
-  first transposes the cotangents. Joined to one axis, they are read in their order.
-- A value that does not depend on the cotangent, such as a flipped kernel, is computed
-  in every pass. Here it is computed once for all passes.
+- The cotangent of a mean over positions is equal at all positions, but every product
+  before the mean processes the full array. Here a value has size 1 along the axes on
+  which it is constant, until an operation needs the full array. The product is computed
+  once, and a gradient ``Σ_p x_p δᵀ`` becomes ``(Σ_p x_p) δᵀ``.
+- The gradient of a matrix contracts all axes of positions at once. XLA:CPU first
+  transposes the cotangents for this. If the axes are joined to one, XLA:CPU reads the
+  cotangents in their order.
+- ``jax.vjp`` recomputes values that do not depend on the cotangent, such as flipped
+  kernels, in every pass. Here they are computed once for all passes.
 
-Convolutions and max pooling also take other forms (``cpu``). The result is that of
+Convolutions and max pooling also have other forms (``cpu``). The result equals that of
 ``jax.vjp`` up to rounding.
 """
 
@@ -55,26 +57,26 @@ class Constant(NamedTuple):
     """A value with size 1 along axes on which it is known to be constant."""
 
     array: Array
-    shape: Shape  # with all its entries
+    shape: Shape  # the full shape
 
     @property
     def constant(self) -> list[int]:
-        """The axes."""
+        """The axes on which the value is constant."""
         pairs = enumerate(zip(self.array.shape, self.shape, strict=True))
         return [axis for axis, (here, full) in pairs if here != full]
 
 
 class Rewritten(NamedTuple):
-    """What maps cotangents to gradients, traced once and run any number of times."""
+    """Function from cotangents to gradients, traced once and callable repeatedly."""
 
     program: Flat
     results: Any  # a tree of the values of the program that are results
     known: dict[Any, Any]  # values that are the same in every run
-    rewrites: dict[tuple[Ref, ...], Rewrite]  # other forms, by what they give
+    rewrites: dict[tuple[Ref, ...], Rewrite]  # other forms, by their results
 
     @property
     def body(self) -> Body:
-        """What a run consists of."""
+        """Description of one run."""
         ops, avals = self.program.ops, self.program.avals
         sizes = [math.prod(avals[ref].shape) for op in ops for ref in op.outs]
         convolves = any(op.primitive in CONVOLUTION for op in ops)
@@ -83,7 +85,7 @@ class Rewritten(NamedTuple):
     def __call__(
         self, cotangent: Any, part: Callable[[Any], Any] = lambda results: results
     ) -> Any:
-        """The gradients, or a part of their tree; what it does not need is not run."""
+        """Returns the gradients, or a part of their tree without the unneeded work."""
         program, results = self.program, part(self.results)
         env: dict[Any, Any] = {**self.known}
         env |= dict(zip(program.inputs, jax.tree.leaves(cotangent), strict=True))
@@ -92,7 +94,7 @@ class Rewritten(NamedTuple):
         return jax.tree.map(lambda ref: _full(env, ref, program), results)
 
     def _run(self, op: Op, env: dict[Any, Any]) -> None:
-        """Adds the results of one operation, constant axes with size 1 if possible."""
+        """Runs one operation; results have size 1 along constant axes if possible."""
         program, other = self.program, self.rewrites.get(op.outs)
         if other:
             with scope(op):
@@ -124,12 +126,12 @@ def rewritten(pull: Callable[[Any], Any], cotangent: Any, runs: int = 1) -> Rewr
     """Rewrites ``pull``, the function that ``jax.vjp`` returns.
 
     Args:
-      pull: A linear function of a tree like ``cotangent``.
-      cotangent: Arrays, or anything with their shapes and dtypes.
+      pull: A linear function of a tree with the structure of ``cotangent``.
+      cotangent: Arrays, or objects with their shapes and dtypes.
       runs: An estimate of the number of passes.
     """
     closed, shapes = jax.make_jaxpr(pull, return_shape=True)(cotangent)
-    # Recomputation that is inlined would be shared with the forward pass.
+    # If recomputation were inlined, it would be shared with the forward pass.
     program = flatten(closed, keep=REMAT)
     results = jax.tree.unflatten(jax.tree.structure(shapes), program.outputs)
     known: dict[Any, Any] = {**program.constants}
@@ -154,10 +156,10 @@ def rewritten(pull: Callable[[Any], Any], cotangent: Any, runs: int = 1) -> Rewr
 
 
 def _is_known(op: Op, known: dict[Any, Any], program: Flat) -> bool:
-    """Whether one run for all is enough, and leaves no more than there was before.
+    """Whether to run an operation once for all passes, without storing more entries.
 
-    XLA keeps most of these inside of a loop over the passes: kernels of convolutions
-    would be flipped in each of them.
+    XLA keeps most of these operations inside a loop over the passes. For example, the
+    kernels of convolutions would be flipped in each pass.
     """
 
     def entries(refs):
@@ -168,7 +170,7 @@ def _is_known(op: Op, known: dict[Any, Any], program: Flat) -> bool:
 
 
 def _placed(op: Op) -> bool:
-    """Whether it says on which devices its result lies."""
+    """Whether the operation specifies the sharding of its result."""
     sharding = op.params.get("sharding", op.params.get("out_sharding"))
     mesh = getattr(sharding, "mesh", None)
     return sharding is not None and not getattr(mesh, "empty", False)
@@ -180,7 +182,7 @@ def _full(env: dict[Any, Any], ref: Ref, program: Flat) -> Any:
 
 
 def _elementwise(op: Op, values: list[Constant]) -> Array | None:
-    """Constant where all operands are."""
+    """Computes a result that is constant on the axes on which all operands are."""
     if len(op.outs) > 1:
         return None
     arrays = [value.array for value in values]
@@ -189,8 +191,8 @@ def _elementwise(op: Op, values: list[Constant]) -> Array | None:
 
 
 def _broadcast(op: Op, values: list[Constant]) -> Array | None:
-    """Nothing is repeated yet."""
-    if len(values) > 1:  # a size that is known at run time only
+    """Inserts axes of size 1 without repeating the value."""
+    if len(values) > 1:  # an axis size is known at run time only
         return None
     array, axes = values[0].array, op.params["broadcast_dimensions"]
     sizes = [1] * len(op.params["shape"])
@@ -208,7 +210,7 @@ def _squeeze(op: Op, values: list[Constant]) -> Array:
 
 
 def _reduce_sum(op: Op, values: list[Constant]) -> Array:
-    """A sum of equal entries is a multiple."""
+    """Replaces a sum of equal entries by a multiple."""
     (value,), axes = values, op.params["axes"]
     times = math.prod(value.shape[axis] for axis in value.constant if axis in axes)
     return _times(bind(op, [value.array])[0], times)
@@ -219,7 +221,7 @@ def _times(array: Array, number: int) -> Array:
 
 
 def _dot_general(op: Op, values: list[Constant]) -> Array:
-    """Constant operands leave the sum, and contracted neighbours are one axis."""
+    """Takes constant operands out of the sum, and joins contracted adjacent axes."""
     arrays, params = [value.array for value in values], op.params
     contract, batches = params["dimension_numbers"]
     dtype, times = op.eqn.outvars[0].aval.dtype, 1
@@ -228,7 +230,7 @@ def _dot_general(op: Op, values: list[Constant]) -> Array:
         for axes, value in zip(contract, values, strict=True)
         for axis in axes
     ) and jnp.issubdtype(dtype, jnp.inexact):
-        # The sum over positions alone may be out of range in half precision.
+        # The sum over positions may be out of range in half precision.
         wide = jnp.promote_types(dtype, jnp.float32)
         arrays = [x.astype(wide) for x in arrays]
         params = {**params, "preferred_element_type": wide}
@@ -255,7 +257,7 @@ def _dot_general(op: Op, values: list[Constant]) -> Array:
 def _joined(
     arrays: list[Array], contract: tuple[Shape, Shape]
 ) -> tuple[list[Array], tuple[Shape, Shape]]:
-    """Operands whose contracted axes are one, if they lie side by side in both."""
+    """Joins the contracted axes of both operands, if they are adjacent in both."""
     pairs = sorted(zip(*contract, strict=True))
     sides = [list(axes) for axes in zip(*pairs, strict=True)]
     if any(axes != list(range(axes[0], axes[0] + len(axes))) for axes in sides):
@@ -268,7 +270,7 @@ def _joined(
     return made, (first, second)
 
 
-# A rule, and the parameters of the operation that it has understood.
+# Each entry is a rule and the parameters of the operation that the rule has read.
 _RULES: tuple[tuple[frozenset[Any], Callable[..., Array | None], tuple[str, ...]], ...]
 _RULES = (
     (BROADCAST, _broadcast, ("shape", "broadcast_dimensions")),
