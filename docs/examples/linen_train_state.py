@@ -1,4 +1,4 @@
-"""flax linen: a ``TrainState`` whose ``apply_gradients`` passes the losses."""
+"""flax linen: a ``TrainState`` that passes the losses to the optimizer."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Physics-informed losses as a dictionary of terms, each with its own points.
+"""Physics-informed losses as a dictionary of terms with their own points.
 
 The losses have the form of ``losses(params, batch)`` in jaxpi and of the loss terms in
 jinns: one scalar per term, by name. The problem is u'' = -sin(x) with u(0) = 0 and

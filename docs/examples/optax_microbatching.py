@@ -1,4 +1,4 @@
-"""Exact gradient accumulation by ``micro_batches=`` or ``optax.microbatching``."""
+"""Gradient accumulation by ``micro_batches=`` or ``optax.microbatching``."""
 
 import jax
 import jax.numpy as jnp

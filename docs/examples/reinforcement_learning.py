@@ -1,4 +1,4 @@
-"""Tasks with their own batches, and an optimizer that takes ``task_losses=``.
+"""Tasks with their own batches, and an optimizer with ``task_losses=``.
 
 Multi-task reinforcement learning has one batch per environment. metaworld-algorithms
 passes the keyword ``task_losses`` to ``optimizer.update``. The adapter renames it.

@@ -1,4 +1,4 @@
-"""Alternating independent task steps: one optimizer step per task or group of tasks.
+"""Alternating independent optimizer steps per task or group of tasks.
 
 - :func:`alternate` applies any optax optimizer to one task after another. It supports
   one optimizer state per task and random groups of tasks. Operations of a batch, such

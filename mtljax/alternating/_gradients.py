@@ -1,4 +1,4 @@
-"""Losses and gradients of one inner step, for one task or a group of tasks."""
+"""Losses and gradients of one inner step, for a task or a group."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""Schedules of task groups: random balanced groups, their order and their rounds.
+"""Schedules of task groups: random groups, their order and their rounds.
 
 A *round* visits every group once. It takes one batch (``"same_batch"``) or as many
 batches as there are groups (``"per_batch"``). All random numbers are pure functions of

@@ -1,4 +1,4 @@
-"""Diagnostics of negative transfer: gains, discrepancy and maps of mixtures."""
+"""Diagnostics of negative transfer: gains, discrepancy and maps."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""ARML: auxiliary weights that align the mixed gradient with the main gradient."""
+"""ARML: auxiliary weights that align the gradient with the main task."""
 
 from typing import Literal, NamedTuple, TypeAlias
 

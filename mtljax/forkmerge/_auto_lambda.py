@@ -1,4 +1,4 @@
-"""Auto-λ: task weights from the gradient of the target loss after one step."""
+"""Auto-λ: task weights from the gradient of the loss after one step."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple

@@ -239,6 +239,13 @@ def rank_auxiliaries(
 def target_only(branch_weights: Numbers, target: int = 0) -> int | None:
     """Returns the branch that trains on the target alone, or None.
 
+    Args:
+      branch_weights: ν of shape ``[B, T]``.
+      target: Index of the target task.
+
+    Returns:
+      Index of the first such branch, or None if there is no such branch.
+
     Examples:
       >>> target_only(target_vs_all(3)), target_only([[1.0, 1.0]])
       (0, None)

@@ -1,4 +1,4 @@
-"""Forks a train state and trains the branches: batched, one by one or sharded."""
+"""Forks a train state and trains the branches."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
@@ -113,6 +113,13 @@ def check_mesh(name: str, num_branches: int, mesh: Mesh) -> None:
 
 def take_branches(branches: Any, indices: Sequence[int]) -> Any:
     """Selects some of the branches, in the order of ``indices``.
+
+    Args:
+      branches: Pytree of arrays ``[B, ...]``.
+      indices: Indices of the branches.
+
+    Returns:
+      A tree with leaves ``[len(indices), ...]``.
 
     Examples:
       >>> take_branches({"w": jnp.arange(4.0)}, (0, 2))["w"].tolist()

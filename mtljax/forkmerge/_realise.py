@@ -1,4 +1,4 @@
-"""Training on task weights, by a weighted sum or by one sampled task per step."""
+"""Training on task weights, by a weighted sum or by sampled tasks."""
 
 from typing import Any, Literal, TypeAlias
 

@@ -1,4 +1,4 @@
-"""Backward passes: the only module that differentiates for the whole package.
+"""Backward passes: the only module that differentiates for the package.
 
 ``jax.vjp`` provides the pass. On one CPU device the pass is rewritten into forms that
 XLA:CPU runs faster (``_rewrite``). Otherwise it is unchanged.
@@ -65,6 +65,13 @@ def pullback(
       A tuple ``(result, pull, aux)``. ``pull(cotangent)`` returns the tuple of
       gradients. ``pull(cotangent, part)`` returns a part of it and skips the work for
       the rest. ``pull.body`` describes one pass. ``aux`` is None without ``has_aux``.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax.gradients import pullback
+      >>> result, pull, _ = pullback(lambda x: x**2, jnp.array(3.0))
+      >>> float(result), float(pull(jnp.array(1.0))[0])
+      (9.0, 6.0)
     """
     if has_aux:
         outputs, vjp, aux = jax.vjp(function, *primals, has_aux=True)

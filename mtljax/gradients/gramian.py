@@ -1,4 +1,4 @@
-"""The Gramian of the task gradients, computed with or without the gradients."""
+"""The Gramian of the task gradients, with or without the gradients."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias

@@ -83,8 +83,20 @@ def label_params(
 def resolve_labels(labels: Any, params: Params) -> list[Any]:
     """Returns one label per leaf, from a tree, a prefix tree or a function of the path.
 
+    Args:
+      labels: Labels as for :func:`value_and_balanced_grad`.
+      params: The parameters, any pytree.
+
+    Returns:
+      A list with the label of every leaf, in the order of ``jax.tree.leaves``.
+
     Raises:
       ValueError: If a label is unknown, if no parameter is shared, or if all are.
+
+    Examples:
+      >>> params = {"head": 1.0, "trunk": {"b": 2.0, "w": 3.0}}
+      >>> resolve_labels({"head": "own", "trunk": "shared"}, params)
+      ['own', 'shared', 'shared']
     """
     if isinstance(labels, str):
         raise ValueError(
@@ -223,6 +235,15 @@ def check_labels(
     Raises:
       ValueError: If several tasks depend on an own parameter. The message names the
         first such parameter.
+
+    Examples:
+      >>> params = {"trunk": jnp.ones(2), "heads": jnp.ones((2, 2))}
+      >>> def task_losses(params):
+      ...     return params["heads"] @ params["trunk"]
+      >>> check_labels(task_losses, {"trunk": "shared", "heads": "own"}, params)
+      Traceback (most recent call last):
+        ...
+      ValueError: labels: parameter 'heads' is labelled 'own' but tasks [0, 1] ...
     """
     rows = jax.jacrev(task_losses)(params, *args)
     flat = resolve_labels(labels, params)

@@ -1,8 +1,10 @@
 """The forward pass, and the gradients of any weighted sum of its losses.
 
-This module implements three aspects for all public functions: the labels of the leaves
-(shared, own or frozen), the names of the tasks, and the mapped region in which a device
-computes the losses of its part of the batch.
+This module implements three aspects for all public functions:
+
+- the labels of the leaves (shared, own or frozen),
+- the names of the tasks,
+- the mapped region in which a device computes the losses of its part of the batch.
 """
 
 import dataclasses
@@ -98,7 +100,21 @@ def make_options(
 
 
 def check_losses(losses: Any) -> Losses:
-    """Raises an error unless ``task_losses`` returned a floating-point vector."""
+    """Raises an error unless ``task_losses`` returned a floating-point vector.
+
+    Args:
+      losses: The result of ``task_losses`` without the auxiliary output.
+
+    Returns:
+      The losses, shape ``[T]``.
+
+    Raises:
+      ValueError: If the losses are not a non-empty vector of floating-point numbers.
+
+    Examples:
+      >>> check_losses(jnp.array([1.0, 2.0])).shape
+      (2,)
+    """
     if not hasattr(losses, "ndim") or losses.ndim != 1:
         found = (
             f"an array of shape {losses.shape}"

@@ -1,8 +1,9 @@
 """Tasks with separate inputs, at T times the cost of one task.
 
 If every task reads its own batch, a vector of losses costs T² times as much as one
-task, because each of T backward passes runs through the batches of all tasks. Here the
-user declares that the tasks are separate, and each task is differentiated separately.
+task. The reason is that each of T backward passes runs through the batches of all
+tasks. Here the user declares that the tasks are separate, and each task is
+differentiated separately.
 """
 
 from collections.abc import Callable, Mapping, Sequence

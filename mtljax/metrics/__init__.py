@@ -1,4 +1,4 @@
-"""Metrics: multi-task summaries, gradient conflict, calibration, regression, Pareto.
+"""Metrics: summaries, gradient conflict, calibration, regression, Pareto.
 
 All metrics are pure functions of arrays that run inside ``jit``. This subpackage
 imports jax and jaxtyping only.

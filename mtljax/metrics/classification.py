@@ -1,4 +1,4 @@
-"""Classification metrics from logits: accuracy, calibration and uncertainty.
+"""Classification metrics: accuracy, calibration and uncertainty.
 
 Logits are unnormalised log probabilities ``[..., classes]``. Log probabilities are also
 valid logits, for example of the mean prediction of an ensemble. Labels are integers

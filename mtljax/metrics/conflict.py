@@ -1,4 +1,4 @@
-"""Measures of the conflict between task gradients, computed from their Gramian.
+"""Measures of the conflict between task gradients.
 
 Every function takes ``gramian[i, j] = <g_i, g_j>``, shape ``[T, T]``, and an optional
 boolean ``mask`` of shape ``[T]`` that marks the present tasks. Absent tasks are

@@ -1,4 +1,4 @@
-"""Summaries of a multi-task model: change against single-task baselines, mean rank.
+"""Summaries of a multi-task model: change against baselines, mean rank.
 
 Two conventions are in use, with opposite signs and different averages. Their values
 cannot be compared. For the same row of NYUv2 (equal weights, MTAN) they are:

@@ -1,4 +1,4 @@
-"""Message-passing network for small molecules, with NNConv, GRU and Set2Set."""
+"""Message-passing network for molecules, with NNConv, GRU and Set2Set."""
 
 from typing import Literal, TypeAlias
 

@@ -1,4 +1,4 @@
-"""Multi-task model as two pure functions: one trunk and one linear head per task."""
+"""Multi-task model as two functions: one trunk, one linear head per task."""
 
 import zlib
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""Sharpness-aware minimisation (SAM) for multi-task learning, with any balancer.
+"""Sharpness-aware minimisation (SAM) for multi-task learning.
 
 - :func:`sam_task_grads` returns the loss gradient ``g_i`` of every task and its flat
   part ``h_i = g_i^SAM − g_i``. The flat part is the change of the gradient under the

@@ -1,4 +1,4 @@
-"""Balancer of loss gradients and flat parts, built from any balancer (FS-MTL)."""
+"""Balancer of loss gradients and flat parts, from any balancer (FS-MTL)."""
 
 import operator
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Measurements of the effect of multi-task training on each task's trajectory.
+"""Measurements of the effect of multi-task training on trajectories.
 
 Every estimator is a pure function of one checkpoint and supports any pytree and any
 task. ``loss(params, batch)`` is a mean over a batch in evaluation mode. It closes over

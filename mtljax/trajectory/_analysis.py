@@ -1,4 +1,4 @@
-"""Statistics of measured trajectories: aggregates, differences and correlations."""
+"""Statistics of trajectories: aggregates, differences and correlations."""
 
 import math
 from collections.abc import Mapping

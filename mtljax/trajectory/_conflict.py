@@ -1,4 +1,4 @@
-"""Gradient conflict: Gramians per layer, cosines, and similarity to the sum."""
+"""Gradient conflict: Gramians per layer, cosines, similarity to the sum."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias

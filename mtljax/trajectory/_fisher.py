@@ -1,4 +1,4 @@
-"""Trace of the Fisher information, with labels that are sampled from the model."""
+"""Trace of the Fisher information, with labels sampled from the model."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias

@@ -1,4 +1,4 @@
-"""Generalisation gap at equal training loss, its significance and its onset."""
+"""Generalisation gap at equal training loss, significance and onset."""
 
 import itertools
 import math

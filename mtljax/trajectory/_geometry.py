@@ -1,4 +1,4 @@
-"""Distances between runs, the linear path between them, and slices of the loss."""
+"""Distances between runs, paths between them, and slices of the loss."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""Probe: measures quantities of a run periodically on a fixed set of examples."""
+"""Probe: measures quantities of a run periodically on fixed examples."""
 
 import copy
 import hashlib

@@ -1,4 +1,4 @@
-"""Sharpness: rise of the loss under worst-case, SAM and random perturbations."""
+"""Sharpness under worst-case, SAM and random perturbations."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Operations on trees as vectors, and means over batches, for this subpackage.
+"""Operations on trees as vectors, and means over batches.
 
 A *loss* is ``loss(params, batch) -> ()``, a mean over the examples of the batch in
 evaluation mode. It closes over frozen running averages of batch normalisation, over

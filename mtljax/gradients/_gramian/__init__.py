@@ -1,1 +1,1 @@
-"""Gramian engine: stages of a program, recognised operations and contractions."""
+"""Gramian engine: stages of a program, known operations, contractions."""

@@ -1,4 +1,4 @@
-"""Inner products of weight gradients, from the inputs and cotangents of a product.
+"""Inner products of weight gradients from factors of the gradients.
 
 All functions take two sides (of one batch, or of two) and return ``[S, S']``. A side
 consists of inputs ``X [b, P, I]``, in blocks along I, and cotangents ``δ [b, P, S, O]``

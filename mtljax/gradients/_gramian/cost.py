@@ -1,4 +1,4 @@
-"""Estimates the faster engine, and how to run its passes, from static shapes.
+"""Estimates the faster engine and its passes from static shapes.
 
 Work is counted in multiplications. This does not predict a time. It distinguishes the
 work of forming T gradients from the work of T backward passes, which decides the

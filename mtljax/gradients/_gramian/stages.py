@@ -1,4 +1,4 @@
-"""Splits a program into a part shared by several tasks and one part per task.
+"""Splits a program into a shared part and one part per task.
 
 A value *reaches* a task if the loss of the task depends on it. Operations that reach
 one task are its *head*, independently of the names in the user's code. Operations that

@@ -1,4 +1,4 @@
-"""Expresses operations that are linear in a parameter as products of two matrices.
+"""Writes operations that are linear in a parameter as matrix products.
 
 Every rule converts its operation ``y = f(x, W)`` to the form ``Y_b = X_b W_b``. Here
 ``X_b`` has shape ``[P, I]`` (P positions, fan-in I), ``W_b`` has shape ``[I, O]``, and

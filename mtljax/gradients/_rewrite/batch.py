@@ -1,4 +1,4 @@
-"""Runs a function of the cotangents of one task on those of all tasks at once.
+"""Runs a function of the cotangents of one task on those of all tasks.
 
 The result is that of ``jax.vmap``, but the axis of the tasks keeps its place if an
 operation permits it. ``vmap`` moves the axis to the front at the first elementwise

@@ -1,4 +1,4 @@
-"""Rewrites a backward pass with simplifications that XLA:CPU does not perform.
+"""Rewrites a backward pass with simplifications that XLA:CPU lacks.
 
 ``jax.vjp`` transposes a program operation by operation. This has three consequences,
 which the rewritten pass avoids:
