@@ -104,7 +104,7 @@ def prose_of_python(source):
     shown = [re.sub(r"\S", CODE, line) for line in lines]
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         name = tokenize.tok_name[token.type]
-        if name not in ("COMMENT", "STRING", "FSTRING_MIDDLE"):
+        if name not in ("COMMENT", "STRING") and not name.startswith("FSTRING_"):
             continue
         (first, start), (last, end) = token.start, token.end
         for number in range(first, last + 1):
