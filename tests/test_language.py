@@ -20,9 +20,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 # Files whose prose is checked. A pattern is relative to the root of the repository.
 COVERED = (
-    "mtljax/*.py",
-    "mtljax/methods/**/*.py",
-    "mtljax/solvers/**/*.py",
+    "mtljax/**/*.py",
+    "docs/examples/*.py",
 )
 
 # Phrases to avoid, and what to write instead.
