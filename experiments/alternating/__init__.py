@@ -1,1 +1,1 @@
-"""Alternating task steps against joint ones, learning rates matched."""
+"""Compares alternating with joint task steps at matched learning rates."""

@@ -33,7 +33,7 @@ def run_set(config: Config, problem, command: str, screen) -> None:
         config.extensions,
     )
     if SINGLE_TASK not in rows or len(rows) < 2:
-        screen.say(f"{name}: nothing is finished")
+        screen.say(f"{name}: no row is finished")
         return
 
     def write(scales):
@@ -55,9 +55,9 @@ def run_set(config: Config, problem, command: str, screen) -> None:
 
 
 def main(config: Config, command: str) -> None:
-    """All sets, one after the other."""
+    """Runs all data sets, one after the other."""
     check(config)
-    # Here, so that --help and mistyped options answer at once.
+    # Imported here, so that --help and mistyped options respond immediately.
     from experiments.alternating.problem import make_problem
     from experiments.common.report import Screen
 

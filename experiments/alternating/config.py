@@ -1,4 +1,4 @@
-"""What can be set, the rows there are, and the presets."""
+"""Options, table rows and presets of the experiment."""
 
 import dataclasses
 import pathlib
@@ -53,14 +53,15 @@ SCALED_ROWS = ("joint", "alternating", "alternating:shared", "adatask")
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """How one data set is trained on."""
+    """How the networks of one data set are trained."""
 
     rows: tuple[str, ...] = TABLE
-    """Rows of the table (ROWS in config.py), in its order; single-task comes first."""
+    """Rows of the table, in this order (ROWS in config.py). The single-task rows come
+    first."""
     hidden: Widths = (64, 32)
-    """Widths of the trunk that the tasks share; each has a linear head of its own."""
+    """Widths of the shared trunk. Each task has its own linear head."""
     steps: int = 400
-    """Batches of every run."""
+    """Number of batches of each run."""
     batch_size: int = 32
     """Examples per batch (of every task, for school)."""
     lrs: Rates = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -83,14 +84,14 @@ class Config(common.Tuned):
     your own is trained by the options --other.*."""
 
     digits: Setting = Setting()
-    """Every class of either digit against the rest, and the ink: 21 tasks."""
+    """Each class of both digits against the rest, and the ink: 21 tasks."""
     faces: Setting = Setting()
     """Person, pose, expression, sunglasses, and the image itself: 5 tasks; a split for
     every seed."""
     camvid: Setting = Setting()
-    """11 classes of pixels against the rest, and brightness: 12 dense tasks."""
+    """11 pixel classes, each against the rest, and brightness: 12 dense tasks."""
     tox21: Setting = Setting()
-    """12 assays, a sixth of the labels missing."""
+    """12 assays. One sixth of the labels are missing."""
     school: Setting = Setting()
     """Exam scores in 139 schools, every one a task with pupils of its own; a split for
     every seed."""
@@ -101,10 +102,10 @@ class Config(common.Tuned):
     """Batches between rows of training losses and measures of exploration."""
     out: pathlib.Path = pathlib.Path("results/alternating")
     report_only: bool = False
-    """Train nothing: write the report of the rows that are finished in --out."""
+    """Do not train. Write the report of the rows that are finished in --out."""
 
     def setting(self, name: str) -> Setting:
-        """That of a data set."""
+        """Returns the setting of a data set."""
         return getattr(self, option_of(name))
 
     def seeds_of(self, name: str) -> range:
@@ -114,7 +115,7 @@ class Config(common.Tuned):
 
 
 def option_of(name: str) -> str:
-    """The option that a data set is trained by."""
+    """Returns the option that configures a data set."""
     return name if name in SETS else "other"
 
 
@@ -155,7 +156,7 @@ LARGE = dataclasses.replace(
 
 PRESETS = {
     "smoke": (
-        "A quarter of a minute, mostly compilation: two rows, a few batches.",
+        "About 15 seconds, mostly compilation: two rows, a few batches.",
         Config(
             sets=("digits",),
             seeds=2,
@@ -193,10 +194,10 @@ PRESETS = {
 
 
 def check_groups(name: str, rows: tuple[str, ...], tasks: int) -> None:
-    """Checks that no row has more groups than there are tasks.
+    """Checks that no row has more groups than tasks.
 
     Raises:
-      ConfigError: One sentence.
+      ConfigError: If a row has too many groups.
     """
     for row in rows:
         if ROWS[row].groups > tasks:
@@ -207,10 +208,10 @@ def check_groups(name: str, rows: tuple[str, ...], tasks: int) -> None:
 
 
 def check(config: Config) -> None:
-    """Validates the configuration before anything is read.
+    """Validates the configuration before any data are read.
 
     Raises:
-      ConfigError: One sentence that names the field.
+      ConfigError: If an option is invalid. The message names the option.
     """
     common.check_common(config)
     common.check_some("sets", config.sets)
@@ -223,6 +224,6 @@ def check(config: Config) -> None:
             check_groups(name, setting.rows, TASKS[name])
         if name in TASKS and name != "digits" and config.data_dir is None:
             raise ConfigError(
-                f"{name} is read from files: pass --data-dir DIR, or --sets digits, "
-                "which needs none."
+                f"{name} is read from files. Pass --data-dir DIR, or --sets digits, "
+                "which needs no files."
             )

@@ -1,4 +1,4 @@
-"""The data sets as arrays: training, validation and test."""
+"""Loads the data sets as arrays with training, validation and test splits."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -24,7 +24,7 @@ class Arrays(NamedTuple):
 
 
 def _make(dataset: data.Dataset, split, tasks: tuple[str, ...] | None = None) -> Arrays:
-    """``split(arrays, part)`` of every part."""
+    """Builds the splits by calling ``split(arrays, part)`` for each part."""
     tasks = tasks or tuple(task.name for task in dataset.tasks)
     train, val, test = (
         {k: v[:, None] for k, v in split(getattr(dataset, part), part).items()}
@@ -34,7 +34,7 @@ def _make(dataset: data.Dataset, split, tasks: tuple[str, ...] | None = None) ->
 
 
 def digits(config: Config) -> Arrays:
-    """Two digits on a canvas (embedded): 10 + 10 classes against the rest, the ink."""
+    """Two embedded digits on a canvas: 10 + 10 classes against the rest, and ink."""
     found = common.load(config, "multidigits", train_size=4000)
 
     def split(arrays, part):
@@ -80,10 +80,11 @@ def faces_of(config: Config, seed: int) -> Arrays:
 
 
 def camvid(config: Config) -> Arrays:
-    """Road scenes, 36 x 48 pixels, as 48 patches of 6 x 6.
+    """Road scenes of 36 x 48 pixels, as 48 patches of 6 x 6 pixels.
 
-    An example is an image. A patch comes with the mean colours of all patches and its
-    place, which stand for what a convolutional network would see of the rest.
+    An example is an image. The input of a patch also contains the mean colours of all
+    patches and the position of the patch. They replace the context that a convolutional
+    network would have.
     """
     found = common.load(config, "camvid", ("segmentation",))
 
@@ -103,7 +104,7 @@ def camvid(config: Config) -> Arrays:
         seen = np.concatenate([x.reshape(len(x), 48, -1), around, place], -1)
         labels = patches(arrays["class"][:, ::2, ::2])[..., 0]
         made = {"x": seen.astype(np.float32), "label": labels, "grey": x.mean(-1)}
-        # Every second image for evaluation: neighbours of a video differ little.
+        # Evaluation uses every second image, because neighbouring frames are similar.
         return made if part == "train" else {k: v[::2] for k, v in made.items()}
 
     classes = found.origin["classes"]["names"].tolist()
@@ -111,7 +112,7 @@ def camvid(config: Config) -> Arrays:
 
 
 def tox21(config: Config) -> Arrays:
-    """Twelve assays of molecules by their substructures, folded to 256 bits."""
+    """Twelve assays of molecules, with substructure fingerprints folded to 256 bits."""
     found = common.load(config, "tox21", bits=256)
 
     def split(arrays, part):
@@ -130,8 +131,8 @@ def school(config: Config) -> Arrays:
 def school_of(config: Config, seed: int) -> Arrays:
     """The split of a seed.
 
-    An example of the training split is one pupil of each school: the pupils of smaller
-    schools come up more often, in orders of their own.
+    An example of the training split contains one pupil of each school. Pupils of small
+    schools therefore occur more often. Each school has its own order of pupils.
     """
     found = common.load(config, "school", seed=seed)
     names = [task.name for task in found.tasks]
@@ -152,7 +153,7 @@ def school_of(config: Config, seed: int) -> Arrays:
 
 
 def named(config: Config, name: str) -> Arrays:
-    """Any set whose tasks share their inputs, also one of your own."""
+    """Loads any data set whose tasks share their inputs, including your own."""
     found = common.load(config, name)
 
     def split(arrays, part):
@@ -174,5 +175,5 @@ _MAKE = {
 
 
 def load(name: str, config: Config) -> Arrays:
-    """A set by its name."""
+    """Loads a data set by name."""
     return _MAKE[name](config) if name in _MAKE else named(config, name)

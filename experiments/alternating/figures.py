@@ -1,4 +1,4 @@
-"""The figures of a set, from rows."""
+"""Draws the figures of a data set from the rows."""
 
 import pathlib
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from experiments.common.figures import legend, line, panels, series
 from mtljax import metrics
 from mtljax.training import plots
 
-# What every figure with a line per method shows, in this order, hence these colours.
+# Methods of all figures with a line per method. The order fixes the colours.
 SHOWN = (
     "joint",
     "alternating",
@@ -51,7 +51,7 @@ def _reported(rows: Rows) -> list[Mapping[str, Any]]:
 
 
 def losses(results: Results):
-    """Validation losses over batches and over backward passes."""
+    """Draws validation losses against batches and against backward passes."""
     rows, columns = results.rows, results.problem.columns
     figure, axes = panels(2, len(columns), width=max(3.0, 6.0 / len(columns)))
     weights = np.array(list(columns.values())).T
@@ -74,7 +74,7 @@ def losses(results: Results):
 
 
 def groups(results: Results):
-    """What groups are worth, and what they cost."""
+    """Draws the benefit and the cost of groups."""
     rows, columns = results.rows, results.problem.columns
     members = group_line(rows, results.problem.num_tasks)
     if len(members) < 3:
@@ -102,7 +102,7 @@ def groups(results: Results):
 
 
 def rates(rows: Mapping[str, Rows], columns: Columns, tasks: int):
-    """The test metric at every rate, by how far a batch may go."""
+    """Draws the test metric for each rate, against the total rate of a batch."""
     figure, axes = panels(1, 1, width=6.0, height=3.4)
     (axis,) = axes[0]
     for name in _shown(rows):
@@ -122,7 +122,7 @@ def rates(rows: Mapping[str, Rows], columns: Columns, tasks: int):
 
 
 def scale(study: Mapping[str, Rows], columns: Columns):
-    """Metrics by the factor of the last task's loss."""
+    """Draws the metrics against the factor of the last task's loss."""
     figure, axes = panels(1, 2, width=3.8, height=3.0)
     for k, (name, found) in enumerate(study.items()):
         factors = sorted({row["scale"] for row in found})
@@ -178,7 +178,7 @@ def exploration(rows: Mapping[str, Rows]):
 
 
 def write(results: Results, config: Config) -> list[pathlib.Path]:
-    """All figures that the rows are enough for."""
+    """Writes all figures for which the required rows exist."""
     if not config.plots:
         return []
     rows, problem = results.rows, results.problem

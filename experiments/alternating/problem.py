@@ -1,4 +1,4 @@
-"""Networks, losses and metrics of the five sets, task by task and all at once."""
+"""Networks, losses and metrics of the five data sets, per task and for all tasks."""
 
 import dataclasses
 import re
@@ -25,17 +25,17 @@ Batch = Mapping[str, Array]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Problem:
-    """A network on a set. Heads are stacked, or each has its name and its size."""
+    """A network on a data set. Heads are stacked, or each has its own name and size."""
 
     name: str
     tasks: tuple[str, ...]
-    columns: dict[str, np.ndarray]  # name -> weight of every task's metric, sum 1
+    columns: dict[str, np.ndarray]  # name -> weight of each task's metric, sum 1
     stacked: bool
-    labels: Any  # for alternate
+    labels: Any  # passed to alternate
     init: Callable[[Array], Any]
     train: Batch
     splits: Mapping[str, Batch]
-    task_loss: Callable[..., Array]  # of parameters with the task's own row
+    task_loss: Callable[..., Array]  # takes parameters with one row of the heads
     task_losses: Callable[[Any, Batch], Array]
     judge: Callable[[Any, Batch], tuple[Array, Array]]  # losses, metrics: more is more
     judge_alone: Callable[..., tuple[Array, Array]]  # of a task's network
@@ -44,22 +44,22 @@ class Problem:
 
     @property
     def num_tasks(self) -> int:
-        """T."""
+        """Number of tasks T."""
         return len(self.tasks)
 
     @property
     def folder(self) -> str:
-        """Of its files."""
+        """Name of the folder for the files of this data set."""
         return re.sub("[/:]", "-", self.name)
 
     def rows(self, function: Callable[[Array], Array], params: Any) -> Any:
-        """``function`` of the stacked heads; nothing where they are not stacked."""
+        """Applies ``function`` to stacked heads. Heads of other forms are unchanged."""
         if not self.stacked:
             return params
         return {**params, "heads": jax.tree.map(function, params["heads"])}
 
     def alone(self, params: Any, task: Array) -> Any:
-        """The network of a single task."""
+        """Returns the parameters of a single-task network."""
         return self.rows(lambda x: x[task], params)
 
     def split(self, arrays: Batch, split: Any) -> Batch:
@@ -86,7 +86,7 @@ class Problem:
 
 
 def auc(scores: Array, positive: Array, known: Array) -> Array:
-    """Area under the ROC curve: a positive above a negative, ties by halves."""
+    """Area under the ROC curve. Ties count as one half."""
     positive, negative = known & positive, known & ~positive
     below = jnp.sort(jnp.where(negative, scores, jnp.inf))
     wins = sum(jnp.searchsorted(below, scores, side=s) for s in ("left", "right")) / 2
@@ -95,12 +95,12 @@ def auc(scores: Array, positive: Array, known: Array) -> Array:
 
 
 def r2(error: Array, target: Array) -> Array:
-    """1 - mean squared error over the variance of the targets."""
+    """1 - mean squared error / variance of the targets."""
     return 1 - jnp.square(error).mean() / target.var()
 
 
 def mean_known(losses: Array, known: Array) -> Array:
-    """Mean over examples whose label is there."""
+    """Mean over the examples that have a label."""
     return jnp.where(known, losses, 0).sum() / jnp.maximum(known.sum(), 1)
 
 
@@ -110,32 +110,32 @@ def binary(logit: Array, positive: Array) -> Array:
 
 
 class Stack(NamedTuple):
-    """A trunk and T linear heads of equal size, a row of every array for each task."""
+    """A trunk and T linear heads of equal size, stacked along the task axis."""
 
     model: models.Model
     tasks: int
-    example: Any  # one input, without the axis of the batch
+    example: Any  # one input, without the batch axis
 
     def init(self, key: Array) -> Any:
-        """The trunk once, a head for every task."""
+        """Initialises the trunk once, and one head per task."""
         x = jnp.asarray(self.example)[None]
         keys = jax.random.split(key, self.tasks + 1)
         rows = jax.vmap(lambda k: self.model.init(k, x).params["heads"])(keys[1:])
         return {"trunk": self.model.init(keys[0], x).params["trunk"], "heads": rows}
 
     def one(self, params: Any, x: Array) -> Array:
-        """Outputs ``[batch, size]`` of parameters with a single row."""
+        """Outputs ``[batch, size]`` of parameters with one row of the heads."""
         return self.model.apply((params, {}), x, train=True)[0]["task"]
 
     def all(self, params: Any, x: Array) -> Array:
-        """Outputs ``[tasks, batch, size]`` from one pass through the trunk."""
+        """Outputs ``[tasks, batch, size]`` with one forward pass through the trunk."""
         trunk = params["trunk"]
         head = lambda row: self.one({"trunk": trunk, "heads": row}, x)
         return jax.vmap(head)(params["heads"])
 
 
 class Parts(NamedTuple):
-    """What a set defines; the rest is common to all."""
+    """The part of a problem that depends on the data set."""
 
     columns: dict[str, np.ndarray]
     init: Callable[[Array], Any]
@@ -155,9 +155,9 @@ def _mean_of(count: int, members: slice) -> np.ndarray:
 def _stacked(
     stack: Stack, columns: dict[str, np.ndarray], loss, metric, inputs=lambda b: b["x"]
 ) -> Parts:
-    """A set whose tasks read the same inputs.
+    """Builds the parts of a data set whose tasks read the same inputs.
 
-    ``loss(out [batch, size], task, batch)`` and ``metric`` of the same, for one task.
+    ``loss`` and ``metric`` take ``(out [batch, size], task, batch)`` for one task.
     """
     tasks = jnp.arange(stack.tasks)
 
@@ -326,7 +326,8 @@ def _named(arrays: data.Arrays, hidden: tuple[int, ...]) -> Parts:
             for s in scorers
         ]
         if image:
-            # Of what differs between faces, not between places on a face.
+            # Centring removes the variance between pixel positions. R² then measures
+            # the variance between images.
             centred = flat(batch) - flat(batch).mean(0)
             share = jnp.square(out["image"] - flat(batch)).mean()
             right.append(1 - share / jnp.square(centred).mean())
@@ -364,11 +365,11 @@ _MAKE = {
 
 
 def make_problem(config: Config, name: str) -> Problem:
-    """Loads a set and binds network, losses and metrics.
+    """Loads a data set and binds the network, losses and metrics.
 
     Raises:
-      DataError: If its file is not there, or damaged.
-      ConfigError: If an option does not fit the set.
+      DataError: If the file is absent or damaged.
+      ConfigError: If an option does not fit the data set.
     """
     arrays = data.load(name, config)
     setting = config.setting(name)

@@ -18,7 +18,7 @@ DERIVED = (
 
 
 def rows(config: Config) -> list[dict[str, Any]]:
-    """Its reported lines."""
+    """Returns the reported lines of the row."""
     faces = problem.make_problem(config, "faces")
     found = train.run_row(config, faces, "joint", train.Evaluator(faces))
     return [

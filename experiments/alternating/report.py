@@ -1,4 +1,4 @@
-"""From rows to the table and the lines of results; no training code."""
+"""Builds the table and the lines of results from the rows. Does not train."""
 
 import math
 import pathlib
@@ -31,22 +31,22 @@ class Results(NamedTuple):
     steps: int
 
     def cost(self, name: str) -> Any:
-        """Passes per batch of a row."""
+        """Returns the passes per batch of a row."""
         return cost_of(name, self.problem.num_tasks)
 
 
 def chosen_rows(rows: Rows, last_step: float = math.inf) -> list[dict[str, Any]]:
-    """The reported evaluation of every seed; nothing after ``last_step`` is used."""
+    """Returns the reported evaluation per seed, ignoring steps after ``last_step``."""
     return select_each(rows, last_step=last_step)
 
 
 def chosen_rate(rows: Rows) -> float:
-    """The learning rate that validation chose for a row of many tasks."""
+    """Returns the learning rate selected by validation for a multi-task row."""
     return chosen_rows(rows)[0]["lr"]
 
 
 def columns_of(columns: Columns, chosen: Rows) -> np.ndarray:
-    """Test metrics ``[seeds, columns]``; single-task networks are put together."""
+    """Returns test metrics ``[seeds, columns]``, combining single-task networks."""
     if chosen[0]["task"] < 0:
         values = np.array([row["test_metrics"] for row in chosen])
     else:
@@ -57,7 +57,7 @@ def columns_of(columns: Columns, chosen: Rows) -> np.ndarray:
 
 
 def travelled(rows: Rows) -> dict[str, list[float]]:
-    """Measures of exploration at the end of the reported learning rate's runs."""
+    """Returns the final exploration measures of the runs at the reported rate."""
     lr = chosen_rate(rows)
     train = [r for r in rows if r.get("kind") == "train" and r["lr"] == lr]
     last = max(row["step"] for row in train)
@@ -254,7 +254,7 @@ def comparisons(results: Results) -> list[str]:
 
 
 def scale_table(study: Mapping[str, Rows], columns: Columns) -> str:
-    """Last column of the table and mean of the others, for every factor and row."""
+    """Tabulates the last column and the mean of the others, by factor and row."""
     factors = sorted({row["scale"] for found in study.values() for row in found})
     shown: dict[str, dict[str, Any]] = {}
     for name, found in study.items():
@@ -336,7 +336,7 @@ def result_lines(results: Results) -> list[dict[str, Any]]:
 def write(
     results: Results, table: Report, config: Config, command: str
 ) -> list[pathlib.Path]:
-    """``results.jsonl`` and ``table.md`` of a set, with its studies."""
+    """Writes ``results.jsonl`` and ``table.md`` of a data set with its studies."""
     name, rows = results.problem.name, results.rows
     folder, seeds = config.out / results.problem.folder, config.seeds_of(name)
     choices = {

@@ -11,7 +11,7 @@ from experiments.alternating.train import Evaluator, Run, run_row
 def scale(
     config: Config, problem: Problem, rows: Mapping[str, Rows], evaluator: Evaluator
 ) -> dict[str, Rows]:
-    """The last task's loss times every factor, at the rate chosen for a factor of 1."""
+    """Multiplies the last task's loss by each factor, at the rate selected for 1."""
     found = {}
     for name in SCALED_ROWS:
         if name in rows:

@@ -1,4 +1,4 @@
-"""One batch of a row of the table, and its run with all seeds and learning rates."""
+"""One training step of a table row, and its run over seeds and learning rates."""
 
 import dataclasses
 import functools
@@ -18,16 +18,16 @@ from mtljax.alternating import Cost, alternate
 
 
 class Exploration(NamedTuple):
-    """How the trunk travels."""
+    """Statistics of the path of the trunk."""
 
     start: Any
     last: Any  # displacement of the last batch
-    path: Float[Array, ""]  # sum of the lengths of all displacements
+    path: Float[Array, ""]  # sum of the norms of all displacements
     cosines: Float[Array, ""]  # sum over successive displacements
 
 
 class State(NamedTuple):
-    """Everything that changes in a run, and what tells it apart."""
+    """All values that change in a run, and the values that identify it."""
 
     params: Any
     optimizer: Any  # of alternate, or Adam for a single task
@@ -40,7 +40,7 @@ class State(NamedTuple):
 
 
 class Program(NamedTuple):
-    """A row on a problem: its first state around a model, its step, and its price."""
+    """A row on a problem: initial state, step and cost."""
 
     init: Callable[..., State]
     step: Callable[[State, Batch], tuple[State, dict[str, Array]]]
@@ -52,16 +52,16 @@ class Run(NamedTuple):
 
     seed: int
     lr: float
-    task: int = -1  # of a single-task network
+    task: int = -1  # task of a single-task network
     scale: float = 1.0
 
     def label(self) -> dict[str, Any]:
-        """What tells this run apart in the rows."""
+        """Returns the fields that identify this run in the rows."""
         return self._asdict()
 
 
 def row_of(name: str) -> Row:
-    """The row of a name."""
+    """Returns the row with a given name."""
     return Row("single task") if name == SINGLE_TASK else ROWS[name]
 
 
@@ -71,7 +71,7 @@ def _dot(tree: Any, other: Any) -> Array:
 
 
 def travel(old: Exploration, before: Any, after: Any) -> Exploration:
-    """After one batch more."""
+    """Updates the path statistics after one batch."""
     moved = jax.tree.map(jnp.subtract, after, before)
     length = jnp.sqrt(_dot(moved, moved))
     scale = length * jnp.sqrt(_dot(old.last, old.last))
@@ -80,7 +80,7 @@ def travel(old: Exploration, before: Any, after: Any) -> Exploration:
 
 
 def measures(state: State) -> dict[str, Array]:
-    """Distance from the start, path, their ratio, mean cosine of successive batches."""
+    """Returns distance, path length, their ratio and the mean successive cosine."""
     trip = state.exploration
     away = jax.tree.map(jnp.subtract, state.params["trunk"], trip.start)
     distance = jnp.sqrt(_dot(away, away))
@@ -93,12 +93,13 @@ def measures(state: State) -> dict[str, Array]:
 
 
 class _Mover:
-    """A row's optimiser, its first state and its move."""
+    """The optimizer of a row, its initial state and its update."""
 
     def __init__(self, problem: Problem, name: str):
         self.problem, self.row = problem, row_of(name)
         self.single = name == SINGLE_TASK
-        # The key of a run lives in its state; this one is never drawn from.
+        # The state holds the key of the run. This placeholder is never used for
+        # sampling.
         self.unused = jax.random.key(0)
 
     def alternating(self, lr: Array, key: Array):
@@ -149,7 +150,7 @@ class _Mover:
 
 
 def make_program(problem: Problem, name: str) -> Program:
-    """Initial state and step of a row."""
+    """Builds the initial state and the step of a row."""
     move = _Mover(problem, name)
 
     def init(params, key, lr, task=-1, scale=1.0):
@@ -204,12 +205,12 @@ def runs_of(
 
 @functools.lru_cache(maxsize=4)
 def _first_models(problem: Problem) -> Callable[[Array], Any]:
-    """Compiled once for all rows: random numbers take XLA long."""
+    """Compiled once for all rows, because compiling random numbers is slow."""
     return jax.jit(jax.vmap(problem.init))
 
 
 def initial_state(problem: Problem, program: Program, runs: Sequence[Run]):
-    """The stacked states of all runs of a row, and their keys of data order."""
+    """Returns the stacked states of all runs of a row, and their data-order keys."""
     keys = common.keys_of(run.seed for run in runs)
     params = _first_models(problem)(keys.model)
     columns = [
@@ -223,14 +224,14 @@ def initial_state(problem: Problem, program: Program, runs: Sequence[Run]):
 
 
 class Evaluator:
-    """Evaluates stacked states; compiled once for all rows with as many runs."""
+    """Evaluates stacked states. Rows with equally many runs share one compilation."""
 
     def __init__(self, problem: Problem):
         self._all = jax.jit(jax.vmap(problem.evaluate))
         self._alone = jax.jit(jax.vmap(problem.evaluate_alone))
 
     def of(self, name: str) -> Callable[[State], dict[str, Array]]:
-        """That of a row."""
+        """Returns the evaluation function of a row."""
         if name == SINGLE_TASK:
             return lambda states: self._alone(states.params, states.split, states.task)
         return lambda states: self._all(states.params, states.split)
@@ -246,11 +247,11 @@ def run_row(
     runs: Sequence[Run] = (),
     study: str = "",
 ) -> list[dict[str, Any]]:
-    """Trains all runs of a row; rows and checkpoints go below ``config.out``.
+    """Trains all runs of a row. Rows and checkpoints are written under ``config.out``.
 
     Returns:
-      The rows of the whole run. With ``config.report_only`` what an earlier call wrote,
-      or none if it did not come to its end.
+      The rows of the whole run. With ``config.report_only``, the rows of an earlier
+      call, or an empty list if that run is not finished.
     """
     setting = config.setting(problem.name)
     beyond = [f"{rate:g}" for rate in rates if rate not in setting.lrs]
@@ -288,7 +289,7 @@ def run_row(
 
 
 def make_train(config: Config, problem: Problem, name: str):
-    """A pure ``train(key, lr) -> (state, metrics)``; jit it, vmap it over both."""
+    """Builds a pure ``train(key, lr) -> (state, metrics)`` for ``jit`` and ``vmap``."""
     program, setting = make_program(problem, name), config.setting(problem.name)
 
     def train(key, lr=setting.lrs[0]):

@@ -199,7 +199,7 @@ def test_settings_that_cannot_run(changes, message):
     [
         ({"sets": ()}, "--sets is empty; name at least one"),
         ({"sets": ("digit",)}, "--sets: unknown data set 'digit'. Choose from digits"),
-        ({"sets": ("faces",)}, "faces is read from files: pass --data-dir DIR"),
+        ({"sets": ("faces",)}, "faces is read from files. Pass --data-dir DIR"),
         ({"seeds": 0}, "--seeds must be a whole number from 1 to 1000, not 0"),
         ({"resume": True, "overwrite": True}, "--resume and --overwrite exclude"),
     ],
