@@ -1,1 +1,1 @@
-"""What several experiments need: options, runs, selection, statistics, reports."""
+"""Shared by the experiments: options, runs, selection, statistics and reports."""

@@ -1,7 +1,7 @@
-"""The command of an experiment: presets, options, errors and exit statuses.
+"""Command line of an experiment: presets, options, errors and exit statuses.
 
-A command exits with 0 after it finished, with 1 after an error of the run or of its
-data, with 2 after an option that cannot be run, and with 130 or 143 after a signal.
+The exit status is 0 after success and 1 after an error of the run or its data. It is 2
+after an invalid option, and 130 or 143 after a signal.
 """
 
 import os
@@ -23,14 +23,15 @@ def run(
 ) -> None:
     """Reads the command line and calls ``main(config, command)``.
 
-    An error is printed as one sentence; with ``MTLJAX_TRACEBACK=1`` it is raised.
+    An error is printed as one sentence. With ``MTLJAX_TRACEBACK=1`` it is raised.
 
     Args:
       main: Runs the experiment.
-      presets: Description and configuration by name.
-      name: Of the package in ``experiments``.
-      description: For ``--help``.
-      default: Preset of a command that names none; None shows the help instead.
+      presets: Descriptions and configurations by name.
+      name: Name of the package in ``experiments``.
+      description: Text for ``--help``.
+      default: Preset that is used if the command names none. With None, the command
+        shows the help instead.
     """
 
     def guarded(config: Any, command: str) -> None:

@@ -1,9 +1,9 @@
-"""The options that all experiments share, and the checks of all options.
+"""Shared options of all experiments, and the checks of all options.
 
-Every number of a configuration is checked by its type, before anything is read or
-compiled: an ``int`` is at least 1 and fits into 32 bits, a ``float`` is positive and
-finite in float32, and a tuple of numbers is not empty. An ``Annotated`` type with
-:class:`Bounds` says what differs.
+Each number of a configuration is checked by its type, before any data are read or
+compiled. An ``int`` is at least 1 and fits into 32 bits. A ``float`` is positive and
+finite in float32. A tuple of numbers is not empty. An ``Annotated`` type with
+:class:`Bounds` states other limits.
 """
 
 import dataclasses
@@ -19,16 +19,16 @@ TINY, HUGE = 1.1754944e-38, 3.4028235e38  # the normal numbers of float32
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be run; the message is for the user."""
+    """An invalid configuration. The message is intended for the user."""
 
 
 class Bounds(NamedTuple):
-    """What a number, or every number of a tuple, may be.
+    """Limits of a number, or of each number of a tuple.
 
     Attributes:
       low: The smallest value.
       high: The largest value.
-      once: Whether a tuple may name a value only once.
+      once: Whether the values of a tuple must be distinct.
       empty: Whether a tuple may be empty.
     """
 
@@ -41,12 +41,12 @@ class Bounds(NamedTuple):
 COUNT, POSITIVE = Bounds(1, INT32), Bounds(TINY, HUGE)
 
 Size = Annotated[int, Bounds(0, INT32)]
-"""A whole number, zero included."""
+"""A non-negative integer."""
 Seed = Annotated[int, Bounds(0, INT32)]
 Widths = Annotated[tuple[int, ...], Bounds(1, 2**16)]
 """Widths of layers."""
 Rates = Annotated[tuple[float, ...], POSITIVE._replace(once=True)]
-"""Learning rates, each once."""
+"""Distinct learning rates."""
 NotNegative = Annotated[float, Bounds(0, HUGE)]
 Share = Annotated[float, Bounds(0, 1)]
 Finite = Annotated[float, Bounds(-HUGE, HUGE)]
@@ -54,30 +54,30 @@ Finite = Annotated[float, Bounds(-HUGE, HUGE)]
 
 @dataclasses.dataclass(frozen=True)
 class Common:
-    """What every experiment can be told."""
+    """Shared options of all experiments."""
 
     data_dir: pathlib.Path | None = None
-    """Folder with a folder for each data set."""
+    """Folder that contains one folder per data set."""
     seeds: Annotated[int, Bounds(1, 1000)] = 3
-    """Runs of every row, trained together by vmap."""
+    """Number of runs of each row. They are trained together by vmap."""
     first_seed: Seed = 0
-    """Seeds are first_seed, first_seed + 1, ..."""
+    """First seed. The seeds are first_seed, first_seed + 1, ..."""
     out: pathlib.Path = pathlib.Path("results")
-    """Rows, checkpoints, tables and plots go here."""
+    """Folder for rows, checkpoints, tables and plots."""
     resume: bool = False
-    """Resume an interrupted run; finished rows are not trained again."""
+    """Resume an interrupted run. Finished rows are not trained again."""
     overwrite: bool = False
     """Replace an earlier run in --out."""
     plots: bool = True
-    """Write the PNGs."""
+    """Write the figures as PNG files."""
     tensorboard: bool = False
-    """Write TensorBoard files as well (needs mtljax[tensorboard])."""
+    """Also write TensorBoard files (needs mtljax[tensorboard])."""
     quick_compile: bool = False
-    """Compile without optimisation: starts sooner and runs slower."""
+    """Compile without optimisation. The run starts sooner and is slower."""
 
     @property
     def seed_range(self) -> range:
-        """The seeds."""
+        """Returns the seeds."""
         return range(self.first_seed, self.first_seed + self.seeds)
 
 
@@ -91,7 +91,7 @@ class Tuned(Common):
 
 
 def option(name: str) -> str:
-    """A field as it is typed.
+    """Returns the command-line option of a field.
 
     Examples:
       >>> option("faces.sgd_lrs")
@@ -101,10 +101,10 @@ def option(name: str) -> str:
 
 
 def check_common(config: Common) -> None:
-    """Checks every field by its type, and the flags that exclude each other.
+    """Checks each field by its type, and rejects flags that exclude each other.
 
     Raises:
-      ConfigError: One sentence that names the option.
+      ConfigError: If a check fails. The message names the option.
     """
     check_fields(config)
     if config.seed_range.stop - 1 > INT32:
@@ -118,10 +118,10 @@ def check_common(config: Common) -> None:
 
 
 def check_fields(config: Any, prefix: str = "") -> None:
-    """Checks the fields of a dataclass, and those of dataclasses in it, by type.
+    """Checks the fields of a dataclass and of nested dataclasses by type.
 
     Raises:
-      ConfigError: One sentence that names the option.
+      ConfigError: If a check fails. The message names the option.
     """
     hints = typing.get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):
@@ -152,7 +152,7 @@ def _check_tuple(name: str, inner: Any, value: Any, bounds: Bounds | None) -> No
     if typing.get_origin(inner) is Annotated:
         inner = typing.get_args(inner)[0]
     if inner in (int, float) and not value and not (bounds and bounds.empty):
-        raise ConfigError(f"{option(name)} is empty; give at least one number.")
+        raise ConfigError(f"{option(name)} is empty. Give at least one number.")
     if bounds and bounds.once and len(set(value)) < len(value):
         raise ConfigError(f"{option(name)} must name each value once, not {value}.")
 
@@ -176,10 +176,10 @@ def _check_number(name: str, kind: type, value: Any, bounds: Bounds | None) -> N
 
 
 def check_names(field: str, names: Sequence[str], known: Iterable[str]) -> None:
-    """Checks that names are known, and that each comes once.
+    """Checks that all names are known and distinct.
 
     Raises:
-      ConfigError: One sentence with all known names.
+      ConfigError: If a name is unknown or repeated.
     """
     known = tuple(known)
     for name in names:
@@ -190,7 +190,7 @@ def check_names(field: str, names: Sequence[str], known: Iterable[str]) -> None:
             )
     if len(set(names)) < len(names):
         raise ConfigError(
-            f"{option(field)} must name each once, not {', '.join(names)}."
+            f"{option(field)} must name each value once, not {', '.join(names)}."
         )
 
 
@@ -198,17 +198,17 @@ def check_some(field: str, names: Sequence[Any]) -> None:
     """Checks that a list is not empty.
 
     Raises:
-      ConfigError: One sentence.
+      ConfigError: If the list is empty.
     """
     if not names:
-        raise ConfigError(f"{option(field)} is empty; name at least one.")
+        raise ConfigError(f"{option(field)} is empty. Give at least one name.")
 
 
 def check_methods(field: str, names: Sequence[str]) -> None:
-    """Checks that mtljax has all methods, and that each comes once.
+    """Checks that all names are methods of mtljax, and that they are distinct.
 
     Raises:
-      ConfigError: One sentence.
+      ConfigError: If a name is unknown or repeated.
     """
     import mtljax
 
@@ -219,15 +219,15 @@ def check_methods(field: str, names: Sequence[str]) -> None:
             raise ConfigError(f"{option(field)}: {error}") from None
     if len(set(names)) < len(names):
         raise ConfigError(
-            f"{option(field)} must name each once, not {', '.join(names)}."
+            f"{option(field)} must name each value once, not {', '.join(names)}."
         )
 
 
 def check_batch(field: str, batch_size: int, examples: int) -> None:
-    """Checks a batch size against the training data.
+    """Checks that a batch is not larger than the training data.
 
     Raises:
-      ConfigError: One sentence.
+      ConfigError: If the batch size exceeds the number of training examples.
     """
     if batch_size > examples:
         raise ConfigError(

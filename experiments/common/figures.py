@@ -1,4 +1,4 @@
-"""Panels, legends and lines with bands, alike in all figures."""
+"""Panels, legends and lines with error bands for all figures."""
 
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +10,7 @@ from mtljax.training import plots
 
 
 def panels(lines: int, columns: int, width: float = 3.4, height: float = 2.8, **more):
-    """A figure and its axes ``[lines, columns]``."""
+    """Returns a figure and its axes ``[lines, columns]``."""
     from matplotlib.figure import Figure
 
     size = (columns * width + 0.4, lines * height + 0.6)
@@ -24,7 +24,7 @@ def panels(lines: int, columns: int, width: float = 3.4, height: float = 2.8, **
 
 
 def legend(figure: Any, axes: Any, columns: int | None = None) -> None:
-    """One legend for all panels, below them."""
+    """Draws one legend for all panels, below them."""
     found: dict[str, Any] = {}
     for axis in np.ravel(axes):
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
@@ -40,7 +40,7 @@ def legend(figure: Any, axes: Any, columns: int | None = None) -> None:
 
 
 def line(axis: Any, x: Any, values: Any, look: Mapping[str, Any], **more: Any) -> None:
-    """The mean over the leading axis, and a band of one standard deviation."""
+    """Draws the mean over the leading axis with a band of one standard deviation."""
     values = np.asarray(values, np.float64)
     mean = values.mean(0)
     sd = values.std(0, ddof=1) if len(values) > 1 else np.zeros_like(mean)
@@ -51,7 +51,7 @@ def line(axis: Any, x: Any, values: Any, look: Mapping[str, Any], **more: Any) -
 def series(
     rows: Sequence[Mapping[str, Any]], kind: str, of: Callable[[Any], Any]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Steps ``[P]`` and values ``[seeds, P, ...]`` of rows of a kind."""
+    """Returns steps ``[P]`` and values ``[seeds, P, ...]`` of the rows of a kind."""
     mine = [row for row in rows if row["kind"] == kind]
     steps = sorted({row["step"] for row in mine})
     seeds = list(dict.fromkeys(row["seed"] for row in mine))
@@ -62,7 +62,7 @@ def series(
 def save(
     figures: Mapping[str, Any], folder: pathlib.Path, config: Any
 ) -> list[pathlib.Path]:
-    """Writes those that are not None; none without ``--plots``."""
+    """Saves the figures that are not None. Saves none if ``plots`` is false."""
     return [
         plots.save(figure, folder / f"{name}.png")
         for name, figure in figures.items()

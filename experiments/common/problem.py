@@ -1,4 +1,4 @@
-"""Data sets as users name them, models for them, and losses and scores of a task."""
+"""Data sets by name, their models, and the losses and scores of a task."""
 
 import hashlib
 import itertools
@@ -15,19 +15,19 @@ from mtljax import data, metrics, models
 
 SCORES = {"classification": ("acc",), "regression": ("r2", "mae")}
 LOWER = ("mae",)
-"""Scores of which less is better."""
+"""Scores for which lower is better."""
 
 
 def load(
     config: Common, name: str, kinds: tuple[str, ...] = tuple(SCORES), **options: Any
 ) -> data.Dataset:
-    """A set by its name, by ``name/subset``, or by ``module:function``.
+    """Loads a data set by name, by ``name/subset``, or by ``module:function``.
 
     Args:
-      config: Names the folder of the files.
-      name: As in :func:`mtljax.data.load`.
-      kinds: Kinds of tasks that the experiment can train; one at least must be there.
-      **options: Of the set; those that are None are left to it.
+      config: Configuration with the folder of the files.
+      name: Name, see :func:`mtljax.data.load`.
+      kinds: Kinds of tasks that the experiment can train.
+      **options: Options of the data set. The data set's default replaces None.
 
     Raises:
       DataError: As :func:`mtljax.data.load`.
@@ -108,24 +108,24 @@ def shared_examples(found: data.Dataset) -> dict[str, int]:
 
 
 def check_data(field: str, names: tuple[str, ...], known: tuple[str, ...]) -> None:
-    """Checks names of data sets; ``module:function`` is checked when it is loaded.
+    """Checks names of data sets. A ``module:function`` is checked when it is loaded.
 
     Raises:
-      ConfigError: One sentence with all known names.
+      ConfigError: If a name is unknown. The message lists the known names.
     """
     for name in names:
         base = name.partition("/")[0]
         if ":" not in name and base not in known:
             raise ConfigError(
                 f"{option(field)}: unknown data set {name!r}. Choose from "
-                f"{', '.join(known)}, or give module:function for a set of your own."
+                f"{', '.join(known)}, or pass module:function for your own data set."
             )
 
 
 def model_of(
     config: Any, heads: Mapping[str, int], shape: tuple[int, ...]
 ) -> models.Model:
-    """The trunk that ``config.model`` names, with a linear head a task."""
+    """Builds the trunk named by ``config.model``, with one linear head per task."""
     options: dict[str, dict[str, Any]] = {
         "mlp": {"hidden": config.hidden},
         "lenet": {
@@ -155,7 +155,7 @@ class Scorer:
         self.columns = [f"{task.name}_{kind}" for kind in SCORES[task.kind]]
 
     def _parts(self, out: Array, target: Array) -> tuple[Array, Array, Array | None]:
-        """Outputs, targets without gaps, and which of them count."""
+        """Returns the outputs, the targets with gaps filled, and the known examples."""
         if self.task.kind == "regression" and self.task.size == 1:
             out = out[:, 0]
         if not self.masked:
@@ -164,7 +164,7 @@ class Scorer:
         return out, jnp.where(known, target, 0), known
 
     def loss(self, out: Array, target: Array) -> Array:
-        """Mean cross-entropy or squared error; 0 if no label is there."""
+        """Mean cross-entropy or squared error, 0 if all labels are missing."""
         out, target, known = self._parts(out, target)
         if self.task.kind == "classification":
             each = optax.softmax_cross_entropy_with_integer_labels(out, target)

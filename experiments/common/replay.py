@@ -1,9 +1,9 @@
-"""Trains one committed row of every experiment again and compares its numbers.
+"""Trains one committed row of each experiment again and compares the numbers.
 
-``python -m experiments.common.replay --data-dir DIR [--experiments NAME ...]``. Every
-``experiments/NAME/replay.py`` names the committed file, says what identifies a line of
-it and how many lines are trained, and trains lines of the same form. The command exits
-with 1 if a number differs by more than ``--tolerance`` or a line is absent.
+Usage: ``python -m experiments.common.replay --data-dir DIR [--experiments NAME ...]``.
+Each ``experiments/NAME/replay.py`` names the committed file, the fields that identify a
+line and the number of lines to train. It trains lines of the same form. The exit status
+is 1 if a line is absent or a number differs by more than ``--tolerance``.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ TIMES = ("seconds", "step_ms", "step_ratio", "milliseconds", "megabytes")
 
 
 def numbers(value: Any) -> np.ndarray:
-    """All numbers of nested lists, NaN for None; texts and mappings have none."""
+    """Returns all numbers of nested lists. None becomes NaN, texts are ignored."""
     if isinstance(value, str | Mapping):
         return np.zeros(0)
     if isinstance(value, list):
@@ -33,7 +33,7 @@ def numbers(value: Any) -> np.ndarray:
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> float:
-    """The largest absolute difference of two lines; infinite if one lacks a number.
+    """Returns the largest absolute difference of two lines, or infinity.
 
     Examples:
       >>> difference({"a": 1.0, "b": [2, None]}, {"a": 1.5, "b": [2, None], "c": 0})
@@ -54,12 +54,12 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> float:
 
 
 def replay(name: str, data_dir: pathlib.Path | None, out: pathlib.Path) -> list[float]:
-    """The difference of every committed line that the experiment trains again."""
+    """Returns the difference of each committed line that is trained again."""
     module = importlib.import_module(f"experiments.{name}.replay")
     folder = pathlib.Path(str(module.__file__)).parent / "results"
     config = dataclasses.replace(module.CONFIG, data_dir=data_dir, out=out)
     label = lambda row: tuple(str(row.get(key)) for key in module.KEYS)
-    derived = getattr(module, "DERIVED", ())  # numbers that need other rows as well
+    derived = getattr(module, "DERIVED", ())  # numbers that depend on other rows
     committed = {
         label(row): {name: row[name] for name in row if name not in derived}
         for row in read_rows(folder / module.RESULTS)[1]
@@ -76,12 +76,12 @@ def main(
     experiments: Sequence[str] = NAMES,
     tolerance: float = 1e-6,
 ) -> None:
-    """Prints a line per experiment.
+    """Prints one line per experiment.
 
     Args:
-      data_dir: Folder of the data sets; multidigits needs none.
-      experiments: Which ones.
-      tolerance: Of every number.
+      data_dir: Folder of the data sets. multidigits needs none.
+      experiments: Names of the experiments.
+      tolerance: Largest accepted difference of a number.
     """
     failed = False
     for name in experiments:

@@ -1,4 +1,4 @@
-"""What experiments print and write: rows, tables, versions, and where they are."""
+"""Output of the experiments: rows, tables, versions and file names."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ class Report(NamedTuple):
     digits: dict[str, int]
 
     def markdown(self, exclude: Sequence[str] = (), head: str = "method") -> str:
-        """For ``table.md``."""
+        """Returns the table for ``table.md``."""
         return tables.markdown_table(
             self.rows, self.columns, digits=self.digits, exclude=exclude, head=head
         )
@@ -46,14 +46,14 @@ def write_rows(
 
 
 def read_rows(path: pathlib.Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The first line of a ``results.jsonl``, and the others."""
+    """Returns the first line of a ``results.jsonl``, and the other lines."""
     lines = path.read_text(encoding="utf-8").splitlines()
     head, *rows = (json.loads(line) for line in lines)
     return head, rows
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]], left: int = 1) -> str:
-    """A table of texts; ``left`` columns are aligned to the left.
+    """Formats a table. The first ``left`` columns are aligned to the left.
 
     Examples:
       >>> print(markdown(["a", "b"], [["x", 1]]))
@@ -68,14 +68,14 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]], left: int = 1) 
 
 
 def versions() -> str:
-    """The versions, the commit and the device as a table."""
+    """Returns versions, commit and device as a table."""
     about = training.environment()
     about = {**about.pop("versions"), **about}
     return markdown(list(about), [list(about.values())], left=len(about))
 
 
 def write_table(path: pathlib.Path, parts: Iterable[str]) -> pathlib.Path:
-    """``table.md``: parts that are not empty, then the versions."""
+    """Writes ``table.md`` from the nonempty parts and the versions."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "\n\n".join([*filter(None, parts), versions()])
     path.write_text(text + "\n", encoding="utf-8")
@@ -83,13 +83,13 @@ def write_table(path: pathlib.Path, parts: Iterable[str]) -> pathlib.Path:
 
 
 def pm(values: Any, digits: int = 2) -> str:
-    """Mean ± standard deviation over seeds."""
+    """Formats mean ± standard deviation over seeds."""
     return tables.format_cell(tables.summarise(values), digits)
 
 
 @dataclasses.dataclass
 class Screen:
-    """The terminal; long lines and wide tables are not truncated in a pipe."""
+    """Terminal output. Long lines and wide tables are not truncated in a pipe."""
 
     started: float = dataclasses.field(default_factory=time.perf_counter)
 
@@ -99,11 +99,11 @@ class Screen:
         self.console = Console()
 
     def say(self, text: str) -> None:
-        """A line, seen at once."""
+        """Prints a line without buffering."""
         self.console.print(text, highlight=False, soft_wrap=True)
 
     def show(self, report: Report, title: str, exclude: Sequence[str] = ()) -> None:
-        """A table."""
+        """Prints a table."""
         shown = tables.rich_table(
             report.rows,
             report.columns,
@@ -117,7 +117,7 @@ class Screen:
         console.print(shown)
 
     def finish(self, written: Iterable[pathlib.Path]) -> None:
-        """The time since the start, and what was written."""
+        """Prints the elapsed time and the names of the written files."""
         self.say(f"{time.perf_counter() - self.started:.0f} s. Written:")
         for path in written:
             self.say(f"  {path}")

@@ -1,4 +1,4 @@
-"""Training the runs of a row: keys, files, and what happens when one is stopped."""
+"""Trains the runs of a row: random keys, files and interruption."""
 
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,23 +14,23 @@ from mtljax import training
 from mtljax.training.run_dir import holds_run, remove_run
 
 LABELS = {"trunk": "shared", "heads": "own"}
-"""Which parameters of a multi-task network are shared."""
+"""Labels of the shared parameters of a multi-task network."""
 
 
 class Interrupted(Exception):
-    """A signal stopped the run; ``--resume`` continues it."""
+    """A signal stopped the run. The option ``--resume`` continues it."""
 
 
 class Keys(NamedTuple):
-    """Keys of stacked runs: runs of one seed share them, whatever their method."""
+    """Random keys of stacked runs. They depend on the seed and not on the method."""
 
     model: Array
     method: Array
-    order: Array  # of the data
+    order: Array  # order of the data
 
 
 def keys_of(seeds: Iterable[int]) -> Keys:
-    """The keys of a run for each seed."""
+    """Returns the keys of a run for each seed."""
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
     init, order = training.split_run_key(keys)
     model, method = jax.vmap(jax.random.split, out_axes=1)(init)
@@ -38,33 +38,33 @@ def keys_of(seeds: Iterable[int]) -> Keys:
 
 
 def stack(trees: Sequence[Any]) -> Any:
-    """Trees of one structure as one tree with a leading axis."""
+    """Stacks trees of equal structure along a new leading axis."""
     return jax.tree.map(lambda *x: jnp.stack(x), *trees)
 
 
 def on_device(split: Mapping[str, np.ndarray], size: int | None = None) -> Any:
-    """The first examples of a split, all by default, as arrays of jax."""
+    """Returns the first examples of a split (all by default) as JAX arrays."""
     return {name: jnp.asarray(array[:size]) for name, array in split.items()}
 
 
 def chosen_tasks(tasks: Sequence[int | None], count: int) -> Array:
-    """Task weights ``[runs, T]``: all tasks, or the one that a run is of."""
+    """Returns task weights ``[runs, T]``: all tasks, or the single task of a run."""
     return jnp.array(
         [[float(task in (None, t)) for t in range(count)] for task in tasks]
     )
 
 
 class Plan(NamedTuple):
-    """How the runs of a row are trained, evaluated and kept."""
+    """Settings for training, evaluating and storing the runs of a row."""
 
     steps: int
     batch_size: int
     eval_every: int
     log_every: int
     evaluate: Callable[[Any], dict[str, Array]]
-    labels: Sequence[Any]  # of the runs
+    labels: Sequence[Any]  # labels of the runs
     folder: pathlib.Path
-    about: Any  # what must be equal for a run to be resumed
+    about: Any  # must be equal for a run to be resumed
     title: str = ""
     task_names: Sequence[str] | None = None
     may_differ: Sequence[str] = ()
@@ -83,21 +83,21 @@ def train(
     data: Any,
     order: Array,
 ) -> training.FitResult:
-    """Trains stacked runs, or resumes them; files go to ``plan.folder``.
+    """Trains stacked runs or resumes them. The files are written to ``plan.folder``.
 
     Args:
-      config: Says whether to resume or to overwrite.
-      plan: What the runs are.
-      state: Their first states, stacked.
-      step: Of one run.
-      data: Arrays that batches are taken from.
-      order: Their keys of the order of the data.
+      config: Configuration, with the flags to resume or to overwrite.
+      plan: Settings of the runs.
+      state: Stacked initial states.
+      step: Step function of one run.
+      data: Arrays from which the batches are taken.
+      order: Keys of the data order, one per run.
 
     Returns:
-      The last states and the rows.
+      The final states and the rows.
 
     Raises:
-      Interrupted: If a signal stopped them.
+      Interrupted: If a signal stopped the runs.
     """
     result = training.fit(
         state,
@@ -136,12 +136,12 @@ def train(
 
 
 def prepare(config: Common, folders: Iterable[pathlib.Path], extra=()) -> None:
-    """With --overwrite removes the files of earlier runs; call it after reading data.
+    """Removes the files of earlier runs with --overwrite. Call it after reading data.
 
-    Only files that a run wrote are removed, and ``extra`` names in the folder.
+    It only removes files that a run wrote, and files named ``extra`` in the folder.
 
     Raises:
-      RunLockedError: If a process is working in a folder.
+      RunLockedError: If another process uses a folder.
     """
     for folder in folders if config.overwrite else ():
         if folder.is_dir():
@@ -152,7 +152,7 @@ def prepare(config: Common, folders: Iterable[pathlib.Path], extra=()) -> None:
 
 
 def finished(folder: pathlib.Path, steps: int) -> list[dict[str, Any]]:
-    """Rows of a run that made all its steps; none of one that did not."""
+    """Returns the rows of a finished run, or an empty list."""
     if not holds_run(folder) or not (folder / "metrics.jsonl").is_file():
         return []
     _, rows = training.read_jsonl(folder)

@@ -1,9 +1,10 @@
-"""One rule that chooses the step and the learning rate of every row by validation.
+"""Selects the step and the learning rate of each row by validation.
 
-For each run at each rate, the step is the one with the best validation score; the
-earliest of equals wins. The value of a rate is the mean over runs of these scores. The
-best mean wins, and the smaller rate of equals. A score that is not finite is the worst
-there is. All runs of a row have one rate, and test metrics are never read.
+For each run at each rate, the step with the best validation score is selected. The
+earliest step wins a tie. The value of a rate is the mean of these scores over the runs.
+The rate with the best mean is selected, and the smaller rate wins a tie. A non-finite
+score is worse than every finite score. All runs of a row have the same rate. Test
+metrics are never read.
 """
 
 import math
@@ -17,14 +18,15 @@ Rows = Sequence[Row]
 
 
 class Choice(NamedTuple):
-    """What validation chose for the runs of a row.
+    """The steps and the rate selected by validation for the runs of a row.
 
     Attributes:
-      rows: The reported evaluation of every run.
-      last: The last evaluation of the same runs, at the same rate.
-      lr: The learning rate.
-      edge: ``"low"`` or ``"high"`` if the rate is the end of a grid of several.
-      late: The share of runs that report one of their last two evaluations.
+      rows: Reported evaluation of each run.
+      last: Last evaluation of the same runs, at the same rate.
+      lr: Learning rate.
+      edge: ``"low"`` or ``"high"`` if the rate is at the end of a grid of several
+        rates.
+      late: Share of the runs that report one of their last two evaluations.
     """
 
     rows: list[dict[str, Any]]
@@ -47,19 +49,18 @@ def select(
     run: Sequence[str] = ("seed",),
     last_step: float = math.inf,
 ) -> Choice:
-    """Chooses a rate for all runs, and a step for each.
+    """Selects one rate for all runs, and one step for each run.
 
     Args:
-      rows: Rows of a training run. Those of another ``kind`` than ``"eval"`` are left
-        out. A row has ``"step"``, and ``"lr"`` if there are several rates.
-      score: The validation score.
-      maximise: Whether more of it is better.
-      run: What tells the runs of a rate apart.
-      last_step: Later evaluations are left out.
+      rows: Rows of a training run. Rows of another ``kind`` than ``"eval"`` are
+        ignored. A row has ``"step"``, and ``"lr"`` if there are several rates.
+      score: Name of the validation score.
+      maximise: Whether higher scores are better.
+      run: Fields that identify a run among those of equal rate.
+      last_step: Last step to consider.
 
     Returns:
-      The choice, runs in the order of their labels.
-
+      The choice. The runs are in the order of their labels.
     Examples:
       >>> rows = [{"seed": 0, "lr": lr, "step": step, "val_score": value}
       ...         for lr, step, value in [(.1, 1, .5), (.1, 2, .6), (.3, 1, .6)]]
@@ -99,7 +100,7 @@ def select(
 
 
 def select_each(rows: Rows, by: str = "task", **options: Any) -> list[dict[str, Any]]:
-    """The reported rows of several groups of runs, each with a rate of its own."""
+    """Returns the reported rows of several groups of runs, each with its own rate."""
     groups = dict.fromkeys(row[by] for row in rows if row.get("kind", "eval") == "eval")
     return [
         row
@@ -164,7 +165,7 @@ def search(
 
 
 def edge_notes(choices: Mapping[str, Choice]) -> list[str]:
-    """Warnings for a report: ends of a grid, and runs that were still improving.
+    """Returns warnings on rates at the end of a grid and on unconverged runs.
 
     Examples:
       >>> edge_notes({"sum": Choice([], [], 0.1, "high", 0.8)})

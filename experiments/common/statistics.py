@@ -16,12 +16,12 @@ class Paired(NamedTuple):
     """Differences ``b - a`` along the first axis.
 
     Attributes:
-      mean: Their mean.
-      sd: Their standard deviation, with n - 1.
-      n: How many there are.
-      p: Two-sided p of Student's t test of mean zero; NaN if all are equal.
+      mean: Mean of the differences.
+      sd: Standard deviation of the differences, with n - 1.
+      n: Number of differences.
+      p: Two-sided p-value of Student's t-test for mean zero. NaN if all are equal.
       low: Lower end of the confidence interval of the mean.
-      high: Upper end.
+      high: Upper end of the confidence interval of the mean.
     """
 
     mean: Any
@@ -48,7 +48,7 @@ def paired(
       seeds: Seeds of ``a`` and of ``b``, in the order of their values.
 
     Returns:
-      The comparison, an entry for each trailing index.
+      The comparison, with one entry per trailing index.
 
     Raises:
       ValueError: If there are fewer than two seeds, or the seeds of the two rows
@@ -70,7 +70,7 @@ def paired(
     d = np.asarray(b, np.float64) - np.asarray(a, np.float64)
     n = len(d)
     if n < 2:
-        raise ValueError(f"A paired comparison needs two seeds or more, not {n}.")
+        raise ValueError(f"A paired comparison needs at least two seeds, not {n}.")
     mean, sd = d.mean(0), d.std(0, ddof=1)
     error = sd / math.sqrt(n)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -95,7 +95,7 @@ def _adjust(p: Any, factors: Any, ascending: bool) -> np.ndarray:
 
 
 def holm(p: Any) -> np.ndarray:
-    """Adjusted p-values ``[m]`` that control the family-wise error.
+    """Returns adjusted p-values ``[m]`` that control the family-wise error rate.
 
     Examples:
       >>> holm([0.01, 0.04, 0.03]).round(2).tolist()
@@ -105,7 +105,7 @@ def holm(p: Any) -> np.ndarray:
 
 
 def benjamini_hochberg(p: Any) -> np.ndarray:
-    """Adjusted p-values ``[m]`` that control the rate of false discoveries.
+    """Returns adjusted p-values ``[m]`` that control the false discovery rate.
 
     Examples:
       >>> benjamini_hochberg([0.01, 0.04, 0.03]).round(2).tolist()
@@ -138,9 +138,10 @@ def comparison_table(
 
 
 def minimum_detectable(n: int, *, level: float = 0.05, power: float = 0.8) -> float:
-    """The mean difference, in its standard deviations, that a paired t test detects.
+    """Returns the smallest mean difference that a paired t-test detects.
 
-    The approximation (t(1 - level/2) + t(power)) / √n is 5 % low at n = 3.
+    The unit is the standard deviation of the differences. The approximation
+    (t(1 - level/2) + t(power)) / √n is 5 % too low at n = 3.
 
     Examples:
       >>> [round(minimum_detectable(n), 3) for n in (3, 5, 10, 20)]

@@ -1,4 +1,4 @@
-"""Step times of rows, measured alternately so that drift affects all alike."""
+"""Step times of rows, measured alternately so that drift affects all rows equally."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ from mtljax import training
 
 
 class Stopwatch:
-    """Steps of the stacked runs of a row, by the program that training compiled."""
+    """Times steps of stacked runs with the program compiled for training."""
 
     def __init__(
         self,
@@ -28,11 +28,11 @@ class Stopwatch:
         self._run = training.make_runner(
             step, one, batch, batch_size=batch_size, seeds=True, loop_on="auto"
         )
-        self._state = jax.tree.map(jax.numpy.copy, state)  # the runner donates it
+        self._state = jax.tree.map(jax.numpy.copy, state)  # it is donated
         self._data, self._order, self._steps = data, order, steps
 
     def measure(self) -> float:
-        """Milliseconds of one step of all runs together."""
+        """Returns the milliseconds of one step of all runs together."""
         start = time.perf_counter()
         self._state, metrics = self._run(
             self._state, self._data, self._order, 0, self._steps
@@ -42,9 +42,9 @@ class Stopwatch:
 
 
 def step_times(watches: Mapping[str, Stopwatch], rounds: int = 3) -> dict[str, float]:
-    """Median milliseconds of one step, for each of several rows."""
+    """Returns the median milliseconds of one step for each of several rows."""
     for watch in watches.values():
-        watch.measure()  # compiles, unless training did
+        watch.measure()  # compiles the program, unless training compiled it
     times = [[watch.measure() for watch in watches.values()] for _ in range(rounds)]
     return dict(zip(watches, np.median(times, axis=0).tolist(), strict=True))
 
@@ -52,7 +52,7 @@ def step_times(watches: Mapping[str, Stopwatch], rounds: int = 3) -> dict[str, f
 def relative_time(
     watch: Stopwatch, reference: Stopwatch, rounds: int = 3
 ) -> tuple[float, float]:
-    """Median milliseconds of a step, and the median ratio to the reference's."""
+    """Returns the median milliseconds of a step and its median ratio to a reference."""
     watch.measure()  # the first call may compile
     pairs = [(watch.measure(), reference.measure()) for _ in range(rounds)]
     mine, other = np.array(pairs).T

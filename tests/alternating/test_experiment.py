@@ -197,7 +197,7 @@ def test_settings_that_cannot_run(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sets": ()}, "--sets is empty; name at least one"),
+        ({"sets": ()}, "--sets is empty. Give at least one name"),
         ({"sets": ("digit",)}, "--sets: unknown data set 'digit'. Choose from digits"),
         ({"sets": ("faces",)}, "faces is read from files. Pass --data-dir DIR"),
         ({"seeds": 0}, "--seeds must be a whole number from 1 to 1000, not 0"),

@@ -425,7 +425,7 @@ def test_gains_of_pairs_and_their_significance():
     [
         (["--methods", "mgda"], "--methods: unknown name 'mgda'. Choose from stl, "),
         (["--domains", "usps"], "must name a target and an auxiliary"),
-        (["--domains", "usps", "usps"], "--domains must name each once"),
+        (["--domains", "usps", "usps"], "--domains must name each value once"),
         (
             ["--data", "domainnet"],
             "unknown name 'usps'. Choose from clipart",
