@@ -149,9 +149,9 @@ def test_helpers_say_what_is_known():
         ConfigError, match=r"--a\.b-c: unknown name 'z'\. Choose from x"
     ):
         check_names("a.b_c", ["z"], ["x", "y"])
-    with pytest.raises(ConfigError, match="must name each once, not x, x"):
+    with pytest.raises(ConfigError, match="must name each value once, not x, x"):
         check_names("a", ["x", "x"], ["x", "y"])
-    with pytest.raises(ConfigError, match="--a is empty; name at least one"):
+    with pytest.raises(ConfigError, match="--a is empty. Give at least one name"):
         check_some("a", [])
     with pytest.raises(ConfigError, match="--batch-size 9 is more than the 8 training"):
         check_batch("batch_size", 9, 8)
