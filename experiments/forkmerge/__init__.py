@@ -1,1 +1,1 @@
-"""ForkMerge on digits of five domains: what of auxiliary tasks does it keep?"""
+"""ForkMerge on digits of five domains: the effect of auxiliary tasks on a target."""

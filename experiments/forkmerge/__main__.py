@@ -9,9 +9,9 @@ from experiments.forkmerge.config import LABELS, PRESETS, Config, check
 
 
 def main(config: Config, command: str) -> None:
-    """Trains everything, then writes and prints the comparison."""
+    """Trains all rows, then writes and prints the comparison."""
     check(config)
-    # Here, so that --help and mistyped options answer at once.
+    # Imported here, so that --help and mistyped options respond immediately.
     from experiments.common.report import Screen
     from experiments.forkmerge import problem, report
 
@@ -99,8 +99,8 @@ def cli() -> None:
         main,
         PRESETS,
         "forkmerge",
-        "ForkMerge and other ways to learn from auxiliary tasks, on digits of five "
-        "domains.",
+        "ForkMerge and other methods for learning from auxiliary tasks, on digits of "
+        "five domains.",
         default="cpu",
     )
 

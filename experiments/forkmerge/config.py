@@ -1,4 +1,4 @@
-"""What can be set, and the presets."""
+"""Options and presets of the experiment."""
 
 import dataclasses
 import pathlib
@@ -49,60 +49,63 @@ class Config(common.Tuned):
     """Runs of every method and target, all in one program."""
 
     train_size: int | None = 300
-    """Training examples of a domain (few: auxiliaries can help), other ones for every
-    seed; None is all."""
+    """Training examples per domain, or None for all. The default is small, so that
+    auxiliary tasks can help. Each seed samples a different subset."""
     val_size: int = 200
     """Validation examples of a domain."""
     test_size: int = 1000
-    """Test examples of a domain, at most."""
+    """Test examples per domain, at most."""
     image_size: Annotated[int, Bounds(1, 1024)] = 12
     """Side of the images, in pixels."""
 
     model: Literal["mlp", "lenet", "resnet18"] = "mlp"
-    """Trunk that the domains share; each has a linear head of its own."""
+    """Shared trunk. Each domain has its own linear head."""
     hidden: Widths = (128, 64)
-    """Widths of the MLP's trunk."""
+    """Widths of the MLP trunk."""
     steps: int = 600
-    """Updates of every run (of every branch)."""
+    """Updates of each run (of each branch)."""
     interval: int = 150
-    """Δt: steps between merges."""
+    """Δt, the number of steps between merges."""
     intervals: Annotated[tuple[int, ...], common.COUNT._replace(once=True)] = (
         50,
         300,
         600,
     )
-    """Other Δt, for the part of that name."""
+    """Other values of Δt, for the part "intervals"."""
     batch_size: int = 48
-    """Examples per update, of one domain or of all together."""
+    """Examples per update, of one domain or of all domains together."""
     lrs: Rates = (0.01, 0.03, 0.1, 0.3)
     """First learning rates of SGD with Nesterov momentum 0.9; it decays as a cosine.
     STL and all rows that train on all domains in every step run at each, and validation
     picks one for each row. STL's rate is that of the rows that train on one domain a
     step, EW's that of its pairs."""
     weight_decay: NotNegative = 5e-4
-    """Of all parameters."""
+    """Weight decay of all parameters."""
     share: bool = True
-    """Auxiliary weights of a branch are divided by their number (released code)."""
+    """Divide the auxiliary weights of a branch by their number, as in the released
+    code."""
     keep: int = 3
     """Branches of forkmerge_each after the first merge."""
     lambdas: Rates = (0.0625, 0.25, 1.0, 4.0)
-    """Auxiliary weights of the grid, which also shows transfer gain and discrepancy."""
+    """Auxiliary weights of the grid search. The grid also shows transfer gain and
+    discrepancy."""
     ol_aux_lr: float = 1e-4
-    """β of OL-AUX."""
+    """Step size β of OL-AUX."""
     arml_lr: float = 0.05
-    """β of ARML."""
+    """Step size β of ARML."""
     auto_lambda_lr: float = 1e-3
-    """β of Auto-λ."""
+    """Step size β of Auto-λ."""
     auto_lambda_initial: float = 1.0
-    """Its first weights. One, so that it starts as EW: the learning rate is shared; the
-    released code starts at 0.1 with a learning rate of its own."""
+    """Initial weights of Auto-λ. With 1 it starts as EW, whose learning rate it uses.
+    The released code starts at 0.1 with a separate learning rate."""
 
     eval_every: int = 150
     """Steps between evaluations."""
     save_every: int = 300
-    """Steps between checkpoints, at the ends of chunks; the last is always kept."""
+    """Steps between checkpoints, at the ends of chunks. The last checkpoint is always
+    kept."""
     strategy: Literal["auto", "vmap", "map"] = "auto"
-    """How branches, targets and seeds run: in one batch or in turn."""
+    """Whether branches, targets and seeds run in one batch or one after the other."""
     out: pathlib.Path = pathlib.Path("results/forkmerge")
 
 
@@ -181,10 +184,10 @@ PRESETS = {
 
 
 def check(config: Config) -> None:
-    """Validates the configuration before anything is read.
+    """Validates the configuration before any data are read.
 
     Raises:
-      ConfigError: One sentence that names the field.
+      ConfigError: If an option is invalid. The message names the option.
     """
     common.check_common(config)
     check_data("data", (config.data,), tuple(DOMAINS))
@@ -202,8 +205,8 @@ def check(config: Config) -> None:
         )
     if config.batch_size < len(config.domains):
         raise ConfigError(
-            f"--batch-size {config.batch_size} is below the {len(config.domains)} "
-            "domains that share a joint batch."
+            f"--batch-size {config.batch_size} is below the number of domains that "
+            f"share a joint batch ({len(config.domains)})."
         )
     if config.model != "mlp" and config.image_size < 12:
         raise ConfigError(

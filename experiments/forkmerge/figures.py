@@ -1,4 +1,4 @@
-"""The PNGs, from rows."""
+"""Draws the figures from the rows."""
 
 import math
 import pathlib
@@ -16,7 +16,7 @@ from mtljax.training import plots
 
 
 def transfer(rows: Rows, config: Config) -> dict[str, Any]:
-    """Gain and discrepancy over λ at the last step, ``[targets, L]``, seed means."""
+    """Returns gain and discrepancy over λ at the last step, ``[targets, L]``."""
     rows = [row for row in rows if row["part"] == "table"]
     rates = {row["lr"] for row in of(rows, method="lambda_grid")}
     last = [r for r in rows if r["step"] == config.steps and r["lr"] in rates]
@@ -43,7 +43,7 @@ def transfer(rows: Rows, config: Config) -> dict[str, Any]:
 
 
 def transfer_figure(found: Mapping[str, Any], domains: Sequence[str]) -> Any:
-    """Transfer gain and discrepancy over λ, a line per target."""
+    """Draws transfer gain and discrepancy over λ, with one line per target."""
     figure, axes = panels(1, 2, 3.8, 2.9)
     axes = axes[0]
     at = range(len(found["lambdas"]))
@@ -63,7 +63,7 @@ def transfer_figure(found: Mapping[str, Any], domains: Sequence[str]) -> Any:
 
 
 def pairs_figure(pairs: Mapping[str, Pairs], domains: Sequence[str]) -> Any:
-    """Transfer gain of every pair, a matrix a method, as the paper's Figure 5."""
+    """Draws the transfer gain of each pair, one matrix per method (Figure 5)."""
     figure, axes = panels(1, len(pairs), 4.3, 3.4)
     axes = axes[0]
     most = max(float(np.nanmax(np.abs(found.gains))) for found in pairs.values())
@@ -88,7 +88,7 @@ def pairs_figure(pairs: Mapping[str, Pairs], domains: Sequence[str]) -> Any:
 
 
 def intervals_figure(found: Mapping[int, np.ndarray], domains: Sequence[str]) -> Any:
-    """Gain over Δt, a line a target and their mean, as the paper's Figure 7."""
+    """Draws the gain over Δt, one line per target and their mean (Figure 7)."""
     figure, axes = panels(1, 1, 5.6, 3.2)
     axis = axes[0, 0]
     intervals = list(found)
@@ -119,9 +119,9 @@ def intervals_figure(found: Mapping[int, np.ndarray], domains: Sequence[str]) ->
 
 
 def weights_figure(rows: Rows, config: Config) -> Any:
-    """Merge weight of the branch with auxiliaries, merge by merge, a panel a target.
+    """Draws the merge weights of the auxiliary branch, with one panel per target.
 
-    At the smallest Δt there is: the paper's Figure 9. A thin line is a seed.
+    The figure shows the smallest Δt, as Figure 9 of the paper. Thin lines are seeds.
     """
     mine = [
         row
@@ -153,7 +153,7 @@ def weights_figure(rows: Rows, config: Config) -> Any:
 
 
 def write(rows: Rows, kept: Rows, config: Config) -> list[pathlib.Path]:
-    """The figures that the rows allow; ``kept`` are the reported ones."""
+    """Writes the figures that the rows allow. ``kept`` are the reported rows."""
     made = {}
     if of(rows, part="table", method="forkmerge"):
         made["weights"] = weights_figure(rows, config)

@@ -1,7 +1,7 @@
-"""The data on the device, the model, and what is measured.
+"""Data on the device, the model and its measurements.
 
-Targets and seeds are one axis of G runs. A run names the domains it trains on with its
-target first (``State.order``), so that every method sees the target as task 0.
+Targets and seeds form one axis of G runs. ``State.order`` lists the domains of a run,
+with the target first. Each method therefore sees the target as task 0.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,19 +20,19 @@ from mtljax import data, forkmerge, models
 
 Split = Mapping[str, Array]
 POOL = 4
-"""Training sets of the seeds are drawn from this many times their size, at most."""
+"""Upper bound of the pool size, relative to the training set of one seed."""
 
 
 class State(NamedTuple):
-    """Everything that changes in a run, and what tells runs apart."""
+    """All values that change in a run, and the values that identify it."""
 
     params: Any  # {"trunk": ..., "heads": leaves [domains, ...]}
     batch_stats: Any
     opt_state: Any
     weighting: Any  # state of a balancer or of Auto-λ, or averaged weights
     order: Int[Array, " tasks"]  # domains, the target first
-    rows: Any  # [domains, train_size]: the training set of a seed; () is all rows
-    key: PRNGKeyArray  # of the batches; equal for all branches and methods of a seed
+    rows: Any  # [domains, train_size]: training set of a seed, () for all rows
+    key: PRNGKeyArray  # of the batches, equal for all branches and methods of a seed
 
 
 class Problem(NamedTuple):
@@ -45,7 +45,7 @@ class Problem(NamedTuple):
     batch_size: int
 
     def init(self, key: PRNGKeyArray, order: Array, rows: Any, lr: Array) -> State:
-        """The first train state; a head for each domain, in one leaf."""
+        """Returns the initial train state. The heads of all domains are in one leaf."""
         model_key, heads_key, rows_key = jax.random.split(key, 3)
         image = jnp.zeros((1, *self.splits["train"]["image"].shape[2:]))
         variables = self.model.init(model_key, image)
@@ -58,7 +58,7 @@ class Problem(NamedTuple):
         return State(params, stats, opt_state, (), order, rows, rows_key)
 
     def batch(self, state: State, domain: Array, key: Array, train: Split, count: int):
-        """Examples of one domain's training set, with repeats."""
+        """Samples examples of one domain's training set with replacement."""
         drawn = jax.random.uniform(key, (count,))
         if isinstance(state.rows, tuple):
             rows = (drawn * train["size"][domain]).astype(jnp.int32)
@@ -67,7 +67,7 @@ class Problem(NamedTuple):
         return train["image"][domain, rows], train["label"][domain, rows]
 
     def logits(self, variables: Any, domain: Array, images: Array, *, train: bool):
-        """Logits of one domain, by the trunk and its row of the heads."""
+        """Computes the logits of one domain with the trunk and its row of the heads."""
         params, batch_stats = variables
         head = forkmerge.take_task(params["heads"], domain)
         outputs, batch_stats = self.model.apply(
@@ -76,27 +76,27 @@ class Problem(NamedTuple):
         return outputs["label"], batch_stats
 
     def loss(self, variables: Any, domain: Array, batch: Any):
-        """Cross-entropy of one domain, and the new running statistics."""
+        """Returns the cross-entropy of one domain and the new running statistics."""
         images, labels = batch
         logits, stats = self.logits(variables, domain, images, train=True)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return losses.mean(), stats
 
     def task_losses(self, params: Any, batch_stats: Any, order: Array, batches: Any):
-        """Losses of all tasks, the target's first, on a batch of each."""
+        """Returns the losses of all tasks, the target first, on one batch per task."""
         one = lambda domain, batch: self.loss((params, batch_stats), domain, batch)
         losses, stats = jax.vmap(one)(order, batches)
         return losses, jax.tree.map(lambda s: s.mean(0), stats)
 
     def target_logits(self, state: State, split: Split):
-        """Logits on the target of a run, with labels and which of them count."""
+        """Returns logits on the target of a run, the labels, and the valid examples."""
         domain = state.order[0]
         variables = (state.params, state.batch_stats)
         logits, _ = self.logits(variables, domain, split["image"][domain], train=False)
         return logits, split["label"][domain], split["mask"][domain]
 
     def accuracy(self, state: State, split: Split) -> Float[Array, ""]:
-        """Accuracy on the target of a run."""
+        """Returns the accuracy on the target of a run."""
         logits, labels, mask = self.target_logits(state, split)
         return ((logits.argmax(-1) == labels) & mask).sum() / mask.sum()
 
@@ -112,12 +112,12 @@ def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
 
 
 def with_lr(opt_state: Any, lr: Array) -> Any:
-    """The optimiser state with another first learning rate."""
+    """Returns the optimizer state with another initial learning rate."""
     return optax.tree_utils.tree_set(opt_state, step_size=-lr)
 
 
 def stack_splits(splits: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """One split of all domains, ``[domains, n, ...]``; short ones repeat their rows."""
+    """Stacks one split of all domains, ``[domains, n, ...]``, repeating short ones."""
     sizes = np.array([len(split["label"]) for split in splits])
     rows = np.arange(sizes.max())
     found = {k: np.stack([s[k][rows % len(s[k])] for s in splits]) for k in splits[0]}
@@ -126,7 +126,7 @@ def stack_splits(splits: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 def read(config: Config, domain: str) -> data.Dataset:
-    """One domain."""
+    """Reads one domain."""
     options: dict[str, Any] = {
         "domain": domain,
         "size": config.image_size,
@@ -137,25 +137,29 @@ def read(config: Config, domain: str) -> data.Dataset:
     if config.data != "domainnet":
         found = common.load(config, config.data, ("classification",), domain=domain)
         if common.Scorer(found, found.tasks[0]).masked:
-            raise ConfigError(f"{domain} has missing labels; each example needs one.")
+            raise ConfigError(
+                f"{domain} has missing labels. Each example needs a label."
+            )
         return found
-    # Images are decoded one by one: no more of them than are drawn from.
+    # Images are decoded one by one, so only the images of the pool are decoded.
     size = None if config.train_size is None else POOL * config.train_size
     try:
         return common.load(config, "domainnet", **options, train_size=size)
     except data.MissingDataError:
         raise
-    except data.DataError:  # a small domain: all of it
+    except data.DataError:  # a small domain: use all images
         return common.load(config, "domainnet", **options)
 
 
 def load(config: Config) -> tuple[dict[str, dict[str, np.ndarray]], int]:
-    """Splits of all domains, and the number of classes."""
+    """Loads the splits of all domains, and the number of classes."""
     sets = [read(config, domain) for domain in config.domains]
     task = sets[0].tasks[0]
     kinds = {(s.tasks[0], s.input_shape, s.image_max) for s in sets}
     if len(kinds) > 1:
-        raise ConfigError("--domains must have one task, image shape and image_max.")
+        raise ConfigError(
+            "--domains must have the same task, image shape and image_max."
+        )
     pool = None if config.train_size is None else POOL * config.train_size
     limits = {"train": pool, "val": config.val_size, "test": config.test_size}
     found = {}
@@ -177,7 +181,7 @@ def load(config: Config) -> tuple[dict[str, dict[str, np.ndarray]], int]:
 
 
 def training_rows(sizes: np.ndarray, count: int | None, seed: int) -> Any:
-    """The training set of a seed: ``[domains, count]``, or () for all rows."""
+    """Samples the training set of a seed, ``[domains, count]``, or () for all rows."""
     if count is None:
         return ()
     draw = lambda d, size: np.random.default_rng([seed, d]).permutation(size)[:count]
@@ -186,7 +190,7 @@ def training_rows(sizes: np.ndarray, count: int | None, seed: int) -> Any:
 
 
 def make_problem(config: Config) -> Problem:
-    """Loads the data and binds model and optimiser."""
+    """Loads the data and binds model and optimizer."""
     found, classes = load(config)
     splits = jax.tree.map(jnp.asarray, found)
     if config.model == "mlp":
@@ -214,7 +218,7 @@ def over_runs(measure: Callable[..., dict[str, Array]], *sets: Any) -> Evaluate:
 
 
 def make_evaluate(problem: Problem) -> Evaluate:
-    """Accuracies and discrepancy of runs, each on its target."""
+    """Returns accuracies and discrepancy of runs, each on its target."""
 
     def measure(state, val, test):
         logits, labels, mask = problem.target_logits(state, test)

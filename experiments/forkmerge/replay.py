@@ -1,4 +1,4 @@
-"""The committed single-task row, trained again at every learning rate."""
+"""Trains the committed single-task row again at each learning rate."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ KEYS, LINES = ("part", "method", "target", "aux", "seed", "interval", "column"),
 
 
 def rows(config: Config) -> list[dict[str, Any]]:
-    """Its reported lines."""
+    """Returns the reported lines of the row."""
     found = problem.make_problem(config)
     evaluate = problem.make_evaluate(found)
     job = train.make_job(config, found, evaluate, "stl", config.lrs)

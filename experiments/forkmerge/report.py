@@ -1,4 +1,4 @@
-"""From rows to the tables and the plots; no training code."""
+"""Builds the tables and the figures from the rows. Does not train."""
 
 import math
 import pathlib
@@ -25,7 +25,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def of(rows: Rows, **wanted: Any) -> list[Mapping[str, Any]]:
-    """The rows with these values."""
+    """Selects the rows with the given values."""
     return [r for r in rows if all(r.get(k) == v for k, v in wanted.items())]
 
 
@@ -56,7 +56,7 @@ def chosen(rows: Rows) -> list[dict[str, Any]]:
 
 
 def reported(rows: Rows) -> list[dict[str, Any]]:
-    """The rows that tables are made of: a learning rate, a step, a λ a run."""
+    """Returns the rows of the tables, with one learning rate, step and λ per run."""
     kept: list[dict[str, Any]] = []
     for part in ("table", "pairs", "intervals"):
         for method in LABELS:
@@ -73,10 +73,10 @@ def values_of(
     auxiliaries: Sequence[str] = (),
     column: str = "test_last",
 ) -> np.ndarray:
-    """Test scores in percent, ``[seeds, targets]``.
+    """Returns test scores in percent, ``[seeds, targets]``.
 
-    With auxiliaries those of pairs, ``[seeds, auxiliaries, targets]``; NaN where the
-    target is its own.
+    With ``auxiliaries`` it returns the scores of pairs, ``[seeds, auxiliaries,
+    targets]``. The entries of a target with itself are NaN.
     """
     percent = lambda score: math.nan if score is None else 100 * score
     found = {(r["target"], r["aux"], r["seed"]): percent(r[column]) for r in rows}
@@ -106,8 +106,8 @@ def make_report(rows: Rows, config: Config) -> Report:
             found[method], config, column="test"
         ).mean(1)
         if method != "stl":
-            if alone.mean(0).all():  # else there is nothing to be relative to
-                # The paper prints gains: the larger the better.
+            if alone.mean(0).all():  # otherwise a relative gain is undefined
+                # The paper prints gains, for which higher is better.
                 row["gain % over STL"] = -metrics.delta_m(
                     scores, alone.mean(0), [True] * len(targets)
                 )
@@ -153,18 +153,18 @@ class Pairs(NamedTuple):
         return int((self.gains < 0).sum())
 
     def significant(self, sign: int) -> int:
-        """Pairs whose gain of this sign has p < 0.05."""
+        """Counts the pairs whose gain has this sign and p < 0.05."""
         return int(((sign * self.gains > 0) & (self.p_values < 0.05)).sum())
 
     @property
     def discoveries(self) -> int:
-        """Significant pairs after Benjamini and Hochberg, at 5 %."""
+        """Number of significant pairs after the Benjamini-Hochberg correction, 5 %."""
         p = self.p_values[np.isfinite(self.p_values)]
         return int((benjamini_hochberg(p) < 0.05).sum())
 
 
 def pair_gains(rows: Rows, config: Config) -> dict[str, Pairs]:
-    """Method -> gains of all pairs over STL, from reported rows."""
+    """Returns the gains of all pairs over STL for each method, from reported rows."""
     stl = of(rows, part="table", method="stl")
     alone = values_of(stl, config)
     found = {}
@@ -217,7 +217,7 @@ def interval_gains(rows: Rows, config: Config) -> dict[int, np.ndarray]:
 
 
 def intervals_text(found: Mapping[int, np.ndarray], config: Config) -> str:
-    """Gains by Δt as a Markdown table."""
+    """Formats the gains for each Δt as a Markdown table."""
     targets = config.domains
     table = {
         f"{interval} ({-(-config.steps // interval)} merges)": {
@@ -304,6 +304,6 @@ def write_rows(
 
 
 def rounded(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Seven digits are all there is in a float32."""
+    """Rounds to seven digits, the precision of float32."""
     short = lambda x: float(f"{x:.7g}") if isinstance(x, float) else x
     return jax.tree.map(short, dict(row), is_leaf=lambda x: x is None)

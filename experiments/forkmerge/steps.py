@@ -1,4 +1,4 @@
-"""Train steps: one domain at a time, or all together with a balancer."""
+"""Train steps on one domain at a time, or on all domains with a balancer."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +22,7 @@ Step = Callable[..., tuple[State, Any]]
 def update(
     problem: Problem, state: State, grad: Any, batch_stats: Any, weighting: Any
 ) -> State:
-    """The state after a step along the gradient."""
+    """Returns the state after a step along the gradient."""
     updates, opt_state = problem.optimizer.update(grad, state.opt_state, state.params)
     return state._replace(
         params=optax.apply_updates(state.params, updates),
@@ -68,7 +68,7 @@ def sampled_step(
 
 
 def joint_batch(problem: Problem, state: State, number: Array, train: Split, part: int):
-    """An equal share of the batch from every domain, the target's first."""
+    """Samples an equal share of the batch from each domain, the target first."""
     key = jax.random.fold_in(jax.random.fold_in(state.key, number), part)
     tasks = state.order.shape[0]
     count = problem.batch_size // tasks
@@ -77,7 +77,7 @@ def joint_batch(problem: Problem, state: State, number: Array, train: Split, par
 
 
 def make_balancer(config: Config, method: str, tasks: int) -> mtljax.Balancer:
-    """The balancer of a joint row."""
+    """Builds the balancer of a joint row."""
     if method == "ew":
         return mtljax.linear(tasks)
     if method == "gcs":
@@ -88,7 +88,7 @@ def make_balancer(config: Config, method: str, tasks: int) -> mtljax.Balancer:
 
 
 def joint_step(config: Config, problem: Problem, method: str, tasks: int):
-    """A step on all tasks of a run, and the first state of its weighting."""
+    """Builds a step on all tasks of a run, and the initial state of its weighting."""
     if method == "auto_lambda":
         return auto_lambda_step(config, problem, tasks)
     balancer = make_balancer(config, method, tasks)
@@ -108,7 +108,7 @@ def joint_step(config: Config, problem: Problem, method: str, tasks: int):
 
 
 def auto_lambda_step(config: Config, problem: Problem, tasks: int):
-    """Auto-λ; as the released code it looks ahead on another training batch."""
+    """Builds a step of Auto-λ. Its lookahead uses another training batch."""
     method = forkmerge.auto_lambda(
         tasks,
         lambda params, *rest: problem.task_losses(params, *rest)[0],

@@ -1,4 +1,4 @@
-"""Resumable runs of a method, for all targets and seeds at once."""
+"""Resumable runs of a method for all targets and seeds."""
 
 import dataclasses
 import functools
@@ -37,11 +37,11 @@ MERGED = ("alone_x2", "forkmerge", "forkmerge_each")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Drivers:
-    """The driver of each of G runs, mapped over the runs: all states are ``[G, ...]``.
+    """The drivers of G runs, mapped over the runs. All states are ``[G, ...]``.
 
     Attributes:
-      make: ``make(branch weights [B, T])``, the driver of one run.
-      branch_weights: ν ``[G, B, T]``.
+      make: Function ``make(branch_weights [B, T])`` that builds the driver of one run.
+      branch_weights: Weights ν ``[G, B, T]``.
       strategy: How runs are trained, as for branches.
     """
 
@@ -51,28 +51,28 @@ class Drivers:
 
     @functools.cached_property
     def first(self) -> forkmerge.ForkMerge:
-        """That of the first run; options are the same in all."""
+        """Driver of the first run. All runs have the same options."""
         return self.make(self.branch_weights[0])
 
     @property
     def interval(self) -> int:
-        """Δt."""
+        """Steps between merges, Δt."""
         return self.first.interval
 
     def over(self, function: Callable[..., Any], *args: Any, train: bool = False):
-        """``function(driver, *args)`` of every run."""
+        """Applies ``function(driver, *args)`` to each run."""
 
         def one(xs):
             return function(self.make(xs[0]), *xs[1:])
 
         in_turn = self.strategy == "map"
-        if train and self.strategy == "auto":  # XLA runs batched products slowly there
+        if train and self.strategy == "auto":  # XLA runs batched products slowly here
             in_turn = jax.default_backend() == "cpu"
         xs = (self.branch_weights, *args)
         return jax.lax.map(one, xs) if in_turn else jax.vmap(one)(xs)
 
     def init(self, states: Any, *, key: Array) -> forkmerge.ForkMergeState:
-        """The first states; every run draws from a key of its own."""
+        """Returns the initial states. Each run has its own key."""
         keys = jax.vmap(jax.random.fold_in, (None, 0))(
             key, jnp.arange(len(self.branch_weights))
         )
@@ -80,7 +80,7 @@ class Drivers:
 
     @functools.cached_property
     def train(self):
-        """``train(state, batches, data) -> state``, the same batches for all."""
+        """Function ``train(state, batches, data) -> state``. All runs share batches."""
 
         def train(state, batches, data):
             step = lambda d, s: d.train(s, batches, data=data)[0]
@@ -123,7 +123,7 @@ class Drivers:
     def prune(
         self, state: forkmerge.ForkMergeState, *, keep: int
     ) -> tuple["Drivers", forkmerge.ForkMergeState]:
-        """Goes on with the best branches of every run, equally many in all."""
+        """Keeps the best branches of each run, equally many in all runs."""
         info = state.info
         kept = forkmerge.prune_groups(
             info.weights,
@@ -136,20 +136,20 @@ class Drivers:
         return self.restrict(kept), self.over(select, state, jnp.array(kept))
 
     def restrict(self, kept: Any) -> "Drivers":
-        """With some of the branches."""
+        """Returns drivers with a subset of the branches."""
         rows = jax.vmap(lambda nu, rows: nu[rows])(self.branch_weights, jnp.array(kept))
         return dataclasses.replace(self, branch_weights=rows)
 
 
 def step_of(state: forkmerge.ForkMergeState) -> int:
-    """Steps that every branch of every run has taken."""
+    """Returns the number of steps that each branch of each run has taken."""
     return int(state.step[0])
 
 
 class Job(NamedTuple):
-    """A method for all its runs."""
+    """A method with all its runs."""
 
-    name: str  # of the folder
+    name: str  # name of the folder
     driver: Drivers
     states: Any  # the first train states, [G, ...]
     runs: list[dict[str, Any]]  # what tells the G runs apart
@@ -158,7 +158,7 @@ class Job(NamedTuple):
     steps: int
     branches: tuple[dict[str, Any], ...] = ({},)  # what tells the branches apart
     merges: bool = False
-    keep: int | None = None  # branches after the first merge
+    keep: int | None = None  # number of branches after the first merge
 
 
 def branch_weights(config: Config, method: str, tasks: int) -> Array:
@@ -172,7 +172,7 @@ def branch_weights(config: Config, method: str, tasks: int) -> Array:
     if method == "forkmerge_each":
         return forkmerge.target_plus_each(tasks)
     if method == "lambda_grid":
-        # The target is drawn with probability 1 / (1 + λ), as in Eq. 3.
+        # The target is sampled with probability 1 / (1 + λ), as in Eq. 3.
         others = [[x / (tasks - 1)] * (tasks - 1) for x in config.lambdas]
         return forkmerge.custom([[1.0, *row] for row in others])
     return jnp.ones((1, tasks))
@@ -211,7 +211,7 @@ def make_job(
     part: str = "table",
     interval: int | None = None,
 ) -> Job:
-    """A method on domains: with all auxiliaries, or with one in part ``"pairs"``."""
+    """Builds a job on domains, with all auxiliaries or one (part ``"pairs"``)."""
     interval = interval or config.interval
     runs = runs_of(config, part, method, rates, interval)
     steps = config.steps * (2 if method == "stl_2x" else 1)
@@ -291,7 +291,7 @@ def lrs_of(runs: list[dict[str, Any]]) -> np.ndarray:
 
 
 def same(config: Config) -> Callable[[dict[str, Any]], None]:
-    """Refuses to go on with a run of another configuration."""
+    """Returns a check that rejects a run of another configuration."""
     identity = training.to_json(config)
 
     def check(meta: dict[str, Any]) -> None:
@@ -299,14 +299,14 @@ def same(config: Config) -> Callable[[dict[str, Any]], None]:
         found = records.differences(meta["config"], identity, free)
         if found:
             raise training.ConfigMismatchError(
-                f"The run to go on with was made otherwise: {'; '.join(found)}."
+                f"The run to resume has another configuration: {'; '.join(found)}."
             )
 
     return check
 
 
 class Run:
-    """A job on its way: its state, its rows, its files."""
+    """A job in progress, with its state, rows and files."""
 
     def __init__(self, config: Config, job: Job):
         self.config, self.job = config, job
@@ -316,12 +316,12 @@ class Run:
         self._saver: Any = None
 
     def fresh(self) -> forkmerge.ForkMergeState:
-        """The state before the first step."""
+        """Returns the state before the first step."""
         key = jax.random.key(self.config.first_seed)
         return self.driver.init(self.job.states, key=key)
 
     def finish(self) -> list[dict[str, Any]]:
-        """Trains what is left to train; the rows of all evaluations."""
+        """Trains the remaining steps. Returns the rows of all evaluations."""
         prepare(self.config, [self.folder], extra=(BRANCHES,))
         with (
             training.lock_run(self.folder),
@@ -338,8 +338,8 @@ class Run:
     def _restored(self) -> forkmerge.ForkMergeState:
         if not self.config.resume:
             raise training.RunExistsError(
-                f"{self.folder} already holds a run: add --resume to go on with it or "
-                "--overwrite to start again."
+                f"{self.folder} already contains a run. Pass --resume to continue it "
+                "or --overwrite to replace it."
             )
         step = self._saver.steps()[-1]
         kept = self.folder / BRANCHES
@@ -390,25 +390,25 @@ class Run:
             before = self.driver
             self.driver, state = self.driver.prune(state, keep=self.job.keep)
             kept = positions(before.branch_weights, self.driver.branch_weights)
-            # No checkpoint may have been due yet.
+            # A checkpoint may not have been written yet.
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / BRANCHES).write_text(json.dumps(kept))
         run(state, config.steps)
 
     def _record(self, states: Any, step: int, more: Mapping[str, Any]) -> None:
-        """Rows of train states ``[G, B]``."""
+        """Records rows of train states ``[G, B]``."""
         found = jax.device_get(self.job.evaluate(states))
         for g, run in enumerate(self.job.runs):
             for b, branch in enumerate(self.job.branches):
                 numbers = {k: v[g, b] for k, v in found.items()}
                 extra = {k: v[g] for k, v in more.items()}
                 row = {**run, **branch, "step": step, **numbers, **extra}
-                # As it would be read back: a score that is not finite is None.
+                # As read back from the file, where a non-finite score is None.
                 self.rows.append(training.to_json(row))
 
 
 def positions(before: Array, after: Array) -> list[list[int]]:
-    """Which rows of ``before`` ``[G, B, T]`` those of ``after`` are."""
+    """Returns the positions in ``before`` ``[G, B, T]`` of the rows of ``after``."""
     return [
         [old.tolist().index(row) for row in new.tolist()]
         for old, new in zip(np.asarray(before), np.asarray(after), strict=True)
