@@ -15,12 +15,12 @@ from experiments.fs_mtl.config import (
 
 
 def say(text: str) -> None:
-    """A line that is seen at once, also in a pipe."""
+    """Prints a line without buffering, also in a pipe."""
     print(text, flush=True)
 
 
 class Bench(NamedTuple):
-    """What the entries of a data set share, compiled once."""
+    """Compiled functions that all entries of a data set share."""
 
     problem: Any
     probe: Any
@@ -40,7 +40,7 @@ def make_benches(config: Config, splits: Any, wanted: set[int | None]):
 
 
 class Runner(NamedTuple):
-    """Runs entries of one data set, or reads them."""
+    """Runs the entries of one data set, or reads their files."""
 
     config: Config
     name: str
@@ -129,7 +129,7 @@ def run_set(config: Config, name: str, command: str, clock: "Clock") -> None:
 
 
 def publish(config: Config, runs: Any, command: str, notes: str) -> None:
-    """Tables, rows and plots of a data set."""
+    """Writes tables, rows and figures of a data set."""
     from experiments.fs_mtl import figures, report
 
     if not runs.rows:
@@ -144,7 +144,7 @@ def publish(config: Config, runs: Any, command: str, notes: str) -> None:
 
 
 class Clock:
-    """Says which of all runs is on, and about how long the rest takes."""
+    """Reports the progress over all runs and estimates the remaining time."""
 
     def __init__(self, total: int):
         self.total, self.number = total, 0
@@ -156,14 +156,14 @@ class Clock:
         say(f"[{self.number}/{self.total}] {label}")
 
     def done(self, text: str) -> None:
-        """Ends it."""
+        """Ends a run."""
         elapsed = time.perf_counter() - self.started
         left = elapsed / self.number * (self.total - self.number)
         say(f"[{self.number}/{self.total}] {text}; {elapsed:.0f} s, {left:.0f} s to go")
 
 
 def main(config: Config, command: str) -> None:
-    """All sets, one after the other."""
+    """Runs all data sets, one after the other."""
     check(config)
     clock = Clock(len(config.sets) * len(entries(config)))
     for name in config.sets:
@@ -176,7 +176,7 @@ def cli() -> None:
         main,
         PRESETS,
         "fs_mtl",
-        "Sharpness-aware multi-task learning: balancers with and without SAM, in every "
+        "Sharpness-aware multi-task learning: balancers with and without SAM, in each "
         "order of the two, and controls without a balancer.",
     )
 

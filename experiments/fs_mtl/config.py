@@ -1,4 +1,4 @@
-"""What can be set, the presets, and the list of runs."""
+"""Options, presets and the list of runs."""
 
 import dataclasses
 import pathlib
@@ -25,27 +25,27 @@ Variant: TypeAlias = Literal[
 STL = "single_task"
 BALANCERS = ("mgda", "pcgrad", "cagrad", "imtl_g", "nash_mtl", "fairgrad")
 NATIVE = "fairgrad_native"
-"""FairGrad as published, of degree -1/3: its step grows as gradients shrink, so that
-the small flat part outweighs the loss part. "fairgrad" here has degree 1."""
+"""FairGrad as published, of degree -1/3. Its step grows as gradients shrink, so that
+the small flat part outweighs the loss part. "fairgrad" has degree 1 here."""
 CONTROLS = (STL, "linear", "random_loss_weighting")
-"""What the gain of a balancer must be compared with: SAM without one."""
+"""Controls for the gain of a balancer: SAM without a balancer."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(common.Common):
-    """Multi-task methods with and without SAM, by every way of joining the two."""
+    """Multi-task methods with and without SAM, in each combination of the two."""
 
     sets: tuple[str, ...] = ("multi_mnist",)
-    """Data sets, one after the other. multidigits needs no files. Any set with two
-    tasks of classes, NAME/SUBSET, or module:function of your own."""
+    """Data sets, processed one after the other. multidigits needs no files. Any data
+    set with two classification tasks, NAME/SUBSET, or your own module:function."""
     train_size: int | None = None
-    """Training canvases; None is all, 110,000 of MNIST digits."""
+    """Training canvases. None uses all (110,000 for MNIST digits)."""
     val_size: int | None = None
-    """Validation canvases, from source images of their own; None is 10,000."""
+    """Validation canvases, built from separate source images. None uses 10,000."""
     test_size: int | None = None
-    """Test canvases; None is all, 20,000."""
+    """Test canvases. None uses all (20,000)."""
     data_seed: Size = 0
-    """Seed of pairs and offsets: one data set for all runs."""
+    """Seed of pairs and offsets. All runs use the same data set."""
     shrink: int = 1
     """Images are averaged over squares of this side: 2 makes 36x36 into 18x18."""
 
@@ -59,23 +59,23 @@ class Config(common.Common):
     )
     """plain X, F-X of FS-MTL, its direct ablation, SAMO-X."""
     ablations: tuple[str, ...] = ("cagrad",)
-    """Balancers also run in the other two orders of aggregation (Table 6)."""
+    """Balancers that are also run in the other two orders of aggregation (Table 6)."""
     controls: tuple[str, ...] = CONTROLS
-    """Single task and LS with and without SAM, RLW with SAM."""
+    """Single task and LS, each with and without SAM, and RLW with SAM."""
     together: bool = True
-    """Seeds are trained side by side by vmap; else one after the other, which is
-    faster where convolutions with a kernel for each seed are slow."""
+    """Train all seeds together by vmap. Otherwise they are trained one after the other,
+    which is faster if convolutions with one kernel per seed are slow."""
 
     model: Literal["mlp", "lenet", "resnet18"] = "resnet18"
-    """Trunk; every task has a linear head."""
+    """Shared trunk. Each task has a linear head."""
     hidden: Widths = (64,)
-    """Widths of the MLP's trunk."""
+    """Widths of the MLP trunk."""
     kernels: tuple[int, int] = (9, 5)
     """Kernel sizes of LeNet."""
     channels: tuple[int, int] = (10, 20)
-    """Its channels."""
+    """Numbers of channels of LeNet."""
     lr: float = 1e-3
-    """Of Adam, constant."""
+    """Constant learning rate of Adam."""
     batch_size: int = 256
     """Examples per update."""
     epochs: int = 200
@@ -84,31 +84,31 @@ class Config(common.Common):
     """Plain lines run so many times as long, and are reported at each length: at equal
     backward passes as well as at equal epochs."""
     cagrad_c: NotNegative = 0.4
-    """c of CAGrad, in the paper's code for g and h alike."""
+    """c of CAGrad. The paper's code uses the same value for g and h."""
 
     rhos: Rates = (2.0,)
     """Radii. Validation picks one for each F-line; the other orders of the same
     balancer have its radius. Conflict is measured at the largest."""
     adaptive: bool = True
-    """ASAM, on in the paper's code."""
+    """Use adaptive SAM (ASAM), as in the paper's code."""
     norm: Literal["separate", "joint"] = "joint"
-    """One radius for trunk and head together, as in the paper's code for these sets."""
+    """One radius for trunk and head together, as in the paper's code for these data."""
     samo_alpha: Share = 0.5
     """Share of the mean gradient in SAMO's direction."""
     strategy: Literal["auto", "unrolled", "vmap", "map"] = "auto"
-    """How the two tasks of a step run."""
+    """How the two tasks of a step are run."""
 
     eval_every: int = 1
-    """Epochs between evaluations; validation picks the epoch that is reported."""
+    """Epochs between evaluations. Validation selects the reported epoch."""
     probe_every: int = 5
     """Epochs between measurements of conflict."""
     probe_batches: int = 16
-    """Training batches on which conflict is measured, always the same."""
+    """Fixed training batches for the measurement of conflict."""
     checkpoint_every: int = 20
     """Epochs between checkpoints, from which a killed run goes on."""
     out: pathlib.Path = pathlib.Path("results/fs_mtl")
     report_only: bool = False
-    """Train nothing: tables and plots of the runs that are finished."""
+    """Do not train. Write tables and figures of the finished runs."""
 
 
 CPU = Config(
@@ -134,7 +134,7 @@ CPU = Config(
 
 PRESETS = {
     "smoke": (
-        "Some seconds: a few steps of two runs on the embedded digits; for tests.",
+        "A few seconds, for tests: a few steps of two runs on the embedded digits.",
         Config(
             sets=("multidigits",),
             train_size=256,
@@ -186,7 +186,7 @@ PRESETS = {
         ),
     ),
     "lenet": (
-        "LeNet on 20,000 full-size canvases a set: for an accelerator, or hours.",
+        "LeNet on 20,000 full-size canvases per data set: an accelerator, or hours.",
         Config(
             sets=("multi_fashion", "multi_mnist", "multi_fashion_mnist"),
             train_size=20000,
@@ -202,7 +202,7 @@ PRESETS = {
         ),
     ),
     "paper": (
-        "The three sets as in the paper, ResNet-18, 200 epochs: for an accelerator.",
+        "The three data sets as in the paper, ResNet-18, 200 epochs: an accelerator.",
         Config(
             sets=("multi_fashion", "multi_mnist", "multi_fashion_mnist"),
             together=False,
@@ -213,18 +213,18 @@ PRESETS = {
 
 
 def set_folder(config: Config, name: str) -> pathlib.Path:
-    """Where the files of a data set go."""
+    """Returns the folder of a data set."""
     return config.out / re.sub("[/:]", "-", name)
 
 
 def seed_groups(config: Config) -> list[list[int]]:
-    """Seeds that are one run: all of them, or each alone."""
+    """Returns the seeds of each run: all seeds, or one."""
     seeds = list(config.seed_range)
     return [seeds] if config.together else [[seed] for seed in seeds]
 
 
 class Entry(NamedTuple):
-    """One line of the table, or half of one: a single-task run is of one task."""
+    """One line of the table. A single-task entry trains one task of its line."""
 
     method: str
     variant: Variant
@@ -233,19 +233,19 @@ class Entry(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Name of the folder."""
         task = "" if self.task is None else f"-{self.task + 1}"
         rho = "" if self.rho is None else f"-rho_{self.rho:g}"
         return f"{self.method}-{self.variant}{task}{rho}"
 
     def folder(self, config: Config, name: str, seeds: list[int]) -> pathlib.Path:
-        """Where a run of it on a data set is kept."""
+        """Returns the folder of a run of this entry."""
         path = set_folder(config, name) / "runs" / self.name
         return path if config.together else path / f"seed_{seeds[0]}"
 
     @property
     def label(self) -> str:
-        """As tables print it."""
+        """Label in the tables."""
         if self.method == "random_loss_weighting" and self.variant == "split":
             return "RLW+SAM"
         if self.method == STL:
@@ -294,10 +294,10 @@ def entries(config: Config) -> list[Entry]:
 
 
 def check(config: Config) -> None:
-    """Validates the configuration before anything is read.
+    """Validates the configuration before any data are read.
 
     Raises:
-      ConfigError: One sentence that names the field.
+      ConfigError: If an option is invalid. The message names the option.
     """
     common.check_common(config)
     common.check_names("methods", config.methods, (*BALANCERS, NATIVE))
@@ -305,4 +305,6 @@ def check(config: Config) -> None:
     common.check_names("controls", config.controls, CONTROLS)
     check_data("sets", config.sets, data.available())
     if not config.sets or not entries(config):
-        raise ConfigError("Nothing to run: --sets, or --methods and --controls, empty.")
+        raise ConfigError(
+            "Nothing to run: --sets, or --methods and --controls, is empty."
+        )

@@ -1,4 +1,4 @@
-"""The PNGs, from rows."""
+"""Draws the figures from the rows."""
 
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,7 @@ FAMILY = {
     "second": ("#CCBB44", "-"),
     "each": ("#66CCEE", "-"),
 }
-"""Colour and dash of a variant, the same in every panel."""
+"""Colour and dash of each variant, equal in all panels."""
 
 
 RLW = ("#CCBB44", "--")  # shares its panel with F-LS
@@ -43,7 +43,7 @@ def _panels(count: int, columns: int = 3):
 
 
 def _by_method(runs: Runs) -> dict[str, list[Entry]]:
-    """Panels: a balancer each, and one for what has none."""
+    """Groups the entries into panels: one per balancer, and one without balancer."""
     found: dict[str, list[Entry]] = {}
     for entry in runs.rows:
         if entry.method != STL:
@@ -57,7 +57,7 @@ def _base(entry: Entry) -> str:
 
 
 def _series(rows: Sequence[Mapping[str, Any]], field: str):
-    """Steps and values ``[S, P]`` of an evaluation metric."""
+    """Returns steps and values ``[S, P]`` of an evaluation metric."""
     curve = plots.curve(rows, field, "eval")
     return np.asarray(curve.steps), np.asarray(curve.values)
 
@@ -73,7 +73,7 @@ def _curves(
     reference: Mapping[str, Mapping[int, float]] | None = None,
     limits: tuple[float, float] | None = None,
 ):
-    """A panel a balancer, a line a variant: mean over seeds and ± 1 sd."""
+    """Draws one panel per balancer and one line per variant, mean ± 1 sd."""
     methods = _by_method(runs)
     figure, axes = _panels(len(methods))
     for axis, (name, group) in zip(axes, methods.items(), strict=True):
@@ -101,7 +101,7 @@ def _curves(
 
 
 def accuracy_over_epochs(runs: Runs):
-    """Mean test accuracy over epochs."""
+    """Draws the mean test accuracy over epochs."""
     return _curves(
         runs, "test_score", "test accuracy, %", "epoch",
         lambda steps, _: steps / runs.steps_per_epoch,
@@ -109,7 +109,7 @@ def accuracy_over_epochs(runs: Runs):
 
 
 def accuracy_over_cost(runs: Runs):
-    """The same over backward passes: equal compute, not equal steps."""
+    """Draws the mean test accuracy over backward passes, for equal compute."""
     return _curves(
         runs, "test_score", "test accuracy, %", "backward passes",
         lambda steps, entry: steps * entry.backward_passes,
@@ -117,7 +117,7 @@ def accuracy_over_cost(runs: Runs):
 
 
 def conflict(config: Config, runs: Runs, kind: str):
-    """Percent of probe batches in conflict."""
+    """Draws the percentage of probe batches in conflict."""
     same = kind == "inter_loss" and runs.name == "multi_mnist"
     inside = {
         variant: {e: p for e, p in points.items() if e <= config.epochs}
@@ -127,12 +127,12 @@ def conflict(config: Config, runs: Runs, kind: str):
         runs, f"probe_{kind}", f"{kind.replace('_', '-')} conflict, %", "epoch",
         lambda steps, _: steps / runs.steps_per_epoch,
         reference=inside if same else None,
-        limits=(-3, 145),  # room for the legend
+        limits=(-3, 145),  # space for the legend
     )  # fmt: skip
 
 
 def write(config: Config, runs: Runs) -> list[pathlib.Path]:
-    """All figures that the rows allow."""
+    """Writes all figures that the rows allow."""
     made: dict[str, Any] = {
         "accuracy_over_epochs": accuracy_over_epochs(runs),
         "accuracy_over_cost": accuracy_over_cost(runs),

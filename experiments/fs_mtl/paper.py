@@ -1,15 +1,15 @@
-"""Numbers of the paper (arXiv 2211.13723) and of its public logs, to lay beside ours.
+"""Numbers of the paper (arXiv 2211.13723) and of its public logs, for comparison.
 
-Accuracies in percent, ResNet-18, 200 epochs, 3 seeds, best epoch by the *test* set. In
-``paper.json``, by table, line and data set: task 1, task 2, their average, and its
-standard deviation where it is published.
+The accuracies are in percent, for ResNet-18, 200 epochs, 3 seeds and the best epoch by
+the *test* set. ``paper.json`` stores them by table, line and data set: task 1, task 2,
+their average, and its standard deviation if it is published.
 
 - ``table_1``: Table 1 of the paper.
-- ``logs``: tables and logs of the review-time copy of the code. Two of its averages
-  (LS on Fashion+MNIST, F-LS on MultiFashion) are 0.05 from those of their tasks.
-- ``table_6``: Table 6 of the paper (CAGrad) and the same of that copy (the others). The
-  87.49 of second-aggre MGDA is a misprint of the source: its tasks, 86.76 and 86.22,
-  average to 86.49.
+- ``logs``: Tables and logs of the code as of the review. Two averages (LS on
+  Fashion+MNIST, F-LS on MultiFashion) differ by 0.05 from those of their tasks.
+- ``table_6``: Table 6 of the paper (CAGrad) and the same table of that code (others).
+  The 87.49 of second-aggre MGDA is a misprint of the source. Its tasks, 86.76 and
+  86.22, have the average 86.49.
 """
 
 import json
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 
 class Cell(NamedTuple):
-    """Means over seeds; None where a number is not published."""
+    """Means over seeds. None marks a number that is not published."""
 
     one: float | None
     two: float | None
@@ -31,13 +31,13 @@ TABLE_5 = {
     "direct": (68.93, 91.41, 0.0130, 31.37, 6.43),
     "split": (73.77, 93.12, 0.0129, 27.44, 0.67),
 }
-"""Table 5: MGDA on Cityscapes: mIoU, pixel accuracy, abs. and rel. error, Δm."""
+"""Table 5, MGDA on Cityscapes: mIoU, pixel accuracy, abs. and rel. error, Δm."""
 
 CONFLICT = {
     "plain": {0: 47, 25: 42, 50: 45, 100: 48, 200: 53},
     "split": {0: 47, 25: 10, 50: 8, 100: 3, 200: 1},
 }
-"""Figure 3, Multi-MNIST: percent of batches with <g_1, g_2> < 0; read off, ±2."""
+"""Figure 3, Multi-MNIST: percent of batches with <g_1, g_2> < 0, read off, ±2."""
 
 _TABLES = json.loads(
     pathlib.Path(__file__).with_name("paper.json").read_text(encoding="utf-8")
@@ -45,7 +45,7 @@ _TABLES = json.loads(
 
 
 def published(name: str, label: str) -> Cell | None:
-    """The paper's or the logs' number of a line of our table, if there is one."""
+    """Returns the published number for a line of our table, or None."""
     for table in _TABLES.values():
         if label in table and name in table[label]:
             return Cell(*table[label][name])

@@ -1,4 +1,4 @@
-"""The data of FS-MTL §5 re-created, a model on them, and what is measured."""
+"""The data of FS-MTL, Section 5, a model on them, and its measurements."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ OVERLAYS = ("multidigits", "multi_mnist", "multi_fashion", "multi_fashion_mnist"
 
 
 class Splits(NamedTuple):
-    """Arrays of a data set, images shrunk, and the two classification tasks."""
+    """Arrays of a data set with shrunk images, and the two classification tasks."""
 
     train: dict[str, np.ndarray]
     val: dict[str, np.ndarray]
@@ -36,7 +36,7 @@ class Splits(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """A model on a data set, with one head for every task that is trained."""
+    """A model on a data set, with one head per trained task."""
 
     names: tuple[str, ...]
     init: Callable[[Array], models.Variables]
@@ -49,12 +49,12 @@ class Problem(NamedTuple):
 
 
 def shrink(images: np.ndarray, side: int) -> np.ndarray:
-    """Means over squares of ``side`` pixels, rounded; odd rows at the end are lost."""
+    """Averages over squares of ``side`` pixels and discards incomplete rows."""
     if side == 1:
         return images
     n, height, width, channels = images.shape
     if min(height, width) < 2 * side:
-        raise ConfigError(f"--shrink {side} leaves nothing of {height}x{width} pixels.")
+        raise ConfigError(f"--shrink {side} is too large for {height}x{width} pixels.")
     rows, columns = height // side, width // side
     blocks = images[:, : rows * side, : columns * side].reshape(
         n, rows, side, columns, side, channels
@@ -63,9 +63,9 @@ def shrink(images: np.ndarray, side: int) -> np.ndarray:
 
 
 def load(config: Config, name: str) -> Splits:
-    """The re-creation of the set: two items of different classes, overlaid by max.
+    """Loads the re-created data set: two items of different classes, overlaid by max.
 
-    See :func:`mtljax.data.multi_mnist` for the construction; the generator of the
+    See :func:`mtljax.data.multi_mnist` for the construction. The generator of the
     paper's files is not published.
     """
     sizes = {f"{s}_size": getattr(config, f"{s}_size") for s in data.SPLITS}
@@ -74,8 +74,8 @@ def load(config: Config, name: str) -> Splits:
     tasks = tuple(task for task in found.tasks if task.kind == "classification")
     if len(tasks) != 2 or any(common.Scorer(found, task).masked for task in tasks):
         raise ConfigError(
-            f"{name} has {len(tasks)} tasks of classes; two are needed, and no label "
-            "may be missing."
+            f"{name} has {len(tasks)} classification tasks. Two tasks without missing "
+            "labels are required."
         )
 
     def arrays(split):
@@ -94,7 +94,7 @@ def load(config: Config, name: str) -> Splits:
 
 
 def make_problem(config: Config, splits: Splits, task: int | None = None) -> Problem:
-    """A model with a head for every task, or for one of them alone."""
+    """Builds a model with a head for each task, or for a single task."""
     tasks = splits.tasks if task is None else (splits.tasks[task],)
     names = tuple(t.name for t in tasks)
     model = common.model_of(
@@ -143,13 +143,13 @@ def make_problem(config: Config, splits: Splits, task: int | None = None) -> Pro
 def in_parts(
     function: Callable[..., Any], images: Array, size: int = 1000
 ) -> dict[str, Array]:
-    """Logits of many images without holding all activations at once."""
+    """Computes the logits of many images in chunks, to limit the memory."""
     parts = [function(images[i : i + size]) for i in range(0, len(images), size)]
     return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
 
 
 def scores(problem: Problem, params: Any, batch_stats: Any) -> dict[str, Array]:
-    """Accuracy and calibration on the validation and the test split."""
+    """Returns accuracy and calibration on the validation and the test split."""
     found: dict[str, Array] = {}
     for prefix, split in (("val", problem.val), ("test", problem.test)):
         outputs = in_parts(

@@ -1,4 +1,4 @@
-"""From rows to tables and answers; no training code, no plots."""
+"""Builds tables and answers from the rows. Does not train or draw figures."""
 
 import math
 import pathlib
@@ -26,7 +26,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 class Runs(NamedTuple):
-    """What was measured on one data set."""
+    """Rows and measurements on one data set."""
 
     name: str
     tasks: tuple[str, ...]
@@ -66,22 +66,22 @@ def at_lengths(
 
 
 def chosen(rows: Rows) -> list[dict[str, Any]]:
-    """The row of every seed at the epoch that validation picks."""
+    """Returns the row of each seed at the epoch selected by validation."""
     return select(rows).rows
 
 
 def last(rows: Rows) -> list[dict[str, Any]]:
-    """The last evaluation of every seed."""
+    """Returns the last evaluation of each seed."""
     return select(rows).last
 
 
 def probes(rows: Rows) -> list[dict[str, Any]]:
-    """The last measurement of conflict of every seed."""
+    """Returns the last measurement of conflict of each seed."""
     return last([row for row in rows if "probe_inter_loss" in row])
 
 
 def lines(runs: Runs) -> dict[str, list[Entry]]:
-    """Entries by line of the table: the two single-task runs are one line."""
+    """Groups entries by table line. The two single-task runs form one line."""
     found: dict[str, list[Entry]] = {}
     for entry in runs.rows:
         found.setdefault(entry.label, []).append(entry)
@@ -95,7 +95,7 @@ def lines(runs: Runs) -> dict[str, list[Entry]]:
 def column(
     runs: Runs, group: list[Entry], metric: str, task: int, *, at=chosen
 ) -> np.ndarray:
-    """A metric of a task over seeds, from the entry that trained that task."""
+    """Returns a metric of a task over seeds, from the entry that trained the task."""
     entry = group[0] if len(group) == 1 else group[task]
     return np.array(
         [row[f"test_{runs.tasks[task]}_{metric}"] for row in at(runs.rows[entry])]
@@ -103,18 +103,18 @@ def column(
 
 
 def accuracy(runs: Runs, group: list[Entry], *, at=chosen) -> np.ndarray:
-    """Mean accuracy of the tasks in percent, over seeds."""
+    """Returns the mean accuracy of the tasks in percent, over seeds."""
     each = [column(runs, group, "acc", task, at=at) for task in (0, 1)]
     return 100 * np.mean(each, axis=0)
 
 
 def backward_passes(group: list[Entry]) -> int:
-    """Per step, both tasks together."""
+    """Returns the backward passes per step, for both tasks together."""
     return sum(entry.backward_passes for entry in group)
 
 
 def table_rows(runs: Runs) -> dict[str, dict[str, Any]]:
-    """The values of all lines over seeds."""
+    """Returns the values of all lines over seeds."""
     body = {}
     for label, group in lines(runs).items():
         one, two = (100 * column(runs, group, "acc", task) for task in (0, 1))
@@ -153,7 +153,7 @@ DIGITS = {
 
 
 def main_table(runs: Runs) -> str:
-    """Markdown: all lines, mean ± sd."""
+    """Formats all lines as Markdown, mean ± sd."""
     columns: dict[str, Any] = dict.fromkeys(runs.tasks, "max") | COLUMNS
     columns |= dict.fromkeys(NEUTRAL, "")
     digits = dict.fromkeys(columns, 2) | DIGITS
@@ -162,7 +162,7 @@ def main_table(runs: Runs) -> str:
 
 
 def beside_paper(runs: Runs) -> str:
-    """Markdown: our averages and gains beside the published ones (Tables 1 and 6)."""
+    """Formats our averages and gains and the published ones (Tables 1 and 6)."""
     groups = lines(runs)
     head = ["line", "ours, average", "ours, F - X", "paper, average", "paper, F - X"]
     body = []
@@ -184,14 +184,14 @@ def beside_paper(runs: Runs) -> str:
 
 
 def table_5() -> str:
-    """Markdown: the paper's direct against split; ours is in the cautions below."""
+    """Formats the paper's direct and split results. Ours are in the cautions."""
     head = ["MGDA, Cityscapes", "mIoU", "pixel acc", "abs err", "rel err", "Δm"]
     found = paper.TABLE_5.items()
     return markdown(head, [[name, *(f"{v:g}" for v in row)] for name, row in found])
 
 
 def _pairs(runs: Runs, one: str, two: str) -> np.ndarray | None:
-    """Differences over seeds, seed by seed, in points of accuracy."""
+    """Returns differences in points of accuracy, paired by seed."""
     groups = lines(runs)
     if one not in groups or two not in groups:
         return None
@@ -204,7 +204,7 @@ def _labels(config: Config) -> list[str]:
 
 
 def caution_1(config: Config, runs: Runs) -> str:
-    """Does the split matter at equal radius, norm and adaptivity?"""
+    """Tests the effect of the split at equal radius, norm and adaptivity."""
     head = ["balancer", "split - direct", "direct - plain", "split - plain"]
     head.append("paper's split - direct")
     body = []
@@ -240,7 +240,7 @@ def caution_1(config: Config, runs: Runs) -> str:
 
 
 def caution_2(config: Config, runs: Runs) -> str:
-    """How much of the gain needs a balancer?"""
+    """Measures the share of the gain that needs a balancer."""
     body = []
     wanted = [("F-STL", "STL"), ("F-LS", "LS"), ("RLW+SAM", "LS"), ("RLW+SAM", "F-LS")]
     for base in _labels(config):
@@ -253,7 +253,7 @@ def caution_2(config: Config, runs: Runs) -> str:
 
 
 def conflict_table(runs: Runs) -> str:
-    """Markdown: percent of probe batches in conflict, over epochs."""
+    """Formats the percentage of probe batches in conflict over epochs."""
     epochs = sorted(
         {
             row["step"] // runs.steps_per_epoch
@@ -378,7 +378,7 @@ def conflict_shares(runs: Runs) -> dict[str, dict[int, np.ndarray]]:
 
 
 def write(config: Config, runs: Runs, command: str, notes: str) -> pathlib.Path:
-    """``<set>/table.md`` with everything in words and numbers."""
+    """Writes ``<set>/table.md`` with all tables and explanations."""
     missing = [e.label for e in entries(config) if e not in runs.rows]
     ball = "adaptive" if config.adaptive else "not adaptive"
     radii = ", ".join(f"{rho:g}" for rho in config.rhos)
@@ -449,14 +449,14 @@ def result_lines(runs: Runs) -> list[dict[str, Any]]:
 
 
 def write_rows(config: Config, runs: Runs) -> pathlib.Path:
-    """``<set>/results.jsonl``: a line per entry and seed."""
+    """Writes ``<set>/results.jsonl`` with one line per entry and seed."""
     path = set_folder(config, runs.name) / "results.jsonl"
     found = {} if runs.dataset is None else {runs.name: runs.dataset}
     return common.write_rows(path, config, result_lines(runs), data=found)
 
 
 def summary(runs: Runs) -> list[str]:
-    """Lines for the terminal: the averages, best first."""
+    """Returns the averages for the terminal, best first."""
     found = {label: accuracy(runs, group) for label, group in lines(runs).items()}
     order = sorted(found, key=lambda label: -math.fsum(found[label]))
     width = max(map(len, found), default=0)

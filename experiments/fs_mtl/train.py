@@ -1,4 +1,4 @@
-"""One step of an entry, and a resumable run of it with all its seeds."""
+"""One training step of an entry, and a resumable run of it with all seeds."""
 
 import pathlib
 from collections.abc import Callable
@@ -20,11 +20,11 @@ MAY_DIFFER = (
     "sets", "methods", "variants", "ablations", "controls", "epochs", "report_only",
     "seeds", "first_seed", "longer", "checkpoint_every",
 )  # fmt: skip
-"""Fields that a run may be gone on with: they do not change its numbers."""
+"""Fields that a resumed run may change, because they do not affect its numbers."""
 
 
 class State(NamedTuple):
-    """Everything that changes in a run."""
+    """All values that change in a run."""
 
     params: Any
     batch_stats: Any
@@ -34,7 +34,7 @@ class State(NamedTuple):
 
 
 class Program(NamedTuple):
-    """An entry on a problem: its first state, its step, its measurements."""
+    """An entry on a problem: initial state, step and evaluation."""
 
     init: Callable[[Array], State]
     step: Callable[[State, Batch], tuple[State, dict[str, Array]]]
@@ -42,7 +42,7 @@ class Program(NamedTuple):
 
 
 def build_balancer(config: Config, entry: Entry, num_tasks: int, key: Array):
-    """The balancer of an entry; a single task has nothing to balance."""
+    """Builds the balancer of an entry. A single task is not balanced."""
     if entry.method == STL:
         return mtljax.linear(num_tasks)
     options = {
@@ -56,7 +56,7 @@ def build_balancer(config: Config, entry: Entry, num_tasks: int, key: Array):
 def build_gradient(
     config: Config, problem: Problem, entry: Entry, key: Array
 ) -> sharpness.FlatGrad:
-    """The sharpness-aware gradient of an entry; plain entries have no ball."""
+    """Builds the sharpness-aware gradient of an entry. Plain entries have radius 0."""
     plain, samo = entry.variant == "plain", entry.variant == "samo"
     balancer_key, samo_key = jax.random.split(key)
     mode: sharpness.Mode = "split"
@@ -82,9 +82,9 @@ def build_gradient(
 
 
 def make_probe(config: Config, problem: Problem) -> Callable[[State], dict[str, Array]]:
-    """Conflict rates over fixed training batches, for every entry at the same radius.
+    """Builds a probe of conflict rates on fixed training batches, at one radius.
 
-    Made once for all entries: what they learned differs, not how it is looked at.
+    All entries share the probe. Their measurements are therefore comparable.
     """
     function = sharpness.sam_task_grads(
         problem.task_losses,
@@ -123,9 +123,9 @@ def make_program(
     probe: Callable[[State], dict[str, Array]] | None,
     score: Callable[..., dict[str, Array]],
 ) -> Program:
-    """Binds an entry to a problem; ``probe`` and ``score`` are shared by entries."""
+    """Binds an entry to a problem. All entries share ``probe`` and ``score``."""
     optimizer = optax.adam(config.lr)
-    # The keys of this one are never drawn from: those in the state are.
+    # Placeholder key. Sampling uses the keys in the state.
     gradient = build_gradient(config, problem, entry, jax.random.key(0))
 
     def init(key: Array) -> State:
@@ -147,7 +147,7 @@ def make_program(
         updates, opt_state = optimizer.update(grad, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         new = State(params, batch_stats, opt_state, balancing, state.step + 1)
-        # Those on the loss gradients; of "each" those on the tasks' mixtures.
+        # Weights of the loss gradients, or of the tasks' mixtures with "each".
         weights = balancing.balancer.loss.task_weights
         return new, {"losses": losses, "task_weights": weights}
 
@@ -164,14 +164,14 @@ def make_program(
 
 
 def make_score(problem: Problem) -> Callable[..., dict[str, Array]]:
-    """Accuracy and calibration of every seed, as one compiled program."""
+    """Builds a compiled function for accuracy and calibration of all seeds."""
     return jax.jit(jax.vmap(lambda params, stats: scores(problem, params, stats)))
 
 
 def initial_state(program: Program, seeds: list[int]) -> tuple[State, Array]:
-    """Stacked states of the seeds and their keys of data order.
+    """Returns the stacked states of the seeds and their data-order keys.
 
-    With one seed all entries start from the same trunk and see the same batches.
+    With one seed, all entries start from the same trunk and use the same batches.
     """
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
     init_keys, order_keys = training.split_run_key(keys)
@@ -179,7 +179,7 @@ def initial_state(program: Program, seeds: list[int]) -> tuple[State, Array]:
 
 
 def steps_per_epoch(config: Config, problem: Problem) -> int:
-    """Whole batches in the training canvases."""
+    """Returns the number of complete batches in the training canvases."""
     size = len(problem.train["image"])
     check_batch("batch_size", config.batch_size, size)
     return size // config.batch_size
@@ -199,7 +199,7 @@ def run_entry(
     seeds: list[int],
     folder: pathlib.Path,
 ) -> training.FitResult:
-    """Trains an entry, or goes on where it stopped; a finished one is only read."""
+    """Trains or resumes an entry. A finished entry is only read."""
     state, order_keys = initial_state(program, seeds)
     epoch = steps_per_epoch(config, problem)
     plan = common.Plan(

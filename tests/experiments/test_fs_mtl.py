@@ -68,7 +68,7 @@ def test_backward_passes(entry, passes):
         ({"rhos": (-1.0,)}, "--rhos must be a positive number, not -1"),
         ({"lr": 0.0}, "--lr must be a positive number, not 0"),
         ({"report_only": True, "overwrite": True}, "exclude each other"),
-        ({"shrink": 9}, "--shrink 9 leaves nothing of 12x12"),
+        ({"shrink": 9}, "--shrink 9 is too large for 12x12"),
         ({"batch_size": 10_000}, "--batch-size 10000 is more than the 256"),
     ],
 )
