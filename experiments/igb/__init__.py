@@ -1,1 +1,1 @@
-"""IGB: what improvable gaps and an agent add to log losses, with few and many tasks."""
+"""IGB: effect of improvable gaps and of an agent compared with log losses."""

@@ -5,9 +5,9 @@ from experiments.igb.config import PRESETS, SINGLE_TASK, Config, check
 
 
 def main(config: Config, command: str) -> None:
-    """Trains everything, then writes and prints a table for each data set."""
+    """Trains all rows, then writes and prints a table for each data set."""
     check(config)
-    # Here, so that --help and mistyped options answer at once.
+    # Imported here, so that --help and mistyped options respond immediately.
     from experiments.common.report import Screen
     from experiments.igb import report, train
 

@@ -1,4 +1,4 @@
-"""What can be set, the rows there are, and the presets."""
+"""Options, table rows and presets of the experiment."""
 
 import dataclasses
 import pathlib
@@ -13,7 +13,7 @@ SINGLE_TASK = "single_task"
 
 
 class Row(NamedTuple):
-    """A row of the table: a loss balancer, then perhaps a gradient balancer."""
+    """A row of the table: a loss balancer and an optional gradient balancer."""
 
     label: str
     loss: str = "linear"
@@ -70,30 +70,32 @@ SETS = ("enb", "jura", "oes97", "oes10", "atp1d", "slump")
 
 @dataclasses.dataclass(frozen=True)
 class Agent:
-    """The phases of IGB as shares of a run, and the agent of IGBv2."""
+    """Phases of IGB as shares of a run, and options of the IGBv2 agent."""
 
     window: Annotated[tuple[float, float], Bounds(0, 1)] = (1 / 500, 2 / 500)
-    """Share of the steps whose losses are L_base: the paper's is epoch 2 of 500."""
+    """Shares of the steps between which the losses are averaged to L_base. The paper
+    uses epoch 2 of 500."""
     train_from: Share = 3 / 500
     """Share of the steps after which the agent is trained."""
     use_from: Share = 5 / 500
     """Share of the steps after which the agent is used."""
     capacity: int = 10_000
-    """Transitions in the buffer."""
+    """Number of transitions in the buffer."""
     period: int = 50
-    """Steps between trainings of the agent."""
+    """Steps between two trainings of the agent."""
     updates: int = 25
-    """Its updates per training with an empty buffer."""
+    """Updates per training of the agent with an empty buffer."""
     batch_size: int = 128
     """Transitions per update with an empty buffer."""
     hidden: Widths = (128, 128)
     """Widths of actor and critics."""
     lr: float = 3e-4
-    """Of actor, critics and temperature."""
+    """Learning rate of actor, critics and temperature."""
     lr_composed: float = 1e-4
-    """The same in company of MGDA, PCGrad or Nash-MTL."""
+    """Learning rate in combination with MGDA, PCGrad or Nash-MTL."""
     density: Literal["tanh_compat", "logistic_normal"] = "tanh_compat"
-    """Log-density of an action: the authors' code, or that of the action."""
+    """Log-density of an action. tanh_compat is the formula of the authors' code,
+    logistic_normal is the exact density."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,9 +103,9 @@ class Training:
     """Model and training on one kind of data."""
 
     methods: tuple[str, ...] = ()
-    """Rows, in the order of the table (ROWS in config.py); single-task comes first."""
+    """Rows, in table order (ROWS in config.py). The single-task rows come first."""
     steps: int = 1000
-    """Updates of every run."""
+    """Updates of each run."""
     batch_size: int = 120
     """Examples per update."""
     lrs: Rates = (3e-4, 1e-3, 3e-3)
@@ -112,13 +114,13 @@ class Training:
     hidden: Widths = (64, 64)
     """Widths of the trunk for tables."""
     width: int = 64
-    """State of an atom, for molecules."""
+    """Size of the state of an atom, for molecules."""
     edge_width: int = 128
     """Hidden width of the edge network."""
     features: int = 64
-    """What the heads read, for molecules."""
+    """Number of input features of the heads, for molecules."""
     train_size: int | None = None
-    """Training examples; None is all."""
+    """Training examples, or None for all."""
     eval_size: int = 10_000
     """Validation and test examples used, at most."""
     eval_every: int = 100
@@ -138,24 +140,24 @@ class Config(common.Tuned):
     targets, also module:function of your own. Tables of mulan_mtr are split by the
     seed, and their targets keep the ratios of their units."""
     source: Literal["files", "tfds"] = "files"
-    """Where qm9 comes from."""
+    """Source of qm9."""
     heads: Literal["algorithm3", "code"] = "algorithm3"
-    """Heads descend their weighted loss, or, for MGDA, IMTL-G and Nash-MTL, that times
-    the weight of the gradient balancer as well (the authors' code)."""
+    """With algorithm3, heads descend their weighted loss. With code, as in the authors'
+    code, this loss is also multiplied by the weight of MGDA, IMTL-G or Nash-MTL."""
     graph: Training = Training()
-    """On molecules."""
+    """Settings for molecules."""
     table: Training = Training()
-    """On tables."""
+    """Settings for tables."""
 
     out: pathlib.Path = pathlib.Path("results/igb")
 
     def training_of(self, data: str) -> Training:
-        """Settings of a data set."""
+        """Returns the settings of a data set."""
         return self.graph if is_graph(data) else self.table
 
 
 def is_graph(data: str) -> bool:
-    """Whether a set has molecules."""
+    """Returns whether a data set contains molecules."""
     return data in ("qm9", "qm9_subset")
 
 
@@ -175,7 +177,7 @@ SHORT_RUN = Agent(
 
 PRESETS = {
     "smoke": (
-        "A quarter of a minute, mostly compilation: a small table, two methods.",
+        "About 15 seconds, mostly compilation: a small table, two methods.",
         Config(
             data=("mulan_mtr/enb",),
             seeds=2,
@@ -286,10 +288,10 @@ PRESETS = {
 
 
 def check(config: Config) -> None:
-    """Validates the configuration before anything is read.
+    """Validates the configuration before any data are read.
 
     Raises:
-      ConfigError: One sentence that names the field.
+      ConfigError: If an option is invalid. The message names the option.
     """
     common.check_common(config)
     common.check_some("data", config.data)
@@ -303,6 +305,6 @@ def check(config: Config) -> None:
         times = (*agent.window, agent.train_from, agent.use_from)
         if agent.window[0] >= agent.window[1] or sorted(times) != list(times):
             raise common.ConfigError(
-                f"--{kind}.agent.window, .train-from and .use-from must follow one "
-                f"another, not {times}."
+                f"--{kind}.agent.window, .train-from and .use-from must ascend, "
+                f"not {times}."
             )

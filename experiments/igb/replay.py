@@ -1,4 +1,4 @@
-"""The committed row of equal weights on a table, trained again."""
+"""Trains the committed row of equal weights on a table again."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""From rows to the tables and the plots; no training code."""
+"""Builds the tables and the figures from the rows. Does not train."""
 
 import math
 import pathlib
@@ -19,7 +19,7 @@ from mtljax.training import plots, tables
 
 Rows = Sequence[Mapping[str, Any]]
 
-# QM9's tables print energies in meV, the rest in the target's unit.
+# The QM9 tables print energies in meV, other metrics in the unit of the target.
 MILLI = ("homo", "lumo", "zpve", "u0", "u", "h", "g")
 DM_METRICS, DM_TASKS, DM_LAST, RANK, LR = (
     "Δm % (metrics)", "Δm % (tasks)", "Δm %, last step", "mean rank", "lr / 1e-3",
@@ -39,18 +39,18 @@ COMPARED = (
 
 
 def label_of(method: str) -> str:
-    """The name that tables print."""
+    """Returns the name of a method in the tables."""
     return "single task" if method == SINGLE_TASK else ROWS[method].label
 
 
 def factors(names: Sequence[str], data: str) -> np.ndarray:
-    """What the errors are multiplied by in the table."""
+    """Returns the factors of the errors in the table."""
     molecules = is_graph(data)
     return np.array([1e3 if molecules and n in MILLI else 1.0 for n in names])
 
 
 def baseline(rows: Rows, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Mean over seeds of the single-task errors, each at its best validation step."""
+    """Returns mean single-task errors over seeds, each at its best validation step."""
     best = select_each(rows, maximise=False)
     found = {}
     for part in ("val_mae", "test_mae"):
@@ -147,10 +147,11 @@ def make_report(values: Values, data: str) -> Report:
 
 
 def groups_of(names: Sequence[str], data: str) -> list[int]:
-    """The task of every metric, for the mean over tasks.
+    """Returns the task of each metric, for the mean over tasks.
 
-    One metric per target makes the two conventions equal; on molecules the four
-    atomisation energies, which differ by less than their errors, count as one task.
+    With one metric per target, both forms of Δm are equal. On molecules, the four
+    atomisation energies count as one task, because they differ by less than their
+    errors.
     """
     if not is_graph(data):
         return list(range(len(names)))
@@ -281,7 +282,7 @@ def write_plots(values: Values, config: Config, data: str) -> list[pathlib.Path]
 
 
 def agent_curve(rows: Rows) -> plots.Curve:
-    """Reward and temperature ``[seeds, points, 2]``."""
+    """Returns reward and temperature ``[seeds, points, 2]``."""
     steps, reward = plots.curve(rows, "reward")
     _, temperature = plots.curve(rows, "temperature")
     return plots.Curve(steps, np.stack([reward, temperature], -1))

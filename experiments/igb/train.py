@@ -1,4 +1,4 @@
-"""The problem, one step of a row of the table, and its run with all seeds."""
+"""Problem, training step of a table row, and its run with all seeds."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -29,13 +29,13 @@ from mtljax.models.mpnn import MPNN
 
 Batch = Mapping[str, Array]
 
-EVAL_CHUNK = 1000  # molecules at once
-SLOW_AGENT = ("mgda", "pcgrad", "nash_mtl")  # in their company the agent's lr is lower
+EVAL_CHUNK = 1000  # molecules per chunk
+SLOW_AGENT = ("mgda", "pcgrad", "nash_mtl")  # lower learning rate of the agent
 WEIGHTED_HEADS = ("mgda", "imtl_g", "nash_mtl")  # in the authors' code
 
 
 class State(NamedTuple):
-    """Everything that changes in a run."""
+    """All values that change in a run."""
 
     params: Any
     opt_state: Any
@@ -47,7 +47,7 @@ class State(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """A data set with a model and what is measured on it."""
+    """A data set with a model and its evaluation."""
 
     name: str
     dataset: data.Dataset
@@ -67,7 +67,7 @@ class Problem(NamedTuple):
 
 
 class Program(NamedTuple):
-    """A row on a problem: its first state around a model, and its step."""
+    """A row on a problem: its initial state and its step."""
 
     init: Callable[..., State]
     step: Callable[[State, Batch], tuple[State, dict[str, Array]]]
@@ -75,14 +75,14 @@ class Program(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One entry of the vmapped axis: a seed (on one task)."""
+    """One entry of the vmapped axis: a seed, and the task of a baseline."""
 
     seed: int
     task: int | None
     lr: float
 
     def label(self, names: list[str]) -> dict[str, Any]:
-        """What tells this run apart in the rows."""
+        """Returns the fields that identify this run in the rows."""
         return {
             "seed": self.seed,
             "lr": self.lr,
@@ -91,7 +91,7 @@ class Run(NamedTuple):
 
 
 def build_model(name: str, settings: Training, dataset: data.Dataset) -> models.Model:
-    """A message-passing network for molecules, an MLP for tables."""
+    """Builds a message-passing network for molecules, or an MLP for tables."""
     heads = {task.name: task.size for task in dataset.tasks}
     if not is_graph(name):
         return models.build("mlp", heads, hidden=settings.hidden)
@@ -105,7 +105,7 @@ def build_model(name: str, settings: Training, dataset: data.Dataset) -> models.
 
 
 def in_chunks(function: Callable[[Array], Array], x: Array, size: int) -> Array:
-    """``function`` on chunks of the rows, in turn: memory of one chunk."""
+    """Applies ``function`` to chunks of the rows in sequence, to limit the memory."""
     whole = len(x) // size
     if whole <= 1 and len(x) <= size:
         return function(x)
@@ -235,7 +235,7 @@ def learning_rate(settings: Training) -> optax.Schedule:
 
 
 def phases(agent: Agent, steps: int) -> mtljax.IGBPhases:
-    """The phases of IGB in steps."""
+    """Returns the phases of IGB in steps."""
     start = round(agent.window[0] * steps)
     stop = max(start + 1, round(agent.window[1] * steps))
     train_from = max(stop, round(agent.train_from * steps))
@@ -246,11 +246,11 @@ def phases(agent: Agent, steps: int) -> mtljax.IGBPhases:
 def loss_balancer(
     row: Row, num_tasks: int, settings: Training, *, key: Array, constants: Array
 ) -> mtljax.Balancer:
-    """The first of the two: weights from the losses alone."""
+    """Builds the first balancer, which computes weights from the losses."""
     agent, steps = settings.agent, settings.steps
     if row.loss in ("linear", "static"):
         return mtljax.linear(num_tasks, weights=constants)
-    if row.loss == "random_loss_weighting":  # of sum T, as in the authors' code
+    if row.loss == "random_loss_weighting":  # sum T, as in the authors' code
         return mtljax.random_loss_weighting(num_tasks, key=key, scale="sum")
     when = phases(agent, steps)
     if row.loss == "igb_v1":
@@ -281,7 +281,7 @@ def loss_balancer(
 
 
 def gradient_balancer(row: Row, num_tasks: int, key: Array) -> mtljax.Balancer:
-    """The second: from the gradients of the weighted losses, or their sum."""
+    """Builds the second balancer, from gradients of the weighted losses, or a sum."""
     options: dict[str, Any] = {
         "mgda": {"scale": "sum"},
         "cagrad": {"rescale": "1+c^2", "scale": "sum"},
@@ -291,7 +291,7 @@ def gradient_balancer(row: Row, num_tasks: int, key: Array) -> mtljax.Balancer:
 
 
 def make_program(config: Config, problem: Problem, method: str) -> Program:
-    """Initial state and step of a row of the table."""
+    """Builds the initial state and the step of a table row."""
     row = Row("single task") if method == SINGLE_TASK else ROWS[method]
     settings, num_tasks = problem.settings, problem.dataset.num_tasks
     optimizer = optax.adam(learning_rate(settings))
@@ -318,7 +318,7 @@ def make_program(config: Config, problem: Problem, method: str) -> Program:
         )
 
     def step(state: State, batch: Batch):
-        # Keys of random methods live in their states; this one is never drawn from.
+        # Random methods use the keys in their states. This placeholder is never used.
         first, second = balancers(jax.random.key(0), state.constants)
         weigh = first.weigh
         assert weigh is not None
@@ -427,5 +427,5 @@ def run_method(
 
 
 def folder(config: Config, data_name: str):
-    """Where the files of a data set go."""
+    """Returns the folder of a data set."""
     return config.out / re.sub("[/:]", "-", data_name)

@@ -1,1 +1,1 @@
-"""The main job: many methods on real overlaid digits, side by side."""
+"""The main experiment: many methods on real overlaid digits, compared directly."""

@@ -5,9 +5,9 @@ from experiments.multidigits.config import PRESETS, SINGLE_TASK, Config, check
 
 
 def main(config: Config, command: str) -> None:
-    """Trains everything, then writes and prints the comparison."""
+    """Trains all rows, then writes and prints the comparison."""
     check(config)
-    # Here, so that --help and mistyped options answer at once.
+    # Imported here, so that --help and mistyped options respond immediately.
     from experiments.common.report import Screen
     from experiments.common.timing import step_times
     from experiments.multidigits import report, train
@@ -46,8 +46,8 @@ def cli() -> None:
         main,
         PRESETS,
         "multidigits",
-        "Single-task baselines and multi-task methods on overlaid real digits, or on "
-        "a data set of your own, side by side.",
+        "Compares single-task baselines with multi-task methods on overlaid real "
+        "digits or on your own data set.",
         default="demo",
     )
 

@@ -1,4 +1,4 @@
-"""What can be set, and the presets."""
+"""Options and presets of the experiment."""
 
 import dataclasses
 import pathlib
@@ -24,7 +24,7 @@ CLASSICS = (
     "cagrad",
     "nash_mtl",
 )
-"""The methods that most tables of the field share; any other can be named."""
+"""Methods that most published tables contain. Other methods can be named."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,51 +32,52 @@ class Config(common.Common):
     """Trains single-task baselines and multi-task methods and compares them."""
 
     methods: tuple[str, ...] = CLASSICS
-    """Factories of mtljax, in the order of the table; single-task runs come first."""
+    """Method factories of mtljax, in table order. The single-task runs come first."""
     data: str = "multidigits"
-    """multidigits needs no files; the others read --data-dir. Any set of mtljax.data
-    with classes and numbers as targets, NAME/SUBSET, or module:function of your own."""
+    """multidigits needs no files, other data sets are read from --data-dir. Any data
+    set of mtljax.data with class or number targets, NAME/SUBSET, or your own
+    module:function."""
     source: Literal["files", "tfds"] = "files"
-    """Where the MultiMNIST family comes from."""
+    """Source of the MultiMNIST family."""
     download: bool = False
-    """Let tensorflow-datasets download what is absent."""
+    """Allow tensorflow-datasets to download absent data."""
     train_size: int | None = None
-    """Training examples; None is the data set's default."""
+    """Training examples. None uses the default of the data set."""
     eval_size: int = 2000
     """Validation and test examples used, at most."""
 
     model: Literal["mlp", "lenet", "resnet18"] = "mlp"
-    """Trunk that the tasks share; each has a linear head of its own."""
+    """Shared trunk. Each task has its own linear head."""
     hidden: Widths = (128, 128)
-    """Widths of the MLP's trunk."""
+    """Widths of the MLP trunk."""
     kernels: tuple[int, int] = (9, 5)
-    """Kernel sizes of LeNet; (5, 3) fits the 12x12 canvas of multidigits."""
+    """Kernel sizes of LeNet. (5, 3) fits the 12x12 canvas of multidigits."""
     heads: Literal["own", "weighted"] = "own"
-    """Heads follow their own loss, or their loss times the task's weight."""
+    """Heads descend their own loss, or their loss multiplied by the task weight."""
     steps: int = 1200
-    """Updates of every run."""
+    """Updates of each run."""
     batch_size: int = 128
     """Examples per update."""
     lrs: Rates = (1e-3,)
-    """Learning rates of Adam; with several, validation picks one for each method."""
+    """Learning rates of Adam. Validation selects one of several for each method."""
     clip_norm: float | None = None
-    """Clips the global norm of the balanced gradient, for all methods alike."""
+    """Maximum global norm of the balanced gradient, equal for all methods."""
 
     eval_every: int = 150
-    """Steps between evaluations (validation picks the step that is reported)."""
+    """Steps between evaluations. Validation selects the reported step."""
     log_every: int = 30
     """Steps between rows of training losses and weights."""
     probe_size: int = 256
-    """Training examples on which the cosines of task gradients are measured."""
+    """Training examples for the measurement of gradient cosines."""
     time_steps: Size = 50
-    """Steps of one timing round, of three; 0 leaves the timing out."""
+    """Steps per timing round, of three rounds. 0 disables the timing."""
 
     out: pathlib.Path = pathlib.Path("results/multidigits")
 
 
 PRESETS = {
     "smoke": (
-        "Some fifteen seconds, mostly compilation: two methods, a few steps.",
+        "About 15 seconds, mostly compilation: two methods, a few steps.",
         Config(
             methods=("linear", "cagrad"),
             seeds=2,
@@ -94,11 +95,11 @@ PRESETS = {
         ),
     ),
     "demo": (
-        "The default, below 3 minutes on 2 CPU cores: all methods, 3 seeds.",
+        "The default, less than 3 minutes on 2 CPU cores: all methods, 3 seeds.",
         Config(),
     ),
     "full": (
-        "About an hour on 2 CPU cores: LeNet, learning rates tuned, 5 seeds.",
+        "About an hour on 2 CPU cores: LeNet, tuned learning rates, 5 seeds.",
         Config(
             model="lenet",
             kernels=(5, 3),
@@ -114,14 +115,14 @@ PRESETS = {
 
 
 def check(config: Config) -> None:
-    """Validates the configuration before anything is read.
+    """Validates the configuration before any data are read.
 
     Raises:
-      ConfigError: One sentence that names the field.
+      ConfigError: If an option is invalid. The message names the option.
     """
     common.check_common(config)
     common.check_some("methods", config.methods)
     common.check_methods("methods", config.methods)
     check_data("data", (config.data,), data.available())
     if config.download and config.source != "tfds":
-        raise ConfigError("--download works with --source tfds only.")
+        raise ConfigError("--download requires --source tfds.")

@@ -1,4 +1,4 @@
-"""The committed row of equal weights, trained again."""
+"""Trains the committed row of equal weights again."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ KEYS, LINES = ("method", "seed", "task"), 3
 
 
 def rows(config: Config) -> list[dict[str, Any]]:
-    """Its reported lines."""
+    """Returns the reported lines of the row."""
     problem = train.make_problem(config)
     program = train.make_program(config, problem, "linear")
     found = train.run_method(config, problem, "linear", program).rows

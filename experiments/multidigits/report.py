@@ -1,4 +1,4 @@
-"""From rows to the table and the plots; no training code."""
+"""Builds the table and the figures from the rows. Does not train."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -18,12 +18,12 @@ from mtljax.training import plots
 
 
 def label_of(method: str) -> str:
-    """The name that tables print."""
+    """Returns the name of a method in the tables."""
     return "single task" if method == SINGLE_TASK else mtljax.METHODS[method].label
 
 
 def better(column: str) -> Literal["min", "max"]:
-    """Whether less or more of a test metric is better."""
+    """Returns whether a test metric is minimised or maximised."""
     return "min" if column.endswith(LOWER) else "max"
 
 
@@ -33,7 +33,7 @@ def values_of(
     columns: Mapping[str, int],
     names: Sequence[str],
 ) -> dict[str, list[float]]:
-    """Test metrics over seeds; a baseline's come from the run on that task."""
+    """Returns test metrics over seeds. A baseline uses the runs on each task."""
     chosen = select_each(rows)
 
     def of(column, task):
@@ -49,7 +49,7 @@ def make_report(
     names: Sequence[str],
     times: Mapping[str, float],
 ) -> Report:
-    """Metrics, Δm both ways, mean rank and step time, the best mean rank first."""
+    """Reports metrics, both forms of Δm, mean rank and step time, sorted by rank."""
     values = {m: values_of(m, r, columns, names) for m, r in rows.items()}
     higher = np.array([better(c) == "max" for c in columns])
     groups = list(columns.values())
@@ -94,7 +94,7 @@ def write_table(
     config: Config,
     command: str,
 ) -> pathlib.Path:
-    """``table.md``: the command, the versions, the table."""
+    """Writes ``table.md``: the command, the table and the versions."""
     choices = {label_of(m): select(r) for m, r in rows.items() if m != SINGLE_TASK}
     parts = [
         f"# {config.data}: {len(report.rows)} rows, {config.seeds} seeds",
@@ -114,7 +114,7 @@ def write_rows(
     times: Mapping[str, float],
     config: Config,
 ) -> pathlib.Path:
-    """``results.jsonl``: a line per method and reported run."""
+    """Writes ``results.jsonl`` with one line per method and reported run."""
     lines = [
         {"method": method, **row, "step_ms": times.get(method)}
         for method, found in rows.items()
@@ -129,7 +129,7 @@ def write_plots(
     names: Sequence[str],
     config: Config,
 ) -> list[pathlib.Path]:
-    """Loss curves, weights, cosines and the trade-off between the first two tasks."""
+    """Draws loss curves, weights, cosines and the trade-off of the first two tasks."""
     if not config.plots:
         return []
     labels = {m: label_of(m) for m in rows if m != SINGLE_TASK}

@@ -1,4 +1,4 @@
-"""The problem, one step of it, and a run of one method with all its seeds."""
+"""Problem, training step, and the run of one method with all seeds."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ Batch = Mapping[str, Array]
 
 
 class State(NamedTuple):
-    """Everything that changes in a run."""
+    """All values that change in a run."""
 
     params: Any
     batch_stats: Any
@@ -33,11 +33,11 @@ class State(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """A data set with a model and what is measured on it."""
+    """A data set with a model and its evaluation."""
 
     dataset: data.Dataset
     init_model: Callable[[Array], models.Variables]
-    init_models: Callable[[Array], models.Variables]  # of many keys, compiled once
+    init_models: Callable[[Array], models.Variables]  # several keys, compiled once
     train: Batch
     task_losses: Callable[..., Any]
     evaluate: Callable[[State], dict[str, Array]]
@@ -45,9 +45,9 @@ class Problem(NamedTuple):
 
 
 class Program(NamedTuple):
-    """A method on a problem: its first state around a model, and its step.
+    """A method on a problem: its initial state and its step.
 
-    Made once per method, so that training and timing share one compilation.
+    It is built once per method, so that training and timing share one compilation.
     """
 
     init: Callable[..., State]
@@ -56,14 +56,14 @@ class Program(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One entry of the vmapped axis: a seed at a learning rate (on one task)."""
+    """One entry of the vmapped axis: a seed, a learning rate, a task of a baseline."""
 
     seed: int
     lr: float
     task: int | None
 
     def label(self, names: list[str]) -> dict[str, Any]:
-        """What tells this run apart in the rows."""
+        """Returns the fields that identify this run in the rows."""
         task = "all" if self.task is None else names[self.task]
         return {"seed": self.seed, "lr": self.lr, "task": task}
 
@@ -114,7 +114,7 @@ def make_problem(config: Config) -> Problem:
             outputs, _ = predict(params, batch_stats, split, train=False)
             found[f"{name}_losses"] = losses_of(outputs, split)
             found |= scores(outputs, split, name)
-        # A single-task run is chosen by its own task, the others by the mean.
+        # The score of a single-task run uses its own task, other scores use the mean.
         main = jnp.stack([found[f"val_{column}"] for column in main_columns])
         found["val_score"] = (constants * main).sum() / constants.sum()
         _, gramian = mtljax.task_gramian(
@@ -125,7 +125,7 @@ def make_problem(config: Config) -> Problem:
 
     columns = {c: i for i, s in enumerate(scorers) for c in s.columns}
     main_columns = [c for c in columns if not c.endswith(LOWER)]
-    # One program for all methods: only what is measured goes in.
+    # All methods share one program, which takes only the evaluated values.
     jitted = jax.jit(jax.vmap(evaluate, in_axes=(0, 0, 0, None, None)))
 
     def evaluate_states(state: State):
@@ -136,7 +136,7 @@ def make_problem(config: Config) -> Problem:
     def init_model(key):
         return model.init(key, image)
 
-    init_one = jax.jit(init_model)  # of any number of runs: one small program
+    init_one = jax.jit(init_model)  # one small program for any number of runs
 
     stacked = jax.jit(common.stack)
 
@@ -155,7 +155,7 @@ def make_problem(config: Config) -> Problem:
 
 
 def make_program(config: Config, problem: Problem, method: str) -> Program:
-    """Initial state and step of a method."""
+    """Builds the initial state and the step of a method."""
     num_tasks = len(problem.dataset.tasks)
     clip = (
         optax.identity()
@@ -185,7 +185,7 @@ def make_program(config: Config, problem: Problem, method: str) -> Program:
         )
 
     def step(state: State, batch: Batch):
-        # The key of a random method lives in its state; this one is never drawn from.
+        # Random methods use the keys in their states. This placeholder is never used.
         balancer = balancer_of(state.constants, jax.random.key(0))
         gradient = mtljax.value_and_balanced_grad(
             problem.task_losses,
@@ -219,7 +219,7 @@ def make_program(config: Config, problem: Problem, method: str) -> Program:
 
 
 def runs_of(config: Config, problem: Problem, method: str) -> list[Run]:
-    """The vmapped axis: seeds x learning rates, and tasks for the baselines."""
+    """Builds the vmapped axis: seeds x learning rates, and tasks for the baselines."""
     tasks = range(len(problem.dataset.tasks)) if method == SINGLE_TASK else (None,)
     return [
         Run(s, lr, task)
@@ -230,7 +230,7 @@ def runs_of(config: Config, problem: Problem, method: str) -> list[Run]:
 
 
 def initial_state(config: Config, problem: Problem, method: str, program: Program):
-    """The stacked states of all runs of a method, and their keys of data order."""
+    """Returns the stacked states of all runs of a method, and their data-order keys."""
     runs = runs_of(config, problem, method)
     keys = common.keys_of(run.seed for run in runs)
     variables = problem.init_models(keys.model)
@@ -245,7 +245,7 @@ def initial_state(config: Config, problem: Problem, method: str, program: Progra
 def stopwatch(
     config: Config, problem: Problem, method: str, program: Program
 ) -> Stopwatch:
-    """Measures the steps of a method, from its first state."""
+    """Measures the steps of a method from its initial state."""
     state, order = initial_state(config, problem, method, program)
     return Stopwatch(
         program.step,
@@ -260,10 +260,10 @@ def stopwatch(
 def make_train(
     config: Config, method: str, problem: Problem | None = None
 ) -> Callable[..., Any]:
-    """A pure ``train(key, lr) -> (state, metrics)``; jit it, vmap it over both.
+    """Builds a pure ``train(key, lr) -> (state, metrics)`` for ``jit`` and ``vmap``.
 
-    The same steps as :func:`run_method` without evaluation and files. Metrics have a
-    leading axis of ``config.steps``.
+    It takes the same steps as :func:`run_method`, without evaluation and files. The
+    metrics have a leading axis of size ``config.steps``.
     """
     problem = make_problem(config) if problem is None else problem
     program = make_program(config, problem, method)
@@ -290,7 +290,7 @@ def make_train(
 def run_method(
     config: Config, problem: Problem, method: str, program: Program
 ) -> training.FitResult:
-    """Trains all runs of a method; rows and checkpoints go below ``config.out``."""
+    """Trains all runs of a method. Files are written under ``config.out``."""
     state, order_keys = initial_state(config, problem, method, program)
     names = [task.name for task in problem.dataset.tasks]
     plan = common.Plan(
