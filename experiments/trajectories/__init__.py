@@ -1,1 +1,1 @@
-"""Does conflict, sharpness or Fisher information explain transfer?"""
+"""Tests whether conflict, sharpness or Fisher information explain transfer."""

@@ -5,9 +5,9 @@ from experiments.trajectories.config import PRESETS, Config, check
 
 
 def main(config: Config, command: str) -> None:
-    """Trains and measures everything, then writes tables and figures."""
+    """Trains and measures all rows, then writes tables and figures."""
     check(config)
-    # Here, so that --help and mistyped options answer at once.
+    # Imported here, so that --help and mistyped options respond immediately.
     from experiments.common.report import Screen
     from experiments.trajectories import data, model, report, train
 
@@ -55,7 +55,7 @@ def cli() -> None:
         main,
         PRESETS,
         "trajectories",
-        "What training with other tasks does to each task's trajectory, and whether it "
+        "The effect of joint training on each task's trajectory, and whether it "
         "explains transfer.",
         default="cpu",
     )

@@ -1,4 +1,4 @@
-"""From the lines of the results to numbers; no training and no drawing."""
+"""Computes numbers from the lines of the results. Does not train or draw."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -43,7 +43,7 @@ class Group(NamedTuple):
     values: dict[str, np.ndarray]  # [S, T, K]; step [S, T]
 
     def of(self, name: str, task: str) -> np.ndarray:
-        """A quantity of one of the tasks ``[S, T]``."""
+        """Returns a quantity of one task, ``[S, T]``."""
         return self.values[name][:, :, self.tasks.index(task)]
 
 
@@ -51,7 +51,7 @@ Groups = dict[tuple[str, tuple[str, ...], str], Group]
 
 
 def group(lines: Sequence[Mapping[str, Any]]) -> Groups:
-    """Seeds of a row together; what was not measured becomes NaN."""
+    """Groups the seeds of each row. Missing measurements become NaN."""
     found: dict[tuple[str, tuple[str, ...], str], list[Mapping[str, Any]]] = {}
     for line in lines:
         key = line["setting"], tuple(line["tasks"]), line["method"]
@@ -178,7 +178,7 @@ def passage(found: Group, task: str, level: float, name: str) -> np.ndarray:
 
 
 def aggregates(config: Config, found: Group, task: str) -> dict[str, np.ndarray]:
-    """One number a seed for every quantity of a task (the paper's footnote 5)."""
+    """Returns one number per seed for each quantity of a task (footnote 5)."""
     mine = lambda name: found.of(name, task)
     sharp = max(1, math.ceil(config.last / config.sharpness_every))
     aggregate = trajectory.aggregate
@@ -190,7 +190,7 @@ def aggregates(config: Config, found: Group, task: str) -> dict[str, np.ndarray]
         "covariance": aggregate(mine("covariance"), "last", config.last),
         "fisher": aggregate(mine("fisher"), "largest", config.largest),
         "min_loss": np.nanmin(mine("train_loss"), 1),
-        # After the start, where every run is the same.
+        # The initial point is excluded, because it is equal in all runs.
         "similarity": np.nanmean(mine("similarity")[:, 1:], 1),
         "null": np.nanmean(mine("null")[:, 1:], 1),
     }
@@ -198,12 +198,12 @@ def aggregates(config: Config, found: Group, task: str) -> dict[str, np.ndarray]
 
 
 def baseline_of(groups: Groups, setting: str, task: str) -> Group | None:
-    """The single-task row of a task."""
+    """Returns the single-task row of a task."""
     return groups.get((setting, (task,), SUM))
 
 
 def compared(groups: Groups) -> list[tuple[Group, str, Group]]:
-    """Multi-task rows by the sum, each of their tasks, and its single-task row."""
+    """Returns multi-task rows of the sum, with each task and its single-task row."""
     found = []
     for (setting, tasks, method), mine in groups.items():
         if len(tasks) < 2 or method != SUM:
@@ -217,12 +217,12 @@ def compared(groups: Groups) -> list[tuple[Group, str, Group]]:
 
 
 def _protocol(found: Group) -> dict[str, Any]:
-    """How it was measured; the images of other tasks are in a probe set too."""
+    """Returns the measurement protocol, including the tasks in the probe set."""
     return {k: v for k, v in found.measured.items() if k != "probe_set"}
 
 
 class TransferRow(NamedTuple):
-    """A line of Table 1."""
+    """One line of Table 1."""
 
     setting: str
     task: str
@@ -233,7 +233,7 @@ class TransferRow(NamedTuple):
 
 
 def transfer_rows(config: Config, groups: Groups) -> list[TransferRow]:
-    """Table 1: transfer and what the factors did."""
+    """Returns Table 1: transfer and the changes of the factors."""
     rows = []
     for multi, task, single in compared(groups):
         a, b = (aggregates(config, g, task) for g in (multi, single))
@@ -253,7 +253,7 @@ def transfer_rows(config: Config, groups: Groups) -> list[TransferRow]:
 
 
 def agreements(rows: Sequence[TransferRow]) -> dict[str, trajectory.SignAgreement]:
-    """How often each factor moved the way that would explain transfer."""
+    """Counts how often the sign of each factor's change explains the transfer."""
 
     def stacked(name):
         deltas = [row.deltas[name] for row in rows]
@@ -270,7 +270,7 @@ def agreements(rows: Sequence[TransferRow]) -> dict[str, trajectory.SignAgreemen
 
 
 class OptimiserRow(NamedTuple):
-    """A point of Figure 4: a method on one task of a set, against the sum."""
+    """One point of Figure 4: a method on one task of a set, compared with the sum."""
 
     setting: str
     tasks: tuple[str, ...]
@@ -281,7 +281,7 @@ class OptimiserRow(NamedTuple):
 
 
 def optimiser_rows(config: Config, groups: Groups) -> list[OptimiserRow]:
-    """What other optimisers change relative to the plain sum."""
+    """Returns the changes of the other optimizers relative to the plain sum."""
     rows = []
     for (setting, tasks, method), mine in groups.items():
         base = groups.get((setting, tasks, SUM))
@@ -299,17 +299,17 @@ def optimiser_rows(config: Config, groups: Groups) -> list[OptimiserRow]:
 
 
 class Scatter(NamedTuple):
-    """Figures 5 and 6 of one target: a point for every set it was trained in."""
+    """Figures 5 and 6 of one target, with one point for each set that contains it."""
 
     setting: str
     target: str
-    sizes: np.ndarray  # K of every point
+    sizes: np.ndarray  # K of each point
     sets: list[tuple[str, ...]]
     values: dict[str, np.ndarray]  # name -> [points, seeds]
 
 
 def scatters(config: Config, groups: Groups) -> list[Scatter]:
-    """The sets of each target, by the sum."""
+    """Returns the sets of each target, trained with the sum."""
     found: dict[tuple[str, str], list[Group]] = {}
     for (setting, tasks, method), mine in groups.items():
         if method != SUM or len(tasks) < 2:
@@ -329,7 +329,7 @@ def scatters(config: Config, groups: Groups) -> list[Scatter]:
 
 
 def correlations(found: Scatter) -> dict[str, trajectory.RankCorrelation]:
-    """Rank correlations of similarity with everything, over the means of the sets."""
+    """Returns rank correlations of similarity with each quantity, over set means."""
     x = found.values["similarity"].mean(1)
     return {
         name: trajectory.rank_correlation(
@@ -344,7 +344,7 @@ def correlations(found: Scatter) -> dict[str, trajectory.RankCorrelation]:
 
 
 def flattest(config: Config, groups: Groups) -> list[tuple[str, dict[str, np.ndarray]]]:
-    """FashionMTL's target in the rows of the paper's Figure 1, worst score first."""
+    """Returns the FashionMTL target in the rows of Figure 1, worst score first."""
     rows = []
     for (setting, tasks, method), mine in groups.items():
         if setting == "fashion_mtl" and method == SUM and len(tasks) <= 2:

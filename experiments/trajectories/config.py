@@ -1,4 +1,4 @@
-"""What can be set, and the presets."""
+"""Options and presets of the experiment."""
 
 import dataclasses
 import pathlib
@@ -10,17 +10,17 @@ from experiments.common.problem import check_data
 from mtljax import data
 
 SUM = "linear"
-"""The uniform multi-task gradient, C = 1: the plain sum."""
+"""The uniform multi-task gradient with C = 1, the plain sum."""
 
 SETTINGS = ("fashion_mtl", "cmu_faces", "cifar100", "celeba")
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """How a setting is trained and measured; examples are per task."""
+    """How a setting is trained and measured. Examples are per task."""
 
     train_size: int | None = None
-    """Training images of a task; None for all there are."""
+    """Training images per task, or None for all."""
     val_size: int = 1000
     """Validation images."""
     test_size: int | None = None
@@ -28,9 +28,9 @@ class Scale:
     eval_size: int | None = None
     """Training images on which the training loss is measured; None for all."""
     steps: int = 2400
-    """Updates of every run, single-task runs included."""
+    """Updates of each run, including single-task runs."""
     batch_size: int = 32
-    """Images of every task in an update."""
+    """Images of each task per update."""
     eval_every: int = 120
     """Steps between checkpoints of the trajectory."""
     lrs: Rates = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
@@ -51,7 +51,7 @@ class Config(common.Tuned):
     methods: tuple[str, ...] = ()
     """Multi-task optimisers compared with the plain sum, on --optimiser-sets."""
     download: bool = False
-    """Let tensorflow-datasets download what is absent."""
+    """Allow tensorflow-datasets to download absent data."""
 
     blocks: Literal["chosen", "all"] = "chosen"
     """Rates that all rows are trained at: the chosen one, or all, that one first. Rows
@@ -71,9 +71,9 @@ class Config(common.Tuned):
     """Two halves of FashionMNIST, noisy labels, another domain (MNIST), and a copy of
     the first half: more tasks without new information."""
     cmu_faces: Scale = Scale()
-    """Attributes of faces; split by person."""
+    """Attributes of faces, split by person."""
     cifar100: Scale = Scale(train_size=2000, val_size=500, steps=9375, eval_every=125)
-    """Twenty superclasses, a task each."""
+    """Twenty superclasses, one task each."""
     celeba: Scale = Scale(steps=15900, batch_size=256, eval_every=636)
     """Forty attributes."""
     other: Scale = Scale()
@@ -82,16 +82,17 @@ class Config(common.Tuned):
     """The target of FashionMTL with the other half, the noisy labels and the copy; all
     sets of tasks (random ones where tasks are many); or the largest only."""
     random_sets: tuple[int, ...] = (1, 1, 1, 1, 1, 3, 3, 3, 9)
-    """Numbers of auxiliary tasks of the random sets, where there are many tasks."""
+    """Numbers of auxiliary tasks in the random sets."""
     num_targets: int = 3
-    """Targets of the random sets."""
+    """Number of targets of the random sets."""
 
     sharpness_batches: int = 4
     """Batches of 128 probe images whose worst case is sought."""
     sharpness_every: int = 4
-    """Checkpoints between two measurements of sharpness, by far the dearest."""
+    """Checkpoints between two measurements of sharpness, the most expensive measurement
+    by far."""
     fisher_size: int = 256
-    """Probe images with one drawn label each."""
+    """Probe images with one sampled label each."""
     covariance_size: int = 256
     """Probe images, in micro-batches of 16."""
     similarity_batches: int = 10
@@ -100,14 +101,15 @@ class Config(common.Tuned):
     last: int = 8
     """Checkpoints averaged at the end for sharpness and covariance; the paper: 20."""
     largest: int = 5
-    """Largest values averaged for the Fisher trace; the paper: 20."""
+    """Number of largest values averaged for the Fisher trace (paper: 20)."""
     best: int = 3
-    """Checkpoints of best validation averaged for generalisation; the paper: 10."""
+    """Number of checkpoints with the best validation score averaged for generalisation
+    (paper: 10)."""
 
     out: pathlib.Path = pathlib.Path("results/trajectories")
 
     def scale(self, setting: str) -> Scale:
-        """The scale of a setting."""
+        """Returns the scale of a setting."""
         return getattr(self, setting if setting in SETTINGS else "other")
 
 
@@ -117,7 +119,7 @@ _TINY = Scale(
 
 PRESETS = {
     "smoke": (
-        "Some fifteen seconds, mostly compilation: the faces only, a few steps.",
+        "About 15 seconds, mostly compilation: the faces only, a few steps.",
         Config(
             settings=("cmu_faces",),
             methods=("pcgrad",),
@@ -171,7 +173,7 @@ PRESETS = {
         ),
     ),
     "paper": (
-        "For an accelerator: all four settings, the paper's sizes where files allow.",
+        "For an accelerator: all four settings, the paper's sizes if files allow.",
         Config(
             settings=SETTINGS,
             methods=("mgda", "pcgrad", "gradnorm"),
@@ -210,10 +212,10 @@ PRESETS = {
 
 
 def check(config: Config) -> None:
-    """Validates the configuration before anything is read.
+    """Validates the configuration before any data are read.
 
     Raises:
-      ConfigError: One sentence that names the field.
+      ConfigError: If an option is invalid. The message names the option.
     """
     common.check_common(config)
     common.check_methods("methods", config.methods)

@@ -1,4 +1,4 @@
-"""The settings of the paper as arrays: images, labels, and who shares them."""
+"""The settings of the paper as arrays: images, labels and sharing of images."""
 
 import dataclasses
 import itertools
@@ -20,10 +20,10 @@ COPY = "copy"
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Tasks with as many images each.
+    """Tasks with equally many images.
 
-    Images are ``[N, H, W, C]`` where all tasks see the same (``shared``), else
-    ``[N, K, H, W, C]``; labels are ``[N, K]``.
+    Images have shape ``[N, H, W, C]`` if all tasks use the same images (``shared``),
+    otherwise ``[N, K, H, W, C]``. Labels have shape ``[N, K]``.
     """
 
     name: str
@@ -33,13 +33,13 @@ class Problem:
     train: Split
     val: Split
     test: Split
-    width: int = 10  # of every head: the most classes of a task of the setting
-    metric: str = "accuracy"  # or "f1", of the class 1
+    width: int = 10  # of each head: the most classes of a task of the setting
+    metric: str = "accuracy"  # or "f1" of class 1
     image_max: int = 255
 
     @property
     def folder(self) -> str:
-        """Of its files."""
+        """Name of the folder for the files of this setting."""
         return re.sub("[/:]", "-", self.name)
 
     def dataset(self) -> data.Dataset:
@@ -57,7 +57,7 @@ class Problem:
         return data.Dataset(self.name, tasks, shape, *splits, image_max=self.image_max)
 
     def select(self, names: tuple[str, ...]) -> "Problem":
-        """The same images with some of the tasks."""
+        """Returns the same images with a subset of the tasks."""
         at = [self.tasks.index(name) for name in names]
 
         def of(split: Split) -> Split:
@@ -75,7 +75,7 @@ class Problem:
 
 
 def load(config: Config, setting: str) -> Problem:
-    """A setting by name."""
+    """Loads a setting by name."""
     build = {"fashion_mtl": fashion_mtl, "cifar100": cifar100, "celeba": celeba}
     scale = config.scale(setting)
     if setting in build:
@@ -90,7 +90,7 @@ def load(config: Config, setting: str) -> Problem:
 def _folder(config: Config, name: str) -> pathlib.Path:
     if config.data_dir is None:
         raise data.MissingDataError(
-            f"The {name} files are needed: pass --data-dir DIR with DIR/{name}/."
+            f"{name} is read from files. Pass --data-dir DIR with DIR/{name}/."
         )
     return config.data_dir
 
@@ -98,8 +98,8 @@ def _folder(config: Config, name: str) -> pathlib.Path:
 def fashion_mtl(config: Config, scale: Scale) -> Problem:
     """FashionMNIST in two halves, the second also with wrong labels; MNIST; a copy.
 
-    Validation and test images of the halves are the same; those of the noisy task have
-    their true labels, so that its scores are of what it could have learnt.
+    Both halves use the same validation and test images. The noisy task is evaluated on
+    true labels, so that its scores measure generalisation to the true labels.
     """
     folder = _folder(config, "fashion_mnist")
     fashion = data.read_images(folder, "fashion_mnist")
@@ -109,8 +109,8 @@ def fashion_mtl(config: Config, scale: Scale) -> Problem:
     size = spare // 2 if scale.train_size is None else scale.train_size
     if size < 1 or 2 * size > spare or size + scale.val_size > len(mnist.train_labels):
         raise data.DataError(
-            f"--fashion-mtl.train-size {size} twice and --fashion-mtl.val-size "
-            f"{scale.val_size} are more than the {len(order)} images there are."
+            f"Twice --fashion-mtl.train-size {size} plus --fashion-mtl.val-size "
+            f"{scale.val_size} exceeds the {len(order)} images."
         )
     val = order[: scale.val_size]
     halves = order[scale.val_size :][:size], order[scale.val_size + size :][:size]
@@ -154,7 +154,7 @@ def fashion_mtl(config: Config, scale: Scale) -> Problem:
 
 
 def named(config: Config, name: str, scale: Scale) -> Problem:
-    """A set of classes whose tasks share their images, such as ``cmu_faces``."""
+    """Loads a classification set whose tasks share images, such as ``cmu_faces``."""
     sizes = {}
     if name == "cmu_faces":
         parts = data.SPLITS
@@ -166,7 +166,7 @@ def named(config: Config, name: str, scale: Scale) -> Problem:
         arrays = getattr(found, part)
         label = np.stack([arrays[task] for task in tasks], 1).astype(np.int32)
         if (label == data.MISSING).any():
-            raise ConfigError(f"{name} has missing labels, which no probe can use.")
+            raise ConfigError(f"{name} has missing labels. The probes need all labels.")
         return {"image": arrays["image"], "label": label}
 
     classes = tuple(task.size for task in found.tasks)
@@ -191,7 +191,7 @@ def _rows(config: Config, name: str, split: str, keys: tuple[str, ...], limit=No
 
 
 def cifar100(config: Config, scale: Scale) -> Problem:
-    """Each superclass of CIFAR-100 is a task: which of its five classes is it?"""
+    """Loads CIFAR-100. Each superclass is a task with five classes."""
     raw = {
         part: _rows(config, "cifar100", part, ("image", "label", "coarse_label"))
         for part in ("train", "test")
@@ -240,7 +240,7 @@ def cifar100(config: Config, scale: Scale) -> Problem:
 
 
 def celeba(config: Config, scale: Scale) -> Problem:
-    """Forty attributes of the same faces, at 64 by 64 pixels, scored by F1."""
+    """Loads forty attributes of faces at 64 by 64 pixels, scored by F1."""
     from PIL import Image
 
     def small(image: np.ndarray) -> np.ndarray:
@@ -274,15 +274,15 @@ def celeba(config: Config, scale: Scale) -> Problem:
 
 
 def single_tasks(problem: Problem) -> list[tuple[str, ...]]:
-    """Tasks with a single-task baseline: the target of FashionMTL, or all."""
+    """Returns tasks with a single-task baseline: FashionMTL's target, or all tasks."""
     tasks = problem.tasks[:1] if problem.name == "fashion_mtl" else problem.tasks
     return [(task,) for task in tasks]
 
 
 def task_sets(config: Config, problem: Problem) -> list[tuple[str, ...]]:
-    """Sets of two tasks and more: all of them if tasks are few, else random ones.
+    """Returns sets of at least two tasks: all sets, or random sets of many tasks.
 
-    Every set of FashionMTL has the target. All the tasks together come last.
+    Each set of FashionMTL contains the target. The set of all tasks comes last.
     """
     fashion = problem.name == "fashion_mtl"
     tasks = problem.tasks[:4] if fashion else problem.tasks
@@ -309,7 +309,7 @@ def task_sets(config: Config, problem: Problem) -> list[tuple[str, ...]]:
 
 
 def optimiser_sets(problem: Problem) -> list[tuple[str, ...]]:
-    """Where multi-task optimisers are compared: all tasks, and target and domain."""
+    """Returns the sets for optimizers: all tasks, and the target with the domain."""
     if problem.name == "fashion_mtl":
         return [(TARGET, DOMAIN), problem.tasks[:4]]
     return [problem.tasks]

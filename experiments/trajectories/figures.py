@@ -1,4 +1,4 @@
-"""The PNGs, from groups of runs."""
+"""Draws the figures from groups of runs."""
 
 import pathlib
 
@@ -23,7 +23,7 @@ LOOKS = {
 
 
 def write(config: Config, groups: Groups) -> list[pathlib.Path]:
-    """All figures for which there are runs."""
+    """Writes all figures for which runs exist."""
     made = {
         "gap": gap_figure(groups),
         "factors": factor_figure(groups),
@@ -33,7 +33,7 @@ def write(config: Config, groups: Groups) -> list[pathlib.Path]:
 
 
 def binned(loss: np.ndarray, values: np.ndarray, per_decade: int = 4):
-    """Centres, means and deviations over runs in bins of the logarithm of the loss."""
+    """Returns centres, means and deviations over runs in bins of the log loss."""
     good = np.isfinite(loss) & np.isfinite(values) & (loss > 0)
     place = np.floor(np.log10(np.where(good, loss, 1)) * per_decade + 1e-6)
     found = []
@@ -62,7 +62,7 @@ def _against_loss(axis, mine: Group, name: str, look, factor: float = 1.0) -> No
 
 
 def _loss_axis(axis) -> None:
-    """Logarithmic, training goes right, few plain ticks."""
+    """Sets a logarithmic axis with few ticks. Training progresses to the right."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_xscale("log")
@@ -80,7 +80,7 @@ def _shown(groups: Groups):
 
 
 def gap_figure(groups: Groups):
-    """Figure 1: test accuracy against the target's own training loss."""
+    """Draws Figure 1: test accuracy against the target's own training loss."""
     rows = list(_shown(groups))
     if not rows:
         return None
@@ -100,7 +100,7 @@ def gap_figure(groups: Groups):
 
 
 def factor_figure(groups: Groups):
-    """Figure 3: the three factors against the target's own training loss."""
+    """Draws Figure 3: the three factors against the target's own training loss."""
     rows = list(_shown(groups))
     if not rows:
         return None
@@ -112,7 +112,7 @@ def factor_figure(groups: Groups):
         _loss_axis(axis)
         axis.set_xlabel("own-task training loss, nats")
         axis.set_ylabel(units.get(factor, FACTOR_NAMES[factor]))
-        # Signed estimates stay as they are: a negative one is shown below zero.
+        # Signed estimates are unchanged. A negative estimate is shown below zero.
         low = min(float(np.nanmin(m.of(factor, TARGET))) for m, _ in rows)
         axis.set_yscale("log" if low > 0 else "symlog")
     legend(figure, axes, 4)
@@ -120,7 +120,7 @@ def factor_figure(groups: Groups):
 
 
 def optimiser_figure(config: Config, groups: Groups):
-    """Figure 4: change of the score against the change of each factor."""
+    """Draws Figure 4: change of the score against the change of each factor."""
     rows = analysis.optimiser_rows(config, groups)
     if not rows:
         return None

@@ -1,4 +1,4 @@
-"""What is measured along a run, task by task."""
+"""Measurements along a run for each task."""
 
 import jax
 import jax.numpy as jnp
@@ -14,18 +14,18 @@ MICRO_BATCH = 16
 
 
 def probe_set(problem: Problem, size: int = 2048) -> dict[str, Array]:
-    """The first training images: the same for every run of a task."""
+    """Returns the first training images, which are equal in all runs of a task."""
     return on_device(problem.train, size)
 
 
 def make_probe(config, scale, problem, task_losses, task_logits) -> trajectory.Probe:
-    """Sharpness, Fisher trace, covariance trace and similarity, task by task."""
+    """Builds the probe: sharpness, Fisher trace, covariance trace and similarity."""
     whole = probe_set(problem)
     tasks, count = len(problem.tasks), len(whole["label"])
     population = problem.train["label"].shape[0]
 
     def parts(point, data, task):
-        """Loss and model of one task as functions of the trunk, and its images."""
+        """Returns model and loss as functions of the trunk, and their arguments."""
         params, stats = point
 
         def model(trunk, images):

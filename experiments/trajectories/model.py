@@ -1,4 +1,4 @@
-"""The shared model, its losses and scores, for the tasks of a problem."""
+"""The shared model, its losses and its scores for the tasks of a problem."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,11 +13,11 @@ from experiments.trajectories.data import Problem
 from experiments.trajectories.measure import make_probe
 from mtljax import data, models, trajectory
 
-EVAL_CHUNK = 1000  # images of a task at once
+EVAL_CHUNK = 1000  # images of a task per chunk
 
 
 class Functions(NamedTuple):
-    """A model on K tasks of one setting; data are arguments, so that sets share it."""
+    """A model on K tasks of one setting. Sets share it, because data are arguments."""
 
     init: Callable[..., Any]
     task_losses: Callable[..., Any]  # (params, batch_stats, batch, train=) -> ([K], ·)
@@ -26,7 +26,7 @@ class Functions(NamedTuple):
 
 
 def trunk_of(config: Config) -> Any:
-    """The shared encoder."""
+    """Builds the shared trunk."""
     if config.model == "mlp":
         return models.MLP(hidden=config.hidden)
     if config.model == "lenet":
@@ -35,14 +35,14 @@ def trunk_of(config: Config) -> Any:
 
 
 def make_functions(config: Config, scale: Scale, problem: Problem) -> Functions:
-    """Model, losses, scores and measurements for the tasks of a problem."""
+    """Builds model, losses, scores and measurements for the tasks of a problem."""
     trunk = trunk_of(config)
 
-    # What is not trained travels as a pair: running averages, and the classes that each
-    # task has, so that sets of as many tasks share their compiled programs.
+    # ``stats`` is a pair of untrained values: the running averages and the numbers of
+    # classes. Sets with equally many tasks therefore share compiled programs.
 
     def features(params, stats, images, train):
-        """Of images ``[B, H, W, C]``."""
+        """Computes the features of images ``[B, H, W, C]``."""
         out, mutated = trunk.apply(
             {"params": params["trunk"], "batch_stats": stats[0]},
             data.to_float(images, problem.image_max),
@@ -52,7 +52,7 @@ def make_functions(config: Config, scale: Scale, problem: Problem) -> Functions:
         return out, (mutated.get("batch_stats", stats[0]), stats[1])
 
     def outputs(params, stats, images, train):
-        """Logits of every task ``[B, K, classes]``."""
+        """Computes the logits of each task, ``[B, K, classes]``."""
         flat = images if problem.shared else images.reshape(-1, *images.shape[2:])
         hidden, stats = features(params, stats, flat, train)
         if not problem.shared:
@@ -63,7 +63,7 @@ def make_functions(config: Config, scale: Scale, problem: Problem) -> Functions:
         return jnp.where(stats[1][None], logits, -1e9), stats
 
     def task_logits(params, stats, images, task):
-        """Of one task, of its own images ``[B, H, W, C]``, in evaluation mode."""
+        """Computes logits of one task on images ``[B, H, W, C]`` in evaluation mode."""
         hidden, _ = features(params, stats, images, False)
         kernel, bias, allowed = (
             jnp.take(x, task, 0)
@@ -77,7 +77,7 @@ def make_functions(config: Config, scale: Scale, problem: Problem) -> Functions:
         return each.mean(0), stats
 
     def score(params, stats, split):
-        """Mean loss and score of every task, in chunks."""
+        """Computes the mean loss and score of each task, in chunks."""
         count = split["label"].shape[0]
         chunk = max(c for c in range(1, min(EVAL_CHUNK, count) + 1) if count % c == 0)
         parts = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), dict(split))
@@ -108,7 +108,7 @@ def make_functions(config: Config, scale: Scale, problem: Problem) -> Functions:
 
 
 def make_init(problem: Problem, trunk: Any):
-    """Parameters, and what is not trained, of a key."""
+    """Builds an initialiser for parameters and untrained values from a key."""
     tasks, width = len(problem.tasks), problem.width
 
     def init(key, image, task_ids, classes):

@@ -1,4 +1,4 @@
-"""Tables and files from the lines of the results; no training code."""
+"""Builds tables and files from the lines of the results. Does not train."""
 
 import math
 import pathlib
@@ -46,14 +46,14 @@ def write(
 
 
 def number(value: float, digits: int = 3) -> str:
-    """Short, signed where a sign means something; never hides what is not finite."""
+    """Formats a number, signed if the sign matters. Shows non-finite values."""
     if not math.isfinite(value):
         return "not finite"
     return f"{value:.{digits}g}"
 
 
 def marked(delta, *, lower: bool, factor: float = 1.0) -> str:
-    """A difference with the paper's marks: ✓ better, ✗ worse, · insignificant."""
+    """Formats a difference with the marks ✓ better, ✗ worse, · insignificant."""
     value = factor * float(delta.delta)
     mark = "·"
     if bool(delta.significant):
@@ -62,7 +62,7 @@ def marked(delta, *, lower: bool, factor: float = 1.0) -> str:
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of texts, all to the left."""
+    """Formats a table of texts, all columns aligned to the left."""
     return common.markdown(head, rows, left=len(head))
 
 

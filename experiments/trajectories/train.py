@@ -1,4 +1,4 @@
-"""One step of a row, and its run: learning rates first, then all seeds, measured."""
+"""Training step of a row, and its run: learning rates first, then all seeds."""
 
 import zlib
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ TUNING_SEEDS = range(1000, 1003)  # rates are chosen on seeds that are not repor
 
 
 class State(NamedTuple):
-    """Everything that changes in a run."""
+    """All values that change in a run."""
 
     params: Any  # {"trunk": ..., "heads": {"kernel": [K, F, C], "bias": [K, C]}}
     batch_stats: Any
@@ -42,27 +42,27 @@ class State(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A line of the tables: tasks trained together, and how."""
+    """A line of the tables: the tasks trained together, and the method."""
 
     tasks: tuple[str, ...]
     method: str = SUM
 
     @property
     def label(self) -> str:
-        """For people."""
+        """Label in figures and tables."""
         plain = " + ".join(self.tasks)
         return plain if self.method == SUM else f"{plain}, {self.method}"
 
     @property
     def folder(self) -> str:
-        """For files."""
+        """Name of the folder."""
         return "-".join([self.method, *self.tasks]).replace(" ", "_")[:120]
 
 
 def make_step(functions: Functions, row: Row, *, careful: bool):
-    """``init(params, stats, key, lr)`` and ``step(state, batch)`` of a row.
+    """Builds ``init(params, stats, key, lr)`` and ``step(state, batch)`` of a row.
 
-    If careful, a run that diverges stands still, and the others go on.
+    If ``careful``, a diverged run keeps its state, and the other runs continue.
     """
     tasks = len(row.tasks)
     optimizer = optax.trace(MOMENTUM)
@@ -82,7 +82,7 @@ def make_step(functions: Functions, row: Row, *, careful: bool):
         )
 
     def step(state: State, batch: Batch):
-        # The key of a random method lives in its state; this one is never drawn from.
+        # Random methods use the keys in their states. This placeholder is never used.
         mine = balancer(jax.random.key(0))
         gradient = mtljax.value_and_balanced_grad(
             functions.task_losses, mine, labels=LABELS, has_aux=True
@@ -118,7 +118,7 @@ def run_row(
     runs = [(seed, lr) for lr in lrs for seed in seeds]
     keys = common.keys_of(seed for seed, _ in runs)
     train = on_device(problem.train)
-    # A head starts from its task's name: the same alone and with others.
+    # The name of a task seeds its head, so that it starts equally in all sets.
     ids = jnp.array([zlib.crc32(task.encode()) for task in row.tasks], jnp.uint32)
     classes = jnp.array(problem.classes)
     first = train["image"][:1]
@@ -166,7 +166,7 @@ def run_row(
 
 
 def rows_of(config: Config, problem: Problem) -> list[Row]:
-    """Single tasks, sets of tasks, then other optimisers on some of the sets."""
+    """Returns single tasks, sets of tasks, then other optimizers on some sets."""
     rows = [Row(tasks) for tasks in single_tasks(problem)]
     rows += [Row(tasks) for tasks in task_sets(config, problem)]
     wanted = [*task_sets(config, problem)]
@@ -233,13 +233,13 @@ FACTORS = {
     "split_low": "probe_similarity_low",
     "split_high": "probe_similarity_high",
 }
-"""Names in the results, and in the rows of a run."""
+"""Names in the results and in the rows of a run."""
 
 METRICS = ("train_loss", "train_score", "val_score", "test_score")
 
 
 def lines_of(problem, row, rows, about, at_edge) -> list[dict[str, Any]]:
-    """A line a seed: every quantity ``[T][K]``, None where it was not measured."""
+    """Returns a line per seed. Each quantity is ``[T][K]``, None if not measured."""
     evals = [r for r in rows if r["kind"] == "eval"]
     lines = []
     for seed in dict.fromkeys(r["seed"] for r in evals):
@@ -265,7 +265,7 @@ def lines_of(problem, row, rows, about, at_edge) -> list[dict[str, Any]]:
 
 
 def rounded(values: Any) -> Any:
-    """Five digits are more than the seeds agree on."""
+    """Rounds to five digits, more than the agreement between seeds."""
     if isinstance(values, list):
         return [rounded(v) for v in values]
     return None if values is None else float(f"{values:.5g}")
