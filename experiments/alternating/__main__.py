@@ -72,8 +72,8 @@ def cli() -> None:
         main,
         PRESETS,
         "alternating",
-        "Joint, alternating and grouped optimiser steps on tasks of different nature, "
-        "learning rates matched.",
+        "Joint, alternating and grouped optimizer steps on tasks of different kinds, "
+        "at matched learning rates.",
         default="cpu",
     )
 
