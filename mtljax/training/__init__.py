@@ -1,8 +1,9 @@
-"""Training runs around any step: loops, checkpoints, rows, progress, plots, tables.
+"""Training loops for any step: checkpoints, metric rows, progress, plots and tables.
 
-A step is ``step(state, batch) -> (state, metrics)``. :func:`fit` drives it with
-evaluation, checkpoints and a clean stop; :func:`make_train` is the same training as a
-pure function. Orbax, rich, matplotlib and tensorboardX are imported when first used.
+A step is a function ``step(state, batch) -> (state, metrics)``. :func:`fit` runs it
+with evaluation, checkpoints and signal handling. :func:`make_train` provides the same
+training as a pure function. Orbax, rich, matplotlib and tensorboardX are imported at
+first use.
 """
 
 from mtljax.extras import require

@@ -1,4 +1,4 @@
-"""A digest of trees of arrays that depends on neither devices nor processes."""
+"""Digests of pytrees that are independent of devices and processes."""
 
 import functools
 import hashlib
@@ -17,7 +17,7 @@ _STREAMS = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)  # digits of pi
 
 
 def tree_spec(tree: PyTree) -> dict[str, str]:
-    """Path -> ``dtype[shape]`` of every leaf.
+    """Returns ``dtype[shape]`` of each leaf by its path.
 
     Examples:
       >>> tree_spec({"w": jnp.zeros((2, 3)), "key": jax.random.key(0)})
@@ -32,29 +32,29 @@ def tree_spec(tree: PyTree) -> dict[str, str]:
 
 
 def _mix(x):
-    """A bijection of 32-bit words that scatters them (the finaliser of MurmurHash3)."""
+    """A bijection of 32-bit words that mixes their bits (finaliser of MurmurHash3)."""
     x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
 
 
 def _words(array):
-    """The bits of an array as 32-bit words, the last axis split where they are more."""
+    """Returns the bits of an array as 32-bit words. 64-bit types use an extra axis."""
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
         array = jnp.stack([array.real, array.imag], -1)
     if array.dtype == jnp.bool_:
         array = array.astype(jnp.uint8)
     if jnp.issubdtype(array.dtype, jnp.integer) and array.dtype.itemsize == 1:
-        array = array.astype(jnp.int8)  # also of 4 bits
+        array = array.astype(jnp.int8)  # also converts 4-bit integers
     kind = {1: jnp.uint8, 2: jnp.uint16}.get(array.dtype.itemsize, jnp.uint32)
     return lax.bitcast_convert_type(array, kind).astype(jnp.uint32)
 
 
 def _sums(array):
-    """Four sums over all words, each mixed with its position, modulo 2^32.
+    """Computes four sums over all words modulo 2^32, each mixed with its position.
 
-    A change of one word changes every sum for certain. Sums of integers do not depend
-    on their order, so neither on how the array is cut into shards.
+    A change of a single word always changes each sum. Integer sums do not depend on
+    their order. They therefore do not depend on the sharding of the array.
     """
 
     def sums(array):
@@ -85,7 +85,7 @@ def _leaf_sums(leaf: Any):
         leaf = jax.random.key_data(leaf)
     if not isinstance(leaf, jax.Array):
         leaf = np.asarray(leaf)
-        if leaf.dtype.itemsize >= 8:  # jax would make 32 bits of 64
+        if leaf.dtype.itemsize >= 8:  # jax would truncate 64 bits to 32
             leaf = np.ascontiguousarray(leaf).reshape(-1).view(np.uint32)
     sharding = getattr(leaf, "sharding", None)
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
@@ -93,16 +93,17 @@ def _leaf_sums(leaf: Any):
 
 
 def tree_digest(tree: PyTree) -> str:
-    """Digest of the paths, dtypes, shapes and bits of all leaves.
+    """Computes a digest of the paths, dtypes, shapes and bits of all leaves.
 
-    It is computed where the arrays lie and is the same for any sharding, number of
-    devices and number of processes. It finds errors; it is no defence against forgery.
+    The digest is computed on the devices of the arrays. It is equal for all shardings,
+    numbers of devices and numbers of processes. It detects errors, but does not protect
+    against deliberate changes.
 
     Args:
-      tree: Arrays of jax or NumPy, typed keys included.
+      tree: JAX or NumPy arrays, including typed keys.
 
     Returns:
-      64 hexadecimal digits.
+      A string of 64 hexadecimal digits.
 
     Examples:
       >>> a = tree_digest({"w": jnp.zeros(3)})

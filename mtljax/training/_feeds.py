@@ -1,4 +1,4 @@
-"""Feeds of a run: arrays on the device, or an iterator of batches."""
+"""Data sources of a run: arrays on the device, or an iterator of batches."""
 
 from typing import Any
 
@@ -13,22 +13,23 @@ from mtljax.training.errors import CheckpointError, ConfigMismatchError
 
 
 def placement_of(state: Any, execution: Execution) -> _hosts.Placement | None:
-    """Where the arrays of a run lie; None for one device.
+    """Returns the placement of the arrays of a run, or None for one device.
 
     Raises:
-      ValueError: If several processes, or a sharding of the batches, need a mesh.
+      ValueError: If the state is not on a mesh, although several processes or a batch
+        sharding require it.
     """
     mesh = _hosts.mesh_of(state)
     if mesh is None:
         if execution.batch_sharding is not None:
             raise ValueError(
-                "Execution.batch_sharding needs a state on a mesh: place at least one "
+                "Execution.batch_sharding needs a state on a mesh. Place at least one "
                 "leaf with a NamedSharding."
             )
         if jax.process_count() > 1:
             raise ValueError(
                 f"There are {jax.process_count()} processes, but the state lies on no "
-                "mesh: place it with a NamedSharding over the devices of all of them."
+                "mesh. Place it with a NamedSharding over the devices of all processes."
             )
         return None
     leaves, structure = jax.tree.flatten(state)
@@ -38,20 +39,20 @@ def placement_of(state: Any, execution: Execution) -> _hosts.Placement | None:
 
 
 class Resident:
-    """Runs chunks over data that live on the device."""
+    """Runs chunks over data that are stored on the device."""
 
     def __init__(self, step, data, *, one, seeds, batch, placement, execution):
         batch_size, order_key = batch
         if batch_size is None or order_key is None:
             raise ValueError(
-                "Training on arrays needs batch_size= and order_key= "
-                "(which fixes the order of the data)."
+                "Training on arrays needs batch_size= and order_key=. The key "
+                "determines the order of the data."
             )
         self.size = loop.num_examples(data, batch_size)
         mesh, spec, sharding = None, None, None
         if placement is not None:
             mesh, sharding = placement.mesh, placement.batch
-            if seeds:  # a key lies where its run lies
+            if seeds:  # a key has the sharding of its run
                 spec = PartitionSpec(*placement.shardings[0].spec[:1])
         self._data = _hosts.place(mesh, data)
         self._key = _hosts.place(mesh, order_key, spec)
@@ -72,23 +73,23 @@ class Resident:
         )
 
     def advance(self, state, start: int, n: int):
-        """Makes ``n`` steps; metrics on the host, ``[n, ...]``."""
+        """Runs ``n`` steps. Returns the metrics on the host, ``[n, ...]``."""
         with jax.transfer_guard("disallow"):
             state, metrics = self._run(state, self._data, self._key, start, n)
         metrics = jax.device_get(metrics)
         return state, jax.tree.map(lambda m: m[:n], metrics)
 
     def position(self) -> Any:
-        """The order is a function of the key and the step."""
+        """Returns None, because the order is a function of the key and the step."""
         return None
 
     def seek(self, position: Any) -> None:
-        """See :meth:`position`."""
+        """Does nothing, see :meth:`position`."""
         del position
 
 
 class Streamed:
-    """Runs steps on batches from an iterator, fetching the next during the step."""
+    """Runs steps on batches of an iterator, and prefetches one batch."""
 
     size = None
 
@@ -98,7 +99,7 @@ class Streamed:
         ):
             raise TypeError(
                 f"A run with a directory needs a stream with get_state and set_state, "
-                f"such as a Grain iterator, and {type(stream).__name__} has none."
+                f"such as a Grain iterator. {type(stream).__name__} has neither."
             )
         if jax.process_count() > 1 and execution.batch_sharding is None:
             raise ValueError(
@@ -117,7 +118,7 @@ class Streamed:
             batch = next(self._stream)
         except StopIteration:
             raise ValueError(
-                f"The stream ended after {step} steps; make it repeat, or lower "
+                f"The stream ended after {step} steps. Make it repeat, or reduce "
                 "num_steps."
             ) from None
         if mark:
@@ -128,7 +129,7 @@ class Streamed:
         return records.pack_bytes(self._stream.get_state())
 
     def _digest(self, batch) -> str:
-        """Digest of the part of a batch that this process holds."""
+        """Computes the digest of the local part of a batch."""
 
         def local(leaf):
             if getattr(leaf, "is_fully_addressable", True):
@@ -154,34 +155,34 @@ class Streamed:
         return self._fetch(step, mark=mark) if batch is None else batch
 
     def advance(self, state, start: int, n: int):
-        """Makes ``n`` steps; metrics on the host, ``[n, ...]``."""
+        """Runs ``n`` steps. Returns the metrics on the host, ``[n, ...]``."""
         rows, batch = [], self._next(start, mark=n == 1)
         for i in range(n):
             with jax.transfer_guard("disallow"):
                 state, metrics = self._run(state, batch)
             rows.append(metrics)
-            if i + 1 < n:  # none is fetched beyond, so the position is exact
+            if i + 1 < n:  # no batch is fetched ahead, so the position is exact
                 batch = self._next(start + i + 1, mark=i + 2 == n)
         return state, jax.tree.map(lambda *m: np.stack(m), *jax.device_get(rows))
 
     def position(self) -> Any:
-        """Position of the stream of each process, and what identifies the stream."""
-        if self._pending is not None:  # fetched, but not used
+        """Returns the position and the last batch's digest of each process's stream."""
+        if self._pending is not None:  # fetched, but not yet used
             return _hosts.gather({"state": self._last["before"], "last": None})
         return _hosts.gather({"state": self._state(), "last": self._last})
 
     def seek(self, position: Any) -> None:
-        """Goes to a position, if this is the stream that was there.
+        """Moves the stream to a position after checking that it is the same stream.
 
         Raises:
-          ConfigMismatchError: If the batch before the position is another one.
+          ConfigMismatchError: If the batch before the position is different.
         """
         if position is None:
-            raise CheckpointError("The run to resume was not fed by a stream.")
+            raise CheckpointError("The run to resume did not use a stream.")
         if len(position) != jax.process_count():
             raise ConfigMismatchError(
-                f"The run was fed by the streams of {len(position)} processes, and "
-                f"there are {jax.process_count()}."
+                f"The run used the streams of {len(position)} processes, but there "
+                f"are now {jax.process_count()} processes."
             )
         self._pending = None
         mine = position[jax.process_index()]
@@ -193,7 +194,7 @@ class Streamed:
                 same = False
             if not same:
                 raise ConfigMismatchError(
-                    "The stream is not that of the run to resume: another seed, batch "
-                    "size, length or order."
+                    "The stream is not that of the run to resume. Its seed, batch "
+                    "size, length or order is different."
                 )
         self._stream.set_state(records.unpack_bytes(mine["state"]))

@@ -1,4 +1,4 @@
-"""Meshes and processes: where arrays lie, and how processes agree."""
+"""Meshes and processes: placement of arrays, and agreement between processes."""
 
 import functools
 import json
@@ -17,11 +17,11 @@ T = TypeVar("T")
 
 
 class Placement(NamedTuple):
-    """Where the state, the batches and the metrics of a run lie; hashable."""
+    """Hashable description of the placement of the state, batches and metrics."""
 
     mesh: Mesh
-    structure: Any  # of the state
-    shardings: tuple[NamedSharding, ...]  # of its leaves
+    structure: Any  # tree structure of the state
+    shardings: tuple[NamedSharding, ...]  # one per leaf of the state
     batch: NamedSharding
 
     @property
@@ -31,7 +31,7 @@ class Placement(NamedTuple):
 
     @property
     def replicated(self) -> NamedSharding:
-        """Everything on every device."""
+        """Sharding that replicates an array on all devices."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     @property
@@ -41,7 +41,7 @@ class Placement(NamedTuple):
 
 
 def mesh_of(tree: PyTree) -> Mesh | None:
-    """The mesh of the first leaf that has one."""
+    """Returns the mesh of the first leaf that has one."""
     for leaf in jax.tree.leaves(tree):
         if isinstance(sharding := getattr(leaf, "sharding", None), NamedSharding):
             mesh = sharding.mesh
@@ -50,14 +50,15 @@ def mesh_of(tree: PyTree) -> Mesh | None:
 
 
 def is_key(leaf: Any) -> bool:
-    """Whether a leaf is an array of typed keys."""
+    """Returns whether a leaf is an array of typed keys."""
     return jnp.issubdtype(getattr(leaf, "dtype", np.int32), jax.dtypes.prng_key)
 
 
 def place(mesh: Mesh | None, tree: PyTree, spec: PartitionSpec | None = None) -> PyTree:
-    """Puts the leaves that lie on no mesh onto ``mesh``, by default replicated.
+    """Puts leaves without a mesh onto ``mesh``, by default replicated.
 
-    Every process gives the same values. None puts them on the default device.
+    All processes pass the same values. If ``mesh`` is None, the leaves are put on the
+    default device.
     """
 
     def put(leaf):
@@ -82,7 +83,7 @@ def _replicate(mesh: Mesh):
 
 
 def fetch(tree: PyTree) -> PyTree:
-    """Values on the host, also of arrays that lie on devices of other processes."""
+    """Returns host copies, also of arrays on devices of other processes."""
 
     def whole(leaf):
         sharding = getattr(leaf, "sharding", None)
@@ -94,12 +95,12 @@ def fetch(tree: PyTree) -> PyTree:
 
 
 def is_main() -> bool:
-    """Whether this process writes, deletes and decides."""
+    """Returns whether this process writes, deletes and decides."""
     return jax.process_index() == 0
 
 
 def gather(value: Any) -> list[Any]:
-    """The plain-JSON value of each process, in their order, on all of them."""
+    """Returns the plain-JSON values of all processes, in order, on all processes."""
     if jax.process_count() == 1:
         return [value]
     from jax.experimental import multihost_utils
@@ -113,7 +114,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def on_main(function: Callable[[], T]) -> T:
-    """Runs a function in the main process; all get its plain value, or its error."""
+    """Runs a function in the main process. All processes get its value or its error."""
     if jax.process_count() == 1:
         return function()
     value, error = None, None
@@ -132,7 +133,7 @@ def on_main(function: Callable[[], T]) -> T:
 
 
 def boundary(signal: int | None, limit: int) -> tuple[int | None, int]:
-    """The signal of any process, and the main process's length of a chunk."""
+    """Returns the signal of any process and the chunk length of the main process."""
     if jax.process_count() == 1:
         return signal, limit
     from jax.experimental import multihost_utils

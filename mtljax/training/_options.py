@@ -1,4 +1,4 @@
-"""Groups of options of :func:`mtljax.training.fit`."""
+"""Option groups of :func:`mtljax.training.fit`."""
 
 import dataclasses
 import pathlib
@@ -20,16 +20,16 @@ def _at_least_one(**counts: int | None) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """When and how a run is evaluated.
+    """Evaluation of a run.
 
     Args:
       function: ``function(state) -> dict`` of arrays (``[S, ...]`` with several seeds).
-        Compile it yourself.
-      every: Steps between evaluations. One is always made after the last step.
+        It is not compiled by :func:`fit`.
+      every: Number of steps between evaluations. The final state is always evaluated.
       at_start: Whether to evaluate the initial state as well.
-      select: The entry (mean over all its elements, so over seeds) that picks the best
-        checkpoint, normally a validation metric.
-      mode: Whether the best is the smallest or the largest.
+      select: Name of the metric that selects the best checkpoint, normally a validation
+        metric. It is averaged over all its elements, including seeds.
+      mode: ``"min"`` or ``"max"``, the direction in which ``select`` is better.
 
     Examples:
       >>> Evaluation(lambda state: {"loss": state}, every=0)
@@ -52,21 +52,21 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpointing:
-    """Where a run is kept, and how it starts.
+    """Storage of a run, and the way it starts.
 
     Args:
-      directory: Receives ``metrics.jsonl`` and ``checkpoints/<step>``.
-      every: Steps between checkpoints. One is also written at each new best, when a
-        signal stops the run, and at the end.
-      keep_last: How many of the newest checkpoints to keep, besides the best.
-      resume: True continues from the newest undamaged checkpoint. ``"auto"`` does so if
-        there is one and starts a new run otherwise. It then renames the rows of a run
-        without a checkpoint.
-      overwrite: Deletes the files of an earlier run first.
-      config: Dataclass or mapping, stored with every checkpoint and in the header of
-        the rows, and compared on resume.
-      may_differ: Dotted names of fields of ``config`` that a resume may change,
-        besides :data:`mtljax.training.MAY_DIFFER`.
+      directory: Folder for ``metrics.jsonl`` and ``checkpoints/<step>``.
+      every: Number of steps between checkpoints. Checkpoints are also written at each
+        new best value, after a signal, and at the end.
+      keep_last: Number of recent checkpoints to keep, in addition to the best one.
+      resume: With True, the run continues from the newest undamaged checkpoint. With
+        ``"auto"`` it does so if a checkpoint exists, and starts a new run otherwise.
+        The rows of a run without a checkpoint are then renamed.
+      overwrite: Whether to delete the files of an earlier run first.
+      config: Dataclass or mapping that is stored with each checkpoint and in the header
+        of the rows. It is compared when the run is resumed.
+      may_differ: Dotted names of fields of ``config`` that a resumed run may change, in
+        addition to :data:`mtljax.training.MAY_DIFFER`.
 
     Examples:
       >>> Checkpointing("runs/a", resume=True, overwrite=True)
@@ -96,14 +96,14 @@ class Checkpointing:
 
 @dataclasses.dataclass(frozen=True)
 class Logging:
-    """Which rows a run writes, and what it shows.
+    """Metric rows and progress of a run.
 
     Args:
-      every: Steps between train rows, which hold means over those steps.
-      writers: Further receivers of the rows.
-      tensorboard: Whether to write ``<directory>/tensorboard`` too.
-      progress: Whether to show progress.
-      title: Name of the run, shown before the progress.
+      every: Number of steps between train rows. A row contains means over these steps.
+      writers: Additional writers that receive the rows.
+      tensorboard: Whether to write ``<directory>/tensorboard`` as well.
+      progress: Whether to show the progress.
+      title: Name of the run, shown with the progress.
     """
 
     every: int = 50
@@ -118,18 +118,19 @@ class Logging:
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """How the steps of a run are executed.
+    """Execution of the steps of a run.
 
     Args:
-      chunk: The most steps of one call of the compiled program.
-      loop_on: ``"device"`` loops over arrays inside the compiled program, ``"host"``
-        calls one compiled step at a time. ``"auto"`` takes the host where
+      chunk: Maximum number of steps in one call of the compiled program.
+      loop_on: ``"device"`` loops over arrays inside the compiled program. ``"host"``
+        calls one compiled step at a time. ``"auto"`` selects the host if
         :func:`~mtljax.training.loop.prefers_host_loop` recommends it.
-      positive_losses: Whether a loss of zero or less stops the run. Pass the
-        ``positive_losses`` of a balancer.
-      batch_sharding: How a batch lies on the mesh of the state, e.g.
-        ``NamedSharding(mesh, P("data"))``. By default each device has the whole batch.
-        With several processes a stream needs it: each process then gives its part.
+      positive_losses: Whether a loss of zero or less stops the run. Pass the attribute
+        ``positive_losses`` of the balancer.
+      batch_sharding: Sharding of a batch on the mesh of the state, for example
+        ``NamedSharding(mesh, P("data"))``. By default a batch is replicated. With
+        several processes, a stream requires this option, and each process provides its
+        part.
     """
 
     chunk: int = 1000

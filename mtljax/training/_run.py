@@ -1,4 +1,4 @@
-"""One run as :func:`mtljax.training.fit` drives it: rows, checkpoints, a clean stop."""
+"""State of one call of :func:`mtljax.training.fit`: rows, checkpoints, signals."""
 
 import contextlib
 import pathlib
@@ -30,7 +30,7 @@ from mtljax.training.writers import (
     read_jsonl,
 )
 
-CHUNK_SECONDS = 1.0  # of one call, so that the run soon responds to a signal
+CHUNK_SECONDS = 1.0  # target duration of a call, bounds the delay of signal handling
 
 
 class Best(NamedTuple):
@@ -53,14 +53,14 @@ class FitResult(NamedTuple):
     state: Any  # after the last step
     step: int  # completed steps
     best: Best | None  # None without `select`
-    rows: list[dict[str, Any]]  # all metric rows of the run, a resumed part included
-    signal: str | None  # SIGTERM or SIGINT if one asked to stop, even in the last step
+    rows: list[dict[str, Any]]  # all metric rows of the run, including a resumed part
+    signal: str | None  # SIGTERM or SIGINT if received, even in the last step
     seconds: float  # in training and evaluation, over all sessions
     run_dir: pathlib.Path | None
 
     @property
     def interrupted(self) -> bool:
-        """Whether a signal asked to stop."""
+        """Whether the run received a stop signal."""
         return self.signal is not None
 
     @property
@@ -72,7 +72,7 @@ class FitResult(NamedTuple):
 class Window:
     """Means of the metrics over the steps between two train rows.
 
-    Summed step by step in float64, so that where the chunks are cut does not matter.
+    The steps are summed one by one in float64. The result does not depend on chunks.
     """
 
     def __init__(self, every: int, saved: Mapping[str, Any] | None = None):
@@ -99,11 +99,11 @@ class Window:
                 self._count, self._sums = 0, {}
 
     def means(self) -> dict[str, np.ndarray]:
-        """Means over the steps since the last row."""
+        """Returns means over the steps since the last row."""
         return {name: s / self._count for name, s in self._sums.items()}
 
     def saved(self) -> dict[str, Any]:
-        """Plain form."""
+        """Returns the contents as plain JSON."""
         return {"count": self._count, "sums": records.to_json(self._sums)}
 
     def __bool__(self) -> bool:
@@ -122,7 +122,7 @@ def _all_finite(leaf):
 
 
 def _nonfinite_parameter(state: PyTree) -> str | None:
-    """Path of a non-finite leaf of ``state.params`` or ``state["params"]``."""
+    """Returns the path of a non-finite leaf of ``params``, or None."""
     params = getattr(state, "params", None)
     if params is None and isinstance(state, Mapping):
         params = state.get("params")
@@ -133,17 +133,17 @@ def _nonfinite_parameter(state: PyTree) -> str | None:
 
 
 class Subject(NamedTuple):
-    """What a run trains, for its rows and messages."""
+    """Description of a run for its rows and messages."""
 
     identity: dict[str, Any]  # plain JSON, compared on resume
     num_steps: int
-    labels: list[dict[str, Any]]  # one for each seed
+    labels: list[dict[str, Any]]  # one per seed
     many: bool  # whether the metrics have an axis of seeds
     task_names: Sequence[str] | None
 
 
 class Run:
-    """One call of :func:`fit`: its parts, and what happens at each boundary."""
+    """One call of :func:`fit`, with the actions at the boundaries between chunks."""
 
     def __init__(
         self,
@@ -166,7 +166,7 @@ class Run:
         self.num_steps, self.log_every = subject.num_steps, logging.every
         self.window = Window(logging.every)
         self.best: Best | None = None
-        self.score: float | None = None  # of the evaluation at this very step
+        self.score: float | None = None  # of the evaluation at the current step
         self.score_text = ""
         self.writers: list[Writer] = []
         self.keeper: Any = MemoryWriter()
@@ -193,7 +193,7 @@ class Run:
         )
 
     def restore(self, target: PyTree, may_differ: set[str]) -> PyTree:
-        """State of the newest good checkpoint, once its configuration is checked."""
+        """Restores the newest undamaged checkpoint after checking its configuration."""
         saver = self.saver
         assert saver is not None
 
@@ -217,8 +217,8 @@ class Run:
 
         if not saver.steps():
             raise CheckpointError(
-                f"No checkpoint in {saver.directory} to resume from: start without "
-                "--resume, or with --overwrite if the run died before its first one."
+                f"No checkpoint in {saver.directory} to resume from. Start without "
+                "resume (--resume), or pass overwrite=True (--overwrite)."
             )
         restored = saver.restore(target, warn=self.screen.note, check=check)
         meta = restored.meta
@@ -233,7 +233,7 @@ class Run:
     def open_writers(
         self, writers: Sequence[Writer], stack: contextlib.ExitStack
     ) -> bool:
-        """Opens all writers; False if the run is finished and needs none."""
+        """Opens all writers. Returns False if the run is finished and needs none."""
         complete = _hosts.on_main(lambda: self._open_writers(writers, stack))
         if not _hosts.is_main():
             self.writers = [self.keeper]
@@ -275,10 +275,10 @@ class Run:
         return False
 
     def train(self, state: PyTree, signals: Signals) -> PyTree:
-        """Chunk after chunk until the end or a signal."""
+        """Runs chunks until the last step or a signal."""
         self.screen.start(self.done)
         self.started = time.monotonic()
-        if self.done == self.num_steps:  # final rows that the file has lost
+        if self.done == self.num_steps:  # final rows are missing in the file
             self._final_rows(state)
         limit, calls = 1, 0
         while True:
@@ -289,7 +289,7 @@ class Run:
             before = time.monotonic()
             state, metrics = self.engine.advance(state, self.done, n)
             elapsed = max(time.monotonic() - before, 1e-9)
-            calls += 1  # the first compiles: its time does not predict the next
+            calls += 1  # the first call compiles, so its time predicts nothing
             fits = 8 if calls == 1 else int(CHUNK_SECONDS / elapsed * n)
             limit = max(1, min(self.execution.chunk, 16 * limit, fits))
             self._log(metrics, n)
@@ -306,20 +306,20 @@ class Run:
         return every is not None and self.done % every == 0
 
     def _final_rows(self, state: PyTree) -> None:
-        """The rows of the last step that a longer run would not have."""
+        """Writes the rows of the last step that a longer run would not have."""
         if self.window:
             self.write(self.done, "train", self.window.means(), final=True)
         if self.evaluation is not None and not self._due():
             self.evaluate(state, final=True)
 
     def _to_boundary(self) -> int:
-        """Steps until the next evaluation, checkpoint or the end."""
+        """Returns the number of steps to the next evaluation, checkpoint or end."""
         evaluate = None if self.evaluation is None else self.evaluation.every
         everys = [e for e in (evaluate, self.checkpoint_every) if e is not None]
         return min([self.num_steps - self.done, *(e - self.done % e for e in everys)])
 
     def _log(self, metrics: dict[str, np.ndarray], count: int) -> None:
-        """Train rows of a chunk, up to its first bad step."""
+        """Writes the train rows of a chunk, up to its first unusable step."""
         bad = self._first_bad(metrics)
         good = {k: m[: bad[0]] for k, m in metrics.items()} if bad else metrics
         for at, means in self.window.add(self.done, good):
@@ -329,7 +329,7 @@ class Run:
         self.done += count
 
     def _boundary(self, state: PyTree) -> None:
-        """Evaluation and checkpoint, where due."""
+        """Evaluates and saves if due."""
         last = self.done == self.num_steps
         self.score = None
         if last:
@@ -348,7 +348,7 @@ class Run:
             self.save(state)
 
     def write(self, step: int, kind: str, values: Mapping[str, Any], *, final: bool):
-        """One row for each run of the batch of runs."""
+        """Writes one row per seed."""
         extra = {"final": True} if final else {}
         many = self.subject.many
         for i, label in enumerate(self.subject.labels):
@@ -370,7 +370,7 @@ class Run:
             return
         if select not in values:
             raise ValueError(
-                f"select={select!r} is none of the metrics that the evaluation "
+                f"select={select!r} must be one of the metrics that the evaluation "
                 f"returns: {sorted(values)}."
             )
         value = float(np.mean(values[select], dtype=np.float64))
@@ -381,7 +381,7 @@ class Run:
         self.score, self.score_text = value, f"{select} {value:#.4g}"
 
     def _first_bad(self, metrics: Mapping[str, np.ndarray]) -> tuple[int, ...] | None:
-        """Index ``(step in the chunk, [seed,] task)`` of the first unusable loss."""
+        """Returns ``(step in the chunk, [seed,] task)`` of the first unusable loss."""
         losses = metrics.get("losses", np.ones(1))
         good = np.isfinite(losses)
         if self.execution.positive_losses:
@@ -411,7 +411,7 @@ class Run:
         leaf = _nonfinite_parameter(state)
         if leaf is not None:
             raise NonFiniteLossError(
-                f"Parameter {leaf} is not finite after step {self.done}, though the "
+                f"Parameter {leaf} is not finite after step {self.done}, although the "
                 f"losses were; {self._good()}.",
                 step=self.done,
                 checkpoint=self._last_checkpoint(),
@@ -431,10 +431,10 @@ class Run:
         return f"the last good checkpoint is {path}"
 
     def save(self, state: PyTree) -> None:
-        """Rows to the disk, then a checkpoint, unless this step has one."""
+        """Writes the rows to the disk, then a checkpoint unless this step has one."""
         if self.saver is None or self.done == self.saved_step:
             return
-        for writer in self.writers:  # rows first: a resume never lacks any
+        for writer in self.writers:  # first, so that each checkpoint has all its rows
             writer.flush(durable=True)
         session = {
             "identity": self.subject.identity,
@@ -450,11 +450,11 @@ class Run:
         self.saved_step = self.done
 
     def say_interrupted(self, signals: Signals) -> None:
-        """Prints one line: the signal, the checkpoint, and how to continue."""
+        """Prints the signal, the checkpoint, and how to continue."""
         text = f"Stopped by {signals.name} after step {self.done} of {self.num_steps}"
         path = self._last_checkpoint()
         if path is None:
-            self.screen.note(f"{text}; nothing is saved.")
+            self.screen.note(f"{text}; nothing was saved.")
         else:
             self.screen.note(
                 f"{text}; saved in {path}; the same command with --resume continues it."

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: a run stops at the next chunk, a command with 130 or 143."""
+"""Handling of SIGINT and SIGTERM: a run stops at the next chunk boundary."""
 
 import os
 import signal
@@ -9,20 +9,22 @@ _current: "Signals | None" = None
 
 
 class Signals:
-    """Notes the first SIGINT or SIGTERM; use it as a context manager.
+    """Records the first SIGINT or SIGTERM. Use it as a context manager.
 
-    Outside of a :class:`Patient` section a signal raises at once. Inside of one it is
-    only noted, and a second SIGINT raises. The sections of one context share it, so
-    that a command that calls several runs starts no further one after a signal.
+    Outside of a :class:`Patient` section, a signal raises immediately. Inside, it is
+    only recorded, and a second SIGINT raises. All sections of one context share the
+    record. A command that calls several runs therefore starts no further run after a
+    signal.
 
-    With ``leave``, a signal outside of a section ends the process with 130 or 143. An
-    exception that is raised while JAX traces or compiles can crash the process instead.
+    With ``leave``, a signal outside of a section ends the process with status 130 or
+    143. An exception that is raised while JAX traces or compiles can crash the process.
     """
 
     def __init__(self, *, leave: bool = False):
         self.leave = leave
         self.number: int | None = None
-        self.reported = False  # the caller handles it: it need not be delivered again
+        # Whether the caller handles the signal, so that it is not delivered again.
+        self.reported = False
         self._patience = 0
         self._old: dict[int, Any] = {}
 
@@ -48,13 +50,13 @@ class Signals:
         for number, handler in self._old.items():
             signal.signal(number, handler)
         if exc_info[0] is None and self.number is not None and not self.reported:
-            signal.raise_signal(self.number)  # too late for the result: deliver it
+            signal.raise_signal(self.number)  # not part of the result, so deliver it
 
     def _handle(self, number: int, frame: Any) -> None:
         del frame
         again, self.number = self.number is not None, self.number or number
         if self.leave and not self._patience:
-            # Outside of a run there is nothing to save.
+            # Outside of a run no state needs to be saved.
             os.write(2, f"Stopped by {self.name}.\n".encode())
             os._exit(128 + number)
         if number == signal.SIGINT and (again or not self._patience):
@@ -64,9 +66,9 @@ class Signals:
 
 
 class Patient:
-    """The section of a run in which signals are noted only.
+    """A section in which signals are only recorded.
 
-    It uses the enclosing :class:`Signals` or makes its own.
+    It uses the enclosing :class:`Signals` context or creates one.
     """
 
     def __enter__(self) -> Signals:

@@ -1,8 +1,8 @@
-"""Checkpoints: the whole state, atomically, with a digest, the last and the best.
+"""Atomic checkpoints of the whole state, with digests and retention.
 
 Orbax's ``CheckpointManager`` writes, retains and deletes them, for states on any mesh
-and for several processes. This module adds a sealed record, the verification of what
-is read, and the fall-back to an older step.
+and for several processes. This module adds a record with a digest, the verification of
+restored arrays, and the fallback to an older step.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ from mtljax.training.records import to_json
 from mtljax.training.writers import writing
 
 FORMAT = 2
-TRASH = "deleted"  # a step is renamed into it before its files go one by one
+TRASH = "deleted"  # steps are moved here before their files are deleted one by one
 
 
 class Restored(NamedTuple):
@@ -47,12 +47,12 @@ class Restored(NamedTuple):
 
     state: Any  # like the target
     step: int
-    meta: dict[str, Any]  # as given to save
+    meta: dict[str, Any]  # as passed to save
 
 
 @functools.cache
 def _orbax():
-    """Imports Orbax (0.6 s to 2.4 s) when it is first needed, and keeps it quiet."""
+    """Imports Orbax (0.6 s to 2.4 s) at first use and silences its log messages."""
     import orbax.checkpoint as ocp
 
     for name in ("absl", "asyncio"):
@@ -62,24 +62,24 @@ def _orbax():
 
 
 def _quiet_hook(hook: Callable[..., None], kind: Any, error: Any, trace: Any) -> None:
-    """Drops the traceback that TensorStore prints in a thread after a failed save."""
+    """Suppresses the traceback that TensorStore prints in a thread after an error."""
     closed = kind is RuntimeError and str(error) == "Event loop is closed"
     if not closed or threading.current_thread() is threading.main_thread():
         hook(kind, error, trace)
 
 
 class _QuietOrbax(logging.Filter):
-    """Drops the messages of Orbax; this module raises its errors in one sentence."""
+    """Suppresses Orbax messages. This module raises its errors in one sentence."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return "orbax" not in f"{record.pathname} {record.getMessage()}"
 
 
 def _collect_quietly() -> None:
-    """Frees the coroutines of a failed call, which warn when they are collected."""
+    """Collects the coroutines of a failed call and suppresses their warnings."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
-        for _ in range(3):  # its threads may still hold some
+        for _ in range(3):  # background threads may still hold some
             gc.collect()
             time.sleep(0.05)
     finally:
@@ -103,7 +103,7 @@ def _seal(record: Mapping[str, Any]) -> str:
 
 
 def saved_steps(directory: str | pathlib.Path) -> list[int]:
-    """Steps of the complete checkpoints in ``directory``, ascending.
+    """Returns the steps of the complete checkpoints in ``directory``, ascending.
 
     Examples:
       >>> saved_steps("/no/such/directory")
@@ -113,32 +113,33 @@ def saved_steps(directory: str | pathlib.Path) -> list[int]:
     if not directory.is_dir():
         return []
     named = [p for p in directory.iterdir() if p.name.isdecimal() and p.is_dir()]
-    parts = ("meta", "state", "_CHECKPOINT_METADATA")  # a foreign folder has none
+    parts = ("meta", "state", "_CHECKPOINT_METADATA")  # other folders lack these
     ours = [p for p in named if any((p / part).exists() for part in parts)]
     return sorted(int(p.name) for p in ours if p.name == str(int(p.name)))
 
 
 def our_leftovers(directory: str | pathlib.Path) -> list[pathlib.Path]:
-    """Folders in ``directory`` that a killed save or deletion left behind."""
+    """Returns folders in ``directory`` that an interrupted save or deletion left."""
     directory = pathlib.Path(directory)
     unfinished = directory.glob("*.orbax-checkpoint-tmp*")
     return [p for p in [*unfinished, directory / TRASH] if p.is_dir()]
 
 
 class Checkpointer:
-    """Saves and restores whole states; use it as a context manager.
+    """Saves and restores whole states. Use it as a context manager.
 
-    A step is written under a temporary name and renamed when complete, so after
-    ``kill -9`` at any instant every listed step is complete. Kept are the last
-    ``keep_last`` steps and the best by ``metric`` (the earliest of equals), whatever
-    their order. Saving runs in the background: :meth:`wait` or leaving the context
-    makes it durable. Several processes call the same methods in the same order.
+    A step is written under a temporary name and renamed when it is complete. After
+    ``kill -9`` at any time, every listed step is therefore complete. The last
+    ``keep_last`` steps and the best step by ``metric`` are kept. Among equal metrics
+    the earliest step is the best. Saving runs in the background. It is durable after
+    :meth:`wait` or at the end of the context. Several processes must call the same
+    methods in the same order.
 
     Args:
-      directory: Parent of the steps; made if absent.
-      keep_last: How many of the newest steps to keep. Two, so that a damaged newest
-        one leaves another.
-      mode: Whether the best ``metric`` is the smallest or the largest.
+      directory: Parent folder of the steps. It is created if absent.
+      keep_last: Number of recent steps to keep. With two, an undamaged step remains if
+        the newest step is damaged.
+      mode: ``"min"`` or ``"max"``, the direction in which ``metric`` is better.
 
     Examples:
       >>> import jax.numpy as jnp, tempfile
@@ -189,7 +190,7 @@ class Checkpointer:
     def should_preserve(
         self, checkpoints: Sequence[Any], *, context: Any
     ) -> list[bool]:
-        """Orbax's retention policy: the last checkpoints and the best one stay."""
+        """Orbax's retention policy: keeps the last checkpoints and the best one."""
         del context
         ours = sorted(self._load_scores())
         keep = {*ours[-self._keep_last :], self.best_step()}
@@ -198,15 +199,15 @@ class Checkpointer:
         return [info.step not in gone for info in checkpoints]
 
     def path(self, step: int) -> pathlib.Path:
-        """Where a step is (or would be) kept."""
+        """Returns the path at which a step is or would be stored."""
         return self.directory / str(step)
 
     def steps(self) -> list[int]:
-        """Complete steps, ascending."""
+        """Returns the complete steps, ascending."""
         return saved_steps(self.directory)
 
     def best_step(self) -> int | None:
-        """The kept step with the best metric, None if none was saved with one."""
+        """Returns the stored step with the best metric, or None."""
         scores = {s: m for s, m in self._load_scores().items() if m is not None}
         sign = 1 if self._mode == "min" else -1
         return min(scores, key=lambda s: (sign * scores[s], s)) if scores else None
@@ -229,19 +230,19 @@ class Checkpointer:
         *,
         metric: float | None = None,
     ) -> None:
-        """Saves a state under a step that is not saved yet.
+        """Saves a state under a new step.
 
         Args:
           step: Number of completed steps.
-          state: Any pytree of arrays; typed keys, bfloat16 and NamedTuples included.
-            Its buffers may be donated as soon as this returns.
-          meta: Plain JSON that travels with it (configuration, position, ...). With
-            several processes that of the first one counts.
-          metric: Validation score that ranks this step; None or NaN does not rank.
+          state: Any pytree of arrays, including typed keys, bfloat16 and NamedTuples.
+            Its buffers may be donated when this method has returned.
+          meta: Plain JSON that is stored with the state (configuration, position, ...).
+            With several processes, the value of the first process is stored.
+          metric: Validation score that ranks this step. None and NaN are not ranked.
 
         Raises:
-          CheckpointError: If the step is there already (a checkpoint is never written
-            over), or a save failed.
+          CheckpointError: If the step exists (checkpoints are never overwritten), or a
+            save failed.
         """
         self.wait()
         if self.path(step).exists():
@@ -263,7 +264,8 @@ class Checkpointer:
             items = args.Composite(
                 state=args.StandardSave(state), meta=args.JsonSave(record)
             )
-            # Forced: Orbax passes over a step before its latest, a foreign one too.
+            # Without force, Orbax skips steps before its latest step, even foreign
+            # ones.
             self._open().save(step, args=items, force=True)
 
     @contextlib.contextmanager
@@ -281,7 +283,7 @@ class Checkpointer:
             )
 
     def wait(self) -> None:
-        """Returns when the last save is durable and what it replaces is deleted."""
+        """Waits until the last save is durable and the replaced steps are deleted."""
         if self._manager is None:
             return
         with self._saying_so():
@@ -290,20 +292,20 @@ class Checkpointer:
             shutil.rmtree(self.directory / TRASH, ignore_errors=True)
 
     def clean(self) -> None:
-        """Removes what a killed save left behind. Only the process that saves may."""
+        """Removes remains of an interrupted save. Only for the saving process."""
         for leftover in our_leftovers(self.directory):
             shutil.rmtree(leftover, ignore_errors=True)
 
     def set_aside_after(self, step: int) -> list[pathlib.Path]:
-        """Moves the checkpoints newer than ``step`` out of the way.
+        """Renames the checkpoints that are newer than ``step``.
 
-        After falling back to an older step, the run will come to those steps again.
+        A run that falls back to an older step will write these steps again.
 
         Args:
-          step: The newest one to stay.
+          step: Newest step that is not renamed.
 
         Returns:
-          Where they went: ``<directory>/<step>.damaged``.
+          The new paths, ``<directory>/<step>.damaged``.
         """
         newer = [s for s in self.steps() if s > step]
         moved = [self.directory / f"{s}.damaged" for s in newer]
@@ -357,25 +359,29 @@ class Checkpointer:
         warn: Callable[[str], None] | None = None,
         check: Callable[[dict[str, Any]], None] | None = None,
     ) -> Restored:
-        """Restores a state like ``target``, verified against its digest.
+        """Restores a state like ``target`` and verifies its digest.
 
         The state may have been saved on another number of devices or processes.
 
         Args:
-          target: A state of the right structure (its values are not read), or its
-            shapes (:func:`jax.eval_shape`). Its shardings place the arrays; a leaf
-            without one goes to the default device.
-          step: A step, ``"best"``, or ``"latest"``, which falls back to the newest
-            undamaged one, with a warning for each it passes over.
-          warn: Receives such a warning; default :func:`warnings.warn`.
-          check: Called with ``meta`` before any array is read; may raise.
+          target: A state of the same structure, or its shapes (:func:`jax.eval_shape`).
+            Its values are not read. Its shardings place the arrays. A leaf without a
+            sharding is placed on the default device.
+          step: A step, ``"best"``, or ``"latest"``. ``"latest"`` falls back to the
+            newest undamaged step, with one warning per skipped step.
+          warn: Function that receives these warnings. The default is
+            :func:`warnings.warn`.
+          check: Function that is called with ``meta`` before arrays are read. It may
+            raise.
 
         Returns:
-          The state, its step, and the ``meta`` it was saved with.
+          The state, its step, and the ``meta`` that was stored with it.
 
         Raises:
-          CheckpointError: No checkpoint, or none undamaged; names the path.
-          TreeMismatchError: It holds another tree; names the leaf.
+          CheckpointError: If there is no undamaged checkpoint. The message names the
+            path.
+          TreeMismatchError: If the stored tree is different. The message names the
+            leaf.
         """
         self.wait()
         warn = warn or (lambda text: warnings.warn(text, RuntimeWarning, stacklevel=3))
@@ -414,7 +420,7 @@ class Checkpointer:
             )
         if wanted not in steps:
             raise CheckpointError(
-                f"No checkpoint of step {wanted} in {self.directory}; there are "
+                f"No checkpoint of step {wanted} in {self.directory}; the steps are "
                 f"{steps}."
             )
         return [wanted]
@@ -426,12 +432,12 @@ class Checkpointer:
             if saved.get(leaf) != wanted.get(leaf):
                 raise TreeMismatchError(
                     f"Checkpoint {self.path(step)} has {saved.get(leaf, 'nothing')} at "
-                    f"{leaf or '(root)'} where the state has "
+                    f"{leaf or '(root)'}, but the state has "
                     f"{wanted.get(leaf, 'nothing')}."
                 )
 
     def close(self) -> None:
-        """Waits for the last save and releases the background threads."""
+        """Waits for the last save and stops the background threads."""
         manager = self._manager
         if manager is None:
             return
@@ -439,7 +445,7 @@ class Checkpointer:
             self.wait()
         finally:
             self._manager = None
-            with contextlib.suppress(Exception):  # wait has raised it
+            with contextlib.suppress(Exception):  # already raised by wait
                 manager.close()
 
 
@@ -450,7 +456,7 @@ def _with_sharding(leaf: Any) -> Any:
     if sharding is None:
         if jax.process_count() > 1:
             raise ValueError(
-                "With several processes, a target needs shardings: pass arrays, or "
+                "With several processes, a target needs shardings. Pass arrays, or "
                 "shapes with sharding=."
             )
         sharding = SingleDeviceSharding(jax.devices()[0])

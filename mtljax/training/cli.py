@@ -1,4 +1,4 @@
-"""The command line of an experiment: presets, overrides, and errors in one sentence."""
+"""Command line of an experiment: presets, overrides, and errors in one sentence."""
 
 import os
 import sys
@@ -21,21 +21,25 @@ def run_cli(
 ) -> None:
     """Reads ``sys.argv`` and calls ``main(config, command)``.
 
-    An error that is the user's (``ValueError``, ``OSError``, ``RuntimeError``) is
-    printed as one sentence, and the exit status is 1; with ``MTLJAX_TRACEBACK=1`` in
-    the environment it is raised. A config with ``quick_compile`` set has XLA leave
-    out its optimisations.
+    A user error (``ValueError``, ``OSError``, ``RuntimeError``) is printed as one
+    sentence, and the exit status is 1. If the environment variable ``MTLJAX_TRACEBACK``
+    is 1, the error is raised. If the config has ``quick_compile`` set, XLA skips its
+    optimisations.
 
-    After SIGINT the exit status is 130, after SIGTERM 143, whatever ``main`` does. A
-    signal inside of :func:`~mtljax.training.fit` lets it save; later calls of ``fit``
-    make no step. Elsewhere a signal stops ``main`` at once.
+    The exit status is 130 after SIGINT and 143 after SIGTERM, independently of
+    ``main``. A signal inside :func:`~mtljax.training.fit` saves the run, and later
+    calls of ``fit`` make no steps. Outside ``fit``, a signal stops ``main``
+    immediately.
 
     Args:
-      main: Runs the experiment; gets the command that results are labelled with.
-      presets: Description and configuration (a dataclass) by name, as Tyro takes them.
-      prog: What the user types before the arguments.
-      description: What the command does, for ``--help``.
-      default: Preset of a command that names none; None shows the help instead.
+      main: Function that runs the experiment. Its second argument is the command, a
+        label for the results.
+      presets: Descriptions and configurations (dataclasses) by name, as Tyro takes
+        them.
+      prog: The program name in the help text.
+      description: Purpose of the command, for ``--help``.
+      default: Preset of a command that names none. With None, the command shows the
+        help instead.
 
     Examples:
       >>> import dataclasses, sys
@@ -80,7 +84,7 @@ def run_cli(
 
 
 def without_paths(arguments: Sequence[str]) -> list[str]:
-    """A command as results quote it: where data and results lie is left out.
+    """Returns a command as results quote it, without paths of data and results.
 
     Examples:
       >>> without_paths(["cpu", "--data-dir", "/my/files", "--out=x", "--seeds", "2"])

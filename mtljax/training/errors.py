@@ -1,17 +1,17 @@
-"""Errors that stop a run, each with a message of one sentence."""
+"""Exceptions that stop a run. Each message is one sentence."""
 
 
 class TrainingError(RuntimeError):
-    """Base of the errors raised by :mod:`mtljax.training`."""
+    """Base class of the errors of :mod:`mtljax.training`."""
 
 
 class NonFiniteLossError(TrainingError):
-    """A loss (or a parameter) became NaN or infinite.
+    """A loss or a parameter became NaN or infinite.
 
     Attributes:
-      step: The 1-based step in which it happened.
-      task: Name of the first offending task, None if a parameter was the first.
-      checkpoint: Path of the last good checkpoint, None if there is none.
+      step: The 1-based step of the first non-finite value.
+      task: Name of the first task with such a loss, or None for a parameter.
+      checkpoint: Path of the last good checkpoint, or None.
     """
 
     def __init__(
@@ -29,15 +29,15 @@ class NonFiniteLossError(TrainingError):
 
 
 class NonPositiveLossError(NonFiniteLossError):
-    """A loss whose logarithm the method takes was zero or negative."""
+    """A loss became zero or negative, but the method takes its logarithm."""
 
 
 class CheckpointError(TrainingError):
-    """No usable checkpoint: none there, or all of them damaged."""
+    """No usable checkpoint exists."""
 
 
 class TreeMismatchError(CheckpointError):
-    """The checkpoint holds another state tree than the one asked for."""
+    """The checkpoint contains a state tree that differs from the target."""
 
 
 class ConfigMismatchError(CheckpointError):
@@ -45,12 +45,12 @@ class ConfigMismatchError(CheckpointError):
 
 
 class RunExistsError(TrainingError):
-    """The run directory already holds a run."""
+    """The run directory already contains a run."""
 
 
 class RunLockedError(RunExistsError):
-    """Another process is working in the run directory."""
+    """Another process uses the run directory."""
 
 
 class OutputError(TrainingError):
-    """A file could not be written, e.g. because the disk is full."""
+    """A file could not be written, for example because the disk is full."""
