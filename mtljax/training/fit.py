@@ -1,4 +1,4 @@
-"""The driver of a run: evaluation, rows, checkpoints, progress, and a clean stop."""
+"""Runs training steps with evaluation, rows, checkpoints and signal handling."""
 
 import contextlib
 import io
@@ -24,10 +24,10 @@ from mtljax.training.writers import TensorBoardWriter
 
 
 def own_state(state: PyTree) -> PyTree:
-    """Copies a state into buffers of its own, without weak types, all on one mesh.
+    """Copies a state into separate buffers without weak types, all on one mesh.
 
-    So the caller's arrays survive donation, no buffer occurs twice, and the first
-    call compiles the same program as the others.
+    The arrays of the caller therefore survive donation, and no buffer occurs twice. The
+    first call compiles the same program as later calls.
 
     Examples:
       >>> w = jnp.ones(3)
@@ -63,53 +63,58 @@ def fit(
     logging: Logging = Logging(),  # noqa: B008 frozen
     execution: Execution = Execution(),  # noqa: B008 frozen
 ) -> FitResult:
-    """Trains: ``num_steps`` of ``step``, with everything a run needs around it.
+    """Runs ``num_steps`` training steps with evaluation, checkpoints and logging.
 
-    The numbers depend on neither the chunks nor on interruptions: a run that was
-    stopped or killed and resumed ends with the same bits, and the same rows except for
-    their ``seconds``.
+    The results depend neither on chunks nor on interruptions. A run that was stopped or
+    killed and then resumed produces the same bits as an uninterrupted run. Its rows are
+    also the same, except for their ``seconds``.
 
-    A state on a mesh (a leaf with a ``NamedSharding``) is trained on its devices and
-    keeps its shardings. Leaves and data that lie on no mesh are replicated, and so are
-    the metrics. With several processes all call ``fit`` with the same arguments and a
-    state on a mesh of all devices; the first one writes, and ``directory`` is one that
-    all can read. A run may be resumed on another number of devices, to float tolerance.
+    If a leaf of the state has a ``NamedSharding``, the state is trained on the devices
+    of this mesh and keeps its shardings. Leaves and data without a mesh are replicated,
+    and so are the metrics. With several processes, all of them call ``fit`` with the
+    same arguments and a state on a mesh of all devices. The first process writes, and
+    all processes must be able to read ``directory``. A run may be resumed on another
+    number of devices. The results are then equal up to float tolerance.
 
     SIGTERM and SIGINT stop the run at the end of a chunk, with a checkpoint. A second
     SIGINT raises ``KeyboardInterrupt``.
 
     Args:
-      state: Initial state, any pytree with everything that changes. With several
-        ``seeds`` every leaf has a leading axis ``[S]``. It is copied, not donated.
-      step: Pure ``step(state, batch) -> (state, metrics)`` for *one* run; ``metrics``
-        is a dict of arrays. If it has ``"losses"`` ``[T]``, a non-finite one stops
-        the run; ``"task_weights"`` ``[T]`` are shown.
-      data: A pytree of arrays ``[N, ...]`` that stays on the device, or an iterator
-        of batches (with Grain's ``get_state``/``set_state`` if the run is kept).
-      num_steps: Steps of the whole run, the part before a resume included.
-      batch_size: Examples per step, for arrays.
-      order_key: Fixes the order of arrays; ``[S]`` keys with several seeds.
-      seeds: Label of the rows, or S of them: the runs are then vmapped. A label is a
-        number or a dict, e.g. ``{"seed": 0, "lr": 0.1}``.
+      state: Initial state, a pytree of all values that change. With several ``seeds``
+        each leaf has a leading axis ``[S]``. The state is copied and not donated.
+      step: A pure function ``step(state, batch) -> (state, metrics)`` for *one* run.
+        ``metrics`` is a dict of arrays. A non-finite entry of ``"losses"`` ``[T]``, if
+        present, stops the run. ``"task_weights"`` ``[T]``, if present, are shown.
+      data: A pytree of arrays ``[N, ...]`` that is stored on the device, or an iterator
+        of batches. A run with a directory needs an iterator with Grain's methods
+        ``get_state`` and ``set_state``.
+      num_steps: Number of steps of the whole run, including the part before a resume.
+      batch_size: Number of examples per step, for arrays.
+      order_key: Key that determines the order of arrays, ``[S]`` keys with several
+        seeds.
+      seeds: Label of the rows, or S labels. With several labels the runs are vmapped. A
+        label is a number or a dict, for example ``{"seed": 0, "lr": 0.1}``.
       task_names: T names, for messages and plots.
-      evaluation: When and how to evaluate.
-      checkpointing: Where to keep the run; None writes nothing.
-      logging: Rows and progress.
-      execution: Chunks, loops and the sharding of batches.
+      evaluation: Evaluation options.
+      checkpointing: Storage options. With None, no files are written.
+      logging: Options for rows and progress.
+      execution: Options for chunks, loops and the sharding of batches.
 
     Returns:
-      The last state, the best evaluation and the rows.
+      A :class:`FitResult` with the last state, the best evaluation and the rows.
 
     Raises:
-      RunExistsError: The directory holds a run; nothing was touched.
-      RunLockedError: Another process works in the directory; nothing was touched.
-      CheckpointError: Nothing usable to resume from, or its rows were changed.
-      ConfigMismatchError: The run to resume has another configuration or stream.
-      TreeMismatchError: The run to resume has another state.
-      OutputError: A file cannot be written, e.g. because the disk is full.
-      NonFiniteLossError: A loss is NaN or infinite; names step, task and checkpoint.
-      NonPositiveLossError: Likewise, a loss is not positive (``positive_losses``).
-      ValueError: Arguments or shapes do not fit together.
+      RunExistsError: If the directory contains a run. No file is changed.
+      RunLockedError: If another process uses the directory. No file is changed.
+      CheckpointError: If there is no usable checkpoint to resume from, or its rows were
+        changed.
+      ConfigMismatchError: If the run to resume has another configuration or stream.
+      TreeMismatchError: If the run to resume has another state.
+      OutputError: If a file cannot be written, for example because the disk is full.
+      NonFiniteLossError: If a loss is NaN or infinite. The message names the step, the
+        task and the checkpoint.
+      NonPositiveLossError: If a loss is not positive and ``positive_losses`` is set.
+      ValueError: If arguments or shapes are inconsistent.
 
     Examples:
       >>> def step(w, batch):
@@ -123,7 +128,7 @@ def fit(
     """
     with Patient() as signals, contextlib.ExitStack() as stack:
         signals.number, _ = _hosts.boundary(signals.number, 0)
-        if signals.number is not None:  # the command is to stop: touch nothing
+        if signals.number is not None:  # a signal arrived before: change no file
             signals.reported = True
             return FitResult(state, 0, None, [], signals.name, 0.0, None)
         many = seeds is not None and not isinstance(seeds, int)
@@ -182,22 +187,22 @@ def fit(
                 writers.append(TensorBoardWriter(folder))
         if run.open_writers(writers, stack):
             state = _drive(run, state, signals)
-        stack.close()  # what fails in closing fails before the result
+        stack.close()  # so that errors in closing are raised before the result
         return run.result(state, signals)
 
 
 def _open_run(
     run: Run, state: PyTree, options: Checkpointing, stack: contextlib.ExitStack
 ) -> PyTree:
-    """Locks the directory and restores, or removes an earlier run."""
+    """Locks the directory and restores a run, or removes an earlier run."""
     folder = pathlib.Path(options.directory)
 
     def open_folder() -> bool:
-        """Whether to resume."""
+        """Returns whether to resume."""
         if not (options.resume or options.overwrite) and holds_run(folder):
             raise RunExistsError(
-                f"{folder} already holds a run: add --resume to continue it or "
-                "--overwrite to start again."
+                f"{folder} already contains a run. Pass resume=True (--resume) to "
+                "continue it or overwrite=True (--overwrite) to replace it."
             )
         stack.enter_context(lock_run(folder))
         if options.resume != "auto":
@@ -218,7 +223,9 @@ def _open_run(
         if options.resume == "auto" and not resume:
             aside = set_rows_aside(folder)
             if aside is not None:
-                run.screen.note(f"No checkpoint to resume from; rows are in {aside}.")
+                run.screen.note(
+                    f"No checkpoint to resume from. The rows are in {aside}."
+                )
         if not resume:
             remove_run(folder)
         checkpoints.Checkpointer(folder / "checkpoints").clean()
@@ -240,7 +247,7 @@ def _drive(run: Run, state: PyTree, signals: Signals) -> PyTree:
 
 
 def _single(state: PyTree, num_seeds: int | None) -> PyTree:
-    """Shapes of the state of one run, on a mesh with shardings."""
+    """Returns the shapes of the state of one run, with shardings on a mesh."""
 
     def shape(path, leaf):
         sharding, shape = leaf.sharding, leaf.shape
@@ -248,7 +255,7 @@ def _single(state: PyTree, num_seeds: int | None) -> PyTree:
             if shape[:1] != (num_seeds,):
                 raise ValueError(
                     f"State leaf {jax.tree_util.keystr(path) or '(root)'} has shape "
-                    f"{shape}; its leading axis must be the {num_seeds} seeds."
+                    f"{shape}, but its leading axis must be the {num_seeds} seeds."
                 )
             shape = shape[1:]
         if not isinstance(sharding, NamedSharding):

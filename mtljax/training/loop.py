@@ -1,8 +1,8 @@
-"""Pure training loops around any step, inside one compiled program.
+"""Pure training loops for any step, compiled into one program.
 
-A *step* is ``step(state, batch) -> (state, metrics)``: ``state`` is any pytree that
-holds everything that changes (parameters, optimiser, balancer, keys), ``metrics`` a
-dict of arrays of fixed shapes. Nothing here knows about losses, tasks or models.
+A *step* is a function ``step(state, batch) -> (state, metrics)``. ``state`` is any
+pytree of all values that change (parameters, optimizer, balancer, keys). ``metrics`` is
+a dict of arrays of fixed shapes. The loops are independent of losses, tasks and models.
 """
 
 import functools
@@ -23,14 +23,14 @@ Step: TypeAlias = Callable[[Any, Any], tuple[Any, Metrics]]
 
 
 def num_examples(data: PyTree, batch_size: int) -> int:
-    """Length of the leading axis that all arrays of ``data`` share.
+    """Returns the length of the common leading axis of all arrays of ``data``.
 
     Args:
       data: Pytree of arrays ``[N, ...]``.
-      batch_size: Examples per step; at most N.
+      batch_size: Number of examples per step, at most N.
 
     Returns:
-      N.
+      The number of examples N.
 
     Raises:
       ValueError: If the lengths differ, or N is smaller than a batch.
@@ -41,13 +41,13 @@ def num_examples(data: PyTree, batch_size: int) -> int:
     """
     leaves = jax.tree_util.tree_leaves_with_path(data)
     if not leaves:
-        raise ValueError("The training data hold no array.")
+        raise ValueError("The training data contain no arrays.")
     first = jax.tree_util.keystr(leaves[0][0]) or "data"
     size = leaves[0][1].shape[0] if jnp.ndim(leaves[0][1]) else 0
     for path, leaf in leaves:
         name = jax.tree_util.keystr(path) or "data"
         if jnp.ndim(leaf) == 0:
-            raise ValueError(f"Training array {name} is a scalar; it needs an axis.")
+            raise ValueError(f"Training array {name} is a scalar. It needs an axis.")
         if leaf.shape[0] != size:
             raise ValueError(
                 f"Training array {name} has {leaf.shape[0]} examples, but {first} "
@@ -63,16 +63,16 @@ def num_examples(data: PyTree, batch_size: int) -> int:
 def epoch_order(
     order_key: Array, epoch: int | Array, size: int, batch_size: int
 ) -> Int[Array, "steps batch"]:
-    """The order of an epoch, a pure function of the key and the epoch's number.
+    """Returns the order of the examples in an epoch, a function of key and epoch.
 
     Args:
-      order_key: Fixed for the whole run.
+      order_key: Key that is constant for the whole run.
       epoch: 0-based number of the epoch.
       size: Number of examples N.
-      batch_size: Examples per step B.
+      batch_size: Number of examples per step, B.
 
     Returns:
-      Indices ``[N // B, B]``; the ``N % B`` left over differ from epoch to epoch.
+      Indices ``[N // B, B]``. The omitted ``N % B`` examples differ between epochs.
 
     Examples:
       >>> epoch_order(jax.random.key(0), 0, 10, 4).shape
@@ -94,26 +94,26 @@ def _take(data: PyTree, rows: Array, placement: Placement | None = None) -> PyTr
 
 
 def _replicated(arrays: PyTree, placement: Placement | None) -> PyTree:
-    """Replicates arrays on a mesh with Explicit axes; other arrays are unchanged."""
+    """Replicates arrays on a mesh with Explicit axes. Other arrays are unchanged."""
     if placement is None or not placement.explicit:
         return arrays
     return jax.tree.map(lambda a: jax.sharding.reshard(a, placement.replicated), arrays)
 
 
 def check_step(step: Step, state: PyTree, batch: PyTree) -> PyTree:
-    """Traces one step and names what a loop could not carry.
+    """Traces one step and checks that it preserves the form of the state.
 
     Args:
-      step: The step.
-      state: A state, or shapes of one.
-      batch: A batch, or shapes of one.
+      step: The step function.
+      state: A state, or its shapes.
+      batch: A batch, or its shapes.
 
     Returns:
-      Shapes of the metrics.
+      The shapes of the metrics.
 
     Raises:
-      ValueError: If the step returns a state of another structure, shape or dtype;
-        the sentence names the leaf.
+      ValueError: If the step returns a state of another structure, shape or dtype. The
+        message names the leaf.
 
     Examples:
       >>> check_step(lambda s, b: (s + b.sum(), {"s": s}), jnp.float32(0), jnp.ones(2))
@@ -148,7 +148,7 @@ def check_step(step: Step, state: PyTree, batch: PyTree) -> PyTree:
     return metrics
 
 
-@functools.lru_cache(maxsize=16)  # so that a second fit of the same step is compiled
+@functools.lru_cache(maxsize=16)  # a second fit of the same step is not recompiled
 def make_chunk(
     step: Step,
     *,
@@ -157,28 +157,28 @@ def make_chunk(
     seeds: bool = False,
     placement: Placement | None = None,
 ) -> Callable[..., tuple[Any, Metrics]]:
-    """Compiles up to ``chunk`` steps over data that live on the device.
+    """Compiles up to ``chunk`` steps over data that are stored on the device.
 
-    The number of steps is a traced value, so the same program runs 20 steps, or 7 and
-    then 13, to the same bits; a loop of static length would be compiled again and
-    might round differently. The order of the data is a function of
-    ``(order_key, epoch)`` only (:func:`epoch_order`), so a resume needs no more than
-    the step. A chunk may cross epochs.
+    The number of steps is a traced value. The same program therefore runs 20 steps, or
+    7 steps and then 13, with the same bits. A loop of static length would be compiled
+    again and might round differently. The order of the data depends only on
+    ``(order_key, epoch)``, see :func:`epoch_order`. A resumed run therefore needs only
+    the step number. A chunk may cross epochs.
 
     Args:
-      step: ``step(state, batch) -> (state, metrics)``.
-      batch_size: Examples per step, B.
-      chunk: Rows of the metrics buffer; the most steps of one call.
+      step: Step function ``step(state, batch) -> (state, metrics)``.
+      batch_size: Number of examples per step, B.
+      chunk: Number of rows of the metrics buffer, the maximum number of steps per call.
       seeds: Whether the state and ``order_key`` have a leading axis ``[S]`` of
-        independent runs (seeds, hyper-parameters); the data do not.
-      placement: Where state and batches lie on a mesh; :func:`fit` fills it in.
+        independent runs (seeds, hyper-parameters). The data have no such axis.
+      placement: Placement of state and batches on a mesh, set by :func:`fit`.
 
     Returns:
-      A jitted function ``(state, data, order_key, start_step, n) -> (state,
-      metrics)``, which donates the state. ``data`` is a pytree of arrays ``[N, ...]``;
-      the function runs the steps ``start_step, ..., start_step + n - 1``; every metric
-      is ``[chunk, ...]`` (``[chunk, S, ...]`` with seeds), of which the first ``n``
-      rows are filled.
+      A jitted function ``(state, data, order_key, start_step, n) -> (state, metrics)``
+      that donates the state. ``data`` is a pytree of arrays ``[N, ...]``. The function
+      runs the steps ``start_step, ..., start_step + n - 1``. Each metric has shape
+      ``[chunk, ...]`` (``[chunk, S, ...]`` with seeds). Its first ``n`` rows are
+      filled.
 
     Examples:
       >>> def step(w, x):
@@ -237,7 +237,7 @@ def make_chunk(
 
 
 def _jit(run: Callable, placement: Placement | None) -> Callable:
-    """Compiles ``run(state, ...) -> (state, metrics)``; the state is donated."""
+    """Compiles ``run(state, ...) -> (state, metrics)`` and donates the state."""
 
     def placed(*args):
         state, metrics = run(*args)
@@ -255,22 +255,24 @@ def make_host_chunk(
     seeds: bool = False,
     placement: Placement | None = None,
 ) -> Callable[..., tuple[Any, Metrics]]:
-    """The function of :func:`make_chunk` as a loop on the host over a compiled step.
+    """The function of :func:`make_chunk` as a host loop over a compiled step.
 
-    XLA's CPU backend runs a convolution inside a loop many times slower than outside,
-    unless its axes lie in the order images, pixels, channels. Those of ``jax.grad`` do
-    not (a LeNet on 2 cores: 1860 against 190 ms a step), and there this loop is the
-    better one; it costs some 0.1 ms a step. Also bit-identical for any split.
+    On CPU, XLA runs a convolution inside a loop many times slower than outside, unless
+    its axes are in the order images, pixels, channels. The convolutions of ``jax.grad``
+    are not in this order. The host loop is then faster: a LeNet step on 2 cores takes
+    190 ms instead of 1860 ms. The loop costs about 0.1 ms per step. Results are
+    bit-identical for any split into calls.
 
     Args:
-      step: ``step(state, batch) -> (state, metrics)``.
-      batch_size: Examples per step.
+      step: Step function ``step(state, batch) -> (state, metrics)``.
+      batch_size: Number of examples per step.
       seeds: Whether the state and ``order_key`` have a leading axis ``[S]``.
-      placement: Where state and batches lie on a mesh; :func:`fit` fills it in.
+      placement: Placement of state and batches on a mesh, set by :func:`fit`.
 
     Returns:
-      ``(state, data, order_key, start_step, n) -> (state, metrics)`` with host
-      integers ``start_step`` and ``n``; every metric is ``[n, ...]`` (``[n, S, ...]``).
+      A function ``(state, data, order_key, start_step, n) -> (state, metrics)`` with
+      host integers ``start_step`` and ``n``. Each metric has shape ``[n, ...]`` (``[n,
+      S, ...]`` with seeds).
     """
 
     def one(state, data, order, at):
@@ -302,7 +304,7 @@ def make_host_chunk(
     return chunk
 
 
-# The orders of axes that XLA:CPU has fast code for, by the number of axes.
+# Axis orders for which XLA:CPU has fast code, by the number of axes.
 _USUAL_AXES = {
     n: jax.lax.conv_dimension_numbers((1,) * n, (1,) * n, axes)
     for n, axes in (
@@ -314,7 +316,7 @@ _USUAL_AXES = {
 
 
 def _equations(jaxpr: Any) -> Iterator[Any]:
-    """All equations of a program, those of its loops and branches included."""
+    """Yields all equations of a program, including those of loops and branches."""
     for equation in jaxpr.eqns:
         yield equation
         for value in jax.tree.leaves(list(equation.params.values())):
@@ -324,18 +326,20 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
 
 
 def prefers_host_loop(step: Step, state: PyTree, batch: PyTree) -> bool:
-    """Whether a step is faster outside a compiled loop, for its convolutions on a CPU.
+    """Returns whether the convolutions of a step favour a host loop on this backend.
 
-    It is if the axes of one are not in the order images, pixels, channels, as in the
-    backward passes of ``jax.grad``. Nothing calls this by default.
+    They do on CPU if the axes of a convolution are not in the order images, pixels,
+    channels, as in the backward passes of ``jax.grad``. This function is called only
+    for ``loop_on="auto"``.
 
     Args:
-      step: The step.
-      state: A state, or shapes of one.
-      batch: A batch, or shapes of one.
+      step: The step function.
+      state: A state, or its shapes.
+      batch: A batch, or its shapes.
 
     Returns:
-      A fixed property of the step and the backend, never of a timing.
+      Whether to loop on the host. The result depends on the step and the backend only.
+      No timing is measured.
 
     Examples:
       >>> prefers_host_loop(lambda s, b: (s + b.sum(), {}), jnp.float32(0), jnp.ones(2))
@@ -362,22 +366,23 @@ def make_runner(
     loop_on: Literal["device", "host", "auto"] = "device",
     placement: Placement | None = None,
 ) -> Callable[..., tuple[Any, Metrics]]:
-    """:func:`make_chunk` or :func:`make_host_chunk` behind one signature.
+    """Builds :func:`make_chunk` or :func:`make_host_chunk` with one signature.
 
     Args:
-      step: ``step(state, batch) -> (state, metrics)``.
+      step: Step function ``step(state, batch) -> (state, metrics)``.
       state: State of one run, or its shapes.
       batch: A batch, or its shapes.
-      batch_size: Examples per step.
-      chunk: The most steps of one call.
+      batch_size: Number of examples per step.
+      chunk: Maximum number of steps per call.
       seeds: Whether the states to run have a leading axis ``[S]``.
-      loop_on: Where the loop over the steps runs; ``"auto"`` calls
-        :func:`prefers_host_loop`.
-      placement: Where state and batches lie on a mesh; :func:`fit` fills it in.
+      loop_on: Place of the loop over the steps, ``"device"``, ``"host"`` or ``"auto"``,
+        which calls :func:`prefers_host_loop`.
+      placement: Placement of state and batches on a mesh, set by :func:`fit`.
 
     Returns:
-      ``(state, data, order_key, start_step, n) -> (state, metrics)`` with host
-      integers; the first ``n`` rows of the metrics count. Donates the state.
+      A function ``(state, data, order_key, start_step, n) -> (state, metrics)`` with
+      host integers, which donates the state. Only the first ``n`` rows of the metrics
+      are valid.
     """
     if loop_on == "auto":
         loop_on = "host" if prefers_host_loop(step, state, batch) else "device"
@@ -404,12 +409,12 @@ def make_stream_step(
     """Compiles one step for batches that come from the host.
 
     Args:
-      step: ``step(state, batch) -> (state, metrics)``.
-      seeds: Whether the state has a leading axis ``[S]``; all runs see the same batch.
-      placement: Where the state lies on a mesh; :func:`fit` fills it in.
+      step: Step function ``step(state, batch) -> (state, metrics)``.
+      seeds: Whether the state has a leading axis ``[S]``. All runs use the same batch.
+      placement: Placement of the state on a mesh, set by :func:`fit`.
 
     Returns:
-      The jitted step.
+      The jitted step function.
     """
     run = jax.vmap(step, in_axes=(0, None)) if seeds else step
     return _jit(run, placement)
@@ -418,13 +423,13 @@ def make_stream_step(
 def split_run_key(
     key: Key[Array, "..."],
 ) -> tuple[Key[Array, "..."], Key[Array, "..."]]:
-    """One key of a run into its two: for ``init`` and for the order of the data.
+    """Splits the key of a run into a key for ``init`` and a key for the data order.
 
     Args:
-      key: A key, or ``[S]`` of them.
+      key: A key, or keys ``[S]``.
 
     Returns:
-      ``init_key`` and ``order_key``, each shaped like ``key``.
+      The keys ``init_key`` and ``order_key``, each with the shape of ``key``.
 
     Examples:
       >>> init_keys, order_keys = split_run_key(jax.random.split(jax.random.key(0), 8))
@@ -442,19 +447,20 @@ def make_train(
     num_steps: int,
     batch_size: int,
 ) -> Callable[[Key, PyTree], tuple[Any, Metrics]]:
-    """A whole training as one pure function: jit it, vmap it over keys.
+    """Builds a whole training as one pure function for ``jit`` and ``vmap``.
 
-    It gives the numbers of :func:`mtljax.training.fit` started from the same
-    ``split_run_key(key)``, to float tolerance (it is another program).
+    The results equal those of :func:`mtljax.training.fit` with the same
+    ``split_run_key(key)`` up to float tolerance, because the programs differ.
 
     Args:
-      init: ``init(key) -> state``.
-      step: ``step(state, batch) -> (state, metrics)``.
-      num_steps: Steps of the whole training.
-      batch_size: Examples per step.
+      init: Function ``init(key) -> state``.
+      step: Step function ``step(state, batch) -> (state, metrics)``.
+      num_steps: Number of steps of the whole training.
+      batch_size: Number of examples per step.
 
     Returns:
-      ``train(key, data) -> (state, metrics)`` with metrics ``[num_steps, ...]``.
+      A function ``train(key, data) -> (state, metrics)`` with metrics ``[num_steps,
+      ...]``.
 
     Examples:
       >>> def step(w, x):

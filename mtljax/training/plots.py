@@ -1,8 +1,8 @@
-"""Figures of runs, for PNG files that a person looks at.
+"""Figures of runs, intended for visual inspection as PNG files.
 
-Each function returns a :class:`matplotlib.figure.Figure` (made without pyplot, so
-there is no global state and no display); :func:`save` writes it. A method keeps its
-colour and dash in every figure that is given the same ``methods`` list.
+Each function returns a :class:`matplotlib.figure.Figure`, made without pyplot, global
+state or display. :func:`save` writes it. A method has the same colour and dash in all
+figures that are given the same list ``methods``.
 """
 
 import math
@@ -14,7 +14,7 @@ import numpy as np
 
 from mtljax.extras import require
 
-# Paul Tol's "bright" and "muted" sets, interleaved: apart for the colour-blind too.
+# The "bright" and "muted" palettes of Paul Tol, interleaved, for colour-blind readers.
 PALETTE = (
     "#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377",
     "#332288", "#999933", "#882255", "#44AA99", "#CC6677", "#117733",
@@ -47,8 +47,8 @@ _STYLE: Any = {
 class Curve(NamedTuple):
     """Values over time of one method.
 
-    ``steps`` is ``[P]``; ``values`` is ``[P]``, ``[S, P]`` with seeds, and has a last
-    axis ``[..., K]`` where there are several (tasks, pairs of tasks).
+    ``steps`` has shape ``[P]``. ``values`` has shape ``[P]``, or ``[S, P]`` with seeds.
+    A last axis ``[..., K]`` is added for several values (tasks or pairs of tasks).
     """
 
     steps: Any
@@ -56,15 +56,15 @@ class Curve(NamedTuple):
 
 
 def curve(rows: Sequence[Mapping[str, Any]], name: str, kind: str = "train") -> Curve:
-    """Collects a metric of the rows of a run, seeds stacked.
+    """Collects a metric from the rows of a run and stacks the seeds.
 
     Args:
       rows: Rows of :func:`mtljax.training.fit` or :func:`read_jsonl`.
-      name: The metric, e.g. ``"losses"``.
+      name: Name of the metric, for example ``"losses"``.
       kind: ``"train"`` or ``"eval"``.
 
     Returns:
-      Steps ``[P]`` and values ``[S, P, ...]``; only steps that all seeds have.
+      Steps ``[P]`` and values ``[S, P, ...]``, for the steps that all seeds have.
 
     Raises:
       ValueError: If no row has the metric.
@@ -92,7 +92,7 @@ def curve(rows: Sequence[Mapping[str, Any]], name: str, kind: str = "train") -> 
 def style(
     method: str, methods: Sequence[str], reference: str | None = None
 ) -> dict[str, Any]:
-    """Colour and dash of a method, by its place in ``methods``.
+    """Returns colour and dash of a method, by its position in ``methods``.
 
     Examples:
       >>> style("b", ["a", "b"])
@@ -102,7 +102,7 @@ def style(
         return {"color": "black", "linestyle": "-"}
     i = list(methods).index(method)
     n = len(PALETTE)
-    # Neighbours in the second half of a long list differ in the dash as well.
+    # In the second half of a long list, neighbours differ in the dash as well.
     dash = (i // n + (i >= 6)) % len(DASHES)
     return {"color": PALETTE[i % n], "linestyle": DASHES[dash]}
 
@@ -135,7 +135,7 @@ def _legend(figure, axis, count: int) -> None:
 
 
 def _band(values: Any) -> tuple[np.ndarray, np.ndarray | None]:
-    """Mean and standard deviation over the leading axis of ``[S, P]`` or ``[P]``."""
+    """Returns mean and standard deviation over the leading axis of ``[S, P]``."""
     array = np.asarray(values, np.float64)
     if array.ndim == 1 or array.shape[0] == 1:
         return array.reshape(array.shape[-1]), None
@@ -143,7 +143,7 @@ def _band(values: Any) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred running mean over the last axis; shorter at the two ends.
+    """Computes a centred running mean over the last axis, shorter at both ends.
 
     Examples:
       >>> smooth(np.array([0.0, 3.0, 6.0, 3.0]), 3)
@@ -165,7 +165,7 @@ def _draw(axis, steps, values, *, look, label, window) -> None:
     axis.plot(steps, mean, label=label, linewidth=1.5, **look)
     if sd is not None:
         low, high = mean - sd, mean + sd
-        if axis.get_yscale() == "log":  # a band must not fall off the axis
+        if axis.get_yscale() == "log":  # the band must stay positive
             low = np.maximum(low, mean**2 / high)
         axis.fill_between(
             steps, low, high, color=look["color"], alpha=0.12, linewidth=0
@@ -182,16 +182,16 @@ def loss_curves(
     methods: Sequence[str] | None = None,
     title: str | None = None,
 ) -> Any:
-    """One panel a task, one line a method: the mean over seeds and a band of ± 1 sd.
+    """Draws one panel per task and one line per method, mean over seeds ± 1 sd.
 
     Args:
-      history: Method -> curve with values ``[P, T]`` or ``[S, P, T]``.
+      history: Curve of each method, with values ``[P, T]`` or ``[S, P, T]``.
       task_names: T names.
-      ylabel: What the values are, with a unit if they have one.
+      ylabel: Name of the values, with a unit if they have one.
       log: Whether the vertical axis is logarithmic.
-      window: Points of a centred running mean; 1 draws the values as they are.
-      methods: All methods of the report, which fixes the colours.
-      title: Above the figure.
+      window: Points of a centred running mean. 1 draws the values unchanged.
+      methods: All methods of the report, which determine the colours.
+      title: Title above the figure.
 
     Returns:
       The figure.
@@ -220,7 +220,7 @@ def loss_curves(
 
 
 def _steps_axis(axis) -> None:
-    """Steps as 0, 5k, 10k, which does not run into the next panel."""
+    """Formats steps as 0, 5k, 10k, so that labels of panels do not overlap."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     short = lambda x: f"{x / 1e3:g}k" if abs(x) >= 1e3 else f"{x:g}"
@@ -230,7 +230,7 @@ def _steps_axis(axis) -> None:
 
 
 def _plain_log(axis) -> None:
-    """Labels 0.2, 0.3, 0.5, 1 ... rather than powers of ten."""
+    """Labels a logarithmic axis with 0.2, 0.3, 0.5, 1, ... instead of powers."""
     from matplotlib.ticker import (
         FuncFormatter,
         LogLocator,
@@ -240,7 +240,7 @@ def _plain_log(axis) -> None:
     )
 
     low, high = axis.get_ylim()
-    if high < 3 * low:  # too narrow for 1, 2, 3, 5
+    if high < 3 * low:  # too narrow for the labels 1, 2, 3, 5
         axis.yaxis.set_major_locator(MaxNLocator(5))
         axis.yaxis.set_minor_locator(NullLocator())
     else:
@@ -258,7 +258,7 @@ def _small_multiples(
     level: float | None,
     title: str | None,
 ) -> Any:
-    """One panel a method, one line for each of the K values; one scale for all."""
+    """Draws one panel per method with K lines, all panels on one scale."""
     figure, axes = _figure(
         len(history), columns=4, width=2.5, height=2.1, legend=len(line_names) > 0
     )
@@ -296,18 +296,18 @@ def weight_trajectories(
     window: int = 1,
     title: str | None = None,
 ) -> Any:
-    """One panel a method: the weight of each task over time, mean and ± 1 sd.
+    """Draws the task weights over time, one panel per method, mean ± 1 sd.
 
     Args:
-      history: Method -> curve of the weights, ``[P, T]`` or ``[S, P, T]``.
+      history: Curve of the weights of each method, ``[P, T]`` or ``[S, P, T]``.
       task_names: T names.
-      normalise: Whether to divide by the sum of the absolute weights, without which
+      normalise: Whether to divide by the sum of the absolute weights. Without it,
         methods of different scales cannot be compared.
       window: Points of a centred running mean.
-      title: Above the figure.
+      title: Title above the figure.
 
     Returns:
-      The figure; a dashed line marks equal weights.
+      The figure. A dashed line marks equal weights.
     """
     shares = {}
     for method, (steps, values) in history.items():
@@ -333,16 +333,16 @@ def cosine_over_time(
     window: int = 1,
     title: str | None = None,
 ) -> Any:
-    """One panel a method: the cosine of each pair of task gradients over time.
+    """Draws the cosine of each pair of task gradients over time, a panel per method.
 
     Args:
-      history: Method -> curve of the cosines, ``[P, K]`` or ``[S, P, K]``.
-      pair_names: K names, e.g. ``"seg · depth"``.
+      history: Curve of the cosines of each method, ``[P, K]`` or ``[S, P, K]``.
+      pair_names: K names, for example ``"seg · depth"``.
       window: Points of a centred running mean.
-      title: Above the figure.
+      title: Title above the figure.
 
     Returns:
-      The figure; below the dashed line at 0 the tasks conflict.
+      The figure. Below the dashed line at 0 the task gradients conflict.
     """
     return _small_multiples(
         history,
@@ -364,19 +364,19 @@ def tradeoff_scatter(
     methods: Sequence[str] | None = None,
     title: str | None = None,
 ) -> Any:
-    """Two metrics, one point a method: mean over seeds with bars of ± 1 sd.
+    """Draws two metrics, with one point per method: mean over seeds and ± 1 sd.
 
     Args:
-      points: Method -> (values of x over seeds, values of y over seeds).
+      points: For each method, the values of x and the values of y over seeds.
       xlabel: First metric, with its unit.
       ylabel: Second metric, with its unit.
       reference: The two single-task results, drawn as dashed lines.
-      better: Which direction is better on each axis: ``"max"`` or ``"min"``.
-      methods: All methods of the report, which fixes the colours.
-      title: Above the figure.
+      better: Better direction of each axis, ``"max"`` or ``"min"``.
+      methods: All methods of the report, which determine the colours.
+      title: Title above the figure.
 
     Returns:
-      The figure; every point has its name beside it.
+      The figure. Each point has a label.
     """
     names = list(methods or points)
     figure, (axis,) = _figure(1, columns=1, width=6.2, height=4.6, legend=False)
@@ -429,17 +429,17 @@ def tradeoff_scatter(
 
 
 def _place_labels(figure, axis, centres, bars, lines) -> None:
-    """Names beside their points, at the free place nearest to each."""
+    """Places each name next to its point, at the nearest free position."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    FigureCanvasAgg(figure).draw()  # fixes the layout, hence the pixels
+    FigureCanvasAgg(figure).draw()  # determines the layout and the pixel positions
     renderer = figure.canvas.get_renderer()
     scale = figure.dpi / 72
     pixels = {m: axis.transData.transform(c) for m, c in centres.items()}
     frame = axis.get_window_extent(renderer)
     marks = [(x - 5 * scale, y - 5 * scale, x + 5 * scale, y + 5 * scale)
              for x, y in pixels.values()]  # fmt: skip
-    soft = []  # what a name may cross if it must
+    soft = []  # areas that a name may overlap at a cost
     for ends in bars:
         (x0, y0), (x1, y1) = axis.transData.transform(ends)
         soft.append((x0 - 1, y0 - 1, x1 + 1, y1 + 1))
@@ -498,7 +498,7 @@ def _overlap(a, b) -> float:
 
 
 def save(figure: Any, path: str | pathlib.Path) -> pathlib.Path:
-    """Writes a figure as PNG, making the folder if needed.
+    """Writes a figure as PNG and creates the folder if needed.
 
     Args:
       figure: A figure of this module.

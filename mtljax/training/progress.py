@@ -1,4 +1,4 @@
-"""Progress of a run on a terminal or in a log."""
+"""Progress display of a run, on a terminal or in a log."""
 
 import sys
 import time
@@ -11,7 +11,7 @@ from mtljax.extras import require
 
 
 def format_seconds(seconds: float) -> str:
-    """Seconds as ``m:ss`` or ``h:mm:ss``.
+    """Formats seconds as ``m:ss`` or ``h:mm:ss``.
 
     Examples:
       >>> format_seconds(65.4), format_seconds(3700.0)
@@ -23,7 +23,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def _vector(value: Any) -> np.ndarray:
-    """Metric of shape ``[T]``, ``[S, T]`` or scalar as ``[T]``, mean over seeds."""
+    """Converts a metric of shape ``[T]``, ``[S, T]`` or ``[]`` to ``[T]``."""
     array = np.asarray(value, np.float64)
     return (
         np.atleast_1d(array.reshape(-1, array.shape[-1]).mean(0))
@@ -35,15 +35,15 @@ def _vector(value: Any) -> np.ndarray:
 def describe(
     metrics: Mapping[str, Any], task_names: Sequence[str] | None = None
 ) -> str:
-    """One line with losses and task weights (means over seeds).
+    """Formats losses and task weights (means over seeds) as one line.
 
     Args:
-      metrics: Holds ``losses`` ``[T]`` and perhaps ``task_weights`` ``[T]``, or
+      metrics: Dict with ``losses`` ``[T]`` and optional ``task_weights`` ``[T]``, or
         ``[S, T]`` with seeds.
-      task_names: T names; shown when there are at most four tasks.
+      task_names: T names. They are shown for at most four tasks.
 
     Returns:
-      The line; with more than four tasks a mean and a range.
+      The line. For more than four tasks it contains a mean and a range.
 
     Examples:
       >>> describe({"losses": [0.5, 1.25], "task_weights": [0.5, 0.5]}, ["a", "b"])
@@ -73,18 +73,18 @@ def describe(
 
 
 class Progress:
-    """A live bar on a terminal, plain lines elsewhere.
+    """Shows a live bar on a terminal, and plain lines elsewhere.
 
-    Plain lines come when the run starts, when it ends, and at most every
-    ``every_seconds`` in between; they hold no control characters.
+    A plain line is printed at the start, at the end, and at most every
+    ``every_seconds`` in between. Plain lines contain no control characters.
 
     Args:
-      num_steps: Steps of the whole run.
-      task_names: Names for the losses.
-      title: What runs, e.g. the method's name.
-      every_seconds: Least time between two plain lines, s.
-      stream: Text file to write to; default standard output.
-      enabled: False shows nothing but notes.
+      num_steps: Number of steps of the whole run.
+      task_names: Names of the losses.
+      title: Name of the run, for example the method.
+      every_seconds: Minimum time between two plain lines, in seconds.
+      stream: Text file for the output. The default is standard output.
+      enabled: Whether to show progress. Notes are always shown.
 
     Examples:
       >>> with Progress(10, title="demo") as progress:
@@ -110,7 +110,7 @@ class Progress:
         self._enabled = enabled
         self._live: Any = None
         self._task: Any = None
-        self._start_step: int | None = None  # where the clock of the speed started
+        self._start_step: int | None = None  # first step of the speed measurement
         self._started = self._last_line = time.monotonic()
         self._printed = -1
         self._seen: tuple[int, Mapping[str, Any], str] | None = None
@@ -153,13 +153,13 @@ class Progress:
         )
 
     def start(self, step: int) -> None:
-        """Says where the run starts."""
+        """Shows the first step of the run."""
         self._last_line = time.monotonic()
         if self._live is not None:
             self._live.update(self._task, completed=step)
 
     def _speed(self, step: int) -> tuple[str, str]:
-        if self._start_step is None:  # the first steps were compiled: no speed yet
+        if self._start_step is None:  # no speed yet, because the first steps compile
             self._start_step, self._started = step, time.monotonic()
         elapsed = time.monotonic() - self._started
         done = step - self._start_step
@@ -176,9 +176,9 @@ class Progress:
         """Shows the state of the run after ``step`` steps.
 
         Args:
-          step: Completed steps.
+          step: Number of completed steps.
           metrics: Train metrics, see :func:`describe`.
-          evaluation: A short text on the last evaluation.
+          evaluation: A short text about the last evaluation.
         """
         if not self._enabled:
             return
@@ -203,7 +203,7 @@ class Progress:
         print("  ".join(filter(None, parts)), file=self._stream, flush=True)
 
     def note(self, text: str) -> None:
-        """Prints one line above the bar; also when not enabled."""
+        """Prints one line above the bar, even if the display is not enabled."""
         if self._live is not None:
             self._live.console.print(text, markup=False, highlight=False)
         else:

@@ -1,4 +1,4 @@
-"""Plain-JSON records: configurations, their differences, and where a run ran."""
+"""Plain-JSON records: configurations, their differences, and the environment."""
 
 import base64
 import dataclasses
@@ -28,19 +28,20 @@ MAY_DIFFER = frozenset(
 
 
 def to_json(value: Any) -> Any:  # noqa: PLR0911 one return for each kind
-    """Turns a configuration, array or number into plain JSON types.
+    """Converts a configuration, array or number to plain JSON types.
 
-    Dataclasses and NamedTuples become dicts, tuples and arrays lists, paths and
-    enumerations strings, and NaN or an infinity ``None`` (JSON has neither).
+    Dataclasses and NamedTuples become dicts. Tuples and arrays become lists. Paths and
+    enumerations become strings. NaN and infinities become ``None``, because JSON has
+    neither.
 
     Args:
-      value: Anything a configuration or a metric row may hold.
+      value: A value of a configuration or of a metric row.
 
     Returns:
       Dicts, lists, strings, numbers, booleans and None.
 
     Raises:
-      TypeError: If a value has no plain form; the sentence names its type.
+      TypeError: If a value has no plain form. The message names its type.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -76,7 +77,7 @@ def to_json(value: Any) -> Any:  # noqa: PLR0911 one return for each kind
 
 
 def pack_bytes(value: Any) -> Any:
-    """JSON form of an iterator's state, which some loaders give as bytes."""
+    """Converts the state of an iterator to JSON. Some loaders return it as bytes."""
     if isinstance(value, bytes):
         return {"__bytes__": base64.b64encode(value).decode("ascii")}
     return to_json(value)
@@ -90,7 +91,7 @@ def unpack_bytes(value: Any) -> Any:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one level with dotted names.
+    """Flattens nested dicts into one level with dotted names.
 
     Examples:
       >>> flatten({"lr": 0.1, "model": {"width": 8}})
@@ -108,15 +109,15 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def differences(
     old: Mapping[str, Any], new: Mapping[str, Any], may_differ: Iterable[str] = ()
 ) -> list[str]:
-    """Says which fields of two plain configurations differ, with both values.
+    """Describes the fields in which two plain configurations differ.
 
     Args:
-      old: Configuration of the run on disk.
-      new: Configuration asked for.
-      may_differ: Dotted names (or first parts of dotted names) to pass over.
+      old: Configuration of the stored run.
+      new: Requested configuration.
+      may_differ: Dotted names, or first parts of dotted names, to ignore.
 
     Returns:
-      One ``"name: old -> new"`` per differing field, sorted by name.
+      One string ``"name: old -> new"`` per differing field, sorted by name.
 
     Examples:
       >>> differences({"lr": 0.1, "num_steps": 5}, {"lr": 0.2, "num_steps": 9},
@@ -137,11 +138,13 @@ def differences(
 
 @functools.cache
 def git_commit(directory: str | None = None) -> str | None:
-    """Commit of the checkout that holds ``directory`` (default: this package).
+    """Returns the commit of the checkout that contains ``directory``.
+
+    The default directory is that of this package.
 
     Returns:
-      The hash, with ``+changes`` if tracked files differ from it, or None outside
-      a git checkout.
+      The hash, with ``+changes`` if tracked files differ from it. None outside a git
+      checkout.
     """
     where = directory or str(pathlib.Path(__file__).parent)
     run = functools.partial(
@@ -165,7 +168,7 @@ def _version(package: str) -> str | None:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, commit and device of this process, as plain JSON.
+    """Returns versions, commit and device of this process as plain JSON.
 
     Examples:
       >>> sorted(environment())
@@ -185,5 +188,5 @@ def environment() -> dict[str, Any]:
 
 
 def now() -> str:
-    """UTC time, to the second, in ISO form."""
+    """Returns the UTC time in ISO form, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

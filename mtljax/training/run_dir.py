@@ -1,4 +1,4 @@
-"""The folder of a run: its lock, its files, and loading from it."""
+"""The folder of a run: its lock, its files, and restoring from it."""
 
 import contextlib
 import fcntl
@@ -15,21 +15,22 @@ from mtljax.training import checkpoint as checkpoints
 from mtljax.training.errors import OutputError, RunLockedError
 from mtljax.training.writers import writing
 
-_held: set[pathlib.Path] = set()  # the system's locks do not exclude a process itself
+# Held paths. The locks of the operating system do not exclude the same process.
+_held: set[pathlib.Path] = set()
 
 
 @contextlib.contextmanager
 def lock_run(run_dir: str | pathlib.Path) -> Iterator[None]:
-    """Excludes other processes from a run directory, which is made if absent.
+    """Excludes other processes from a run directory, which is created if absent.
 
-    The operating system releases the lock when the process ends, however it ends. The
-    file ``.lock`` stays.
+    The operating system releases the lock when the process ends for any reason. The
+    file ``.lock`` is not deleted.
 
     Args:
       run_dir: The directory.
 
     Raises:
-      RunLockedError: If a process is working there; names it.
+      RunLockedError: If another process uses the directory. The message names it.
       OutputError: If the directory cannot be written.
 
     Examples:
@@ -44,7 +45,7 @@ def lock_run(run_dir: str | pathlib.Path) -> Iterator[None]:
     with writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir.resolve() / ".lock"
-        taken = path in _held  # opening the file twice would release it
+        taken = path in _held  # opening the file twice would release the lock
         file = None if taken else os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         if file is not None:
@@ -75,7 +76,7 @@ def lock_run(run_dir: str | pathlib.Path) -> Iterator[None]:
 
 
 def holds_run(run_dir: str | pathlib.Path) -> bool:
-    """Whether a directory holds the files of a run.
+    """Returns whether a directory contains the files of a run.
 
     Examples:
       >>> holds_run("/no/such/directory")
@@ -87,10 +88,11 @@ def holds_run(run_dir: str | pathlib.Path) -> bool:
 
 
 def remove_run(run_dir: str | pathlib.Path) -> None:
-    """Deletes the files that :func:`fit` wrote into a directory, and nothing else.
+    """Deletes the files that :func:`fit` wrote into a directory, and no others.
 
     Raises:
-      OutputError: If a file is in the way that no run wrote, or cannot be deleted.
+      OutputError: If a file cannot be deleted, or a file with the name of a run's file
+        was not written by a run.
     """
     run_dir = pathlib.Path(run_dir)
     rows = run_dir / "metrics.jsonl"
@@ -103,7 +105,7 @@ def remove_run(run_dir: str | pathlib.Path) -> None:
             shutil.rmtree(path)
         old = [folder / str(step) for step in checkpoints.saved_steps(folder)]
         old += [p for p in folder.glob("*.damaged") if p.stem.isdecimal()]
-        for path in old:  # renamed first: a kill leaves no half of a checkpoint
+        for path in old:  # renamed first, so that a kill leaves no partial checkpoint
             trash.mkdir(exist_ok=True)
             path.rename(trash / path.name)
         if old:
@@ -113,15 +115,15 @@ def remove_run(run_dir: str | pathlib.Path) -> None:
         for path in (run_dir / "tensorboard").glob("events.out.tfevents.*"):
             path.unlink()
         for path in (folder, run_dir / "tensorboard"):
-            with contextlib.suppress(OSError):  # absent, or not empty
+            with contextlib.suppress(OSError):  # absent or not empty
                 path.rmdir()
 
 
 def set_rows_aside(run_dir: str | pathlib.Path) -> pathlib.Path | None:
-    """Renames the rows of a run, which may be all that is left of it.
+    """Renames the rows of a run that has no checkpoint.
 
-    There is one such file: the longer of the two stays, since the rows of a run that
-    was killed before its first checkpoint come again.
+    At most one renamed file is kept, the longer one. A run that is killed again before
+    its first checkpoint writes the same rows again.
     """
     rows = pathlib.Path(run_dir) / "metrics.jsonl"
     aside = rows.with_name(f"{rows.name}.1")
@@ -141,21 +143,21 @@ def load_run(
     *,
     mode: checkpoints.Mode = "min",
 ) -> checkpoints.Restored:
-    """Loads a state of a finished (or running) run for evaluation.
+    """Restores a state of a finished or active run for evaluation.
 
     Args:
-      run_dir: Directory given to :func:`fit`.
-      target: A state of the right structure, or its shapes, see
+      run_dir: Directory of the run, see :class:`Checkpointing`.
+      target: A state of the same structure, or its shapes, see
         :meth:`Checkpointer.restore`.
-      which: ``"best"``, ``"latest"`` or a step that was kept.
+      which: ``"best"``, ``"latest"`` or a stored step.
       mode: The ``mode`` of the run's :class:`Evaluation`.
 
     Returns:
-      State, step and record.
+      The state, its step and its record.
 
     Raises:
-      CheckpointError: No such checkpoint, or it is damaged.
-      TreeMismatchError: It holds another tree.
+      CheckpointError: If the checkpoint does not exist or is damaged.
+      TreeMismatchError: If the checkpoint contains another tree.
     """
     with checkpoints.Checkpointer(
         pathlib.Path(run_dir) / "checkpoints", mode=mode

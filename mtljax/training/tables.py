@@ -1,4 +1,4 @@
-"""Tables of results: mean and spread over seeds, the best in bold."""
+"""Tables of results with mean and spread over seeds, and the best value in bold."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,11 +14,11 @@ class Cell(NamedTuple):
 
     mean: float
     sd: float  # NaN for a single seed
-    number: int  # of finite values
+    number: int  # number of finite values
 
 
 def summarise(values: Any) -> Cell:
-    """Mean and sample standard deviation of the finite values.
+    """Computes mean and sample standard deviation of the finite values.
 
     Examples:
       >>> summarise([1.0, 3.0])
@@ -33,7 +33,9 @@ def summarise(values: Any) -> Cell:
 
 
 def format_cell(cell: Cell, digits: int = 3) -> str:
-    """``mean ± sd``; without the spread for a single seed, a dash without a value.
+    """Formats a cell as ``mean ± sd``.
+
+    The spread is omitted for a single seed. A cell without values is a dash.
 
     Examples:
       >>> format_cell(Cell(0.5, 0.012, 3)), format_cell(Cell(2.0, math.nan, 1), 1)
@@ -51,7 +53,7 @@ def _cells(
     digits: int | Mapping[str, int],
     exclude: Sequence[str],
 ) -> list[tuple[str, list[tuple[str, bool]]]]:
-    """Texts of the body, each with whether it is its column's best."""
+    """Returns the texts of the body, each with whether it is the best of its column."""
     summaries = {
         name: {c: summarise(row.get(c, math.nan)) for c in columns}
         for name, row in rows.items()
@@ -71,7 +73,7 @@ def _cells(
         for column, cell in cells.items():
             places = digits if isinstance(digits, int) else digits.get(column, 3)
             top = best.get(column, math.nan)
-            # Equal as printed is equal: the table claims no more than it shows.
+            # Values that are printed equally are marked equally.
             same = f"{cell.mean:.{places}f}" == f"{top:.{places}f}"
             line.append((format_cell(cell, places), same and name not in exclude))
         body.append((name, line))
@@ -90,17 +92,17 @@ def markdown_table(
     head: str = "method",
     exclude: Sequence[str] = (),
 ) -> str:
-    """A Markdown table of ``mean ± sd``, the best of each column in bold.
+    """Formats a Markdown table of ``mean ± sd`` with the best of each column in bold.
 
     Args:
-      rows: Method -> column -> values over seeds (or one number).
-      columns: Column -> whether less or more is better, or "" for neither.
-      digits: Digits after the point, for all or for each column.
+      rows: For each method and column, values over seeds or one number.
+      columns: For each column, ``"min"``, ``"max"``, or ``""`` for no direction.
+      digits: Digits after the decimal point, for all columns or for each column.
       head: Title of the first column.
-      exclude: Rows that do not compete, such as a single-task reference.
+      exclude: Rows that are not compared, such as a single-task reference.
 
     Returns:
-      The table, lines joined by newlines.
+      The table, with lines joined by newlines.
 
     Examples:
       >>> rows = {"sum": {"acc": [0.5, 0.7]}, "pcgrad": {"acc": [0.7, 0.9]}}
@@ -127,15 +129,15 @@ def rich_table(
     exclude: Sequence[str] = (),
     title: str | None = None,
 ) -> Any:
-    """The table of :func:`markdown_table` for a terminal.
+    """Builds the table of :func:`markdown_table` for a terminal.
 
     Args:
-      rows: Method -> column -> values over seeds (or one number).
-      columns: Column -> whether less or more is better, or "" for neither.
-      digits: Digits after the point, for all or for each column.
+      rows: For each method and column, values over seeds or one number.
+      columns: For each column, ``"min"``, ``"max"``, or ``""`` for no direction.
+      digits: Digits after the decimal point, for all columns or for each column.
       head: Title of the first column.
-      exclude: Rows that do not compete.
-      title: Shown above.
+      exclude: Rows that are not compared.
+      title: Title above the table.
 
     Returns:
       A :class:`rich.table.Table`, for ``rich.print``.
@@ -162,19 +164,19 @@ def rows_at_best(
     mode: Literal["min", "max"] = "min",
     by: Sequence[str] = ("seed",),
 ) -> list[dict[str, Any]]:
-    """For each run, the evaluation row with the best validation metric.
+    """Returns, for each run, the evaluation row with the best validation metric.
 
-    Pick the step by a validation metric and read the test metrics of the same row:
-    this chooses for each seed on its own, also when the seeds were vmapped.
+    Select the step by a validation metric and read the test metrics of the same row.
+    The selection is separate for each seed, also for vmapped seeds.
 
     Args:
       rows: Rows of :func:`mtljax.training.fit` or :func:`read_jsonl`.
-      select: Name of a scalar metric; the earliest of equals wins.
-      mode: Whether less or more is better.
-      by: Fields of the label that tell vmapped runs apart.
+      select: Name of a scalar metric. The earliest of equal values is selected.
+      mode: ``"min"`` or ``"max"``, the direction in which the metric is better.
+      by: Fields of the label that identify vmapped runs.
 
     Returns:
-      One row for each run, in order of appearance.
+      One row per run, in order of appearance.
 
     Examples:
       >>> rows = [{"kind": "eval", "seed": 0, "step": s, "val": v, "test": -v}

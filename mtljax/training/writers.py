@@ -1,4 +1,4 @@
-"""Where metric rows go: JSON lines (always), TensorBoard (optional), memory."""
+"""Writers of metric rows: JSON lines (always), TensorBoard (optional), memory."""
 
 import contextlib
 import hashlib
@@ -16,33 +16,33 @@ Row = dict[str, Any]
 
 @runtime_checkable
 class Writer(Protocol):
-    """Receives the rows of a run; :func:`mtljax.training.fit` calls these in order."""
+    """Receives the rows of a run. :func:`fit` calls the methods in this order."""
 
     def open(self, header: Mapping[str, Any], resume_step: int | None) -> None:
-        """Starts a run, or continues after ``resume_step`` and drops later rows."""
+        """Starts a run, or resumes it after ``resume_step`` and deletes later rows."""
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Takes one row of plain JSON with at least ``step`` and ``kind``."""
+        """Writes one row of plain JSON with at least ``step`` and ``kind``."""
 
     def flush(self, *, durable: bool = False) -> None:
-        """Hands rows to the system; if durable, to the disk."""
+        """Passes the rows to the operating system, or to the disk if ``durable``."""
 
     def close(self) -> None:
         """Ends the run."""
 
 
 def read_jsonl(path: str | pathlib.Path) -> tuple[Row, list[Row]]:
-    """Reads a metrics file and ignores an unfinished last line.
+    """Reads a metrics file and ignores an incomplete last line.
 
     Args:
-      path: The file, or the run directory that holds ``metrics.jsonl``.
+      path: The file, or the run directory that contains ``metrics.jsonl``.
 
     Returns:
       The header (configuration, seeds, sessions, ...) and the rows.
 
     Raises:
-      FileNotFoundError: If there is no such file.
-      ValueError: If a line other than the last is damaged; names the line.
+      FileNotFoundError: If the file does not exist.
+      ValueError: If a line other than the last is damaged. The message names the line.
 
     Examples:
       >>> import tempfile
@@ -59,7 +59,7 @@ def read_jsonl(path: str | pathlib.Path) -> tuple[Row, list[Row]]:
     path = path / "metrics.jsonl" if path.is_dir() else path
     lines = path.read_bytes().split(b"\n")
     rows = []
-    for number, line in enumerate(lines[:-1], 1):  # the last has no newline: torn
+    for number, line in enumerate(lines[:-1], 1):  # a last line without newline is cut
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -71,7 +71,7 @@ def read_jsonl(path: str | pathlib.Path) -> tuple[Row, list[Row]]:
 
 @contextlib.contextmanager
 def writing(path: str | pathlib.Path):
-    """Turns an ``OSError`` into one sentence about the path."""
+    """Converts an ``OSError`` to an error of one sentence that names the path."""
     try:
         yield
     except OSError as error:
@@ -80,7 +80,7 @@ def writing(path: str | pathlib.Path):
 
 
 def atomic_write(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file so that a reader, or a kill, finds the old or the new one."""
+    """Writes a file atomically: after a kill it is the old or the new file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(path.name + ".new")
     with new.open("wb") as file:
@@ -96,10 +96,10 @@ def atomic_write(path: pathlib.Path, content: bytes) -> None:
 
 
 class Seal(NamedTuple):
-    """Number and digest of the rows that a checkpoint goes with.
+    """Number and digest of the rows that belong to a checkpoint.
 
-    The final rows, which a longer run does not have, are counted on their own and
-    without their ``seconds``, because they can be computed again.
+    The final rows, which a longer run does not have, are counted separately and without
+    their ``seconds``, because they can be computed again.
     """
 
     rows: int
@@ -113,7 +113,7 @@ def _line(row: Mapping[str, Any]) -> bytes:
 
 
 class _Sealer:
-    """Seals rows as they come."""
+    """Updates a seal row by row."""
 
     def __init__(self, rows: Sequence[Row] = ()):
         self._counts = [0, 0]
@@ -134,9 +134,9 @@ class _Sealer:
 
 
 def sealed_rows(path: pathlib.Path, seal: Seal) -> list[Row]:
-    """The rows of a file that a checkpoint goes with, and the final rows after them.
+    """Returns the rows that belong to a checkpoint, and the final rows after them.
 
-    Later rows, and what a kill left of a line, are passed over.
+    Later rows and incomplete lines are ignored.
 
     Raises:
       CheckpointError: If a row is absent or was changed.
@@ -156,8 +156,8 @@ def sealed_rows(path: pathlib.Path, seal: Seal) -> list[Row]:
         lost = f"of {seal.rows} rows only {count} are readable"
         raise CheckpointError(
             f"The rows in {path} are not those of the checkpoint to resume from "
-            f"({lost if count < seal.rows else 'a row was changed'}): restore the "
-            "file, or start again with --overwrite."
+            f"({lost if count < seal.rows else 'a row was changed'}). Restore the "
+            "file, or pass overwrite=True (--overwrite) to start again."
         )
     return rows
 
@@ -165,13 +165,14 @@ def sealed_rows(path: pathlib.Path, seal: Seal) -> list[Row]:
 class JsonlWriter:
     """Appends rows to a file of JSON lines whose first line is the header.
 
-    A kill leaves at most one unfinished last line. A resume drops it, the rows beyond
-    the restored step, and the rows marked ``final`` (written only because an earlier
-    run was shorter), all in one atomic rewrite: the finished file equals that of an
-    uninterrupted run except for ``seconds`` in the rows and ``sessions`` in the header.
+    A kill leaves at most one incomplete last line. Resuming removes this line, the rows
+    after the restored step, and the rows marked ``final``, which only exist because the
+    earlier run was shorter. All this is one atomic rewrite. The finished file equals
+    that of an uninterrupted run, except for ``seconds`` in the rows and ``sessions`` in
+    the header.
 
     Args:
-      path: The file; its folder is made if absent.
+      path: The file. Its folder is created if absent.
     """
 
     def __init__(self, path: str | pathlib.Path):
@@ -191,9 +192,9 @@ class JsonlWriter:
 
         Args:
           header: Plain JSON.
-          resume_step: None to start from scratch.
-          seal: The seal of the checkpoint to resume from. Rows that do not match it
-            are refused.
+          resume_step: Step to resume from, or None for a new run.
+          seal: Seal of the checkpoint to resume from. Rows that do not match it are
+            rejected.
 
         Raises:
           CheckpointError: If the rows do not match ``seal``.
@@ -209,7 +210,7 @@ class JsonlWriter:
             self._file = self.path.open("ab", buffering=0)
 
     def load(self, seal: Seal) -> bool:
-        """Takes the rows of a finished run; False if final rows are to be rewritten.
+        """Loads the rows of a finished run. Returns False if it must be rewritten.
 
         Raises:
           CheckpointError: If other rows do not match ``seal``.
@@ -223,11 +224,11 @@ class JsonlWriter:
         return bool(header) and _Sealer(rows).seal() == seal
 
     def seal(self) -> Seal:
-        """The seal of all rows so far."""
+        """Returns the seal of all rows so far."""
         return self._sealer.seal()
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Appends a row; NaN and infinities become null."""
+        """Appends a row. NaN and infinities become null."""
         if self._file is None:
             raise ValueError("The writer is not open.")
         plain = to_json(row)
@@ -236,7 +237,7 @@ class JsonlWriter:
         self._pending.append(_line(plain))
 
     def flush(self, *, durable: bool = False) -> None:
-        """Makes the rows visible to readers; if durable, proof against power loss."""
+        """Makes the rows visible to readers, and durable if requested."""
         if self._file is None:
             return
         content, self._pending = b"".join(self._pending), []
@@ -247,7 +248,7 @@ class JsonlWriter:
                 os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Flushes to the disk and closes."""
+        """Flushes the rows to the disk and closes the file."""
         if self._file is not None:
             try:
                 self.flush(durable=True)
@@ -257,7 +258,7 @@ class JsonlWriter:
 
 
 class MemoryWriter:
-    """Keeps the rows of this process in ``rows``; :func:`fit` without a directory.
+    """Stores the rows of this process in ``rows``, for runs without a directory.
 
     Examples:
       >>> writer = MemoryWriter()
@@ -271,12 +272,12 @@ class MemoryWriter:
         self.rows: list[Row] = []
 
     def open(self, header: Mapping[str, Any], resume_step: int | None) -> None:
-        """Starts empty."""
+        """Starts with no rows."""
         del header, resume_step
         self.rows = []
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Keeps a row, in the same plain form as a file would."""
+        """Stores a row in the same plain form as in a file."""
         self.rows.append(to_json(row))
 
     def flush(self, *, durable: bool = False) -> None:
@@ -288,18 +289,18 @@ class MemoryWriter:
 
 
 def keeps(row: Mapping[str, Any], resume_step: int) -> bool:
-    """Whether a row belongs to a run that continues after ``resume_step``."""
+    """Returns whether a run that resumes after ``resume_step`` keeps this row."""
     return row.get("step", 0) <= resume_step and not row.get("final")
 
 
 class TensorBoardWriter:
     """Writes the numbers of the rows as TensorBoard scalars.
 
-    ``{"kind": "train", "seed": 3, "losses": [..]}`` becomes ``train/losses/<task>``
-    (with ``/seed_3`` appended when the run has several seeds).
+    The entry ``losses`` of a row with ``kind`` ``"train"`` becomes
+    ``train/losses/<task>``. If the run has several seeds, ``/seed_<seed>`` is appended.
 
     Args:
-      directory: Where the event files go.
+      directory: Folder of the event files.
 
     Raises:
       ImportError: If tensorboardX is not installed.
@@ -330,7 +331,7 @@ class TensorBoardWriter:
             self._events.add_text("config", f"```\n{config}\n```")
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Adds the row's numbers; lists of one number per task use the task names."""
+        """Writes the numbers of a row. Per-task lists use task names."""
         suffix = f"/seed_{row['seed']}" if self._many and "seed" in row else ""
         for name, value in to_json(row).items():
             if name in ("step", "kind", "seed", "final"):
@@ -352,7 +353,7 @@ class TensorBoardWriter:
             yield tag, value
 
     def flush(self, *, durable: bool = False) -> None:
-        """Hands the events to the system; they are a copy, never made durable."""
+        """Passes the events to the system. They are never made durable."""
         del durable
         self._events.flush()
 

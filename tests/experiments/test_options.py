@@ -151,7 +151,7 @@ def test_helpers_say_what_is_known():
         check_names("a.b_c", ["z"], ["x", "y"])
     with pytest.raises(ConfigError, match="must name each value once, not x, x"):
         check_names("a", ["x", "x"], ["x", "y"])
-    with pytest.raises(ConfigError, match="--a is empty. Give at least one name"):
+    with pytest.raises(ConfigError, match=r"--a is empty\. Give at least one name"):
         check_some("a", [])
     with pytest.raises(ConfigError, match="--batch-size 9 is more than the 8 training"):
         check_batch("batch_size", 9, 8)

@@ -149,7 +149,7 @@ def test_clear_errors(tmp_path):
         more = {**state_of(0), "extra": jnp.ones(2)}
         with pytest.raises(
             training.TreeMismatchError,
-            match=r"has nothing at \['extra'\] where the state has float32\[2\]",
+            match=r"has nothing at \['extra'\], but the state has float32\[2\]",
         ):
             ckpt.restore(more)
         with pytest.raises(training.TreeMismatchError, match=r"\['half'\]"):

@@ -112,7 +112,7 @@ def test_the_best_survives_a_resume(tmp_path):
 def test_an_existing_run_is_not_touched(tmp_path):
     toy.run(4, run_dir=tmp_path)
     before = sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*"))
-    with pytest.raises(training.RunExistsError, match="--resume to continue"):
+    with pytest.raises(training.RunExistsError, match="resume=True"):
         toy.run(8, run_dir=tmp_path)
     assert sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*")) == before
 
@@ -181,7 +181,7 @@ def test_resume_with_another_state(tmp_path):
     )
     with pytest.raises(
         training.TreeMismatchError,
-        match=r"has bfloat16\[5\] at .stats where the state has float32\[5\]",
+        match=r"has bfloat16\[5\] at .stats, but the state has float32\[5\]",
     ):
         toy.run(8, run_dir=tmp_path, resume=True, state=wide, step=step)
 
@@ -312,7 +312,7 @@ def test_arguments_are_checked():
         toy.run(4, task_names=["a", "b", "c"])
     with pytest.raises(ValueError, match="leading axis must be the 2 seeds"):
         toy.run(4, seeds=[0, 1])
-    with pytest.raises(ValueError, match=r"select='acc' is none of .*val_loss"):
+    with pytest.raises(ValueError, match=r"select='acc' must be one of .*val_loss"):
         toy.run(4, select="acc")
     with pytest.raises(ValueError, match="metrics a flat dict"):
         toy.run(4, step=lambda s, b: (s, jnp.ones(2)))

@@ -113,7 +113,7 @@ def test_static_mistakes_are_said_in_one_sentence():
         loop.num_examples({"x": jnp.ones(5), "y": jnp.ones(6)}, 2)
     with pytest.raises(ValueError, match="batch_size=9 must lie between 1 and the 5"):
         loop.num_examples({"x": jnp.ones(5)}, 9)
-    with pytest.raises(ValueError, match="hold no array"):
+    with pytest.raises(ValueError, match="contain no arrays"):
         loop.num_examples({}, 9)
     with pytest.raises(ValueError, match="is a scalar"):
         loop.num_examples({"x": jnp.float32(1)}, 1)
