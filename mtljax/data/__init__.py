@@ -1,14 +1,15 @@
-"""Data sets with several tasks, and the two ways of feeding them to a step.
+"""Data sets with several tasks, and two ways to feed them to a training step.
 
-- :func:`load` builds a set by name (:func:`available`): ``multidigits`` needs no files,
-  the others read files or tensorflow-datasets. :func:`register` adds a set of yours.
-- :func:`read_npz`, :func:`read_csv`, :func:`read_idx` and :func:`read_png` read files,
-  and compare them with a table of what they must hold.
-- A set that fits on the device stays there: pass its arrays to
+- :func:`load` builds a data set by name, see :func:`available`. ``multidigits`` needs
+  no files. The other sets read files or tensorflow-datasets. :func:`register` adds your
+  own data set.
+- :func:`read_npz`, :func:`read_csv`, :func:`read_idx` and :func:`read_png` read files
+  and compare them with a table of expected contents.
+- A data set that fits on the device is stored there. Pass its arrays to
   :func:`mtljax.training.fit`, which gathers batches inside the compiled program.
-- A set that does not fit goes through grain: :func:`stream`.
+- :func:`stream` reads larger data sets through Grain.
 
-Arrays are numpy arrays; scikit-learn, tensorflow-datasets and grain are imported by
+The arrays are NumPy arrays. scikit-learn, tensorflow-datasets and Grain are imported by
 the functions that need them.
 """
 
@@ -42,7 +43,7 @@ from mtljax.data.types import (
 )
 
 __all__ = [
-    # sets
+    # data sets
     "load",
     "available",
     "register",
@@ -54,7 +55,7 @@ __all__ = [
     "DIGIT_DOMAINS",
     "domainnet",
     "DOMAINNET_DOMAINS",
-    # what a set is
+    # structure of a data set
     "Dataset",
     "Task",
     "MISSING",
@@ -63,7 +64,7 @@ __all__ = [
     "MissingDataError",
     "checksum",
     "to_float",
-    # feeding a step
+    # batches for a step
     "stream",
     # files and the catalogue
     "Field",

@@ -1,4 +1,4 @@
-"""adult: what a census says about income, marriage and education."""
+"""adult: income, marriage and education in census records."""
 
 import os
 
@@ -27,27 +27,29 @@ def adult(
     val_size: int = 3000,
     test_size: int | None = None,
 ) -> Dataset:
-    """48,842 records of the census of 1994, in two official parts, with three tasks.
+    """Loads 48,842 records of the 1994 census, in two official parts, with three tasks.
 
     The tasks are whether the income is above 50,000 dollars, whether a person was never
-    married, and whether they have a college degree. The columns that give a task away
-    are no features: education and its years, marital status and relationship. Numbers
-    are standardised, texts become one column per value; both follow the training split,
-    so that a value that occurs nowhere in it has no column.
+    married, and whether the person has a college degree. Columns that reveal a task are
+    no features: education and its years, marital status and relationship. Numbers are
+    standardised, and texts become one column per value. Both use the training split
+    only. A value that does not occur there has no column.
 
     Args:
-      data_dir: Folder that holds ``adult/adult.data.gz`` and ``adult/adult.test.gz``.
-      seed: Of the shuffle that cuts the validation split from the training part.
-      train_size: Records for training; None takes all that are left.
-      val_size: Records for validation, may be 0.
-      test_size: The first records of the test part; None is all.
+      data_dir: Folder that contains ``adult/adult.data.gz`` and
+        ``adult/adult.test.gz``.
+      seed: Seed of the shuffle that takes the validation split from the training part.
+      train_size: Number of training records. None takes all remaining records.
+      val_size: Number of validation records, may be 0.
+      test_size: Number of first records of the test part. None takes all.
 
     Returns:
-      ``image`` ``[N, features, 1, 1]`` float32 and an int32 label, 0 or 1, per task.
+      A :class:`Dataset` with ``image`` ``[N, features, 1, 1]`` float32 and one int32
+      label (0 or 1) per task.
 
     Raises:
-      MissingDataError: If a file is not there.
-      DataError: If one is damaged, or a size does not fit.
+      MissingDataError: If a file does not exist.
+      DataError: If a file is damaged, or a size is too large.
 
     Examples:
       >>> from mtljax.data import load

@@ -1,4 +1,4 @@
-"""camvid: road scenes with a class for every pixel."""
+"""camvid: road scenes with a class for each pixel."""
 
 import os
 
@@ -24,18 +24,19 @@ CLASSES = (
 
 
 def camvid(*, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
-    """701 frames of road scenes, 72 x 96 pixels, with their official parts.
+    """Loads 701 frames of road scenes, 72 x 96 pixels, with their official parts.
 
     Args:
-      data_dir: Folder that holds ``camvid_72x96/camvid_72x96.npz``.
+      data_dir: Folder that contains ``camvid_72x96/camvid_72x96.npz``.
 
     Returns:
-      Images ``[N, 72, 96, 3]`` uint8 and the task ``class`` ``[N, 72, 96]`` int32 of 11
-      classes, -1 where a pixel has none. ``origin["classes"]["names"]`` names them.
+      A :class:`Dataset` with images ``[N, 72, 96, 3]`` uint8 and the task ``class``
+      ``[N, 72, 96]`` int32. It has 11 classes, and -1 for pixels without a class. The
+      names are in ``origin["classes"]["names"]``.
 
     Raises:
-      MissingDataError: If the file is not there.
-      DataError: If it is damaged.
+      MissingDataError: If the file does not exist.
+      DataError: If the file is damaged.
 
     Examples:
       >>> from mtljax.data import load

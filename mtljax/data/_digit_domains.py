@@ -1,4 +1,4 @@
-"""digit_domains: the ten digits as five institutions wrote, scanned and stored them."""
+"""digit_domains: the ten digits from five sources."""
 
 import os
 from typing import NamedTuple
@@ -11,13 +11,13 @@ from mtljax.data.types import SPLITS, DataError, Dataset, MissingDataError, Spli
 
 
 class _Domain(NamedTuple):
-    """Where a domain is stored and how it is divided."""
+    """File and split sizes of a domain."""
 
     file: str
-    official: bool  # it comes with a test part
+    official: bool  # whether it has an official test part
     peak: int  # value of full ink
-    val: int  # examples for validation by default
-    test: int  # examples for test by default; all of the official part if 0
+    val: int  # default number of validation examples
+    test: int  # default number of test examples, 0 for the whole official part
 
 
 _DOMAINS = {
@@ -29,7 +29,7 @@ _DOMAINS = {
 }
 DOMAINS = tuple(_DOMAINS)
 
-_MNIST_M_DIGITS = 3000  # of the test part of MNIST, which mnist_m shows again
+_MNIST_M_DIGITS = 3000  # first test digits of MNIST, which mnist_m contains
 
 
 def digit_domains(
@@ -42,10 +42,10 @@ def digit_domains(
     val_size: int | None = None,
     test_size: int | None = None,
 ) -> Dataset:
-    """One of five sets of handwritten digits, all in one shape: a task for each domain.
+    """Loads one of five sets of handwritten digits in a common shape.
 
     ========= ============ ====== ===== ==================================
-    domain    pixels       train  test  what it is
+    domain    pixels       train  test  description
     ========= ============ ====== ===== ==================================
     mnist     28 x 28      60000  7000  census forms and pupils, grey
     usps      16 x 16      7291   2007  envelopes, grey
@@ -54,35 +54,36 @@ def digit_domains(
     semeion   16 x 16      1193   400   about 80 people, black and white
     ========= ============ ====== ===== ==================================
 
-    Images are brought to one size by integrating over the area of each new pixel, to
-    three channels by repetition, and to 0..255. Official test parts are kept; the
-    validation split is cut from what the table calls train. Sets without an official
-    part (mnist_m, semeion) are divided by one shuffle.
+    Images are resized by integrating over the area of each new pixel, repeated to three
+    channels, and scaled to 0..255. Official test parts are kept. The validation split
+    is taken from the examples in the column train. Sets without an official test part
+    (mnist_m, semeion) are divided by one shuffle.
 
-    The copy of ``mnist_m`` in use shows the first 3000 digits of MNIST's test part.
-    They are left out of that of ``mnist``, so that no digit that some domain trains on
-    is in the test split of another.
+    This copy of ``mnist_m`` contains the first 3000 digits of the MNIST test part. They
+    are excluded from the test split of ``mnist``. No training digit of a domain is
+    therefore a test digit of another domain.
 
     Args:
-      data_dir: Folder that holds a folder for each domain: ``mnist/`` with the files of
-        MNIST, ``usps/usps.npz``, ``mnist_m/mnist_m_3k.npz``,
+      data_dir: Folder that contains one folder per domain: ``mnist/`` with the MNIST
+        files, ``usps/usps.npz``, ``mnist_m/mnist_m_3k.npz``,
         ``optdigits/optdigits.npz`` and ``semeion/semeion.npz``.
       domain: One of ``mnist``, ``usps``, ``mnist_m``, ``optdigits``, ``semeion``.
       size: Side of the images, in pixels.
-      seed: Of the shuffle that divides the examples.
-      train_size: Examples for training; None takes all that are left. A smaller set is
-        a prefix of a larger one.
-      val_size: Examples for validation; None is 1000, 500, 500, 500, 200.
-      test_size: Examples for test; None is what the table says.
+      seed: Seed of the shuffle that divides the examples.
+      train_size: Number of training examples. None takes all remaining examples. A
+        smaller set is a prefix of a larger one.
+      val_size: Number of validation examples. None is 1000, 500, 500, 500 or 200, in
+        this order of domains.
+      test_size: Number of test examples. None is the number in the table.
 
     Returns:
-      Images ``[N, size, size, 3]`` uint8 and the int32 task ``digit`` of 10 classes.
-      ``origin[split]["source"]`` ``[N]`` are positions in the file (the official parts
-      counted one after the other).
+      A :class:`Dataset` with images ``[N, size, size, 3]`` uint8 and the int32 task
+      ``digit`` of 10 classes. ``origin[split]["source"]`` ``[N]`` are positions in the
+      file, counted over the official parts in sequence.
 
     Raises:
-      MissingDataError: If files are not there.
-      DataError: If there is no such domain, a file is damaged, or a size does not fit.
+      MissingDataError: If files do not exist.
+      DataError: If the domain is unknown, a file is damaged, or a size is too large.
 
     Examples:
       >>> from mtljax.data import load
@@ -140,7 +141,7 @@ def digit_domains(
 def _read(
     data_dir: str | os.PathLike[str] | None, domain: str, spec: _Domain
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Images, labels, and how many of the last are an official test part."""
+    """Returns images, labels, and the length of the official test part at the end."""
     if domain == "mnist":
         if data_dir is None:
             raise MissingDataError(
@@ -160,7 +161,7 @@ def _read(
 
 
 def _some(name: str, pool: np.ndarray, size: int | None, seed: int) -> np.ndarray:
-    """All of an official part in its order, or a part of it, chosen by a shuffle."""
+    """Returns a whole official part in order, or a shuffled subset of it."""
     if size is None:
         return pool
     if not 0 <= size <= len(pool):
@@ -173,12 +174,12 @@ def _some(name: str, pool: np.ndarray, size: int | None, seed: int) -> np.ndarra
 def to_canvas(
     images: np.ndarray, size: int, peak: int
 ) -> UInt8[np.ndarray, "n size size 3"]:
-    """Images ``[N, H, W]`` or ``[N, H, W, 3]`` as ``[N, size, size, 3]`` in 0..255."""
+    """Converts images ``[N, H, W]`` or ``[N, H, W, 3]`` to ``[N, size, size, 3]``."""
     if images.ndim == 3:
         images = images[..., None]
     rows, columns = (_area(n, size) for n in images.shape[1:3])
     scaled = np.empty((len(images), size, size, images.shape[3]), np.uint8)
-    for start in range(0, len(images), 4096):  # float64 of a part at a time
+    for start in range(0, len(images), 4096):  # limits the memory for float64
         block = images[start : start + 4096] * (255.0 / peak)
         block = np.einsum("ih,jw,nhwc->nijc", rows, columns, block, optimize=True)
         scaled[start : start + 4096] = np.rint(block)
@@ -186,7 +187,7 @@ def to_canvas(
 
 
 def _area(old: int, new: int) -> np.ndarray:
-    """``[new, old]``: the share of each old pixel in each new one."""
+    """Returns ``[new, old]``, the share of each old pixel in each new one."""
     edges_old = np.arange(old + 1) / old
     edges_new = np.arange(new + 1) / new
     low = np.maximum(edges_new[:-1, None], edges_old[None, :-1])

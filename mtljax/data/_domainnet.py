@@ -1,4 +1,4 @@
-"""domainnet: 345 things drawn, photographed and painted, a domain at a time."""
+"""domainnet: 345 classes of drawings, photographs and paintings in six domains."""
 
 import os
 from typing import Any
@@ -10,7 +10,7 @@ from mtljax.data.types import SPLITS, DataError, Dataset, MissingDataError, Spli
 from mtljax.extras import require
 
 DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
-"""In the order of the paper's tables."""
+"""Order of the domains in the paper's tables."""
 
 CLASSES = 345
 _BLOCK = 512  # images decoded at once
@@ -27,39 +27,41 @@ def domainnet(
     test_size: int | None = None,
     download: bool = False,
 ) -> Dataset:
-    """One of the six domains of DomainNet, from tensorflow-datasets, in one shape.
+    """Loads one of the six domains of DomainNet from tensorflow-datasets.
 
-    The official test part is kept, validation is cut from the official training part
-    by a shuffle. The middle square of an image is cut out and brought to ``size`` by
-    averaging: much like the evaluation of the released ForkMerge code, which works at
-    256 and 224 and also crops at random in training. Only the rows that are asked for
-    are decoded.
+    The official test part is kept. The validation split is taken from the official
+    training part by a shuffle. The central square of each image is cropped and resized
+    to ``size`` by averaging. This is similar to the evaluation of the released
+    ForkMerge code, which uses sizes 256 and 224 and random crops in training. Only the
+    selected rows are decoded.
 
-    Memory: ``3 size²`` bytes an image; ``real``, the largest domain, has some 120 000
-    training images, 1.5 GB at 64.
+    The memory is ``3 size²`` bytes per image. The largest domain, ``real``, has about
+    120 000 training images, or 1.5 GB at size 64.
 
     Args:
-      data_dir: The folder of tensorflow-datasets, or one that holds it as ``tfds/``,
-        with ``domainnet/DOMAIN/VERSION/*.array_record*``; None is its default.
+      data_dir: Folder of tensorflow-datasets, or a folder that contains it as
+        ``tfds/``, with ``domainnet/DOMAIN/VERSION/*.array_record*``. None is its
+        default folder.
       domain: ``clipart``, ``infograph``, ``painting``, ``quickdraw``, ``real`` or
         ``sketch``.
       size: Side of the images, in pixels.
-      seed: Of the shuffle that divides the official training part.
-      train_size: Examples for training; None takes all that are left. A smaller set is
-        a prefix of a larger one.
-      val_size: Examples for validation, may be 0.
-      test_size: Examples for test, chosen by a shuffle; None is all of the official
-        part.
-      download: Fetch and prepare the set if it is not there, which needs the network
-        and TensorFlow; see :func:`mtljax.data.tfds_source`.
+      seed: Seed of the shuffle that divides the official training part.
+      train_size: Number of training examples. None takes all remaining examples. A
+        smaller set is a prefix of a larger one.
+      val_size: Number of validation examples, may be 0.
+      test_size: Number of test examples, selected by a shuffle. None takes the whole
+        official part.
+      download: Whether to download and prepare the set if it is absent. This needs the
+        network and TensorFlow, see :func:`mtljax.data.tfds_source`.
 
     Returns:
-      Images ``[N, size, size, 3]`` uint8 and the int32 task ``label`` of 345 classes.
-      ``origin[split]["source"]`` ``[N]`` are positions in the official part.
+      A :class:`Dataset` with images ``[N, size, size, 3]`` uint8 and the int32 task
+      ``label`` of 345 classes. ``origin[split]["source"]`` ``[N]`` are positions in the
+      official part.
 
     Raises:
-      MissingDataError: If the set is not prepared there.
-      DataError: If there is no such domain, or a size does not fit.
+      MissingDataError: If the set is not prepared in the folder.
+      DataError: If the domain is unknown, or a size is too large.
 
     Examples:
       >>> from mtljax.data._domainnet import domainnet
@@ -89,8 +91,8 @@ def domainnet(
     except MissingDataError as error:
         raise MissingDataError(
             f"tensorflow-datasets has no {name} prepared as array_record: pass "
-            f"--data-dir DIR with DIR/{name}/VERSION/*.array_record*, which its "
-            "download_and_prepare writes where there are network and TensorFlow."
+            f"--data-dir DIR with DIR/{name}/VERSION/*.array_record*. Its method "
+            "download_and_prepare writes these files, with network and TensorFlow."
         ) from error
     count = len(rows["test"])
     if test_size is not None and not 0 <= test_size <= count:
@@ -129,7 +131,7 @@ def _read(rows: Any, chosen: np.ndarray, size: int) -> Split:
 
 
 def square(image: np.ndarray, size: int) -> np.ndarray:
-    """The middle ``[size, size, 3]`` of an image whose shorter side becomes ``size``.
+    """Returns the central ``[size, size, 3]`` of an image after resizing it.
 
     Examples:
       >>> square(np.zeros((30, 50, 3), np.uint8), 10).shape

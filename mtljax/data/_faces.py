@@ -1,4 +1,4 @@
-"""cmu_faces: who is on a picture, where they look, how, and with sunglasses or not."""
+"""cmu_faces: person, pose, expression and sunglasses in face images."""
 
 import os
 from typing import Literal
@@ -23,33 +23,35 @@ def cmu_faces(
     val_size: int | None = None,
     test_size: int | None = None,
 ) -> Dataset:
-    """624 pictures of 20 persons with four labels each.
+    """Loads 624 pictures of 20 persons with four labels each.
 
-    A picture of a known person is nearest to pictures of the same person with other
-    expressions. Pose, expression and sunglasses are therefore judged on persons who are
-    not in the training split.
+    The nearest neighbours of a picture are pictures of the same person with other
+    expressions. Pose, expression and sunglasses are therefore evaluated on persons that
+    are not in the training split.
 
-    - ``persons="apart"``: no person is in two splits (12, 4 and 4 of them). The task
-      ``person`` is left out, because no model can name a person that it has not seen.
-    - ``persons="mixed"``: four persons are kept for test and three for validation, and
-      60 pictures of the other 13 are added to either. The label ``person`` is missing
-      for the former, and the three others for the latter.
+    - ``persons="apart"``: No person is in two splits. They have 12, 4 and 4 persons.
+      The task ``person`` is omitted, because a model cannot identify an unseen person.
+    - ``persons="mixed"``: Four persons are reserved for test and three for validation.
+      Each of these splits also contains 60 pictures of the other 13 persons. The label
+      ``person`` is missing for the reserved persons, and the three other labels are
+      missing for these 60 pictures.
 
     Args:
-      data_dir: Folder that holds ``cmu_faces/cmu_faces_q.npz``.
+      data_dir: Folder that contains ``cmu_faces/cmu_faces_q.npz``.
       persons: How persons are divided, see above.
-      seed: Of the order of the pictures, and of the persons if they are mixed.
-      train_size: The most pictures for training, with persons apart; None is all.
-      val_size: The same for validation.
-      test_size: The same for test.
+      seed: Seed of the order of the pictures, and of mixed persons.
+      train_size: Maximum number of training pictures with persons apart. None is all.
+      val_size: Maximum number of validation pictures.
+      test_size: Maximum number of test pictures.
 
     Returns:
-      Images ``[N, 30, 32, 1]`` uint8 and int32 labels; -1 marks a missing label. With
-      mixed persons the 13 known ones have the classes 0 to 12.
+      A :class:`Dataset` with images ``[N, 30, 32, 1]`` uint8 and int32 labels. A
+      missing label is -1. With mixed persons, the 13 known persons have the classes 0
+      to 12.
 
     Raises:
-      MissingDataError: If the file is not there.
-      DataError: If it is damaged, or an option is out of its range.
+      MissingDataError: If the file does not exist.
+      DataError: If the file is damaged, or an option is out of range.
 
     Examples:
       >>> from mtljax.data import load
@@ -66,8 +68,8 @@ def cmu_faces(
     for part, size in sizes.items():
         if size is not None and (persons == "mixed" or size < 1):
             raise DataError(
-                f"cmu_faces: {part}_size={size} does not fit; it must be positive, and "
-                "mixed persons have splits of fixed sizes."
+                f"cmu_faces: {part}_size={size} does not fit. It must be positive, "
+                "and mixed persons have splits of fixed sizes."
             )
     if persons not in ("apart", "mixed") or seed < 0:
         raise DataError(

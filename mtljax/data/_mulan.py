@@ -23,28 +23,29 @@ def mulan_mtr(
     val_size: int | None = None,
     test_size: int | None = None,
 ) -> Dataset:
-    """A multi-target regression set of the Mulan collection: 2 to 16 targets.
+    """Loads a multi-target regression set of the Mulan collection with 2 to 16 targets.
 
-    Features and targets are standardised by mean and deviation over the training split
-    (a constant feature becomes zero); the original targets differ in unit.
+    Features and targets are standardised by the mean and deviation of the training
+    split. A constant feature becomes zero. The original targets have different units.
 
     Args:
-      data_dir: Folder that holds ``mulan_mtr/SUBSET.npz``.
+      data_dir: Folder that contains ``mulan_mtr/SUBSET.npz``.
       subset: One of ``andro``, ``atp1d``, ``edm``, ``enb``, ``jura``, ``oes10``,
         ``oes97``, ``sf1``, ``sf2``, ``slump``, ``wq``.
-      seed: Of the one shuffle that divides the rows.
-      train_size: Rows for training; None takes all that are left.
-      val_size: Rows for validation; None is a fifth.
-      test_size: Rows for test; None is a fifth.
+      seed: Seed of the shuffle that divides the rows.
+      train_size: Number of training rows. None takes all remaining rows.
+      val_size: Number of validation rows. None is a fifth.
+      test_size: Number of test rows. None is a fifth.
 
     Returns:
-      ``image`` ``[N, features, 1, 1]`` float32, and a float32 target per task, named as
-      in the file (in lower case, without punctuation). ``origin["targets"]`` has the
-      ``mean`` and ``std`` ``[T]`` that turn a standardised target back into its unit.
+      A :class:`Dataset` with ``image`` ``[N, features, 1, 1]`` float32 and one float32
+      target per task. The names are those of the file, in lower case and without
+      punctuation. ``origin["targets"]`` has the ``mean`` and ``std`` ``[T]`` that
+      convert a standardised target to its unit.
 
     Raises:
-      MissingDataError: If the file is not there.
-      DataError: If there is no such subset, or the file is damaged or too short.
+      MissingDataError: If the file does not exist.
+      DataError: If the subset is unknown, or the file is damaged or too short.
 
     Examples:
       >>> from mtljax.data import load
@@ -96,7 +97,7 @@ def mulan_mtr(
 
 
 def task_names(names: np.ndarray) -> list[str]:
-    """Short names that can be keys and file names, all different."""
+    """Returns short, distinct names that can be keys and file names."""
     short = [
         re.sub(r"[^a-z0-9]+", "_", str(n).lower()).strip("_")[:16] or "y" for n in names
     ]

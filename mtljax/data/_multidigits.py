@@ -1,4 +1,4 @@
-"""multidigits: two real 8x8 digits on one canvas, from scikit-learn's own copy."""
+"""multidigits: two real 8x8 digits on one canvas, from scikit-learn."""
 
 import functools
 from typing import Any
@@ -37,32 +37,35 @@ def multidigits(
     val_size: int = 1000,
     test_size: int = 2000,
 ) -> Dataset:
-    """Two overlaid 8x8 digits with three tasks: left digit, right digit, ink.
+    """Builds images of two overlaid 8x8 digits with three tasks: left, right and ink.
 
-    The 1797 digits that ship with scikit-learn (real handwriting, 13 writers) are
-    divided once and for all, whatever the seed and the sizes, into 1200 for training,
-    200 for validation and 397 for test; no digit is in two splits. A pair of digits of
-    different classes goes on a 12x12 canvas, the first with its corner in
-    ``{0, 1}^2``, the second in ``{3, 4}^2`` (16 to 36 of 64 pixels overlap), and the
-    pixel-wise maximum is kept.
+    scikit-learn contains 1797 digits (real handwriting of 13 writers). They are divided
+    into 1200 for training, 200 for validation and 397 for test. The division does not
+    depend on the seed and the sizes, and no digit is in two splits. Two digits of
+    different classes are placed on a 12x12 canvas. The first has its corner in ``{0,
+    1}^2``, the second in ``{3, 4}^2``, so that 16 to 36 of 64 pixels overlap.
+    Overlapping pixels take the maximum.
 
     Tasks:
 
-    - ``left``, ``right``: class 0 to 9 of the digit at the top left, bottom right.
-    - ``ink``: ink of the left digit minus ink of the right one, as they were before
-      the overlay, in units of one black pixel (a digit has 19.5 ± 2.2 of them). Not
-      standardised on purpose: mean 0 and variance 9, so that a squared error starts at
-      four times a cross-entropy of ``log(10) = 2.3``: the tasks differ in scale.
+    - ``left``, ``right``: Class 0 to 9 of the digit at the top left and bottom right.
+    - ``ink``: Ink of the left digit minus ink of the right one, before the overlay, in
+      units of one black pixel. A digit has 19.5 ± 2.2 of them. The target has mean 0
+      and variance 9 and is not standardised on purpose. A squared error then starts at
+      four times a cross-entropy of ``log(10) = 2.3``, so that the tasks differ in
+      scale.
 
     Args:
-      seed: Of the pairs and the offsets, not of which digit is in which split.
-      train_size: Number of training canvases. A smaller set is a prefix of a larger.
+      seed: Seed of the pairs and the offsets. The division of digits is fixed.
+      train_size: Number of training canvases. A smaller set is a prefix of a larger
+        one.
       val_size: Number of validation canvases, may be 0.
       test_size: Number of test canvases.
 
     Returns:
-      Images ``[N, 12, 12, 1]`` uint8 in 0..16 (``image_max=16``), int32 labels, float32
-      ink. ``origin[split]["source"]`` indexes ``load_digits()``.
+      A :class:`Dataset` with images ``[N, 12, 12, 1]`` uint8 in 0..16
+      (``image_max=16``), int32 labels, and float32 ink. ``origin[split]["source"]``
+      contains indices of ``load_digits()``.
 
     Raises:
       DataError: If a size or the seed is negative.

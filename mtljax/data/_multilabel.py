@@ -1,4 +1,4 @@
-"""mulan_multilabel: small real tables with several yes-or-no labels."""
+"""mulan_multilabel: small real tables with several binary labels."""
 
 import os
 from typing import Any
@@ -19,24 +19,24 @@ def mulan_multilabel(
     train_size: int | None = None,
     val_size: int | None = None,
 ) -> Dataset:
-    """A multi-label set of the Mulan collection: 6 to 19 yes-or-no tasks.
+    """Loads a multi-label set of the Mulan collection with 6 to 19 binary tasks.
 
-    The official test part is kept. Features are standardised over the training split.
+    The official test part is kept. Features are standardised by the training split.
 
     Args:
-      data_dir: Folder that holds ``mulan_multilabel/SUBSET.npz``.
+      data_dir: Folder that contains ``mulan_multilabel/SUBSET.npz``.
       subset: ``birds`` (19 labels), ``emotions`` (6), ``scene`` (6) or ``yeast`` (14).
-      seed: Of the shuffle that cuts the validation split from the training part.
-      train_size: Rows for training; None takes all that are left.
-      val_size: Rows for validation; None is a fifth.
+      seed: Seed of the shuffle that takes the validation split from the training part.
+      train_size: Number of training rows. None takes all remaining rows.
+      val_size: Number of validation rows. None is a fifth.
 
     Returns:
-      ``image`` ``[N, features, 1, 1]`` float32 and an int32 label, 0 or 1, per task.
+      A :class:`Dataset` with ``image`` ``[N, features, 1, 1]`` float32 and one int32
+      label (0 or 1) per task.
 
     Raises:
-      MissingDataError: If the file is not there.
-      DataError: If there is no such subset, the file is damaged, or a size does not
-        fit.
+      MissingDataError: If the file does not exist.
+      DataError: If the subset is unknown, the file is damaged, or a size is too large.
 
     Examples:
       >>> from mtljax.data import load

@@ -1,4 +1,4 @@
-"""The MultiMNIST family: two 28x28 images on a 36x36 canvas, one task each."""
+"""The MultiMNIST family: two 28x28 images on a 36x36 canvas, one task for each."""
 
 import os
 from typing import Literal
@@ -10,7 +10,7 @@ from mtljax.data.files import ImageParts
 from mtljax.data.types import SPLITS, DataError, Dataset, MissingDataError, Task
 
 CANVAS = _overlay.Canvas(size=36, shift=4, offset=4)
-_VAL_SHARE = 12  # one source image in so many is held out for validation
+_VAL_SHARE = 12  # one of 12 source images is held out for validation
 
 Source = Literal["files", "tfds"]
 
@@ -36,7 +36,7 @@ def _read(
 
 
 def _split_pools(parts: ImageParts, val: bool) -> dict[str, np.ndarray]:
-    """Indices by split; train and val into the training part, test into the test."""
+    """Returns indices by split. Test uses the test part, train and val the other."""
     count = len(parts.train_labels)
     order = _overlay.permutation(0, size=count)
     held_out = count // _VAL_SHARE if val else 0
@@ -72,7 +72,7 @@ def _build(
     for key, part in parts.items():
         if part.train_images.shape[1:] != (28, 28):
             raise DataError(
-                f"{name} overlays 28x28 images; those of {key} are "
+                f"{name} overlays 28x28 images, but those of {key} are "
                 f"{part.train_images.shape[1]}x{part.train_images.shape[2]}."
             )
     pools = {key: _split_pools(part, val_size != 0) for key, part in parts.items()}
@@ -127,40 +127,43 @@ def multi_mnist(
     val_size: int | None = None,
     test_size: int | None = None,
 ) -> Dataset:
-    """Two MNIST digits of different classes on a 36x36 canvas; name both.
+    """Builds 36x36 canvases with two MNIST digits of different classes.
 
-    The construction that Pareto-MTL states and FS-MTL uses: the corner of the first
-    digit is uniform in ``{0..4}^2``, of the second in ``{4..8}^2``; where they overlap
-    the maximum is kept. The generator of those papers is not published, so this is a
-    re-creation: compare differences between methods with theirs, not levels.
+    The construction is that of Pareto-MTL and FS-MTL. The corner of the first digit is
+    uniform in ``{0..4}^2``, that of the second in ``{4..8}^2``. Overlapping pixels take
+    the maximum. The generator of these papers is not published, so this set is a
+    re-creation. Compare differences between methods with the papers, and do not compare
+    levels.
 
-    Every training image is the first digit equally often (the papers' 120,000 training
-    canvases are two passes over 60,000 digits); the partner is uniform over the images
-    of other classes. A fixed twelfth of the training images is held out for validation
-    (5,000 of MNIST's 60,000; which ones does not depend on the seed); the test part
-    makes the test canvases and nothing else. ``val_size=0`` holds nothing out, as the
-    papers do.
+    Each training image is the first digit equally often. The papers' 120,000 training
+    canvases are two passes over 60,000 digits. The second digit is uniform over the
+    images of other classes. One twelfth of the training images (5,000 of 60,000) is
+    held out for validation, independently of the seed. The test canvases use the test
+    part only. With ``val_size=0``, no image is held out, as in the papers.
 
     Args:
-      data_dir: With ``source="files"``, the folder that holds ``mnist/`` (see
-        :func:`mtljax.data.read_images` for the files). With ``source="tfds"``, the
-        folder of tensorflow-datasets, or one that holds it as ``tfds/``; None is its
+      data_dir: With ``source="files"``, the folder that contains ``mnist/``, see
+        :func:`mtljax.data.read_images`. With ``source="tfds"``, the folder of
+        tensorflow-datasets, or a folder that contains it as ``tfds/``. None is its
         default folder.
       source: ``"files"`` or ``"tfds"``. The order of the images differs between the
-        two, hence the canvases of a seed do too; the code is the same.
-      download: Let tensorflow-datasets fetch what is not there (needs the network and
-        TensorFlow).
-      seed: Of the pairs and the offsets.
-      train_size: Number of training canvases; None is twice the images of the training
-        part, 120,000. A smaller set is a prefix of a larger one.
-      val_size: None is twice the images held out, 10,000.
-      test_size: None is twice the images of the test part, 20,000.
+        two, and so do the canvases of a seed.
+      download: Whether tensorflow-datasets may download absent files. This needs the
+        network and TensorFlow.
+      seed: Seed of the pairs and the offsets.
+      train_size: Number of training canvases. None is twice the number of training
+        images, 120,000. A smaller set is a prefix of a larger one.
+      val_size: Number of validation canvases. None is twice the number of held-out
+        images, 10,000.
+      test_size: Number of test canvases. None is twice the number of test images,
+        20,000.
 
     Returns:
-      Images ``[N, 36, 36, 1]`` uint8 in 0..255, int32 labels ``left`` and ``right``.
+      A :class:`Dataset` with images ``[N, 36, 36, 1]`` uint8 in 0..255 and int32 labels
+      ``left`` and ``right``.
 
     Raises:
-      MissingDataError: If the files are not there.
+      MissingDataError: If the files do not exist.
       DataError: If a file is damaged or an argument is out of range.
 
     Examples:
@@ -200,28 +203,31 @@ def multi_fashion(
     val_size: int | None = None,
     test_size: int | None = None,
 ) -> Dataset:
-    """Two Fashion-MNIST garments of different classes on a 36x36 canvas; name both.
+    """Builds 36x36 canvases with two Fashion-MNIST garments of different classes.
 
-    Built like :func:`multi_mnist`, from ``fashion_mnist/``. When only a subset of
-    Fashion-MNIST is at hand (``fashion_mnist_subset.npz``, 10,000 training and 4,203
-    test images that are not the official test part), the default sizes follow it,
-    20,000 / 1,666 / 8,406, and levels are not comparable with the papers; ``notes``
-    records how many source images each split had.
+    The construction is that of :func:`multi_mnist`, from ``fashion_mnist/``. If only
+    ``fashion_mnist_subset.npz`` exists, the default sizes are 20,000 / 1,666 / 8,406.
+    This subset has 10,000 training and 4,203 test images that are not the official test
+    part. Levels are then not comparable with the papers. ``notes`` records the number
+    of source images of each split.
 
     Args:
-      data_dir: As in :func:`multi_mnist`, for the folder ``fashion_mnist/``.
+      data_dir: Folder that contains ``fashion_mnist/``, see :func:`multi_mnist`.
       source: ``"files"`` or ``"tfds"``.
-      download: Let tensorflow-datasets fetch what is not there.
-      seed: Of the pairs and the offsets.
-      train_size: Number of training canvases; None is twice the training images.
-      val_size: Number of validation canvases; None is twice the images held out.
-      test_size: Number of test canvases; None is twice the test images.
+      download: Whether tensorflow-datasets may download absent files.
+      seed: Seed of the pairs and the offsets.
+      train_size: Number of training canvases. None is twice the number of training
+        images.
+      val_size: Number of validation canvases. None is twice the number of held-out
+        images.
+      test_size: Number of test canvases. None is twice the number of test images.
 
     Returns:
-      Images ``[N, 36, 36, 1]`` uint8 in 0..255, int32 labels ``left`` and ``right``.
+      A :class:`Dataset` with images ``[N, 36, 36, 1]`` uint8 in 0..255 and int32 labels
+      ``left`` and ``right``.
 
     Raises:
-      MissingDataError: If the files are not there.
+      MissingDataError: If the files do not exist.
       DataError: If a file is damaged or an argument is out of range.
 
     Examples:
@@ -259,27 +265,32 @@ def multi_fashion_mnist(
     val_size: int | None = None,
     test_size: int | None = None,
 ) -> Dataset:
-    """A MNIST digit and a Fashion-MNIST garment on a 36x36 canvas; name both.
+    """Builds 36x36 canvases with a MNIST digit and a Fashion-MNIST garment.
 
-    Built like :func:`multi_mnist`: the digit is the first item, at the top left, the
-    garment the second. A digit and a garment are never of one class, so every pair is
-    allowed. Sizes follow the digits: with the Fashion subset of :func:`multi_fashion`
-    a garment comes about twelve times in 120,000 canvases.
+    The construction is that of :func:`multi_mnist`. The digit is the first item, at the
+    top left, and the garment is the second. All pairs are allowed, because digits and
+    garments have no common class. The sizes are determined by the digits. With the
+    Fashion-MNIST subset of :func:`multi_fashion`, each garment occurs about twelve
+    times in 120,000 canvases.
 
     Args:
-      data_dir: As in :func:`multi_mnist`, for ``mnist/`` and ``fashion_mnist/``.
+      data_dir: Folder that contains ``mnist/`` and ``fashion_mnist/``, see
+        :func:`multi_mnist`.
       source: ``"files"`` or ``"tfds"``.
-      download: Let tensorflow-datasets fetch what is not there.
-      seed: Of the pairs and the offsets.
-      train_size: Number of training canvases; None is twice the training digits.
-      val_size: Number of validation canvases; None is twice the digits held out.
-      test_size: Number of test canvases; None is twice the test digits.
+      download: Whether tensorflow-datasets may download absent files.
+      seed: Seed of the pairs and the offsets.
+      train_size: Number of training canvases. None is twice the number of training
+        digits.
+      val_size: Number of validation canvases. None is twice the number of held-out
+        digits.
+      test_size: Number of test canvases. None is twice the number of test digits.
 
     Returns:
-      Images ``[N, 36, 36, 1]`` uint8 in 0..255, int32 labels ``digit`` and ``fashion``.
+      A :class:`Dataset` with images ``[N, 36, 36, 1]`` uint8 in 0..255 and int32 labels
+      ``digit`` and ``fashion``.
 
     Raises:
-      MissingDataError: If the files are not there.
+      MissingDataError: If the files do not exist.
       DataError: If a file is damaged or an argument is out of range.
 
     Examples:

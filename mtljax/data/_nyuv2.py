@@ -1,4 +1,4 @@
-"""nyuv2_frames: two indoor frames with classes, depth and normals of every pixel."""
+"""nyuv2_frames: two indoor frames with class, depth and normal of each pixel."""
 
 import os
 
@@ -15,23 +15,26 @@ CLASSES = 40
 
 
 def nyuv2_frames(*, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
-    """Two frames of NYUv2, one for training and one for test.
+    """Loads two frames of NYUv2, one for training and one for test.
 
-    They are real labels in the format of the whole set: enough for a test of a loss or
-    a metric, and for over-fitting a network on purpose, not for results.
+    The labels are real and have the format of the whole set. They are sufficient to
+    test a loss or a metric, or to overfit a network on purpose. They are not sufficient
+    for results.
 
     Args:
-      data_dir: Folder that holds ``nyuv2_frames/000433_rgb.png`` and the other six.
+      data_dir: Folder that contains ``nyuv2_frames/000433_rgb.png`` and six other
+        files.
 
     Returns:
-      Images ``[1, 480, 640, 3]`` uint8 and the tasks ``class`` (int32, 40 classes, -1
-      where it is missing), ``depth`` (float32, metres, NaN where it is missing) and
-      ``normal`` ``[1, 480, 640, 3]`` (float32, unit vectors; all NaN in the test split,
-      whose frame has none). The validation split is empty.
+      A :class:`Dataset` with images ``[1, 480, 640, 3]`` uint8 and three tasks.
+      ``class`` is int32 with 40 classes, and -1 if missing. ``depth`` is float32 in
+      metres, and NaN if missing. ``normal`` ``[1, 480, 640, 3]`` contains float32 unit
+      vectors, and is NaN in the test split, whose frame has no normals. The validation
+      split is empty.
 
     Raises:
-      MissingDataError: If a file is not there.
-      DataError: If one is damaged.
+      MissingDataError: If a file does not exist.
+      DataError: If a file is damaged.
 
     Examples:
       >>> from mtljax.data import load

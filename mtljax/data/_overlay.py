@@ -1,8 +1,8 @@
-"""Two images on one canvas: which pairs, where, and the pixels. No loop per image.
+"""Overlays pairs of images on canvases: pairs, positions and pixels.
 
-Random numbers come from PCG64's uniform doubles alone (permutations by sorting,
-integers by scaling), not from the methods numpy is free to change between versions: the
-checksum of a set is a function of its seed for good.
+All random numbers are uniform doubles of PCG64. Permutations use sorting, and integers
+use scaling. The other methods of NumPy generators may change between versions. The
+checksum of a data set therefore depends on its seed only. There is no loop per image.
 """
 
 import dataclasses
@@ -17,11 +17,11 @@ _BLOCK = 8192  # canvases painted at once
 
 @dataclasses.dataclass(frozen=True)
 class Items:
-    """The images one side of the pair is drawn from.
+    """Source images of one side of the pair.
 
     Attributes:
-      images: ``[N, H, W]``, uint8.
-      labels: ``[N]``.
+      images: Images ``[N, H, W]``, uint8.
+      labels: Labels ``[N]``.
       pool: Indices of the images that this split may use.
     """
 
@@ -32,12 +32,12 @@ class Items:
 
 @dataclasses.dataclass(frozen=True)
 class Canvas:
-    """Where the items go.
+    """Positions of the items.
 
     Attributes:
       size: Side of the square canvas, in pixels.
-      shift: How far each item may move, in pixels: the corner of the first is drawn
-        from ``{0..shift}^2``, of the second from ``{offset..offset+shift}^2``.
+      shift: Range of each position, in pixels. The corner of the first item is sampled
+        from ``{0..shift}^2``, that of the second from ``{offset..offset+shift}^2``.
       offset: See ``shift``.
     """
 
@@ -47,7 +47,7 @@ class Canvas:
 
 
 def uniform(*entropy: int, size: tuple[int, ...]) -> np.ndarray:
-    """Doubles in [0, 1) that depend on the integers ``entropy`` only."""
+    """Returns doubles in [0, 1) that depend on the integers ``entropy`` only."""
     if min(entropy) < 0:
         raise DataError(f"A seed must be an integer >= 0, not {min(entropy)}.")
     bits = np.random.PCG64(np.random.SeedSequence(entropy))
@@ -55,19 +55,19 @@ def uniform(*entropy: int, size: tuple[int, ...]) -> np.ndarray:
 
 
 def permutation(*entropy: int, size: int) -> np.ndarray:
-    """A permutation of ``range(size)`` that depends on ``entropy`` only."""
+    """Returns a permutation of ``range(size)`` that depends on ``entropy`` only."""
     return np.argsort(uniform(*entropy, size=(size,)), kind="stable")
 
 
 def draw_pairs(
     first: Items, second: Items, canvas: Canvas, size: int, entropy: tuple[int, ...]
 ) -> tuple[Int32[np.ndarray, "n 2"], Int32[np.ndarray, "n 2 2"]]:
-    """Draws who is paired with whom, and where both lie.
+    """Samples the pairs and the positions of both items.
 
-    The first items are whole passes over their pool, each in a new order; the partner
-    is uniform over the pool of the second, or, when both sides are the same images,
-    over those of another class. The pairs of a smaller ``size`` are the first pairs of
-    a larger one.
+    The first items are whole passes over their pool, each in a new order. The second
+    item is uniform over its pool. If both sides use the same images, it is uniform over
+    those of another class. The pairs of a smaller ``size`` are the first pairs of a
+    larger one.
 
     Returns:
       Source indices ``[size, 2]`` and corners (row, column) ``[size, 2, 2]``.
@@ -87,13 +87,13 @@ def draw_pairs(
     if first.images is second.images:
         counts = np.bincount(labels, minlength=int(first.labels.max()) + 1)
     else:
-        counts = np.zeros(int(first.labels.max()) + 1, int)  # nobody to avoid
+        counts = np.zeros(int(first.labels.max()) + 1, int)  # no class to avoid
     own, start = counts[first.labels[left]], (np.cumsum(counts) - counts)
     others = len(second.pool) - own
     if size and others.min() < 1:
         raise DataError("A split needs source images of at least two classes.")
     rank = np.floor(draws[:, 0] * others).astype(int)
-    rank += own * (rank >= start[first.labels[left]])  # jump over the own class
+    rank += own * (rank >= start[first.labels[left]])  # skip the own class
     source = np.stack([left, by_class[rank]], axis=1).astype(np.int32)
 
     moves = np.floor(draws[:, 1:] * (canvas.shift + 1)).astype(np.int32)
@@ -134,7 +134,7 @@ def build_splits(
     sizes: dict[str, int],
     seed: int,
 ) -> tuple[dict[str, np.ndarray], dict[str, dict[str, np.ndarray]]]:
-    """Draws and paints every split; returns images and origins by split."""
+    """Samples and paints each split. Returns images and origins by split."""
     images, origin = {}, {}
     for number, split in enumerate(SPLITS):
         if sizes[split] < 0:

@@ -10,7 +10,7 @@ from mtljax.data import _tables, catalogue, files
 from mtljax.data.types import DataError, Dataset, Task
 
 TARGETS = ("mu", "alpha", "homo", "lumo", "r2", "zpve", "u0", "u", "h", "g", "cv")
-"""The order of the tables of Nash-MTL, FAMO and IGB."""
+"""Order of the tables of Nash-MTL, FAMO and IGB."""
 
 UNITS = dict(
     mu="D", alpha="a0³", homo="eV", lumo="eV", r2="a0²", zpve="eV",
@@ -18,7 +18,7 @@ UNITS = dict(
 )  # fmt: skip
 
 ATOM_COLUMNS = ("z", "num_h", "charge", "hyb", "in_ring")
-"""Columns of an atom before its bonds; the charge is stored with 1 added."""
+"""Columns of an atom before its bonds. The charge is stored plus 1."""
 
 _TARGET_FIELDS = {
     "y": files.Field("real", ("molecules", "targets")),
@@ -28,7 +28,7 @@ _HARTREE, _KCAL = 27.211386245988, 0.0433641153087705  # in eV
 _BLOCK = 4096
 _MAX_ATOMS = 29
 
-# Key in the file of a target, and the factor to its unit.
+# Key of a target in the file, and the factor that converts it to its unit.
 _SUBSET_KEYS = {
     "mu": ("mu", 1.0),
     "alpha": ("alpha", 1.0),
@@ -60,40 +60,41 @@ def qm9_subset(
     val_size: int = 1500,
     test_size: int = 1500,
 ) -> Dataset:
-    """An 11 % sample of QM9 (14,712 molecules) as graphs of at most nine heavy atoms.
+    """Loads an 11 % sample of QM9 (14,712 molecules) as graphs of up to 9 heavy atoms.
 
-    There are no 3-D coordinates, so errors cannot be compared with those of networks
-    that read them; the conflict between the eleven tasks is the same. Targets, in the
-    usual order, are the dipole moment (D), the polarisability (a0³), HOMO and LUMO
-    energies (eV), the spatial extent (a0²), the zero-point energy (eV), the
-    atomisation energies u0, u, h, g (eV) and the heat capacity (cal/(mol K)), each
-    standardised by mean and deviation over the training split.
+    The file has no 3-D coordinates. Errors are therefore not comparable with those of
+    networks that read coordinates. The conflict between the eleven tasks is the same.
+    The targets are in the usual order: dipole moment (D), polarisability (a0³), HOMO
+    and LUMO energies (eV), spatial extent (a0²), zero-point energy (eV), atomisation
+    energies u0, u, h, g (eV) and heat capacity (cal/(mol K)). Each is standardised by
+    the mean and deviation of the training split.
 
     Args:
-      data_dir: Folder that holds ``qm9_subset/qm9_graphs.npz``.
-      seed: Of the one shuffle that divides the molecules: the first are for test, the
-        next for validation, the rest for training.
-      train_size: Molecules for training; None takes all that are left.
-      val_size: Molecules for validation, may be 0.
-      test_size: Molecules for test.
+      data_dir: Folder that contains ``qm9_subset/qm9_graphs.npz``.
+      seed: Seed of the shuffle that divides the molecules: first test, then validation,
+        then training.
+      train_size: Number of training molecules. None takes all remaining molecules.
+      val_size: Number of validation molecules, may be 0.
+      test_size: Number of test molecules.
 
     Returns:
-      ``image`` ``[N, 9, 14, 1]`` uint8 is the table of a molecule: a row per atom with
-      atomic number (0: padding), implicit hydrogens, charge + 1, hybridisation (sp,
-      sp2, sp3, other), ring flag, and then the bond to every atom (0 none, 1 single,
-      2 double, 3 triple, 4 aromatic). ``origin["targets"]`` has the ``mean`` and
-      ``std`` ``[11]`` that turn a standardised target back into its unit.
+      A :class:`Dataset`. ``image`` ``[N, 9, 14, 1]`` uint8 is the table of a molecule,
+      with one row per atom. The columns are atomic number (0 for padding), implicit
+      hydrogens, charge + 1, hybridisation (sp, sp2, sp3, other), ring flag, and the
+      bond to each atom (0 none, 1 single, 2 double, 3 triple, 4 aromatic).
+      ``origin["targets"]`` has the ``mean`` and ``std`` ``[11]`` that convert a
+      standardised target to its unit.
 
     Raises:
-      MissingDataError: If the file is not there.
-      DataError: If it is damaged, or a size is negative or too large.
+      MissingDataError: If the file does not exist.
+      DataError: If the file is damaged, or a size is negative or too large.
 
     Examples:
       >>> from mtljax.data import load
       >>> load("qm9_subset", data_dir="nowhere")
       Traceback (most recent call last):
         ...
-      mtljax.data.types.MissingDataError: There is no ...qm9_graphs.npz...
+      mtljax.data.types.MissingDataError: File ...qm9_graphs.npz...
 
     References:
       Ramakrishnan et al., `Quantum chemistry structures and properties of 134 kilo
@@ -131,31 +132,34 @@ def qm9(
     val_size: int = 10_000,
     test_size: int = 10_000,
 ) -> Dataset:
-    """All of QM9 with 3-D coordinates: about 130,831 molecules, up to 29 atoms.
+    """Loads all of QM9 with 3-D coordinates: about 130,831 molecules, up to 29 atoms.
 
-    The split of the papers: shuffled by the seed, the first 10,000 for test, the next
-    10,000 for validation. Targets and their order are those of :func:`qm9_subset`.
-    Their graphs are complete, with bond types and distances as edge features;
-    the catalogue has no bond types, so here there are distances alone.
+    The split is that of the papers: after a shuffle by the seed, the first 10,000
+    molecules are for test and the next 10,000 for validation. The targets and their
+    order are those of :func:`qm9_subset`. The papers use complete graphs with bond
+    types and distances as edge features. The catalogue has no bond types, so that only
+    distances are available.
 
     Args:
-      data_dir: Folder that holds ``qm9/qm9.npz`` with ``z`` ``[M, 29]``, ``positions``
-        ``[M, 29, 3]`` (Å), ``y`` ``[M, K]`` and ``y_names`` ``[K]`` (columns and units
-        of MoleculeNet's file), or the folder of tensorflow-datasets.
-      source: ``"tfds"`` reads the catalogue's ``qm9/original``.
-      download: Let tensorflow-datasets fetch it (86 MB; needs TensorFlow and pandas).
-      seed: Of the shuffle.
-      train_size: Molecules for training; None takes all that are left.
-      val_size: Molecules for validation.
-      test_size: Molecules for test.
+      data_dir: Folder that contains ``qm9/qm9.npz`` with ``z`` ``[M, 29]``,
+        ``positions`` ``[M, 29, 3]`` (Å), ``y`` ``[M, K]`` and ``y_names`` ``[K]``
+        (columns and units of MoleculeNet's file), or the folder of tensorflow-datasets.
+      source: ``"files"`` or ``"tfds"``, which reads ``qm9/original`` of the catalogue.
+      download: Whether tensorflow-datasets may download the set (86 MB). This needs
+        TensorFlow and pandas.
+      seed: Seed of the shuffle.
+      train_size: Number of training molecules. None takes all remaining molecules.
+      val_size: Number of validation molecules.
+      test_size: Number of test molecules.
 
     Returns:
-      ``image`` ``[N, 29, 4, 1]`` float32: per atom its atomic number (0: padding) and
-      position in Å. Otherwise as :func:`qm9_subset`.
+      A :class:`Dataset`. ``image`` ``[N, 29, 4, 1]`` float32 has one row per atom with
+      its atomic number (0 for padding) and its position in Å. The rest is as in
+      :func:`qm9_subset`.
 
     Raises:
-      MissingDataError: If the files are not there.
-      DataError: If they are damaged, or a size is negative or too large.
+      MissingDataError: If the files do not exist.
+      DataError: If the files are damaged, or a size is negative or too large.
 
     Examples:
       >>> from mtljax.data import load
@@ -195,7 +199,7 @@ def qm9(
 def _targets(
     arrays: Mapping[str, np.ndarray], keys: Mapping[str, Any], file: str
 ) -> np.ndarray:
-    """The eleven targets ``[M, 11]`` in their units."""
+    """Returns the eleven targets ``[M, 11]`` in their units."""
     names = [str(name) for name in arrays["y_names"]]
     missing = [key for key, _ in keys.values() if key not in names]
     if missing:
@@ -205,7 +209,7 @@ def _targets(
 
 
 def _from_catalogue(data_dir: Any, download: bool) -> tuple[np.ndarray, ...]:
-    """Charges, positions and targets of the catalogue's rows."""
+    """Returns charges, positions and targets of the catalogue's rows."""
     rows = catalogue.tfds_source(
         "qm9/original", "train", data_dir=data_dir, download=download
     )

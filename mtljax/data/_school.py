@@ -1,4 +1,4 @@
-"""school: exam scores in 139 schools, a regression task for each."""
+"""school: exam scores in 139 schools, with one regression task per school."""
 
 import os
 
@@ -12,27 +12,27 @@ SCHOOLS = 139
 
 
 def school(*, data_dir: str | os.PathLike[str] | None = None, seed: int = 0) -> Dataset:
-    """Exam scores of 15,362 pupils from 27 features, a task for each of 139 schools.
+    """Loads exam scores of 15,362 pupils with 27 features and 139 schools as tasks.
 
-    Every pupil is an example of one task, and the targets of the other 138 are missing.
-    A quarter of the pupils of a school is for test, a seventh (two at least) for
+    Each pupil is an example of one task, and the targets of the other 138 are missing.
+    A quarter of the pupils of a school is for test, and a seventh (at least two) for
     validation. Features and scores are standardised over the training pupils of all
-    schools; features are clipped to five deviations.
+    schools. Features are clipped to five deviations.
 
     Args:
-      data_dir: Folder that holds ``school/school.npz``.
-      seed: Of the order of the pupils.
+      data_dir: Folder that contains ``school/school.npz``.
+      seed: Seed of the order of the pupils.
 
     Returns:
-      ``image`` ``[N, 27, 1, 1]`` float32 and a float32 target per school, NaN where it
-      is missing. ``origin[split]["task"]`` ``[N]`` is the school of a pupil, in whose
-      order the pupils are. ``origin["train"]["rounds"]`` ``[L, 139]`` are training
-      examples, one of each school in a row: in its column, each pupil of a school comes
-      once before any comes again.
+      A :class:`Dataset` with ``image`` ``[N, 27, 1, 1]`` float32 and one float32 target
+      per school, NaN if missing. ``origin[split]["task"]`` ``[N]`` is the school of
+      each pupil. The pupils are sorted by school. ``origin["train"]["rounds"]`` ``[L,
+      139]`` contains training examples, one of each school per row. In a column, each
+      pupil of the school occurs once before a pupil is repeated.
 
     Raises:
-      MissingDataError: If the file is not there.
-      DataError: If it is damaged, or a school has fewer than 8 pupils.
+      MissingDataError: If the file does not exist.
+      DataError: If the file is damaged, or a school has fewer than 8 pupils.
 
     Examples:
       >>> from mtljax.data import load

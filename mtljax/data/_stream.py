@@ -1,4 +1,4 @@
-"""Feeding a set that does not fit on the device, through grain."""
+"""Batches of data sets that do not fit on the device, through Grain."""
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -22,28 +22,28 @@ def stream(
     transform: Callable[[Batch], Batch] | None = None,
     num_threads: int = 0,
 ) -> "grain.DatasetIterator":
-    """An endless, resumable iterator of shuffled batches.
+    """Returns an endless, resumable iterator of shuffled batches.
 
-    Indices are shuffled and batched first, then a batch is read at once: a gather per
-    array, or one ``source.__getitems__`` call. Every epoch has another order; within
-    one no example comes twice, and the remainder that does not fill a batch is dropped.
+    Indices are shuffled and batched first. A batch is then read at once, by one gather
+    per array or one call of ``source.__getitems__``. Each epoch has a different order.
+    Within an epoch no example is repeated, and an incomplete last batch is dropped.
 
     Args:
-      source: A dict of arrays of one length (numpy, or memory-mapped), or a random
-        access source of dicts with ``__len__`` and ``__getitems__`` or
-        ``__getitem__``, such as :func:`mtljax.data.tfds_source`.
-      batch_size: Examples per batch.
-      seed: Of the order, 0 to ``2**32 - 1``.
-      transform: Applied to each batch, a dict of arrays; must be deterministic, for a
-        resumed stream to repeat it.
-      num_threads: Threads that read ahead, when reading is slow (files, decoding). With
-        arrays in memory they cost more than they gain.
+      source: A dict of arrays of equal length (NumPy or memory-mapped), or a random
+        access source of dicts with ``__len__`` and ``__getitems__`` or ``__getitem__``,
+        such as :func:`mtljax.data.tfds_source`.
+      batch_size: Number of examples per batch.
+      seed: Seed of the order, 0 to ``2**32 - 1``.
+      transform: Function of each batch, a dict of arrays. It must be deterministic, so
+        that a resumed stream repeats it.
+      num_threads: Number of threads that read ahead, for slow sources (files,
+        decoding). Threads are slower for arrays in memory.
 
     Returns:
-      An iterator of dicts of arrays ``[batch_size, ...]``. Its ``get_state()`` is a
-      small dict, its ``set_state()`` goes back there; orbax saves it with
-      ``grain.checkpoint.CheckpointSave(iterator)`` and restores it into a new
-      ``stream`` of the same arguments with ``CheckpointRestore``.
+      An iterator of dicts of arrays ``[batch_size, ...]``. Its ``get_state()`` returns
+      a small dict, and ``set_state()`` restores this position. Orbax saves the iterator
+      with ``grain.checkpoint.CheckpointSave(iterator)``. It restores it into a new
+      ``stream`` of equal arguments with ``CheckpointRestore``.
 
     Raises:
       DataError: If the batch is larger than the set, arrays differ in length, or the
@@ -74,7 +74,7 @@ def stream(
         return batch if transform is None else transform(batch)
 
     indices = grain.MapDataset.range(length).seed(seed).shuffle()
-    # Batches before repeats: no batch straddles two epochs.
+    # Batching precedes repeating, so that no batch belongs to two epochs.
     batches = indices.batch(batch_size, drop_remainder=True).repeat(None).map(read)
     options = grain.ReadOptions(
         num_threads=num_threads, prefetch_buffer_size=2 * num_threads
@@ -108,7 +108,7 @@ def _reader(source: Any) -> tuple[int, Callable[[np.ndarray], Batch]]:
 
 
 def _check_batch(batch_size: int, num_examples: int) -> None:
-    """Raises unless at least one batch fits in the set."""
+    """Checks that at least one batch fits in the set."""
     if not 1 <= batch_size <= num_examples:
         raise DataError(
             f"batch_size must be between 1 and the {num_examples} examples of the set, "

@@ -1,4 +1,4 @@
-"""Tables of numbers: reading ``.npz``, one shuffle into splits, standardising."""
+"""Numeric tables: reading ``.npz``, splitting by a shuffle, and standardising."""
 
 import os
 from collections.abc import Mapping
@@ -15,12 +15,12 @@ def read_npz(
     file: str,
     fields: Mapping[str, files.Field],
 ) -> dict[str, np.ndarray]:
-    """Arrays of ``data_dir/name/file``, all of ``fields``.
+    """Reads all arrays of ``fields`` from ``data_dir/name/file``.
 
     Raises:
-      MissingDataError: If the file is not there.
-      DataError: If it is damaged, lacks an array, or an array is not what its field
-        says.
+      MissingDataError: If the file does not exist.
+      DataError: If the file is damaged, lacks an array, or an array differs from its
+        field.
     """
     return files.read_npz(files.find(data_dir, name, file), fields)
 
@@ -28,19 +28,19 @@ def read_npz(
 def split(
     name: str, count: int, sizes: tuple[int | None, int, int], seed: int
 ) -> dict[str, np.ndarray]:
-    """Indices by split: one shuffle, then test, validation, and the rest for training.
+    """Shuffles once and returns indices for test, validation and the rest for training.
 
     Args:
-      name: Of the set, for errors.
-      count: Rows there are.
-      sizes: Rows for training (None: what is left), validation and test.
-      seed: Of the shuffle.
+      name: Name of the data set, for errors.
+      count: Number of rows.
+      sizes: Number of rows for training (None for all remaining), validation and test.
+      seed: Seed of the shuffle.
 
     Returns:
-      ``{"train": [...], "val": [...], "test": [...]}``.
+      A dict ``{"train": [...], "val": [...], "test": [...]}``.
 
     Raises:
-      DataError: If a size or the seed is negative, or they exceed ``count``.
+      DataError: If a size or the seed is negative, or the sizes exceed ``count``.
     """
     train, val, test = sizes
     for part, size in zip(SPLITS, sizes, strict=True):
@@ -66,9 +66,9 @@ def split(
 def standardise(
     columns: np.ndarray, train: np.ndarray
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Columns ``[N, K]`` with mean 0 and deviation 1 over the training rows.
+    """Scales columns ``[N, K]`` to mean 0 and deviation 1 over the training rows.
 
-    A column that is constant there becomes zero.
+    A column that is constant in these rows becomes zero.
 
     Returns:
       The columns in float32, and ``mean`` and ``std`` ``[K]``.

@@ -1,4 +1,4 @@
-"""tox21: twelve toxicity assays of molecules, a sixth of the labels missing."""
+"""tox21: twelve toxicity assays of molecules with a sixth of the labels missing."""
 
 import os
 
@@ -10,7 +10,7 @@ from mtljax.data.files import Field
 from mtljax.data.types import MISSING, SPLITS, DataError, Dataset, Task
 
 BITS = 1024
-_UNKNOWN = 255  # in the file
+_UNKNOWN = 255  # missing label in the file
 
 
 def tox21(
@@ -19,23 +19,25 @@ def tox21(
     bits: int = BITS,
     seed: int = 0,
 ) -> Dataset:
-    """8,006 molecules with the results of twelve assays, by their substructures.
+    """Loads 8,006 molecules as substructure fingerprints with results of twelve assays.
 
-    All records of a molecule are in one split: 20 % are for test, 15 % for validation.
+    All records of a molecule are in one split. 20 % are for test, and 15 % for
+    validation.
 
     Args:
-      data_dir: Folder that holds ``tox21/tox21_ecfp1024.npz``.
-      bits: Length of a fingerprint; 1024, or a divisor of it, to which the bits are
-        folded.
-      seed: Of the order of the molecules.
+      data_dir: Folder that contains ``tox21/tox21_ecfp1024.npz``.
+      bits: Length of a fingerprint: 1024, or a divisor of it. The bits are folded to
+        this length.
+      seed: Seed of the order of the molecules.
 
     Returns:
-      ``image`` ``[N, bits, 1, 1]`` uint8 of zeros and ones (``image_max=1``), and an
-      int32 label per assay: 0, 1, or -1 if it is missing (17 % of them).
+      A :class:`Dataset` with ``image`` ``[N, bits, 1, 1]`` uint8 of zeros and ones
+      (``image_max=1``), and one int32 label per assay: 0, 1, or -1 if missing (17 %).
 
     Raises:
-      MissingDataError: If the file is not there.
-      DataError: If it is damaged, an assay has no label, or an option is out of range.
+      MissingDataError: If the file does not exist.
+      DataError: If the file is damaged, an assay has no label, or an option is out of
+        range.
 
     Examples:
       >>> from mtljax.data import load
@@ -61,11 +63,11 @@ def tox21(
     found = _tables.read_npz(data_dir, "tox21", "tox21_ecfp1024.npz", fields)
     whole = np.unpackbits(found["fp_bits"], axis=1)
     images = whole.reshape(len(whole), BITS // bits, bits).max(1)[..., None, None]
-    # Signed before anything else: -1 does not fit into the unsigned type of the file.
+    # Converted first, because -1 does not fit into the unsigned type of the file.
     labels = found["y"].astype(np.int32)
     labels[labels == _UNKNOWN] = MISSING
     names = task_names(found["y_names"])
-    # Groups are numbers from 0; a number without a molecule only takes its turn.
+    # Groups are numbered from 0. A number without a molecule has no effect.
     groups = int(found["group"].max()) + 1
     if groups > len(whole):
         raise DataError(

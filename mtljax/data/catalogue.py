@@ -1,4 +1,4 @@
-"""tensorflow-datasets, read and written without TensorFlow (array_record files)."""
+"""Access to tensorflow-datasets without TensorFlow (array_record files)."""
 
 import contextlib
 import io
@@ -25,24 +25,24 @@ def tfds_source(
 ) -> Any:
     """Opens a prepared data set of tensorflow-datasets for random access.
 
-    TensorFlow is not imported. Preparing a set that is not there (``download=True``)
-    needs the network and, for most image sets, TensorFlow; the files it leaves can be
-    copied to a machine that has neither.
+    TensorFlow is not imported. Preparing an absent set (``download=True``) needs the
+    network and, for most image sets, TensorFlow. The prepared files can be copied to a
+    machine without network and TensorFlow.
 
     Args:
-      name: Name in the catalogue, or of a set written by :func:`save_tfds`.
-      split: Such as ``"train"``, ``"train[:10%]"``, ``"train+test"``.
-      data_dir: The folder of tensorflow-datasets, or one that holds it as ``tfds/``;
-        None is its default, ``~/tensorflow_datasets``.
-      download: Fetch and prepare the set if it is not there.
+      name: Name in the catalogue, or of a set that :func:`save_tfds` wrote.
+      split: Split such as ``"train"``, ``"train[:10%]"`` or ``"train+test"``.
+      data_dir: Folder of tensorflow-datasets, or a folder that contains it as
+        ``tfds/``. None is its default, ``~/tensorflow_datasets``.
+      download: Whether to download and prepare the set if it is absent.
 
     Returns:
-      A source with ``len``, ``[i]`` and ``__getitems__``, as
-      :func:`mtljax.data.stream` takes.
+      A source with ``len``, ``[i]`` and ``__getitems__``, for
+      :func:`mtljax.data.stream`.
 
     Raises:
-      MissingDataError: If the set is not prepared there as array_record.
-      DataError: If it could not be fetched and prepared.
+      MissingDataError: If the set is not prepared as array_record in the folder.
+      DataError: If the set could not be downloaded and prepared.
 
     Examples:
       >>> import tensorflow_datasets as tfds
@@ -74,8 +74,8 @@ def tfds_source(
         ) from error
     except (NotImplementedError, KeyError, tfds.core.DatasetNotFoundError) as error:
         if isinstance(error, KeyError) and "is empty" not in str(error):
-            raise  # an unknown split of a set that is there
-        # Its own message blames the file format when there are no files at all.
+            raise  # an unknown split of an existing set
+        # The message of tensorflow-datasets is misleading if no files exist.
         raise MissingDataError(
             f"tensorflow-datasets has no {name!r} prepared as array_record in {where}: "
             "pass --source tfds --download to fetch it, or --data-dir DIR with "
@@ -89,15 +89,16 @@ def read_tfds_images(
     """Reads ``image`` and ``label`` of the train and test splits into memory.
 
     Args:
-      name: ``"mnist"``, ``"fashion_mnist"``, ``"kmnist"`` or another set like them.
-      data_dir: As in :func:`tfds_source`.
-      download: As in :func:`tfds_source`.
+      name: ``"mnist"``, ``"fashion_mnist"``, ``"kmnist"`` or a similar set.
+      data_dir: See :func:`tfds_source`.
+      download: See :func:`tfds_source`.
 
     Returns:
-      What :func:`mtljax.data.read_images` returns, in the order of tensorflow-datasets.
+      The result of :func:`mtljax.data.read_images`, in the order of
+      tensorflow-datasets.
 
     Raises:
-      MissingDataError: If the set is not there.
+      MissingDataError: If the set is absent.
       DataError: If it is not a set of grey images with labels.
     """
     arrays = []
@@ -120,13 +121,13 @@ def save_tfds(
     """Writes a data set as array_record files that tensorflow-datasets opens by name.
 
     Args:
-      dataset: What to write. Images and regression targets become ``Tensor`` features,
-        labels ``ClassLabel``; empty splits are left out.
-      data_dir: The folder of tensorflow-datasets.
-      version: Written in the path; a set that is already there is left as it is.
+      dataset: The data set. Images and regression targets become ``Tensor`` features,
+        and labels become ``ClassLabel`` features. Empty splits are omitted.
+      data_dir: Folder of tensorflow-datasets.
+      version: Version in the path. An existing set of this version is unchanged.
 
     Returns:
-      The folder written, ``data_dir/name/version``.
+      The path of the folder, ``data_dir/name/version``.
 
     Examples:
       >>> import tempfile
@@ -177,6 +178,6 @@ def save_tfds(
 
     Builder.name = dataset.name
     builder = Builder(data_dir=os.fspath(data_dir), file_format="array_record")
-    with contextlib.redirect_stdout(io.StringIO()):  # it says it is downloading
+    with contextlib.redirect_stdout(io.StringIO()):  # suppresses download messages
         builder.download_and_prepare()
     return pathlib.Path(builder.data_dir)

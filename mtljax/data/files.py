@@ -1,8 +1,8 @@
-"""Readers of data files that check what they read: npz, IDX, CSV, PNG and gzip.
+"""Readers of data files with checks: npz, IDX, CSV, PNG and gzip.
 
-Every reader compares the names, the shapes, the types and the announced sizes of the
-arrays with a table of :class:`Field` before it allocates memory for them, and their
-values afterwards. A fault is one sentence in a :class:`~mtljax.data.DataError`.
+Each reader compares the names, shapes, types and declared sizes of arrays with a table
+of :class:`Field`, before it allocates memory. It compares their values afterwards. An
+error is one sentence in a :class:`~mtljax.data.DataError`.
 """
 
 import ast
@@ -36,14 +36,14 @@ _IDX_DTYPES = {
     0x0D: np.dtype(">f4"),
     0x0E: np.dtype(">f8"),
 }
-_IDX_NAMES = (  # of MNIST and of every set that copies its format
+_IDX_NAMES = (  # of MNIST and of all sets in its format
     "train-images-idx3-ubyte",
     "train-labels-idx1-ubyte",
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 )
 _NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
-_DEFLATE = 1032  # the most bytes that one compressed byte can stand for
+_DEFLATE = 1032  # maximum number of bytes that one compressed byte can expand to
 _PIECE = 1 << 24
 _MOST_BYTES = 1 << 34  # of one array, or of one table
 _FAULTS = (
@@ -51,21 +51,21 @@ _FAULTS = (
     *(RuntimeError, MemoryError, OverflowError, NotImplementedError, AssertionError),
     *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, csv.Error),
 )
-"""What the standard library, numpy and Pillow raise for a file that is damaged."""
+"""Exceptions of the standard library, numpy and Pillow for a damaged file."""
 
 
 class Field(NamedTuple):
-    """What an array of a file must be.
+    """Requirements on an array of a file.
 
     Attributes:
       kind: ``"uint8"``, ``"integer"``, ``"real"`` (finite, also in float32) or
         ``"text"``.
-      shape: A number per axis, or a name. Axes of one name, also of several arrays of
-        a file, have one size, which is at least 1.
-      low: The smallest value.
-      high: The largest value.
-      missing: The value of a missing label; it need not lie between the bounds. Each
-        column (along the last axis of a matrix) must have a label that is not missing.
+      shape: For each axis a number or a name. Axes with the same name, also in
+        different arrays of a file, have the same size, which is at least 1.
+      low: Smallest value.
+      high: Largest value.
+      missing: Value of a missing label. It may be outside the bounds. Each column
+        (along the last axis of a matrix) must have a label that is not missing.
     """
 
     kind: Literal["uint8", "integer", "real", "text"]
@@ -79,10 +79,10 @@ class ImageParts(NamedTuple):
     """A labelled image set with its two official parts.
 
     Attributes:
-      train_images: ``[N, H, W]``, uint8.
-      train_labels: ``[N]``, int32.
-      test_images: ``[M, H, W]``, uint8.
-      test_labels: ``[M]``, int32.
+      train_images: Images ``[N, H, W]``, uint8.
+      train_labels: Labels ``[N]``, int32.
+      test_images: Images ``[M, H, W]``, uint8.
+      test_labels: Labels ``[M]``, int32.
     """
 
     train_images: UInt8[np.ndarray, "n h w"]
@@ -92,25 +92,25 @@ class ImageParts(NamedTuple):
 
 
 def find(data_dir: Path | None, name: str, file: str) -> pathlib.Path:
-    """The path ``data_dir/name/file``.
+    """Returns the path ``data_dir/name/file``.
 
     Raises:
-      MissingDataError: If no folder is given, or the file is not there.
+      MissingDataError: If no folder is given, or the file does not exist.
     """
     advice = f"pass --data-dir DIR with DIR/{name}/{file}."
     if data_dir is None:
         raise MissingDataError(f"The {name} files are needed: {advice}")
     path = pathlib.Path(data_dir) / name / file
     if not path.is_file():
-        raise MissingDataError(f"There is no file {str(path)!r}: {advice}")
+        raise MissingDataError(f"File {str(path)!r} does not exist: {advice}")
     return path
 
 
 @contextlib.contextmanager
 def _reading(path: Path, kind: str) -> Iterator[None]:
-    """Turns every error of a damaged file into one sentence."""
+    """Converts each error of a damaged file to one sentence."""
     if not pathlib.Path(path).is_file():
-        raise MissingDataError(f"There is no file {str(path)!r}.")
+        raise MissingDataError(f"File {str(path)!r} does not exist.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -128,7 +128,7 @@ def _reading(path: Path, kind: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """The bytes of a file; gzip is recognised by its first two."""
+    """Opens a file and recognises gzip by its first two bytes."""
     with open(path, "rb") as raw:
         zipped = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
@@ -140,7 +140,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _read_bytes(stream: Any, most: int) -> bytearray:
-    """At most ``most + 1`` bytes, in pieces: memory follows the bytes that exist."""
+    """Reads at most ``most + 1`` bytes in pieces, so that memory follows the file."""
     data = bytearray()
     while len(data) <= most:
         piece = stream.read(min(_PIECE, most + 1 - len(data)))
@@ -157,10 +157,10 @@ def check_layout(
     shape: tuple[int, ...],
     sizes: dict[str, int],
 ) -> None:
-    """Compares type and shape with a field; ``sizes`` collects the named axes.
+    """Compares type and shape with a field. ``sizes`` collects the named axes.
 
     Raises:
-      DataError: One sentence that starts with ``where``.
+      DataError: If they differ. The message starts with ``where``.
     """
     kinds = {"uint8": "u", "integer": "iu", "real": "iuf", "text": "U"}[field.kind]
     if dtype.kind not in kinds or (field.kind == "uint8" and dtype.itemsize != 1):
@@ -184,7 +184,7 @@ def check_values(where: str, field: Field, array: np.ndarray) -> None:
     """Compares the values of an array with a field.
 
     Raises:
-      DataError: One sentence that starts with ``where``.
+      DataError: If a value is not allowed. The message starts with ``where``.
     """
     if field.kind == "text" or not array.size:
         return
@@ -219,16 +219,16 @@ def read_npz(path: Path, fields: Mapping[str, Field]) -> dict[str, np.ndarray]:
     """Reads the named arrays of an ``.npz`` file.
 
     Args:
-      path: File to read.
-      fields: What each array must be, by name. Other arrays are not read.
+      path: The file.
+      fields: Requirements on each array, by name. Other arrays are not read.
 
     Returns:
       The arrays, in the byte order of the machine.
 
     Raises:
-      MissingDataError: If there is no such file.
-      DataError: If the file is damaged, lacks an array, or an array is not what its
-        field says.
+      MissingDataError: If the file does not exist.
+      DataError: If the file is damaged, lacks an array, or an array differs from its
+        field.
 
     Examples:
       >>> import pathlib, tempfile
@@ -269,7 +269,7 @@ def _read_npy(
     field: Field,
     sizes: dict[str, int],
 ) -> np.ndarray:
-    """One array, once its header is what the field says."""
+    """Reads one array after comparing its header with the field."""
     magic = stream.read(8)
     if magic[:6] != b"\x93NUMPY" or magic[6] not in (1, 2):
         raise DataError(f"{where} is not a numpy array.")
@@ -295,7 +295,7 @@ def _read_npy(
             f"{where} announces {expected} bytes, more than its "
             f"{member.compress_size} stored bytes can hold."
         )
-    data = _read_bytes(stream, expected)  # to the end: also compares the checksum
+    data = _read_bytes(stream, expected)  # to the end, to verify the checksum
     if len(data) != expected:
         raise DataError(
             f"{where} announces {expected} bytes and holds "
@@ -307,21 +307,20 @@ def _read_npy(
 
 
 def read_csv(path: Path, fields: Mapping[str, Field]) -> dict[str, np.ndarray]:
-    """Reads a table without a header: a column per field, separated by commas.
+    """Reads a table without a header, with one column per field, separated by commas.
 
-    Blank lines, and lines that start with ``|``, are skipped. Texts lose the blanks at
-    their ends.
+    Blank lines and lines that start with ``|`` are skipped. Texts are stripped of
+    surrounding blanks.
 
     Args:
-      path: File to read; gzip is recognised by its first bytes.
-      fields: The columns in their order, ``"text"`` or ``"real"``, each of shape
-        ``("n",)``.
+      path: The file. gzip is recognised by its first bytes.
+      fields: The columns in order, ``"text"`` or ``"real"``, each of shape ``("n",)``.
 
     Returns:
-      ``[N]`` per column: texts, or float64.
+      An array ``[N]`` of texts or float64 per column.
 
     Raises:
-      MissingDataError: If there is no such file.
+      MissingDataError: If the file does not exist.
       DataError: If the file is damaged or empty, or a line has other columns.
 
     Examples:
@@ -370,32 +369,32 @@ def read_csv(path: Path, fields: Mapping[str, Field]) -> dict[str, np.ndarray]:
 
 
 def read_png(path: Path, field: Field) -> np.ndarray:
-    """Reads a PNG of 8 or 16 bits; the size is compared before pixels are decoded.
+    """Reads a PNG of 8 or 16 bits. The size is compared before pixels are decoded.
 
     Args:
-      path: File to read.
+      path: The file.
       field: Its kind and its shape, ``(H, W)`` or ``(H, W, 3)``.
 
     Returns:
       The pixels, uint8 or int32.
 
     Raises:
-      MissingDataError: If there is no such file.
-      DataError: If it is damaged, or no image of that size.
+      MissingDataError: If the file does not exist.
+      DataError: If it is damaged, or not an image of this size.
 
     Examples:
       >>> from mtljax.data import Field, read_png
       >>> read_png("nowhere.png", Field("uint8", (4, 4)))
       Traceback (most recent call last):
         ...
-      mtljax.data.types.MissingDataError: There is no file 'nowhere.png'.
+      mtljax.data.types.MissingDataError: File 'nowhere.png' does not exist.
     """
     from PIL import Image
 
     where = f"File {str(path)!r}"
     with _reading(path, "PNG"):
         with Image.open(path, formats=["PNG"]) as image:
-            image.verify()  # the checksums of its chunks, which decoding skips
+            image.verify()  # checks the chunk checksums, which decoding skips
         return _pixels(Image.open(path, formats=["PNG"]), where, field)
 
 
@@ -412,21 +411,21 @@ def _pixels(opened: Any, where: str, field: Field) -> np.ndarray:
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """Reads an IDX file, the format of MNIST; gzip is recognised by its first bytes.
+    """Reads an IDX file, the format of MNIST. gzip is recognised by its first bytes.
 
-    No more is decompressed than the header announces, so a hostile file cannot fill
-    the memory beyond the size it declares and has the bytes for.
+    At most the declared number of bytes is decompressed. A manipulated file therefore
+    cannot use more memory than it declares and contains.
 
     Args:
-      path: File to read.
+      path: The file.
 
     Returns:
       The array, in the byte order of the machine.
 
     Raises:
-      MissingDataError: If there is no such file.
-      DataError: If the header is not IDX, or the data are shorter or longer than the
-        header says, or the gzip stream is damaged.
+      MissingDataError: If the file does not exist.
+      DataError: If the header is not IDX, the data are shorter or longer than declared,
+        or the gzip stream is damaged.
 
     Examples:
       >>> import pathlib, tempfile
@@ -468,14 +467,14 @@ def _parse_idx(stream: Any, path: str) -> np.ndarray:
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
-    """Writes an array as an IDX file, gzipped when the name ends in ``.gz``.
+    """Writes an array as an IDX file, with gzip if the name ends in ``.gz``.
 
     Args:
-      path: File to write.
-      array: uint8, int8, int16, int32, float32 or float64.
+      path: The file.
+      array: Array of type uint8, int8, int16, int32, float32 or float64.
 
     Raises:
-      DataError: If IDX has no code for the type of the array.
+      DataError: If IDX does not support the type of the array.
 
     Examples:
       See :func:`read_idx`.
@@ -494,22 +493,23 @@ def write_idx(path: Path, array: np.ndarray) -> None:
 def read_images(data_dir: Path, name: str) -> ImageParts:
     """Reads a labelled image set in the layout of MNIST from ``data_dir/name``.
 
-    The folder holds the four IDX files of MNIST (``train-images-idx3-ubyte``,
+    The folder contains the four IDX files of MNIST (``train-images-idx3-ubyte``,
     ``train-labels-idx1-ubyte``, ``t10k-images-idx3-ubyte``,
-    ``t10k-labels-idx1-ubyte``; each plain or with ``.gz``), or else ``name.npz`` or
-    ``name_subset.npz`` with arrays ``x_train``, ``y_train``, ``x_test``, ``y_test``
-    (the keys of Keras's ``mnist.npz``). IDX wins when both are there.
+    ``t10k-labels-idx1-ubyte``), each plain or with ``.gz``. Alternatively it contains
+    ``name.npz`` or ``name_subset.npz`` with arrays ``x_train``, ``y_train``,
+    ``x_test``, ``y_test``, the keys of Keras's ``mnist.npz``. IDX files take
+    precedence.
 
     Args:
-      data_dir: Folder that holds one folder per set.
-      name: ``"mnist"``, ``"fashion_mnist"``, or any other set stored alike.
+      data_dir: Folder that contains one folder per set.
+      name: ``"mnist"``, ``"fashion_mnist"``, or another set in this layout.
 
     Returns:
       Images ``[N, H, W]`` uint8 and labels ``[N]`` int32 of both parts.
 
     Raises:
-      MissingDataError: If the folder or one of the files is not there.
-      DataError: If a file is damaged, or images and labels do not fit together.
+      MissingDataError: If the folder or one of the files does not exist.
+      DataError: If a file is damaged, or images and labels are inconsistent.
 
     Examples:
       >>> from mtljax.data import read_images
@@ -543,7 +543,7 @@ def read_images(data_dir: Path, name: str) -> ImageParts:
 
 
 def image_fields(*axes: int | str, official: bool = True) -> dict[str, Field]:
-    """Fields of images ``[N, H, W]`` (or of more axes) and their classes 0 to 9."""
+    """Returns the fields of images ``[N, H, W, ...]`` and their classes 0 to 9."""
     parts = ("_train", "_test") if official else ("",)
     axes = axes or ("height", "width")
     found = {}

@@ -1,4 +1,4 @@
-"""Data sets by name, and how to add your own."""
+"""Data sets by name, and registration of your own."""
 
 import importlib
 import inspect
@@ -42,17 +42,17 @@ _BUILDERS: dict[str, Callable[..., Dataset]] = {
 
 
 def register(name: str, loader: Callable[..., Dataset]) -> None:
-    """Makes a data set of your own known to :func:`load`, for this process.
+    """Registers your own data set for :func:`load` in this process.
 
-    A command of an experiment loads it as ``--data module:function`` without this call.
+    Commands of the experiments load it as ``--data module:function`` without this call.
 
     Args:
-      name: A name that is not taken; without a colon.
-      loader: Returns a :class:`Dataset`. Its keywords are the options of
-        :func:`load`; ``data_dir`` is passed if it is one of them.
+      name: A new name without a colon.
+      loader: Function that returns a :class:`Dataset`. Its keywords are the options of
+        :func:`load`. ``data_dir`` is passed if it is one of them.
 
     Raises:
-      DataError: If the name is taken, or has a colon.
+      DataError: If the name exists, or contains a colon.
 
     Examples:
       >>> import numpy as np
@@ -75,13 +75,13 @@ def register(name: str, loader: Callable[..., Dataset]) -> None:
 
 
 def _loader(name: str) -> Callable[..., Dataset]:
-    """The function of a registered name, or of ``module:function``."""
+    """Returns the function of a registered name, or of ``module:function``."""
     module, colon, function = name.partition(":")
     if not colon:
         if name not in _BUILDERS:
             raise DataError(
-                f"There is no data set {name!r}; there are {', '.join(_BUILDERS)}, and "
-                "your own as module:function."
+                f"Unknown data set {name!r}. Choose from {', '.join(_BUILDERS)}, or "
+                "pass your own as module:function."
             )
         return _BUILDERS[name]
     try:
@@ -92,12 +92,12 @@ def _loader(name: str) -> Callable[..., Dataset]:
             "the module on PYTHONPATH."
         ) from error
     if not callable(found):
-        raise DataError(f"Data set {name!r} is no function.")
+        raise DataError(f"Data set {name!r} is not a function.")
     return cast(Callable[..., Dataset], found)
 
 
 def available() -> tuple[str, ...]:
-    """Names that :func:`load` knows.
+    """Returns the names that :func:`load` accepts.
 
     Examples:
       >>> from mtljax.data import available
@@ -115,22 +115,22 @@ def load(
     """Builds a data set by name.
 
     Args:
-      name: One of :func:`available`, or ``module:function`` for a function of yours
+      name: A name of :func:`available`, or ``module:function`` for your own function
         that returns a :class:`Dataset`.
-      data_dir: Where the files are; ignored by a set that needs none
+      data_dir: Folder of the files. It is ignored by sets without files
         (``multidigits``).
-      **options: Keywords of the function of that name: ``seed``, ``train_size``,
-        ``val_size``, ``test_size``; for the MultiMNIST family and ``qm9`` also
-        ``source`` (``"files"`` or ``"tfds"``) and ``download``; for ``mulan_mtr``
-        also ``subset``, for ``digit_domains`` ``domain`` and ``size``, for
-        ``domainnet`` ``domain``, ``size`` and ``download``, for ``tox21`` ``bits``,
-        for ``cmu_faces`` ``persons``.
+      **options: Keywords of the function of this name: ``seed``, ``train_size``,
+        ``val_size``, ``test_size``. The MultiMNIST family and ``qm9`` also accept
+        ``source`` (``"files"`` or ``"tfds"``) and ``download``. Further keywords are
+        ``subset`` of ``mulan_mtr`` and ``mulan_multilabel``, ``domain`` and ``size`` of
+        ``digit_domains``, ``domain``, ``size`` and ``download`` of ``domainnet``,
+        ``bits`` of ``tox21``, and ``persons`` of ``cmu_faces``.
 
     Returns:
       The data set, in memory.
 
     Raises:
-      MissingDataError: If files are missing; the message says how to provide them.
+      MissingDataError: If files are missing. The message says how to provide them.
       DataError: If the name or an option is unknown, or a file is damaged.
 
     Examples:

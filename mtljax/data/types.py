@@ -1,4 +1,4 @@
-"""What a data set with several tasks is: tasks, splits, provenance, checksum."""
+"""Data structures of data sets with several tasks: tasks, splits and checksum."""
 
 import dataclasses
 import hashlib
@@ -12,26 +12,26 @@ Images = TypeVar("Images", bound=np.ndarray | jax.Array)
 
 SPLITS = ("train", "val", "test")
 MISSING = -1
-"""The class of an example without a label. A missing regression target is NaN."""
+"""Class of an example without a label. A missing regression target is NaN."""
 
 
 class DataError(ValueError):
-    """A data set that cannot be built as asked; the message says what to change."""
+    """A data set cannot be built. The message says what to change."""
 
 
 class MissingDataError(DataError, FileNotFoundError):
-    """Files that are not there; the message names them and how to provide them."""
+    """Files do not exist. The message names them and says how to provide them."""
 
 
 class Task(NamedTuple):
-    """One thing to predict from the image.
+    """One prediction target.
 
     Attributes:
       name: Key of the target array in a split.
       kind: ``"classification"`` (integer labels ``[N]``), ``"regression"`` (float
-        targets ``[N]``, or ``[N, size]`` when ``size > 1``), ``"segmentation"`` (labels
+        targets ``[N]``, or ``[N, size]`` if ``size > 1``), ``"segmentation"`` (labels
         ``[N, H, W]``) or ``"dense_regression"`` (targets ``[N, H, W]`` or
-        ``[N, H, W, size]``). A missing label is -1, a missing target NaN.
+        ``[N, H, W, size]``). A missing label is -1, and a missing target is NaN.
       size: Number of classes, or dimension of the target.
     """
 
@@ -41,7 +41,7 @@ class Task(NamedTuple):
 
 
 def _check_targets(where: str, task: Task, array: np.ndarray) -> bool:
-    """Whether a target array of the right type has a label that is not missing."""
+    """Checks a target array. Returns whether it has a label that is not missing."""
     classes = task.kind in ("classification", "segmentation")
     if array.dtype.kind not in ("iu" if classes else "f"):
         raise DataError(
@@ -65,25 +65,25 @@ def _check_targets(where: str, task: Task, array: np.ndarray) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A set of images with one target per task, in memory, as numpy arrays.
+    """Images with one target per task, in memory, as NumPy arrays.
 
     Attributes:
-      name: The name :func:`mtljax.data.load` knows it by.
-      tasks: What there is to predict, in order.
-      input_shape: ``(H, W, C)`` of one image.
-      train: ``{"image": [N, H, W, C], task name: [N]}``; images are uint8.
-      val: The same for model selection; may be empty (``N = 0``).
-      test: The same for the reported number.
-      image_max: The largest value a pixel can take; see :func:`to_float`.
-      origin: Per split, where the examples come from: ``"source"`` ``[N, 2]``, the
-        indices of the two source images, and ``"corner"`` ``[N, 2, 2]``, the (row,
+      name: Name of the data set.
+      tasks: Tasks, in order.
+      input_shape: Shape ``(H, W, C)`` of one image.
+      train: ``{"image": [N, H, W, C], task name: [N]}``. The images are uint8.
+      val: Split for model selection, may be empty (``N = 0``).
+      test: Split for reported numbers.
+      image_max: Largest possible value of a pixel, see :func:`to_float`.
+      origin: Source of the examples of each split. ``"source"`` ``[N, 2]`` contains the
+        indices of the two source images. ``"corner"`` ``[N, 2, 2]`` contains the (row,
         column) of the top-left corner of each on the canvas.
-      notes: What a reader of a result should know about the sources.
+      notes: Information about the sources, for readers of a result.
 
     Raises:
-      DataError: If a split lacks a task, its arrays differ in length or shape from what
-        ``tasks`` and ``input_shape`` say, a label is no class of its task, a target is
-        infinite, or the training split has no label of a task at all.
+      DataError: If a split lacks a task, or arrays differ in length or shape from
+        ``tasks`` and ``input_shape``. Also if a label is not a class of its task, a
+        target is infinite, or the training split has no label of a task.
 
     Examples:
       >>> import numpy as np
@@ -140,15 +140,16 @@ class Dataset:
 def to_float(images: Images, image_max: int = 255) -> Images:
     """Scales integer images to float32 in [0, 1].
 
-    Sets are kept as integers so that they stay small; call this after the gather,
-    inside ``jit``.
+    Data sets store integers to save memory. Call this function after the gather, inside
+    ``jit``.
 
     Args:
-      images: Any shape, numpy or jax.
-      image_max: The largest value a pixel can take, ``dataset.image_max``.
+      images: NumPy or JAX array of any shape.
+      image_max: Largest possible value of a pixel, ``dataset.image_max``.
 
     Returns:
-      ``images / image_max`` in float32, same shape, numpy in numpy out.
+      ``images / image_max`` in float32 with the same shape. The result of a NumPy array
+      is a NumPy array.
 
     Examples:
       >>> import numpy as np
@@ -160,15 +161,15 @@ def to_float(images: Images, image_max: int = 255) -> Images:
 
 
 def checksum(dataset: Dataset) -> str:
-    """A digest that changes whenever an example, a label or their order changes.
+    """Computes a digest of the examples, the labels and their order.
 
     Args:
-      dataset: What to digest; its name, origin and notes do not enter.
+      dataset: The data set. Its name, origin and notes are ignored.
 
     Returns:
-      The sha256, in hexadecimal, of the tasks and of every array (key, type, shape,
-      little-endian bytes) in the order train, val, test and, in each, image first and
-      then the tasks. The same on every platform.
+      The hexadecimal sha256 of the tasks and of each array (key, type, shape,
+      little-endian bytes). The order is train, val, test, and in each split the image,
+      then the tasks. The result is the same on all platforms.
 
     Examples:
       >>> from mtljax.data import checksum, load

@@ -72,7 +72,7 @@ def test_damaged_idx(tmp_path, kind, message):
 
 
 def test_missing_and_unwritable(tmp_path):
-    with pytest.raises(FileNotFoundError, match="There is no file"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         read_idx(tmp_path / "nothing")
     with pytest.raises(DataError, match="cannot hold arrays of type int64"):
         write_idx(tmp_path / "file", np.arange(3, dtype=np.int64))

@@ -6,7 +6,9 @@ from mtljax.data import DataError, available, load
 
 
 def test_unknown_name_lists_the_known():
-    with pytest.raises(DataError, match=r"no data set 'mnist'; there are multidigits"):
+    with pytest.raises(
+        DataError, match=r"Unknown data set 'mnist'\. Choose from multidigits"
+    ):
         load("mnist")
 
 

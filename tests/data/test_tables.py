@@ -189,7 +189,7 @@ def test_sets_of_ones_own():
         load("no_such:function")
     with pytest.raises(DataError, match="has no attribute 'lod'"):
         load("mtljax.data:lod")
-    with pytest.raises(DataError, match="is no function"):
+    with pytest.raises(DataError, match="is not a function"):
         load("mtljax.data:SPLITS")
     with pytest.raises(DataError, match="returned a tuple, not a Dataset"):
         load("mtljax.data:available")
