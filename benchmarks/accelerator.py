@@ -1,15 +1,15 @@
 """Checks and times the library on one accelerator, in at most eight minutes.
 
-``python -m benchmarks.accelerator`` compares every engine and every method on the
-device with float64 on the CPU, times training steps and TorchJD's steps on the same
-device, and measures memory and compile times. It rewrites
-``benchmarks/results/accelerator.json`` after each row, and runs the most valuable parts
-first, so that a run that was cut short is useful. ``benchmarks/README.md`` describes
-the command, the fields of the file and the decisions that depend on it.
+``python -m benchmarks.accelerator`` compares all engines and methods on the device with
+float64 on the CPU. It times training steps and TorchJD's steps on the same device, and
+measures memory and compile times. It rewrites
+``benchmarks/results/accelerator.json`` after each row and runs the most valuable parts
+first, so that an interrupted run is useful. ``benchmarks/README.md`` describes the
+command, the fields of the file and the decisions that depend on it.
 
 This process imports neither jax nor torch. The parts run one after the other in
-processes of their own, so that two libraries never share the device, and a process
-that fails, crashes or exceeds its time limit is a row with the error. ``--rehearse``
+separate processes, so that the two libraries never share the device. If a process
+fails, crashes or exceeds its time limit, its row contains the error. ``--rehearse``
 runs the whole program on the CPU with tiny sizes and writes
 ``accelerator-rehearsal.json``.
 """
@@ -35,10 +35,10 @@ from benchmarks.accelerator_report import printed, summary_of
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-BUDGET = 460.0  # seconds; the times of the plan add up to it
-REHEARSAL = 2000.0  # the CPU of a small or busy machine is slow
+BUDGET = 460.0  # seconds, the sum of the times of the plan
+REHEARSAL = 2000.0  # a small or busy CPU is slow
 START_S = 60.0  # a process must begin its next job within this time
-PATIENCE = 5  # the limits of a rehearsal are so many times as long
+PATIENCE = 5  # factor of the time limits in a rehearsal
 CHECKED = ("smoke", "correctness")
 NAMES = ("part", "check", "model", "tasks", "size", "method", "engine", "strategy")
 NAMES += ("backward", "precision", "side")
@@ -49,9 +49,9 @@ Row = dict[str, Any]
 
 
 class Job(NamedTuple):
-    """One piece of work of a process, with a time limit of its own."""
+    """One piece of work of a process, with its own time limit."""
 
-    kind: str  # the name of a function in the module of the side
+    kind: str  # name of a function in the module of the side
     limit_s: float
     options: Row
 
@@ -69,7 +69,7 @@ class Part(NamedTuple):
     side: str
     end_s: float
     jobs: list[Job]
-    fresh: bool = False  # one process for each job
+    fresh: bool = False  # whether each job has its own process
 
 
 MODULES = {
@@ -82,7 +82,7 @@ MODULES = {
 
 
 def plan(rehearse: bool) -> list[Part]:
-    """All parts in their order; a rehearsal has more patience with a busy CPU."""
+    """Returns all parts in order. A rehearsal has longer time limits."""
     parts = [*check_parts(rehearse), *time_parts(rehearse)]
     if not rehearse:
         return parts
@@ -94,7 +94,7 @@ def plan(rehearse: bool) -> list[Part]:
 
 
 def check_parts(rehearse: bool) -> list[Part]:
-    """The smoke test, and all comparisons with float64."""
+    """Returns the smoke test and all comparisons with float64."""
     models = ("mlp", "conv", "transformer", "embedding", "scan")
     few, several = 3, 3 if rehearse else 11
 
@@ -118,7 +118,7 @@ def check_parts(rehearse: bool) -> list[Part]:
 
 
 def sizes(rehearse: bool) -> dict[str, list[tuple[Row, tuple[int, ...]]]]:
-    """Options of each timed model with the numbers of tasks, first things first."""
+    """Returns sizes and numbers of tasks of each timed model, most important first."""
     if rehearse:
         small = {"sequences": 2, "length": 4, "layers": 1, "width": 16}
         return {
@@ -145,7 +145,7 @@ ENDS = {"mlp": (220, 250), "transformer": (300, 330), "resnet18": (395, 425)}
 
 
 def time_parts(rehearse: bool) -> list[Part]:
-    """Steps of both sides, then the peaks of some."""
+    """Returns the steps of both sides, then some peak memory measurements."""
     parts, peaks = [], []
     for model, cells in sizes(rehearse).items():
         # TF32 is the default on the device; the exact products come second.
@@ -172,14 +172,14 @@ def time_parts(rehearse: bool) -> list[Part]:
 
 
 class Results:
-    """The rows in the order of their arrival, written after each of them."""
+    """The rows in the order of their arrival. They are written after each row."""
 
     def __init__(self, path: pathlib.Path, about: Row):
         self.path, self.about = path, about
         self.rows: dict[tuple[Any, ...], Row] = {}
 
     def add(self, row: Row) -> None:
-        """Merges a row with the row of the same case, if there is one."""
+        """Adds a row, or merges it with an existing row of the same case."""
         full = {name: row.get(name) for name in FIELDS}
         unknown = set(row) - set(FIELDS)
         assert not unknown, f"unknown fields {sorted(unknown)}"
@@ -203,7 +203,7 @@ class Results:
 
 
 def command_output(*command: str) -> str | None:
-    """The output of a command, or None if it is missing or fails."""
+    """Returns the output of a command, or None if it is missing or fails."""
     try:
         done = subprocess.run(
             command, check=True, capture_output=True, text=True, timeout=20, cwd=ROOT
@@ -219,7 +219,7 @@ SWITCHES = ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_DEFAULT_MATMUL_PRECISION")
 
 
 def header(rehearse: bool, budget: float) -> Row:
-    """The versions and settings on which the numbers depend."""
+    """Returns the versions and settings on which the numbers depend."""
     query = "--query-gpu=name,driver_version,memory.total,power.limit"
     about: Row = {"rehearsal": rehearse, "budget_s": budget}
     about["started"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -239,11 +239,11 @@ def header(rehearse: bool, budget: float) -> Row:
 
 
 def environment(rehearse: bool, cache: str) -> dict[str, str]:
-    """Variables of the processes."""
+    """Returns the environment variables of the processes."""
     settings = {
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         "TF_CPP_MIN_LOG_LEVEL": "2",
-        # The processes that measure peaks find the compiled programs of the others.
+        # The peak measurements reuse the programs that the other processes compiled.
         "JAX_COMPILATION_CACHE_DIR": cache,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
@@ -286,7 +286,7 @@ class Process:
         self.lines.put(None)
 
     def message(self, until: float) -> Row | None:
-        """The next message, None at the end, TimeoutError after ``until``."""
+        """Returns the next message, or None at the end. Raises TimeoutError."""
         try:
             line = self.lines.get(timeout=max(until - time.time(), 0.01))
         except queue.Empty:
@@ -294,7 +294,7 @@ class Process:
         return None if line is None else json.loads(line)
 
     def stop(self) -> str:
-        """Ends the process; returns the last line of its errors."""
+        """Ends the process. Returns the last line of its errors."""
         self.process.kill()
         code = self.process.wait()
         self.reader.join()
@@ -305,7 +305,7 @@ class Process:
 
 
 def run_part(part: Part, end: float, env: dict[str, str], results: Results) -> None:
-    """Runs the jobs of a part; a job that fails does not stop the others."""
+    """Runs the jobs of a part. A failed job does not stop the others."""
     pending = list(part.jobs)
     while pending and time.time() < end:
         batch = pending[:1] if part.fresh else pending
@@ -318,7 +318,7 @@ def run_part(part: Part, end: float, env: dict[str, str], results: Results) -> N
 def run_process(
     part: Part, jobs: list[Job], end: float, env: dict[str, str], results: Results
 ) -> int:
-    """Runs jobs in one process until one of them fails; returns how many ended."""
+    """Runs jobs in one process until one fails. Returns the number that ended."""
     process = Process(part, jobs, end, env)
     current, until = 0, min(end, time.time() + START_S)
     reason = None
@@ -349,7 +349,7 @@ def run_process(
 
 
 def check_platform(about: Row) -> None:
-    """Raises before a row of the CPU can replace the results of a device."""
+    """Raises before a CPU row can replace the results of a device."""
     if about["platform"] == "cpu" and not about["rehearsal"]:
         raise SystemExit(
             "benchmarks.accelerator: jax finds no accelerator. Use --rehearse to run "
@@ -365,7 +365,7 @@ def report(results: Results, part: Part, row: Row) -> None:
 
 
 def failures(rows: Iterable[Row]) -> list[Row]:
-    """The rows of the checks that did not pass."""
+    """Returns the rows of the checks that did not pass."""
     return [
         row
         for row in rows
@@ -388,7 +388,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     names = ("smoke", "correctness", *ENDS, "peaks")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="a folder")
-    parser.add_argument("--budget", type=float, help="seconds in all (460)")
+    parser.add_argument("--budget", type=float, help="total time in seconds (460)")
     parser.add_argument("--rehearse", action="store_true", help="tiny, on the CPU")
     parser.add_argument("--only", nargs="+", choices=names, default=list(names))
     asked = parser.parse_args(arguments)
@@ -400,7 +400,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     asked = parse()
     begin = time.time()
-    # The process that works must end with this one: it holds the device.
+    # The worker process must end with this process, because it holds the device.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     asked.out.mkdir(parents=True, exist_ok=True)
     name = "accelerator-rehearsal" if asked.rehearse else "accelerator"

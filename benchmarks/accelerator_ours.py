@@ -33,7 +33,7 @@ THREADS = 8
 GRADIENT, WEIGHTS = 1e-5, 1e-4  # tolerances, relative
 WARM_UP, BLOCK_S, LEAST, MOST = 5, 0.1, 3, 9
 RATE, LONG = 1e-4, 1e6
-# The reference values run once, so that their programs need no optimisation.
+# The reference values are computed once, so their programs need no optimisation.
 FAST_COMPILATION = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
@@ -46,7 +46,7 @@ def say(**message: Any) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """The class and the first line of an error."""
+    """Returns the class and the first line of an error."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
 
@@ -54,9 +54,10 @@ def reason(error: BaseException) -> str:
 def together(
     work: dict[Any, Callable[[], Any]], until: float
 ) -> Iterator[tuple[Any, Any]]:
-    """Calls functions in threads; yields key and result, or the error, as they end.
+    """Calls functions in threads. Yields key and result, or the error, as they end.
 
-    XLA compiles without the interpreter's lock, so that threads compile in parallel.
+    XLA compiles without the interpreter's lock. Threads can therefore compile in
+    parallel.
     """
     pool = concurrent.futures.ThreadPoolExecutor(THREADS)
     keys = {pool.submit(function): key for key, function in work.items()}
@@ -82,7 +83,7 @@ def cpu() -> Any:
 
 
 def on_cpu(function: Callable[..., Any], *args: Any, wide: bool = True) -> Any:
-    """The result of a function on the CPU, by default in float64, as numpy arrays."""
+    """Computes a function on the CPU, by default in float64. Returns NumPy arrays."""
     kind = np.float64 if wide else np.float32
 
     def cast(x):
@@ -97,19 +98,19 @@ def on_cpu(function: Callable[..., Any], *args: Any, wide: bool = True) -> Any:
 
 
 def exact(function: Callable[..., Any], *args: Any) -> Any:
-    """The result on the device, with full float32 products."""
+    """Computes a function on the device with full float32 products."""
     with jax.default_matmul_precision("highest"):
         return jax.tree.map(np.asarray, jax.jit(function)(*args))
 
 
 def flat(tree: Any) -> np.ndarray:
-    """All numbers of a tree in float64."""
+    """Returns all numbers of a tree in float64."""
     leaves = [np.ravel(np.asarray(x, np.float64)) for x in jax.tree.leaves(tree)]
     return np.concatenate(leaves)
 
 
 def apart(found: Any, reference: Any) -> float:
-    """Relative distance of two trees; infinite unless all numbers are finite."""
+    """Returns the relative distance of two trees, or infinity if one is not finite."""
     a, b = flat(found), flat(reference)
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return math.inf
@@ -117,21 +118,21 @@ def apart(found: Any, reference: Any) -> float:
 
 
 class Small(NamedTuple):
-    """A small model with one head a task, to compare engines."""
+    """A small model with one head per task, for comparing engines."""
 
     params: Any
     batch: Any
     encode: Callable[[Any, Any], Any]
 
     def task_losses(self, params, batch):
-        """One loss per task."""
+        """Returns one loss per task."""
         h = self.encode(params["trunk"], batch[0])
         pairs = zip(params["heads"], batch[1], strict=True)
         return jnp.stack([jnp.mean((h @ head - y) ** 2) for head, y in pairs])
 
 
 def small(name: str, tasks: int) -> Small:
-    """The models of the correctness checks."""
+    """Builds the models of the correctness checks."""
     rng = np.random.default_rng(7)
 
     def normal(*shape):
@@ -197,7 +198,7 @@ def small(name: str, tasks: int) -> Small:
 
 
 def reference(model: Small, balancer: mtljax.Balancer) -> Any:
-    """Losses and balanced gradient by ``jax.jacrev`` in float64 on the CPU."""
+    """Returns losses and balanced gradient by ``jax.jacrev`` in float64 on the CPU."""
 
     def function(params, batch):
         losses = model.task_losses(params, batch)
@@ -213,7 +214,7 @@ def reference(model: Small, balancer: mtljax.Balancer) -> Any:
 def compare_engines(
     name: str, tasks: int, cases: list[tuple[str, str]], until: float
 ) -> Rows:
-    """Rows of engines and strategies on a small model."""
+    """Yields rows of engines and strategies on a small model."""
     model = small(name, tasks)
     balancers = {
         e: mtljax.uncertainty if e == "losses" else mtljax.upgrad for e, _ in cases
@@ -242,20 +243,20 @@ def compare_engines(
 
 
 def judged(result: Any, expected: Any, tolerance: float) -> Row:
-    """The error of a result, or why there is none."""
+    """Returns the error of a result, or the reason why there is none."""
     if isinstance(result, BaseException):
         return {"error": reason(result)}
     return {"rel_error": apart(result, expected), "tolerance": tolerance}
 
 
 def smoke(tasks: int, until: float) -> Rows:
-    """Each engine once, on the smallest model."""
+    """Runs each engine once on the smallest model."""
     names = ("losses", "stacked", "gramian", "auto")
     yield from compare_engines("mlp", tasks, [(name, "auto") for name in names], until)
 
 
 def engines(model: str, tasks: int, until: float) -> Rows:
-    """Engines on one kind of model, with every strategy on the MLP."""
+    """Compares the engines on one kind of model, with all strategies on the MLP."""
     cases = [("losses", "auto"), ("gramian", "vmap"), ("auto", "auto")]
     several = ("vmap", "map", "unrolled", "chunked")
     strategies = several if model == "mlp" else ("vmap", "unrolled")
@@ -266,7 +267,7 @@ def engines(model: str, tasks: int, until: float) -> Rows:
 
 
 def methods(share: list[int], tasks: int, until: float) -> Rows:
-    """Two updates of every method, with all tasks and with one of them absent."""
+    """Compares two updates of each method, with all tasks and with an absent task."""
     index, shares = share
     names = list(mtljax.METHODS)[index::shares]
     rng = np.random.default_rng(11)
@@ -295,7 +296,7 @@ def methods(share: list[int], tasks: int, until: float) -> Rows:
             return updates
 
         data = np.asarray(jax.random.key_data(jax.random.key(3)))
-        # A method that draws numbers draws others in float64.
+        # A method that samples numbers would sample other numbers in float64.
         wide = not method.random
         program = jax.jit(function)
         results = {}
@@ -322,7 +323,7 @@ CONVEX = ("mgda", "cagrad", "upgrad", "dualproj")
 
 
 def gramians_of(tasks: int, count: int, singular: bool) -> np.ndarray:
-    """Gramians ``[count, T, T]`` of random gradients in float64, of several scales."""
+    """Returns ``[count, T, T]`` Gramians of random gradients of several scales."""
     rng = np.random.default_rng([5, tasks, singular])
     dim = max(tasks - 1, 1) if singular else 2 * tasks
     rows = rng.normal(size=(count, tasks, dim)) + 0.5 * rng.normal(size=(count, 1, dim))
@@ -331,7 +332,7 @@ def gramians_of(tasks: int, count: int, singular: bool) -> np.ndarray:
 
 
 def solvers(tasks: int, until: float) -> Rows:
-    """Weights of 64 regular and, for convex problems, 64 singular Gramians."""
+    """Compares weights of 64 regular and, for convex problems, 64 singular Gramians."""
 
     def balancer_of(name):
         method = mtljax.METHODS[name]
@@ -377,10 +378,10 @@ def solvers(tasks: int, until: float) -> Rows:
 
 
 def distance(gramian: np.ndarray, weights: np.ndarray, expected: np.ndarray) -> float:
-    """Length of the difference of two updates, by their weights.
+    """Returns the norm of the difference of two updates, computed from their weights.
 
-    It is relative to the longest task gradient times the largest weight. Weights
-    themselves are not unique if the Gramian is singular.
+    It is relative to the largest norm of a task gradient times the largest weight. The
+    weights themselves are not unique if the Gramian is singular.
     """
     if not (np.isfinite(weights).all() and np.isfinite(expected).all()):
         return math.inf
@@ -390,7 +391,7 @@ def distance(gramian: np.ndarray, weights: np.ndarray, expected: np.ndarray) -> 
 
 
 def seeds(tasks: int, until: float) -> Rows:
-    """``vmap`` over four seeds against one seed after the other."""
+    """Compares ``vmap`` over four seeds with one seed after the other."""
     model = small("mlp", tasks)
     balancer = mtljax.upgrad(tasks)
     rng = np.random.default_rng(2)
@@ -427,7 +428,7 @@ def seeds(tasks: int, until: float) -> Rows:
 
 
 class Contender(NamedTuple):
-    """One way to make a step."""
+    """One way to compute a step."""
 
     method: str
     engine: str
@@ -436,12 +437,12 @@ class Contender(NamedTuple):
 
 
 def accepts(name: str) -> bool:
-    """Whether ``value_and_balanced_grad`` has an argument of this name."""
+    """Returns whether ``value_and_balanced_grad`` has an argument of this name."""
     return name in inspect.signature(mtljax.value_and_balanced_grad).parameters
 
 
 def contenders(model: str) -> list[Contender]:
-    """What is timed for a model; arguments of newer versions where they exist."""
+    """Returns the timed ways for a model, including newer arguments if they exist."""
     found = [Contender("linear", "losses"), Contender("upgrad", "gramian")]
     strategies = ("vmap", "map", "unrolled") if model == "mlp" else ("vmap", "map")
     found += [Contender("upgrad", "stacked", strategy) for strategy in strategies]
@@ -461,7 +462,7 @@ def contenders(model: str) -> list[Contender]:
 
 
 class Step:
-    """A compiled step of a contender, and the arrays on which it acts."""
+    """A compiled step of a contender, and its arrays."""
 
     def __init__(self, problem: Problem, contender: Contender):
         method, engine, strategy, backward = contender
@@ -495,7 +496,7 @@ class Step:
         )
 
     def compile(self) -> Row:
-        """Compiles the step; returns what the compiler says about it."""
+        """Compiles the step. Returns the compiler's information."""
         start = time.perf_counter()
         self.program: Any = self.lowered.compile()
         row: Row = {"compile_s": round(time.perf_counter() - start, 3)}
@@ -508,15 +509,15 @@ class Step:
         return row
 
     def reset(self) -> None:
-        """Goes back to the first parameters."""
-        # The step takes over the memory of its arguments.
+        """Resets to the initial parameters."""
+        # The step donates its arguments.
         make = functools.partial(jnp.array, copy=True)
         self.params, self.state = jax.tree.map(make, self.first)
 
     def first_step(self) -> tuple[float, np.ndarray]:
-        """Mean loss, and the update of the trunk."""
+        """Returns the mean loss and the update of the trunk."""
         self.reset()
-        # With so long a step the difference of the parameters is the update.
+        # With such a large rate, the difference of the parameters is the update.
         rate = jnp.float32(LONG)
         params, _, losses = self.program(self.params, self.state, rate, self.batch)
         before = self.first[0]["trunk"]
@@ -527,17 +528,17 @@ class Step:
         return float(np.mean(losses)), flat(moved)
 
     def start(self) -> None:
-        """One step, which the device may still be computing at the return."""
+        """Starts one step. The device may still be computing it at the return."""
         out = self.program(self.params, self.state, self.rate, self.batch)
         self.params, self.state, self.losses = out
 
     def wait(self) -> None:
-        """Waits for the steps that were started."""
+        """Waits for the started steps."""
         jax.block_until_ready((self.params, self.losses))
 
 
 def block(step: Any, least: float) -> float:
-    """Seconds of one step, averaged over a block of at least ``least`` seconds."""
+    """Returns the seconds of one step, averaged over at least ``least`` seconds."""
     runs, seconds = 1, 0.0
     while True:
         start = time.perf_counter()
@@ -553,7 +554,7 @@ def block(step: Any, least: float) -> float:
 def timed(
     steps: dict[Any, Any], seconds: float, until: float
 ) -> Iterator[tuple[Any, Row]]:
-    """Times steps alternately; yields key and row of each, or its error."""
+    """Times steps alternately. Yields key and row of each, or its error."""
     times: dict[Any, list[float]] = {}
     for key, step in list(steps.items()):
         try:
@@ -587,26 +588,26 @@ AUTO = Contender("upgrad", "auto")
 
 
 class Cell(NamedTuple):
-    """A model of one size with T tasks, in one precision."""
+    """A model of one size with T tasks in one precision."""
 
     model: str
     options: Row
     tasks: int
     precision: str
-    seconds: float = 0.0  # for the time of all contenders
+    seconds: float = 0.0  # total time of all contenders
 
     @property
     def problem(self) -> Problem:
-        """The model in both libraries."""
+        """Returns the model in both libraries."""
         return MODELS[self.model](self.tasks, **self.options)
 
     def row(self, problem: Problem, names: Row) -> Row:
-        """The start of a row."""
+        """Returns the first fields of a row."""
         known = {"model": self.model, "tasks": self.tasks, "size": problem.size}
         return {**known, "precision": self.precision, **names}
 
     def step(self, problem: Problem, contender: Contender) -> Step:
-        """A step in this precision, not compiled yet."""
+        """Returns a step in this precision that is not compiled yet."""
         setting = None if self.precision == "tf32" else "highest"
         with jax.default_matmul_precision(setting):
             return Step(problem, contender)
@@ -615,7 +616,7 @@ class Cell(NamedTuple):
 def compiled(
     problem: Problem, cell: Cell, until: float
 ) -> Iterator[tuple[Contender, Step | None, Row]]:
-    """Traces and compiles all contenders; yields those that fail without a step."""
+    """Traces and compiles all contenders. Yields failed ones without a step."""
     made: dict[Contender, Step] = {}
     for contender in contenders(cell.model):
         try:
@@ -631,7 +632,7 @@ def compiled(
 
 
 def first_steps(steps: dict[Contender, Step]) -> Iterator[tuple[Contender, Row]]:
-    """The losses and updates of the first step, compared with stacked gradients."""
+    """Compares the first steps' losses and updates with stacked gradients."""
     rows: np.ndarray | None = None
     for contender in sorted(steps, key=lambda contender: contender != ROWS):
         try:
@@ -649,7 +650,7 @@ def first_steps(steps: dict[Contender, Step]) -> Iterator[tuple[Contender, Row]]
 
 
 def steps(*, until: float, **options: Any) -> Rows:
-    """Compiles every contender of a cell, checks their first steps and times them."""
+    """Compiles all contenders of a cell, checks their first steps and times them."""
     cell = Cell(**options)
     problem = cell.problem
 
@@ -658,7 +659,7 @@ def steps(*, until: float, **options: Any) -> Rows:
 
     ready: dict[Contender, Step] = {}
     facts: dict[Contender, Row] = {}
-    # What compiles slowly must not take the time in which the others are measured.
+    # Slow compilation must not use the time for measuring the other contenders.
     compile_until = until - 3 * cell.seconds - 5
     for contender, step, row in compiled(problem, cell, compile_until):
         if step is not None:
@@ -679,7 +680,7 @@ def steps(*, until: float, **options: Any) -> Rows:
 
 
 def chosen(facts: dict[Contender, Row]) -> Contender | None:
-    """What ``auto`` took: the contender whose program is the same, if there is one."""
+    """Returns the contender with the same program as ``auto``, or None."""
     auto = facts.get(AUTO)
     for contender, fact in facts.items():
         named = contender.engine in ("stacked", "gramian")
@@ -691,7 +692,7 @@ def chosen(facts: dict[Contender, Row]) -> Contender | None:
 
 
 def peak(*, engine: str, until: float, **options: Any) -> Rows:
-    """The peak of the allocator in this process, which runs one step only."""
+    """Measures the peak of the allocator in this process, which runs one step."""
     del until
     cell = Cell(**options)
     problem = cell.problem
@@ -724,11 +725,11 @@ KINDS: dict[str, Callable[..., Rows]] = {
 
 
 def run_jobs(kinds: dict[str, Callable[..., Rows]], ask: str) -> None:
-    """Runs the jobs that the command asks for and sends their rows."""
+    """Runs the jobs that the command requests and sends their rows."""
     asked = json.loads(ask)
     for index, job in enumerate(asked["jobs"]):
         say(begin=index)
-        # Time remains to report what did not end.
+        # One second remains for reporting unfinished cases.
         until = min(asked["end"], time.time() + job["limit_s"]) - 1
         try:
             for row in kinds[job["kind"]](**job["options"], until=until):

@@ -16,7 +16,7 @@ NAMES = {BASELINE: "linear", "UPGrad": "upgrad", "MGDA": "mgda", "IMTL-G": "imtl
 
 
 def contenders(model: str) -> list[tuple[str, str]]:
-    """Methods and ways: every way with UPGrad, other methods in the first way."""
+    """Returns methods and ways: UPGrad with each way, others with the first way."""
     ways = WAYS if model == "mlp" else ("jacobian", "in turn", "gramian")
     found = [(BASELINE, "backward"), *(("UPGrad", way) for way in ways)]
     if model == "mlp":
@@ -25,7 +25,7 @@ def contenders(model: str) -> list[tuple[str, str]]:
 
 
 def set_precision(precision: str) -> None:
-    """TF32 in products and convolutions, or full float32."""
+    """Selects TF32 or full float32 for products and convolutions."""
     import torch
 
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
@@ -35,7 +35,7 @@ def set_precision(precision: str) -> None:
 def prepared(
     problem: Problem, method: str, way: str, device: str
 ) -> tuple[Theirs, Row]:
-    """A step, its first result and the memory that it needs."""
+    """Returns a step, its first result and its memory."""
     import torch
 
     gpu = device == "cuda"
@@ -53,7 +53,7 @@ def prepared(
 
 
 def steps(*, until: float, **options: Any) -> Rows:
-    """Times the ways in which TorchJD makes a step."""
+    """Times TorchJD's ways to compute a step."""
     import torch
 
     cell = Cell(**options)
@@ -79,7 +79,7 @@ def steps(*, until: float, **options: Any) -> Rows:
 
 def main() -> None:
     warnings.filterwarnings("ignore")
-    jax.config.update("jax_platforms", "cpu")  # the device is torch's
+    jax.config.update("jax_platforms", "cpu")  # torch uses the device
     run_jobs({"steps": steps}, sys.argv[1])
     sys.stdout.flush()
     os._exit(0)

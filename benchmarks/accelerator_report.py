@@ -1,4 +1,4 @@
-"""What ``benchmarks.accelerator`` derives from its rows."""
+"""Numbers that ``benchmarks.accelerator`` derives from its rows."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -20,7 +20,7 @@ LINE += ("precision",)
 
 
 def printed(row: Row) -> str:
-    """One line about a row."""
+    """Formats a row as one line."""
     words = [str(row[name]) for name in LINE if row.get(name) is not None]
     for name in ("rel_error", "ms", "compile_s", "peak_mb"):
         if row.get(name) is not None:
@@ -31,7 +31,7 @@ def printed(row: Row) -> str:
 
 
 def cells(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
-    """The rows with a time, by model, size, T and precision."""
+    """Groups the rows with a time by model, size, T and precision."""
     found: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if row["part"] in TIMED and row["ms"] is not None:
@@ -41,14 +41,14 @@ def cells(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
 
 
 def fastest(rows: list[Row]) -> Row | None:
-    """The row with the least time."""
+    """Returns the row with the smallest time."""
     return min(rows, key=lambda row: row["ms"], default=None)
 
 
 def cell_summary(key: tuple[Any, ...], rows: list[Row]) -> Row:
-    """The best engine of a cell, the choice of ``auto``, and the ratio to TorchJD.
+    """Returns the best engine of a cell, the choice of ``auto``, and TorchJD's ratio.
 
-    The regret of ``auto`` is written into its row, too.
+    The function also writes the regret of ``auto`` into its row.
     """
     ours = [row for row in rows if row["side"] == "mtljax"]
     theirs = [row for row in rows if row["side"] == "TorchJD"]
@@ -71,7 +71,7 @@ def cell_summary(key: tuple[Any, ...], rows: list[Row]) -> Row:
     if auto:
         found |= {"auto": auto["auto"], "auto_ms": auto["ms"]}
     if best and auto:
-        # The quicker of the two may be `auto` itself, by noise or as a third program.
+        # `auto` itself may be the fastest, by noise or because it is a third program.
         auto["regret"] = auto["ms"] / best["ms"] - 1
         found["regret"] = auto["regret"]
     if equal:
@@ -90,7 +90,7 @@ def cell_summary(key: tuple[Any, ...], rows: list[Row]) -> Row:
 
 
 def summary_of(rows: list[Row], failed: list[Row]) -> Row:
-    """The counts of the checks, and one row for each timed cell."""
+    """Returns the counts of the checks and one row per timed cell."""
     checks = [row for row in rows if row["part"] in ("smoke", "correctness")]
     errors = [row["rel_error"] for row in checks if row["rel_error"] is not None]
     return {

@@ -1,11 +1,12 @@
-"""What small pages cost a training step on a CPU.
+"""Cost of small memory pages for a training step on a CPU.
 
 ``python -m benchmarks.allocator`` (three minutes on two idle CPU cores) times the steps
-of ``benchmarks.peers`` in processes of their own, with glibc's allocator as it is and
-told to ask for huge pages, in turns. XLA:CPU asks for the memory of a step's
-intermediate results anew in every step; the system zeroes each page of it when it is
-first written, 4 KiB at a time or 2 MiB. Writes ``benchmarks/results/allocator.json``
-and ``allocator.md``. Linux with transparent huge pages only.
+of ``benchmarks.peers`` in separate processes. The processes use either the default
+settings of glibc's allocator or huge pages, in alternation. XLA:CPU allocates the
+memory for intermediate results again in each step. The system zeroes each page at the
+first write, in units of 4 KiB or 2 MiB. The command writes
+``benchmarks/results/allocator.json`` and ``allocator.md``. It requires Linux with
+transparent huge pages.
 """
 
 import argparse
@@ -36,7 +37,7 @@ CELLS = [
 
 
 def median_of_step(model: str, tasks: int, method: str, seconds: float) -> list[float]:
-    """Milliseconds of a step, and megabytes of its intermediate results."""
+    """Returns milliseconds of a step and megabytes of its intermediate results."""
     step = Ours(MODELS[model](tasks), method)
     runs: list[float] = []
     step()
@@ -48,7 +49,7 @@ def median_of_step(model: str, tasks: int, method: str, seconds: float) -> list[
 
 
 def in_process(cell: tuple[str, int, str], tunables: str, seconds: float) -> list[Any]:
-    """The same in a process with a setting of the allocator."""
+    """Calls :func:`median_of_step` in a process with an allocator setting."""
     model, tasks, method = cell
     command = [sys.executable, "-m", "benchmarks.allocator"]
     command += ["--of", model, str(tasks), method, "--seconds", str(seconds)]
@@ -58,14 +59,14 @@ def in_process(cell: tuple[str, int, str], tunables: str, seconds: float) -> lis
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
+    """Formats the results as Markdown."""
     lines = [
         "# Steps with huge pages",
         "",
         "`python -m benchmarks.allocator`: medians over processes of the median of a "
-        f"step in ms, as it is and with `GLIBC_TUNABLES={HUGE}`.",
+        f"step in ms, with the default setting and with `GLIBC_TUNABLES={HUGE}`.",
         "",
-        "| model | T | method | MB a step | as it is | huge pages | ratio |",
+        "| model | T | method | MB a step | default | huge pages | ratio |",
         "|:--|--:|:--|--:|--:|--:|--:|",
     ]
     for row in rows:
@@ -78,7 +79,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Entry point."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5, help="processes per setting")
     parser.add_argument("--seconds", type=float, default=2.0, help="timed in each")

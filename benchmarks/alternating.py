@@ -1,12 +1,13 @@
-"""Step time of alternating steps against the number of tasks and groups, in one run.
+"""Step time of alternating steps for different numbers of tasks and groups.
 
 ``python -m benchmarks.alternating`` (about two minutes on two idle CPU cores) trains an
-MLP 256-512-512 with T stacked linear heads on batches of 128, with Adam. A row is G
-groups (a state per slot), AdaTask (per-task states, one group) or one group per batch.
-All rows of a T take turns; their times are divided by that of one joint step on the sum
-of the losses with plain optax. ``temporary_mb`` is what a step needs beside parameters
-and optimiser states, which it replaces in place; one more copy of the states would show
-there. Compile times are processor times, the least of a few, without a cache. Writes
+MLP 256-512-512 with T stacked linear heads on batches of 128, with Adam. A row has G
+groups (one state per slot), AdaTask (states per task, one group) or one group per
+batch. All rows of a T are interleaved. Their times are divided by that of one joint
+step on the sum of the losses with plain optax. ``temporary_mb`` is the memory of a step
+in addition to parameters and optimizer states, which are replaced in place. An
+additional copy of the states would show there. Compile times are processor times
+without a cache, the minimum of several. The command writes
 ``benchmarks/results/alternating.json``.
 """
 
@@ -33,7 +34,7 @@ LABELS = {"trunk": "shared", "head": "own"}
 
 
 def make_params(tasks: int) -> Any:
-    """The network."""
+    """Returns the parameters of the network."""
     keys = jax.random.split(jax.random.key(0), len(WIDTHS))
     pairs = itertools.pairwise(WIDTHS)
     trunk = [
@@ -44,14 +45,14 @@ def make_params(tasks: int) -> Any:
 
 
 def features(trunk: Any, x: jax.Array) -> jax.Array:
-    """What the heads read."""
+    """Computes the input features of the heads."""
     for layer in trunk:
         x = jax.nn.relu(x @ layer)
     return x
 
 
 def task_loss(params: Any, task: jax.Array, batch: Any) -> jax.Array:
-    """Squared error of one task; ``params["head"]`` is its row."""
+    """Computes the squared error of one task, whose row is ``params["head"]``."""
     x, targets = batch
     return jnp.square(
         features(params["trunk"], x) @ params["head"] - targets[task]
@@ -59,7 +60,7 @@ def task_loss(params: Any, task: jax.Array, batch: Any) -> jax.Array:
 
 
 def joint_step(optimizer: optax.GradientTransformation, batch: Any):
-    """The baseline: one step on the sum of the losses."""
+    """Builds the baseline, one step on the sum of the losses."""
 
     def loss(params):
         x, targets = batch
@@ -75,7 +76,7 @@ def joint_step(optimizer: optax.GradientTransformation, batch: Any):
 
 
 def entries(tasks: int) -> dict[str, dict[str, Any]]:
-    """Rows of the table: options of alternate."""
+    """Returns the rows of the table as options of ``alternate``."""
     groups = [g for g in (1, 2, 4) if g < tasks]
     rows: dict[str, dict[str, Any]] = {f"G = {g}": {"groups": g} for g in groups}
     rows["G = T"] = {}
@@ -87,7 +88,7 @@ def entries(tasks: int) -> dict[str, dict[str, Any]]:
 
 
 def cpu_model() -> str:
-    """The name of the processor."""
+    """Returns the name of the processor."""
     info = pathlib.Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
@@ -97,7 +98,7 @@ def cpu_model() -> str:
 
 
 def make_step(tasks: int, batch: Any, options: dict[str, Any]):
-    """``(init, step, cost)`` of a row."""
+    """Builds ``(init, step, cost)`` of a row."""
     alternating = alternate(
         optax.adam(1e-3), tasks, key=jax.random.key(0), labels=LABELS, **options
     )
@@ -112,14 +113,14 @@ def make_step(tasks: int, batch: Any, options: dict[str, Any]):
 
 
 def make_batch(tasks: int, size: int) -> Any:
-    """Inputs ``[size, features]`` and targets ``[tasks, size]``."""
+    """Returns inputs ``[size, features]`` and targets ``[tasks, size]``."""
     key = jax.random.key(1)
     x = jax.random.normal(key, (size, WIDTHS[0]))
     return x, jax.random.normal(key, (tasks, size))
 
 
 def compile_seconds(batch_size: int, repeats: int) -> dict[str, dict[str, float]]:
-    """Processor time of XLA for 4 and for 64 tasks."""
+    """Returns XLA's processor time for 4 and for 64 tasks."""
     found = {}
     for name, options in (("G = T", {}), ("G = 2", {"groups": 2})):
         seconds: dict[int, list[float]] = {4: [], 64: []}
@@ -139,7 +140,7 @@ def compile_seconds(batch_size: int, repeats: int) -> dict[str, dict[str, float]
 
 
 def measure(tasks: int, rounds: int, steps: int, batch_size: int) -> dict[str, Any]:
-    """All rows of a number of tasks."""
+    """Measures all rows for a number of tasks."""
     batch = make_batch(tasks, batch_size)
     programs, carries, rows = {}, {}, {}
 
@@ -147,7 +148,8 @@ def measure(tasks: int, rounds: int, steps: int, batch_size: int) -> dict[str, A
         carry = init(make_params(tasks))
         program = jax.jit(step, donate_argnums=0).lower(carry).compile()
         programs[name] = program
-        # Some leaves of a fresh state share a buffer; donated buffers must not.
+        # Copied, because leaves of a fresh state may share a buffer, which donation
+        # forbids.
         carry = jax.tree.map(jnp.copy, carry)
         carries[name] = jax.block_until_ready(program(carry))
         memory = program.memory_analysis()

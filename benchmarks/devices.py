@@ -1,20 +1,20 @@
-"""What several devices exchange in one balanced step, per layout and engine.
+"""Data exchanged by several devices in one balanced step, per layout and engine.
 
 ``python -m benchmarks.devices`` (two minutes on two idle CPU cores) compiles steps of
-two networks for eight virtual CPU devices and reads from each compiled program:
+two networks for eight virtual CPU devices. It reads from each compiled program:
 
-- the bytes of the results of its collectives, per kind, on one device; a collective in
-  a loop counts once (``all-to-all`` and ``collective-permute`` are one column),
+- the bytes of the results of its collectives, per kind, on one device. A collective in
+  a loop counts once. ``all-to-all`` and ``collective-permute`` are one column.
 - the temporary memory of one device, as XLA reports it.
 
 It then runs the step and reports the largest difference to ``jax.jacrev`` and the
 method's ``update`` on one device, relative to the largest entry of a leaf.
 
-Both networks have three layers with biases and T = 4 tasks with own heads. "wide" has
-width 256 and 64 examples, "tall" width 64 and 1024 examples. The method is CAGrad, and
-uncertainty weighting for the engine "losses". No time is measured: eight virtual
-devices on one CPU share its cores. ``--only`` measures one network and keeps the rows
-of the other.
+Both networks have three layers with biases and T = 4 tasks with their own heads. "wide"
+has width 256 and 64 examples, "tall" has width 64 and 1024 examples. The method is
+CAGrad, or uncertainty weighting for the engine "losses". No time is measured, because
+eight virtual devices on one CPU share its cores. ``--only`` measures one network and
+keeps the rows of the other.
 """
 
 import argparse
@@ -38,7 +38,7 @@ REGIONS = {"shard_map, axis_name": True, "shard_map unchecked, axis_name": False
 
 @functools.cache
 def one_device(name: str, method: str) -> Any:
-    """Losses and the gradient, without a mesh and without an engine."""
+    """Returns losses and gradient without a mesh and without an engine."""
     import jax
     from devices.compare import balance_rows
     from devices.exchanged import TASKS, model_of
@@ -59,7 +59,7 @@ def one_device(name: str, method: str) -> Any:
 
 
 def measure(name: str, where: str, engine: str, make: Any) -> dict[str, Any]:
-    """One row of the table; a step that does not compile is a row with the error."""
+    """Returns one row of the table. A step that does not compile reports the error."""
     from devices import hlo
     from devices.compare import difference
 
@@ -85,7 +85,7 @@ def measure(name: str, where: str, engine: str, make: Any) -> dict[str, Any]:
 
 
 def rows(networks: list[str]) -> Any:
-    """The rows of some networks, one after the other."""
+    """Yields the rows of the given networks."""
     from devices.exchanged import compile_region, compile_step
     from devices.layouts import BY_NAME, Place, make_mesh
 
@@ -119,7 +119,7 @@ def rows(networks: list[str]) -> Any:
 
 
 def megabytes(size: int) -> str:
-    """Three digits are enough to tell P from T x P."""
+    """Formats three digits, which suffice to distinguish P from T x P."""
     return "0" if size == 0 else f"{size / 1e6:.3g}"
 
 
@@ -127,7 +127,7 @@ COLUMNS = ("all_reduce", "all_gather", "reduce_scatter", "permute", "temporaries
 
 
 def table(result: dict[str, Any]) -> str:
-    """The rows as Markdown."""
+    """Formats the rows as Markdown."""
     lines = [
         "MB per device: results of collectives in the compiled step, and temporaries.",
         "",
@@ -161,12 +161,12 @@ NETWORKS = {
 
 
 def identity(row: dict[str, Any]) -> tuple[str, ...]:
-    """What tells the rows of a file apart."""
+    """Returns the fields that identify a row."""
     return row["network"], row["where"], row["engine"]
 
 
 def merge(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[Any]:
-    """The old rows, new ones in their places."""
+    """Replaces old rows by new rows of the same identity."""
     found = {identity(row): row for row in [*old, *new]}
     order = list(NETWORKS)
     return sorted(found.values(), key=lambda row: order.index(row["network"]))

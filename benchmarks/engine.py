@@ -1,17 +1,18 @@
-"""Engines of the balanced gradient, side by side: time, memory, and what "auto" takes.
+"""Engines of the balanced gradient compared: time, memory, and the choice of "auto".
 
-``python -m benchmarks.engine`` (five minutes on two idle CPU cores) steps models of
-several kinds with equal weights (one backward pass), with stacked gradients, unrolled
-and by ``vmap``, and with the Gramian engine, in turns so that drift hits all alike. The
-balancer is a cheap function of the Gramian, so that the engines are what is timed.
+``python -m benchmarks.engine`` (five minutes on two idle CPU cores) steps several kinds
+of models with equal weights (one backward pass), with stacked gradients (unrolled and
+by ``vmap``), and with the Gramian engine. The steps are interleaved so that drift
+affects all equally. The balancer is a cheap function of the Gramian, so that the times
+are those of the engines.
 
-Samples during which other processes kept the machine busy are dropped as far as
-``--patience`` allows; the share of a core that remains is in the results. Overhead is
-relative to equal weights; memory is what the compiled step needs beside its arguments
-and results, as XLA reports it. ``auto`` is the engine and the strategy that the
-defaults take, ``regret`` how much longer that takes than the best measured row. Rows
-without a time are compiled only. ``--only`` and ``--tasks`` run some of the models;
-their rows take the place of the old ones in the file of results.
+Samples are dropped if other processes used the machine, as far as ``--patience``
+allows. The results contain the remaining load as a share of a core. Overhead is
+relative to equal weights. Memory is that of the compiled step without arguments and
+results, as XLA reports it. ``auto`` marks the engine and the strategy of the defaults.
+``regret`` is its additional time relative to the best measured row. Rows without a time
+were only compiled. ``--only`` and ``--tasks`` select models. Their rows replace the old
+rows in the results.
 """
 
 import argparse
@@ -36,11 +37,11 @@ from mtljax.gradients.gramian import choose
 
 OUT = pathlib.Path(__file__).parent / "results" / "engine.json"
 LABELS = {"trunk": "shared", "heads": "own"}
-ENOUGH = 8  # undisturbed samples of every row
+ENOUGH = 8  # undisturbed samples per row
 
 
 class Case(NamedTuple):
-    """A model with T heads, and a batch."""
+    """A model with T heads and a batch."""
 
     name: str
     tasks: int
@@ -64,7 +65,7 @@ def conv(x, w, stride=1, padding="SAME"):
 
 
 def make_case(name, tasks, size, x, *, trunk, params, outputs=10) -> Case:
-    """Linear heads on features ``[n, d]``: regression, or ten classes."""
+    """Builds linear heads on features ``[n, d]``, for regression or ten classes."""
     rng = np.random.default_rng(1)
     width = jax.eval_shape(trunk, params, x).shape[-1]
     heads = [normal(100 + i, width, outputs) for i in range(tasks)]
@@ -143,7 +144,7 @@ def resnet(tasks: int, examples: int) -> Case:
 
 
 def transformer(tasks: int, sequences: int) -> Case:
-    """Two layers of width 256 with eight heads, 64 tokens a sequence."""
+    """Two layers of width 256 with eight heads, 64 tokens per sequence."""
     d, heads = 256, 8
     layers = []
     for i in range(2):
@@ -174,7 +175,7 @@ def transformer(tasks: int, sequences: int) -> Case:
 
 
 def several_batches(tasks: int, examples: int) -> Case:
-    """A batch and a forward pass for every task, through one trunk."""
+    """A trunk with a separate batch and forward pass per task."""
     single = mlp(tasks, examples)
     xs = jnp.stack([normal(i, examples, 256) * 16 for i in range(tasks)])
 
@@ -216,7 +217,7 @@ class NormState(NamedTuple):
 
 
 def inverse_norms(tasks: int) -> Balancer:
-    """Weights ``1/‖g_i‖``: a method that costs nothing beside its Gramian."""
+    """Weights ``1/‖g_i‖``, a method without additional cost beyond its Gramian."""
 
     def weigh(state, *, losses, gramian, mask):
         del losses, mask
@@ -234,7 +235,7 @@ def inverse_norms(tasks: int) -> Balancer:
 
 
 def contenders(case: Case) -> dict[str, Any]:
-    """Steps to compare; unrolling forty tasks only lengthens the compilation."""
+    """Returns the steps to compare. Forty tasks are not unrolled, to save time."""
     few = case.tasks <= 16
     options = {"equal weights": (mtljax.linear(case.tasks), "losses", "auto")}
     balancer = inverse_norms(case.tasks)
@@ -249,7 +250,7 @@ def contenders(case: Case) -> dict[str, Any]:
 
 
 def compiled(case: Case, balancer: Balancer, engine: Any, strategy: Any):
-    """The compiled step, its arguments, and the seconds that it took to compile."""
+    """Returns the compiled step, its arguments and the compile time in seconds."""
     step = mtljax.value_and_balanced_grad(
         case.task_losses,
         balancer,
@@ -264,14 +265,14 @@ def compiled(case: Case, balancer: Balancer, engine: Any, strategy: Any):
 
 
 class Sample(NamedTuple):
-    """Some runs of one program."""
+    """Several runs of one program."""
 
-    seconds: float  # of the median run
-    others: float  # cores that other processes kept busy meanwhile
+    seconds: float  # time of the median run
+    others: float  # number of cores that other processes used meanwhile
 
 
 def busy_seconds() -> float:
-    """CPU time of the whole machine; 0 where the system does not tell."""
+    """Returns the CPU time of the whole machine, or 0 if it is not available."""
     try:
         fields = pathlib.Path("/proc/stat").read_text().split("\n", 1)[0].split()
     except OSError:
@@ -293,7 +294,7 @@ def sample(program: Any, arguments: Any, least: float = 0.05) -> Sample:
 
 
 def quiet(samples: list[Sample]) -> list[Sample]:
-    """Samples that nobody disturbed, or the half that was disturbed the least."""
+    """Returns the undisturbed samples, or the less disturbed half."""
     undisturbed = [one for one in samples if one.others < 0.1]
     if len(undisturbed) >= min(ENOUGH, max(2, len(samples) // 2)):
         return undisturbed
@@ -305,7 +306,7 @@ def memory(program: Any) -> int:
 
 
 def default_of(case: Case) -> str:
-    """What ``engine="auto"`` takes, as a row is called."""
+    """Returns the name of the row that ``engine="auto"`` selects."""
     found = []
 
     def probe(params, batch):
@@ -318,7 +319,7 @@ def default_of(case: Case) -> str:
             )
         )
 
-    jax.eval_shape(probe, case.params, case.batch)  # traced, as in a step
+    jax.eval_shape(probe, case.params, case.batch)  # traced as in a step
     uses, passes = found[0]
     if uses is not None:
         return "gramian"
@@ -326,7 +327,7 @@ def default_of(case: Case) -> str:
 
 
 def take_turns(programs: dict[str, Any], patience: float) -> dict[str, list[Sample]]:
-    """Samples of every program until enough were undisturbed, or patience ends."""
+    """Samples each program until enough samples are undisturbed, or time is over."""
     samples: dict[str, list[Sample]] = {name: [] for name in programs}
     for program, arguments, _ in programs.values():
         jax.block_until_ready(program(*arguments))
@@ -341,7 +342,7 @@ def take_turns(programs: dict[str, Any], patience: float) -> dict[str, list[Samp
 
 
 def measure(case: Case, patience: float) -> list[dict[str, Any]]:
-    """A row for every contender, timed in turns for at most ``patience`` seconds."""
+    """Measures a row per contender, interleaved, for at most ``patience`` seconds."""
     programs = {name: compiled(case, *how) for name, how in contenders(case).items()}
     samples = take_turns(programs, patience)
     rows = []
@@ -357,7 +358,7 @@ def measure(case: Case, patience: float) -> list[dict[str, Any]]:
         }
         if not jax.config.values[
             "jax_compilation_cache_dir"
-        ]:  # else most of it is found there
+        ]:  # otherwise most of it is cached
             row["compile_s"] = compile_s
         kept = quiet(samples[name])
         seconds = [one.seconds for one in kept]
@@ -370,7 +371,7 @@ def measure(case: Case, patience: float) -> list[dict[str, Any]]:
 
 
 def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Overhead over the first row; regret of the default beside the best other one."""
+    """Adds the overhead over the first row and the regret of the default."""
     for row in rows[1:]:
         row["overhead"] = row["ms"] / rows[0]["ms"]
         if row["auto"]:
@@ -407,7 +408,7 @@ def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
 
 
 def merged(old: list[Any], new: list[Any], order: list[Case]) -> list[Any]:
-    """New rows in the place of old ones of the same model, in the given order."""
+    """Replaces old rows of the same model by new rows, in the given order."""
     cells = [(case.name, case.tasks, case.size) for case in order]
 
     def cell(row):

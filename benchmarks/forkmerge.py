@@ -1,18 +1,19 @@
-"""Branches in one program beside one run after the other, and on devices of their own.
+"""Branches in one program compared with sequential runs and with several devices.
 
 ``python -m benchmarks.forkmerge`` (about a minute on two CPU cores) trains the branches
-of :mod:`mtljax.forkmerge` on made-up data, several ways that give the same numbers, and
+of :mod:`mtljax.forkmerge` on synthetic data in several ways with equal results. It
 writes ``benchmarks/results/forkmerge.json``:
 
-- on one device, four branches: four separate compiled trainings in turn, ``vmap`` and
-  ``map``; a large and a small network, for what is saved is the overhead of a step;
-- in a process with as many (virtual CPU) devices as branches: ``vmap`` on one of them
-  and ``shard`` on all. Virtual devices share the cores there are, so the most that can
-  be seen here is the number of cores.
+- On one device with four branches: four separately compiled trainings in sequence,
+  ``vmap`` and ``map``. The network is large or small, because the overhead of a step is
+  what can be saved.
+- In a process with as many virtual CPU devices as branches: ``vmap`` on one device and
+  ``shard`` on all. Virtual devices share the existing cores, so the speedup cannot
+  exceed the number of cores.
 
-The ways take turns in every round; a ratio is that of a round, so that other work on
-the machine hits both sides. Next to the time of a clock stands the processor time that
-all threads of the process spent: what is left to compare where the machine is busy.
+The ways are interleaved in each round, and ratios are computed within a round. Other
+load on the machine therefore affects both sides. The results also contain the processor
+time of all threads, which remains comparable on a busy machine.
 """
 
 import argparse
@@ -41,7 +42,7 @@ SIZES = {"small": (64, 16, 100), "large": (256, 128, 10)}  # width, batch, steps
 
 
 def make_problem(width: int, batch: int, steps: int):
-    """A train state, its step, and batches for one round."""
+    """Builds a train state, its step, and batches for one round."""
     keys = jax.random.split(jax.random.key(0), 5)
     scale = lambda n: 1 / np.sqrt(n)
     params = {
@@ -72,13 +73,13 @@ def make_problem(width: int, batch: int, steps: int):
 
 
 def weights_of(count: int):
-    """A branch for the target and others of growing auxiliary weight."""
+    """Returns a branch for the target and branches of growing auxiliary weight."""
     rows = [[1.0, b / count, b / count] for b in range(count)]
     return forkmerge.custom(rows)
 
 
 def make_ways(names: Sequence[Any], count: int, size: str) -> dict[str, Any]:
-    """A function for each way, that runs one round and waits for it."""
+    """Builds a function for each way that runs one round and waits for it."""
     state, step, batches = make_problem(*SIZES[size])
     nu = weights_of(count)
     ways = {}
@@ -113,7 +114,7 @@ def make_ways(names: Sequence[Any], count: int, size: str) -> dict[str, Any]:
 def measure(
     names: Sequence[Any], count: int, size: str, seconds: float
 ) -> dict[str, Any]:
-    """Times of all ways in turns, and ratios to the first."""
+    """Times all ways, interleaved. Returns times and ratios to the first way."""
     ways = make_ways(names, count, size)
     compile_s, finals = {}, {}
     for name, way in ways.items():
@@ -152,7 +153,7 @@ def measure(
 
 
 def difference(sequential: Any, vmapped: Any) -> float:
-    """Of the parameters after the round, relative to their largest."""
+    """Returns the largest difference of the parameters, relative to the largest."""
     worst = 0.0
     for b, (state, _) in enumerate(sequential):
         pairs = zip(
@@ -165,7 +166,7 @@ def difference(sequential: Any, vmapped: Any) -> float:
 
 
 def in_process(count: int, size: str, seconds: float) -> dict[str, Any]:
-    """:func:`measure` of vmap and shard, where there are ``count`` devices."""
+    """Calls :func:`measure` for vmap and shard in a process with ``count`` devices."""
     flags = f"--xla_force_host_platform_device_count={count}"
     env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     arguments = ["--worker", str(count), size, str(seconds)]
@@ -181,7 +182,7 @@ def in_process(count: int, size: str, seconds: float) -> dict[str, Any]:
 
 
 def show(record: dict[str, Any]) -> None:
-    """One line a way."""
+    """Prints one line per way."""
     for name, row in record["ways"].items():
         print(
             f"B={record['branches']} {record['size']:5s} {name:10s} "
@@ -229,7 +230,7 @@ def main() -> None:
 
 
 def cpu_model() -> str:
-    """The name of the processor."""
+    """Returns the name of the processor."""
     info = pathlib.Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():

@@ -1,14 +1,14 @@
 """Backward passes of convolutions and max pooling: those of JAX, and rewritten.
 
-``python -m benchmarks.forms`` (two minutes on two idle CPU cores) times T = 24 passes
-from one forward pass, made by ``jax.lax.map`` over their cotangents and one after the
-other, with the function that ``jax.vjp`` returns and with the rewritten one, as the
-Gramian engine uses it (``mtljax.gradients._rewrite``; other backward passes do
-not lay out the patches that the gradients of kernels are made of). In a loop
-XLA:CPU runs the convolutions of ``jax.vjp`` with code of its own; the rewritten ones
-have their axes in the order for which it calls a library. What is searched or laid out
-once for all passes counts in full. All ways take turns. Writes
-``benchmarks/results/forms.json`` and ``forms.md``.
+``python -m benchmarks.forms`` (two minutes on two idle CPU cores) times T = 24 backward
+passes after one forward pass. It compares the function of ``jax.vjp`` with the
+rewritten one of the Gramian engine (``mtljax.gradients._rewrite``). Both run in
+``jax.lax.map`` over the cotangents and one after the other. Other backward passes do
+not lay out the patches for the gradients of kernels. In a loop, XLA:CPU runs the
+convolutions of ``jax.vjp`` with generic code. The rewritten convolutions have an order
+of axes for which it calls a library. Work that is shared by all passes is included in
+full. All ways are interleaved. The command writes ``benchmarks/results/forms.json`` and
+``forms.md``.
 """
 
 import argparse
@@ -31,20 +31,20 @@ PASSES = 24
 
 
 class Case(NamedTuple):
-    """An operation, and the operand whose gradient is wanted."""
+    """An operation and the operand whose gradient is computed."""
 
     name: str
     function: Callable[..., jax.Array]
-    wanted: tuple[int, ...]  # shape
+    wanted: tuple[int, ...]  # shape of this operand
     other: tuple[int, ...] | None = None  # shape of the other operand
 
     def __call__(self, x: jax.Array, other: jax.Array | None) -> jax.Array:
-        """The result."""
+        """Applies the operation."""
         return self.function(x) if other is None else self.function(x, other)
 
 
 def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """A convolution without padding."""
+    """Convolves without padding."""
     axes = ("NHWC", "HWIO", "NHWC")
     return jax.lax.conv_general_dilated(
         x, kernel, (1, 1), "VALID", dimension_numbers=axes
@@ -52,12 +52,12 @@ def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def of_kernel(kernel: jax.Array, x: jax.Array) -> jax.Array:
-    """The same with its operands exchanged."""
+    """Convolves with exchanged operands."""
     return convolve(x, kernel)
 
 
 def pool(size: int) -> Callable[[jax.Array], jax.Array]:
-    """Max pooling."""
+    """Returns a max pooling function."""
     window = (1, size, size, 1)
     return lambda x: jax.lax.reduce_window(
         x, -jnp.inf, jax.lax.max, window, window, "VALID"
@@ -75,9 +75,10 @@ CASES = (
 
 
 def passes(case: Case, *, rewritten: bool, loop: bool) -> Callable[..., jax.Array]:
-    """``(operands, cotangents [T, ...]) -> [T]``, a number for every gradient.
+    """Returns a function ``(operands, cotangents [T, ...]) -> [T]``.
 
-    As in a network, a product reads the gradient, so that it is made and not kept.
+    A product reads each gradient, as in a network. The gradient is therefore computed
+    but not stored.
     """
 
     def run(x, other, cotangents):
@@ -97,7 +98,7 @@ def passes(case: Case, *, rewritten: bool, loop: bool) -> Callable[..., jax.Arra
 
 
 def measure(case: Case, rounds: int) -> dict[str, float]:
-    """Milliseconds a pass, by way."""
+    """Returns the milliseconds per pass of each way."""
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], case.wanted)
     other = case.other and jax.random.normal(keys[1], case.other)
@@ -124,10 +125,10 @@ def measure(case: Case, rounds: int) -> dict[str, float]:
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
-    """The numbers in Markdown, and how many times faster a loop is."""
+    """Formats the numbers and the speedups in a loop as Markdown."""
     ways = list(next(iter(rows.values())))
     lines = [
-        f"Milliseconds a pass, of {PASSES}.",
+        f"Milliseconds per pass. The number of passes is {PASSES}.",
         "",
         f"| gradient of | {' | '.join(ways)} | faster in a loop |",
         "|:--|" + "--:|" * (len(ways) + 1),

@@ -1,12 +1,13 @@
-"""Step time of IGBv1 and IGBv2 beside equal weighting, in one run.
+"""Step time of IGBv1 and IGBv2 relative to equal weights.
 
-``python -m benchmarks.igb`` (about six minutes on two CPU cores) trains the message-
-passing network of QM9's tables on made-up molecules, 11 tasks, batches of 120, at the
-experiment's width and at twice that, and writes ``benchmarks/results/igb.json``. All
-methods take turns: a round is 50 steps of each, one period of the agent, so that its
-training is amortised as in a run. The buffer of IGBv2 is full (the dearest case: 50
-updates of 256 transitions) or nearly empty. The agent costs the same whatever it
-weighs, so that its share falls as the step grows.
+``python -m benchmarks.igb`` (about six minutes on two CPU cores) trains the
+message-passing network of the QM9 tables on synthetic molecules with 11 tasks and
+batches of 120. The widths are that of the experiment and twice that. All methods are
+interleaved. A round is 50 steps of each method, one period of the agent, so that the
+training of the agent is amortised as in a run. The buffer of IGBv2 is full (the most
+expensive case, 50 updates of 256 transitions) or nearly empty. The cost of the agent
+does not depend on the tasks, so its share falls as the cost of the step grows. The
+command writes ``benchmarks/results/igb.json``.
 """
 
 import argparse
@@ -33,14 +34,14 @@ TARGETS = {"IGBv1": 1.03, "IGBv2, full buffer": 1.20}
 
 
 class Entry(NamedTuple):
-    """A method: its balancer and how its state is brought to mid-training."""
+    """A balancer, and a function that prepares a state as in mid-training."""
 
     balancer: mtljax.Balancer
     prepare: Any = None
 
 
 def molecules(count: int) -> np.ndarray:
-    """Chains of carbons with random bonds, in the layout of ``qm9_subset``."""
+    """Builds chains of carbons with random bonds, in the layout of ``qm9_subset``."""
     rng = np.random.default_rng(0)
     x = np.zeros((count, ATOMS, 5 + ATOMS), np.uint8)
     x[..., 0], x[..., 2] = 6, 1
@@ -51,7 +52,7 @@ def molecules(count: int) -> np.ndarray:
 
 
 def filled(state: Any, share: float) -> Any:
-    """The state of IGBv2 in use, with a share of its buffer filled."""
+    """Returns the state of IGBv2 in use, with a share of its buffer filled."""
     key = jax.random.key(1)
 
     def leaf(x):
@@ -66,7 +67,7 @@ def filled(state: Any, share: float) -> Any:
 
 
 def entries() -> dict[str, Entry]:
-    """The methods, equal weighting first."""
+    """Returns the methods, with equal weights first."""
     v2 = mtljax.igb_v2(
         TASKS,
         key=jax.random.key(0),
@@ -84,7 +85,7 @@ def entries() -> dict[str, Entry]:
 
 
 def make_round(balancer: mtljax.Balancer, model: models.Model, batch: Any):
-    """Fifty steps of training as one program."""
+    """Builds fifty training steps as one program."""
     images, targets = batch
     optimizer = optax.adam(1e-3)
 
@@ -113,7 +114,7 @@ def make_round(balancer: mtljax.Balancer, model: models.Model, batch: Any):
 
 
 def cpu_model() -> str:
-    """The name of the processor."""
+    """Returns the name of the processor."""
     info = pathlib.Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
@@ -123,7 +124,7 @@ def cpu_model() -> str:
 
 
 def measure_all(rounds: int, width: int, batch_size: int) -> dict[str, Any]:
-    """A row of figures for each method."""
+    """Measures one row of numbers per method."""
     heads = {f"task {i}": 1 for i in range(TASKS)}
     model = models.multitask(MPNN(width=width), heads)
     images = jnp.asarray(molecules(batch_size))
@@ -138,7 +139,7 @@ def measure_all(rounds: int, width: int, batch_size: int) -> dict[str, Any]:
         runs[name], carries[name] = run, jax.block_until_ready(run(carry))
 
     def measure(name: str) -> np.ndarray:
-        """Wall-clock and processor milliseconds of one step."""
+        """Returns wall-clock and processor milliseconds of one step."""
         start, busy = time.perf_counter(), time.process_time()
         carries[name] = jax.block_until_ready(runs[name](carries[name]))
         spent = time.perf_counter() - start, time.process_time() - busy
@@ -147,8 +148,8 @@ def measure_all(rounds: int, width: int, batch_size: int) -> dict[str, Any]:
     pairs = {name: [] for name in runs if name != "EW"}
     for _ in range(rounds):
         for name, found in pairs.items():
-            found.append([measure("EW"), measure(name)])  # neighbours in time
-        # Full stays full; what is to be nearly empty is emptied again.
+            found.append([measure("EW"), measure(name)])  # directly one after the other
+        # A full buffer remains full. A nearly empty buffer is emptied again.
         emptied = list(carries[EMPTY])
         emptied[2] = filled(emptied[2], 0.01)
         carries[EMPTY] = tuple(emptied)
@@ -156,7 +157,7 @@ def measure_all(rounds: int, width: int, batch_size: int) -> dict[str, Any]:
 
 
 def summary(name: str, times: np.ndarray) -> dict[str, Any]:
-    """Figures of ``times`` [round, EW or method, wall or processor], in ms."""
+    """Summarises ``times`` [round, EW or method, wall or processor], in ms."""
     ratio = times[:, 1] / times[:, 0]
     low, high = np.quantile(ratio[:, 0], [0.25, 0.75])
     row = {

@@ -1,7 +1,7 @@
-"""Models with T linear heads, once in JAX and once in PyTorch, with the same weights.
+"""Models with T linear heads in JAX and in PyTorch, with the same weights.
 
-Parameters are made by numpy in JAX's layout (``[in, out]``, ``[h, w, in, out]``) under
-the names that PyTorch gives them; ``to_torch`` brings them into its layout.
+NumPy creates the parameters in JAX's layout (``[in, out]``, ``[h, w, in, out]``) under
+PyTorch's names. ``to_torch`` converts them to PyTorch's layout.
 """
 
 from collections.abc import Callable
@@ -25,18 +25,18 @@ class Problem(NamedTuple):
     x: np.ndarray
     y: np.ndarray  # [T, n]: numbers, or classes
     trunk: Callable[[Weights, Any], Any]  # the trunk in JAX
-    module: Callable[[], Any]  # and in PyTorch
+    module: Callable[[], Any]  # the trunk in PyTorch
 
     def task_losses(self, params: Any, batch: Any) -> jax.Array:
-        """One loss per task, ``[T]``."""
+        """Returns one loss per task, ``[T]``."""
         return self.head_losses(params, self.encode(params, batch), batch)
 
     def encode(self, params: Any, batch: Any) -> jax.Array:
-        """The features ``[n, width]`` that all heads read."""
+        """Computes the features ``[n, width]`` that all heads read."""
         return self.trunk(params["trunk"], batch[0])
 
     def head_losses(self, params: Any, features: jax.Array, batch: Any) -> jax.Array:
-        """The losses ``[T]`` of given features."""
+        """Computes the losses ``[T]`` of given features."""
         outs = [features @ head["weight"] + head["bias"] for head in params["heads"]]
         pairs = zip(outs, batch[1], strict=True)
         return jnp.stack([_loss(out, target) for out, target in pairs])
@@ -49,7 +49,7 @@ def _loss(out: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def torch_losses(trunk: Any, heads: Any, x: Any, y: Any) -> tuple[Any, list[Any]]:
-    """The same in PyTorch: features and the list of losses."""
+    """Computes features and a list of losses in PyTorch."""
     from torch.nn import functional
 
     h = trunk(x)
@@ -64,7 +64,7 @@ def torch_losses(trunk: Any, heads: Any, x: Any, y: Any) -> tuple[Any, list[Any]
 
 
 def to_torch(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Weights in PyTorch's layout: the outputs first, channels before pixels."""
+    """Converts weights to PyTorch's layout: outputs first, channels before pixels."""
     value = np.asarray(value)
     if value.ndim == 4:
         value = value.transpose(3, 2, 0, 1)
@@ -104,7 +104,7 @@ def _normal(*shape: int) -> np.ndarray:
 
 
 def mlp(tasks: int, examples: int = 128, width: int = 512) -> Problem:
-    """256-w-w-w with biases and ReLU, one number a head."""
+    """256-w-w-w with biases and ReLU, and one number per head."""
     sizes = [256, width, width, width]
     shapes: dict[str, tuple[int, ...]] = {}
     for i in range(3):
@@ -141,7 +141,7 @@ def _conv(x: Any, w: Any, stride: int = 1, padding: int = 0) -> Any:
 
 
 def lenet(tasks: int, examples: int = 128) -> Problem:
-    """The two convolutions of Multi-MNIST's usual trunk, on 36x36 images."""
+    """The two convolutions of the usual Multi-MNIST trunk, on 36x36 images."""
     shapes: dict[str, tuple[int, ...]] = {
         "0.weight": (9, 9, 1, 10),
         "0.bias": (10,),
@@ -235,7 +235,7 @@ def transformer(
                     f(h).reshape(n, length, attention_heads, -1).transpose(1, 2)
                     for f in (self.q, self.k, self.v)
                 )
-                # The fused attention of PyTorch has no batching rule for vmap.
+                # PyTorch's fused attention has no batching rule for vmap.
                 scores = q @ k.transpose(2, 3) / np.sqrt(d / attention_heads)
                 mixed = (scores.softmax(-1) @ v).transpose(1, 2).reshape(x.shape)
                 x = x + self.o(mixed)
@@ -260,7 +260,7 @@ _STAGES = ((1, 1, 1), (1, 2, 2), (2, 4, 2), (4, 8, 2))
 
 
 def resnet18(tasks: int, examples: int = 8, channels: int = 64) -> Problem:
-    """ResNet-18 with a 3x3 stem for 32x32 images, statistics of the batch."""
+    """ResNet-18 with a 3x3 stem for 32x32 images and statistics of the batch."""
     shapes: dict[str, tuple[int, ...]] = {"0.weight": (3, 3, 3, channels)}
     shapes |= {"1.weight": (channels,), "1.bias": (channels,)}
     blocks = []

@@ -1,4 +1,4 @@
-"""Tables and the plot of ``benchmarks.peers``, from its rows."""
+"""Tables and the figure of ``benchmarks.peers``, from its rows."""
 
 import pathlib
 import statistics
@@ -10,21 +10,22 @@ Row = dict[str, Any]
 YTICKS = (1, 2, 3, 5, 10, 20, 30, 50, 100, 200)
 BALANCED = [method for method in METHODS if method != BASELINE]
 
-# Ours and theirs start from the same weights; the losses agree to rounding. Updates
-# agree to rounding for equal weights, and as well as TorchJD solves for the others: it
-# adds 1e-4 of the trace to the Gramian of UPGrad and factors that of CAGrad in single
-# precision. Its MGDA is a hundred Frank-Wolfe steps, its Nash-MTL stops early, and
-# PCGrad draws another order for T > 2: these are recorded and not checked.
+# Both sides start from the same weights, and their losses agree to rounding. Updates
+# agree to rounding for equal weights, and up to TorchJD's solver errors for the other
+# methods. TorchJD adds 1e-4 of the trace to the Gramian of UPGrad and factorises that
+# of CAGrad in single precision. Its MGDA takes a hundred Frank-Wolfe steps, its
+# Nash-MTL stops early, and its PCGrad samples another order for T > 2. The differences
+# of these three are recorded and not checked.
 TOLERANCE = {BASELINE: 1e-3, "UPGrad": 0.05, "CAGrad": 0.05}
-# Where rounding moves activations across zero, layer by layer: in float64 the two
-# ResNets' gradients agree to 1e-14, in float32 their directions to 0.005.
+# Rounding can move activations across zero in each layer. The gradients of the two
+# ResNets agree to 1e-14 in float64, and their directions to 0.005 in float32.
 LOOSER = {"resnet18": 0.02}
 
 
 def check_agreement(
     model: str, tasks: int, method: str, losses: float, update: float
 ) -> None:
-    """Raises if the two sides do not do the same work."""
+    """Raises if the two sides do not compute the same step."""
     bound = max(TOLERANCE.get(method, float("inf")), LOOSER.get(model, 0))
     if losses > 1e-4 or update > bound:
         raise RuntimeError(
@@ -34,12 +35,12 @@ def check_agreement(
 
 
 def pick(rows: list[Row], **wanted: Any) -> list[Row]:
-    """Rows with the given entries."""
+    """Returns the rows with the given entries."""
     return [row for row in rows if all(row.get(k) == v for k, v in wanted.items())]
 
 
 def cells(rows: list[Row], part: str) -> list[tuple[str, int, str]]:
-    """The cells of a part, by model and T."""
+    """Returns the cells of a part, ordered by model and T."""
     found = {(r["model"], r["tasks"], r["size"]) for r in rows if r["part"] == part}
     order = ["mlp", "lenet", "transformer", "resnet18"]
     main = {"mlp": "width 512"}
@@ -54,7 +55,7 @@ def cells(rows: list[Row], part: str) -> list[tuple[str, int, str]]:
 
 
 def step_of(rows: list[Row], cell: tuple[str, int, str], method: str, side: str) -> Row:
-    """The row of a step; empty where it is missing or failed."""
+    """Returns the row of a step, or an empty row if it is missing or failed."""
     model, tasks, size = cell
     wanted = {"model": model, "tasks": tasks, "size": size, "method": method}
     found = pick(rows, part="steps", side=side, **wanted)
@@ -62,7 +63,7 @@ def step_of(rows: list[Row], cell: tuple[str, int, str], method: str, side: str)
 
 
 def ratio(one: Row, other: Row) -> float | None:
-    """How many times longer the first takes: the median over turns, where kept."""
+    """Returns the ratio of two times, the median over rounds if they are stored."""
     if not one or not other:
         return None
     turns = one.get("turns_ms", []), other.get("turns_ms", [])
@@ -72,17 +73,17 @@ def ratio(one: Row, other: Row) -> float | None:
 
 
 def overhead(rows: list[Row], cell: Any, method: str, side: str) -> float | None:
-    """A step relative to equal weights."""
+    """Returns the time of a step relative to equal weights."""
     return ratio(*(step_of(rows, cell, m, side) for m in (method, BASELINE)))
 
 
 def longer(rows: list[Row], cell: Any, method: str) -> float | None:
-    """TorchJD's step relative to ours."""
+    """Returns the time of TorchJD's step relative to ours."""
     return ratio(*(step_of(rows, cell, method, s) for s in ("TorchJD", "mtljax")))
 
 
 def _number(value: float | None, digits: int = 3) -> str:
-    """Three digits, without an exponent."""
+    """Formats three digits without an exponent."""
     if value is None:
         return ""
     if value >= 10 ** (digits - 1):
@@ -96,7 +97,7 @@ def _spread(row: Row) -> str:
 
 
 def steps_table(rows: list[Row]) -> list[str]:
-    """Every cell and method."""
+    """Formats all cells and methods."""
     lines = [
         "| model | T | size | method | ours, ms | TorchJD, ms | way | TorchJD / ours "
         "| overhead, ours | overhead, TorchJD | updates apart |",
@@ -183,7 +184,7 @@ def compile_table(rows: list[Row]) -> list[str]:
 
 
 def _ranges(rows: list[Row]) -> list[tuple[str, str, list[float], str]]:
-    """What, where, the measured values, and the target where there is one."""
+    """Returns quantity, place, measured values, and the target if there is one."""
     found = []
     most, least = {3: 2.5, 11: 5.0, 40: 25.0}, {3: 2.0, 11: 4.0, 40: 4.0}
     for cell in cells(rows, "steps"):
@@ -216,7 +217,7 @@ def _ranges(rows: list[Row]) -> list[tuple[str, str, list[float], str]]:
 
 
 def targets_table(rows: list[Row]) -> list[str]:
-    """Targets, and the range over the methods that was measured."""
+    """Formats the targets and the measured ranges over the methods."""
     lines = ["| what | where | measured | target | met |", "|:--|:--|--:|--:|:--|"]
     for what, where, values, bound in _ranges(rows):
         low, high, said = min(values), max(values), ""
@@ -236,22 +237,22 @@ def footer(about: Row) -> str:
 
 
 def markdown(rows: list[Row], about: Row) -> str:
-    """All tables."""
+    """Formats all tables."""
     disturbed = max((row.get("others", 0) for row in rows), default=0)
     note = []
     if disturbed > 0.1:
         note = [f"Other processes kept up to {disturbed:.1f} cores busy.", ""]
     return "\n".join(
         [
-            "# A training step beside TorchJD",
+            "# A training step compared with TorchJD",
             "",
             "`python -m benchmarks.peers`: median and quartiles of a whole step, "
-            "overhead relative to equal weights of the same side, and how far the "
-            "directions of the first updates are apart. Ratios are medians over turns "
-            "where the file has the turns (`turns_ms`), else ratios of medians.",
+            "overhead relative to equal weights of the same side, and the difference "
+            "of the directions of the first updates. Ratios are medians over rounds if "
+            "the file contains the rounds (`turns_ms`), otherwise ratios of medians.",
             "",
             *note,
-            "Targets, and the range over the methods that balance gradients:",
+            "Targets, and the measured range over the gradient-balancing methods:",
             "",
             *targets_table(rows),
             "",
@@ -259,17 +260,17 @@ def markdown(rows: list[Row], about: Row) -> str:
             "",
             *steps_table(rows),
             "",
-            "Peak of a step with UPGrad beyond what is held between steps, each side "
-            "in a process of its own: growth of the resident set; for ours also the "
-            "temporary memory that XLA plans.",
+            "Peak memory of a step with UPGrad beyond the memory between steps, each "
+            "side in a separate process: growth of the resident set, and for ours also "
+            "the temporary memory that XLA plans.",
             "",
             *memory_table(rows),
             "",
-            "Ten seeds, a step of all.",
+            "Ten seeds, time of a step of all seeds.",
             "",
             *seeds_table(rows),
             "",
-            "Compilation of our step.",
+            "Compile time of our step.",
             "",
             *compile_table(rows),
             "",
@@ -280,7 +281,7 @@ def markdown(rows: list[Row], about: Row) -> str:
 
 
 def readme(rows: list[Row], about: Row) -> str:
-    """The section of the README."""
+    """Formats the speed table of the README."""
     lines = [
         f"| model | T | {' | '.join(METHODS)} |",
         f"|:--|--:|{'--:|' * len(METHODS)}",
@@ -303,7 +304,7 @@ def readme(rows: list[Row], about: Row) -> str:
 
 
 def plot(rows: list[Row], path: pathlib.Path) -> None:
-    """Overhead over equal weights by T, for models measured at several T."""
+    """Draws overhead over equal weights by T, for models with several T."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -376,7 +377,7 @@ def plot(rows: list[Row], path: pathlib.Path) -> None:
 
 
 def write(path: pathlib.Path, found: dict[str, Any]) -> None:
-    """The tables beside the JSON file, and the plot where matplotlib is installed."""
+    """Writes the tables next to the JSON file, and the figure if matplotlib exists."""
     path.with_suffix(".md").write_text(markdown(found["rows"], found["about"]))
     try:
         plot(found["rows"], path.with_suffix(".png"))

@@ -1,15 +1,15 @@
-"""One training step of a problem, ours and TorchJD's, behind the same three calls.
+"""One training step of a problem, ours and TorchJD's, with the same interface.
 
-A step is the forward pass, the gradients, the balanced update of the trunk and SGD on
-everything; heads follow their own losses.
+A step consists of the forward pass, the gradients, the balanced update of the trunk and
+SGD on all parameters. Heads follow their own losses.
 
 - ``Ours``: ``value_and_balanced_grad`` with its defaults, jitted.
-- ``Theirs``: the ways that TorchJD's documentation shows. ``"jacobian"`` is
-  ``mtl_backward`` and ``jac_to_grad``, all tasks in one vmapped pass; ``"lean"`` the
-  same with ``optimize_gramian_computation=True``, ``"in turn"`` with
-  ``parallel_chunk_size=1``; ``"gramian"`` is ``autogram.Engine``, then one backward
-  pass of the weighted losses (which weighs the heads too). Equal weights are one
-  ordinary backward pass.
+- ``Theirs``: The ways in TorchJD's documentation. ``"jacobian"`` is ``mtl_backward``
+  and ``jac_to_grad`` with all tasks in one vmapped pass. ``"lean"`` adds
+  ``optimize_gramian_computation=True``, and ``"in turn"`` adds
+  ``parallel_chunk_size=1``. ``"gramian"`` is ``autogram.Engine`` and one backward pass
+  of the weighted losses, which also weights the heads. Equal weights are one ordinary
+  backward pass.
 """
 
 import time
@@ -41,7 +41,7 @@ WAYS = ("jacobian", "lean", "in turn", "gramian")
 
 
 def step_of(problem: Problem, method: str, **options: Any) -> Callable[..., Any]:
-    """``(params, state, rate, batch) -> (params, state, losses)``, to be jitted."""
+    """Builds ``(params, state, rate, batch) -> (params, state, losses)``."""
     balancer = OURS[method](problem.tasks)
     grad_fn = mtljax.value_and_balanced_grad(
         problem.task_losses, balancer, labels=LABELS, **options
@@ -55,7 +55,7 @@ def step_of(problem: Problem, method: str, **options: Any) -> Callable[..., Any]
 
 
 class Ours:
-    """A compiled step and what it acts on; ``seeds`` adds an axis of equal runs."""
+    """A compiled step and its arrays. ``seeds`` adds an axis of equal runs."""
 
     def __init__(self, problem: Problem, method: str, seeds: int | None = None):
         self.problem = problem
@@ -79,20 +79,20 @@ class Ours:
         self.compile_s = time.perf_counter() - started
 
     def reset(self) -> None:
-        """Back to the first parameters."""
-        # Copies: the step takes over the memory of what it is given.
+        """Resets to the initial parameters."""
+        # Copied, because the step donates its arguments.
         self.params, self.state = jax.tree.map(
             lambda x: jnp.array(x, copy=True), self.start
         )
 
     def __call__(self) -> None:
-        """One step."""
+        """Runs one step."""
         out = self.program(self.params, self.state, self.rate, self.batch)
         self.params, self.state, losses = jax.block_until_ready(out)
         del losses
 
     def first_step(self) -> tuple[np.ndarray, np.ndarray]:
-        """Losses and the update of the trunk, flat and in PyTorch's layout."""
+        """Returns losses and the update of the trunk, flat and in PyTorch's layout."""
         out = self.program(self.params, self.state, jnp.float32(LONG), self.batch)
         after = {k: np.asarray(v) for k, v in out[0]["trunk"].items()}
         before = self.problem.params["trunk"]
@@ -103,21 +103,21 @@ class Ours:
 
     @property
     def memory(self) -> int:
-        """Bytes beside arguments and results, as XLA reports them."""
+        """Temporary bytes without arguments and results, as XLA reports them."""
         analysis: Any = self.program.memory_analysis()
         return analysis.temp_size_in_bytes
 
 
-# The rate of the step that is compared: the difference of the parameters is then the
-# update with all its digits, whatever its length.
+# Rate of the compared step. The difference of the parameters then has all digits of the
+# update, for any norm of the update.
 LONG = 1e6
 
 
 def theirs_of(method: str, tasks: int) -> tuple[Any, Any]:
-    """TorchJD's aggregator, and the weighting of a Gramian where there is one."""
+    """Returns TorchJD's aggregator, and its weighting of a Gramian if it has one."""
     from torchjd import aggregation as peer
 
-    if method == "Nash-MTL":  # it reads the matrix
+    if method == "Nash-MTL":  # it reads the Jacobian
         return peer.NashMTL(tasks, max_norm=0.0), None
     return {
         "MGDA": lambda: (peer.MGDA(), peer.MGDAWeighting()),
@@ -129,7 +129,7 @@ def theirs_of(method: str, tasks: int) -> tuple[Any, Any]:
 
 
 class Theirs:
-    """A step of TorchJD and what it acts on."""
+    """A step of TorchJD and its arrays."""
 
     def __init__(
         self, problem: Problem, method: str, way: str, device: str = "cpu"
@@ -161,7 +161,7 @@ class Theirs:
         self.reset()
 
     def reset(self) -> None:
-        """Back to the first parameters."""
+        """Resets to the initial parameters."""
         import torch
 
         heads = self.problem.params["heads"]
@@ -176,20 +176,20 @@ class Theirs:
         return self.problem.params["trunk"][name]
 
     def __call__(self) -> Any:
-        """One step, to its end."""
+        """Runs one step and waits for it."""
         losses = self.start()
         self.wait()
         return losses
 
     def start(self) -> Any:
-        """One step, which a GPU may still be computing at the return."""
+        """Starts one step. A GPU may still be computing it at the return."""
         self.optimizer.zero_grad()
         losses = self._backward()
         self.optimizer.step()
         return losses
 
     def wait(self) -> None:
-        """Waits for the steps that were started."""
+        """Waits for the started steps."""
         if self.device.type == "cuda":
             import torch
 
@@ -214,7 +214,7 @@ class Theirs:
         return stacked.detach()
 
     def first_step(self) -> tuple[np.ndarray, np.ndarray]:
-        """Losses and the update of the trunk, flat."""
+        """Returns losses and the flat update of the trunk."""
         self.optimizer.param_groups[0]["lr"] = LONG
         losses = self().cpu().numpy()
         flat = [
@@ -227,19 +227,19 @@ class Theirs:
         self.optimizer.param_groups[0]["lr"] = RATE
         self.reset()
         if hasattr(self.aggregator, "reset"):
-            self.aggregator.reset()  # Nash-MTL starts from its last answer
+            self.aggregator.reset()  # Nash-MTL starts from its last solution
         return losses, np.concatenate(flat)
 
 
 def ways_of(method: str) -> tuple[str, ...]:
-    """The ways in which TorchJD can run a method."""
+    """Returns the ways in which TorchJD can run a method."""
     if method == BASELINE:
         return ("jacobian",)
     return ("jacobian", "in turn") if method == "Nash-MTL" else WAYS
 
 
 def differences(ours: Ours, theirs: Theirs) -> tuple[float, float]:
-    """Of the losses, and between the directions of the updates, on the first step."""
+    """Returns differences of losses and of update directions on the first step."""
     (losses, update), (losses2, update2) = ours.first_step(), theirs.first_step()
     a, b = update / np.linalg.norm(update), update2 / np.linalg.norm(update2)
     apart = np.abs(losses - losses2).max() / np.abs(losses2).max()

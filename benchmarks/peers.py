@@ -1,23 +1,23 @@
-"""A whole training step, ours beside TorchJD's: time, memory, seeds, compilation.
+"""A whole training step compared with TorchJD's: time, memory, seeds, compilation.
 
-``python -m benchmarks.peers`` (about fifteen minutes on two idle CPU cores; needs
-the extra ``bench``) builds each model twice with the same weights and data, checks that
-losses and updates of the first step agree, and steps both in turns in one process, so
-that drift hits both alike:
+``python -m benchmarks.peers`` (about fifteen minutes on two idle CPU cores, with the
+extra ``bench``) builds each model twice with the same weights and data. It checks that
+losses and updates of the first step agree. It then runs the steps of both libraries
+alternately in one process, so that drift affects both equally:
 
-- ``mlp``, ``lenet``, ``transformer``, ``resnet18``: forward pass, balancing and SGD for
+- ``mlp``, ``lenet``, ``transformer``, ``resnet18``: Forward pass, balancing and SGD for
   several T and six methods. ``scaling`` is the MLP at other widths.
-- ``memory``: the peak of a step, every side in a process of its own. For both sides
-  what the resident set of the process grows by (on a GPU what the allocator holds,
-  for TorchJD only), for ours also what XLA plans.
-- ``seeds``: ten runs at once, ours by ``vmap``, theirs one after the other.
-- ``compile``: seconds that our step takes to compile.
+- ``memory``: The peak of a step, each side in a separate process. For both sides it is
+  the growth of the resident set. On a GPU it is the memory of the allocator, for
+  TorchJD only. For ours the result also contains the memory that XLA plans.
+- ``seeds``: Ten runs at once, ours by ``vmap``, TorchJD's one after the other.
+- ``compile``: Compile time of our step in seconds.
 
-"Theirs" is TorchJD in the fastest of the ways that its documentation shows
-(``peer_steps.Theirs``), chosen anew for every model and T. ``--only`` runs some parts,
-``--full`` all sizes; results are merged into the file of the device, so that parts may
-be run one by one. ``--report`` renders the file, ``--readme`` prints the table of the
-README. LibMTL is not compared: it could not be installed from the package index.
+TorchJD runs in the fastest of the ways in its documentation (``peer_steps.Theirs``),
+selected for each model and T. ``--only`` runs some parts, and ``--full`` all sizes.
+Results are merged into the file of the device, so that parts can be run separately.
+``--report`` renders the file, and ``--readme`` prints the speed table. LibMTL is not
+compared, because it could not be installed from the package index.
 """
 
 import argparse
@@ -55,7 +55,7 @@ from benchmarks.peer_steps import (
 OUT = pathlib.Path(__file__).parent / "results"
 SEEDS = 10
 LONG = 0.1  # seconds
-TYPICAL = "UPGrad"  # where one method stands for all
+TYPICAL = "UPGrad"  # represents all methods in some parts
 Row = dict[str, Any]
 
 
@@ -72,7 +72,7 @@ class Cell(NamedTuple):
 
 
 def step_cells(full: bool) -> dict[str, list[Cell]]:
-    """What each part steps."""
+    """Returns the cells of each part."""
     everything = (2, 3, 11, 40)
     chosen = {
         "mlp": everything,
@@ -91,7 +91,7 @@ def step_cells(full: bool) -> dict[str, list[Cell]]:
 
 
 def memory_cells(full: bool) -> list[Cell]:
-    """The largest T of each model, and all of the MLP's."""
+    """Returns the largest T of each model, and all T of the MLP."""
     parts = step_cells(full)
     cells = [cell for cell in parts["mlp"] if cell.tasks > 2] + parts["scaling"]
     for model in ("lenet", "transformer", "resnet18"):
@@ -103,16 +103,16 @@ def memory_cells(full: bool) -> list[Cell]:
 
 
 def sample(call: Callable[[], Any], least: float) -> Sample:
-    """Some runs, after one that gives the threads of the other library time to rest.
+    """Runs after one run during which the threads of the other library become idle.
 
-    A call so long that this does not matter is a sample by itself.
+    A long call is a sample by itself, because this does not matter then.
     """
     found = runs_of(call, 0)
     return found if found.seconds > LONG else runs_of(call, least)
 
 
 def runs_of(call: Callable[[], Any], least: float) -> Sample:
-    """One run, and as many more as ``least`` seconds take."""
+    """Runs once, and then for up to ``least`` seconds."""
     runs: list[float] = []
     busy, own = busy_seconds(), time.process_time()
     while not runs or sum(runs) < least:
@@ -126,10 +126,10 @@ def runs_of(call: Callable[[], Any], least: float) -> Sample:
 def take_turns(
     calls: dict[Any, Callable[[], Any]], patience: float, least: float = 0.03
 ) -> dict[Any, Row]:
-    """Median and quartiles of each call, in at most about ``patience`` seconds.
+    """Returns median and quartiles of each call, in about ``patience`` seconds.
 
-    Also what every turn took: ratios are taken turn by turn, as the speed of a machine
-    may change between them.
+    Also returns the times of each round. Ratios are computed within a round, because
+    the speed of a machine may change between rounds.
     """
     samples: dict[Any, list[Sample]] = {key: [] for key in calls}
     end = time.perf_counter() + patience
@@ -159,7 +159,7 @@ def summary(samples: list[Sample]) -> Row:
 
 
 def fastest_way(problem: Problem, method: str, device: str, patience: float) -> Row:
-    """How TorchJD runs this model best: the way, and the times of all."""
+    """Finds TorchJD's fastest way for this model. Returns it and all times."""
     calls, failed = {}, {}
     for way in ways_of(method):
         theirs = Theirs(problem, method, way, device)
@@ -178,9 +178,9 @@ def fastest_way(problem: Problem, method: str, device: str, patience: float) -> 
 
 
 def time_steps(cell: Cell, device: str, patience: float) -> list[Row]:
-    """Rows of one cell: every method, ours and theirs."""
+    """Returns the rows of one cell, for each method and both libraries."""
     problem = cell.make()
-    # What precedes the solver is the same for all methods but Nash-MTL.
+    # The work before the solver is the same for all methods except Nash-MTL.
     typical = fastest_way(problem, TYPICAL, device, patience / 4)
     calls: dict[Any, Callable[[], Any]] = {}
     facts: dict[Any, Row] = {}
@@ -195,7 +195,7 @@ def time_steps(cell: Cell, device: str, patience: float) -> list[Row]:
         calls[method, "mtljax"], facts[method, "mtljax"] = ours, {}
         try:
             losses, update = differences(ours, theirs)
-        except Exception as error:  # a solver that gives up
+        except Exception as error:  # a solver may fail
             failed = {"error": type(error).__name__, **way}
             facts[method, "TorchJD"] = failed
             continue
@@ -223,7 +223,7 @@ def time_steps(cell: Cell, device: str, patience: float) -> list[Row]:
 
 
 def time_seeds(device: str, patience: float) -> Iterator[list[Row]]:
-    """Ten seeds: by vmap, and one after the other on both sides."""
+    """Times ten seeds, by vmap and one after the other on both sides."""
     for model, tasks, options in (
         ("mlp", 3, {"examples": 32, "width": 128}),
         ("mlp", 3, {}),
@@ -250,7 +250,7 @@ def time_seeds(device: str, patience: float) -> Iterator[list[Row]]:
 
 
 def time_compilation(full: bool, tasks: list[int] | None) -> Iterator[list[Row]]:
-    """Seconds from the function to the program, without a cache."""
+    """Measures compile times without a cache."""
     jax.config.update("jax_enable_compilation_cache", False)
     cells = [Cell("mlp", 40)]
     few = (BASELINE, TYPICAL)
@@ -271,7 +271,7 @@ def time_compilation(full: bool, tasks: list[int] | None) -> Iterator[list[Row]]
 
 
 def measure_memory(cell: Cell, device: str, rows: list[Row]) -> list[Row]:
-    """Peaks of both sides, each in a child process."""
+    """Measures the peaks of both sides, each in a child process."""
     size = cell.make().size
     found = []
     for side in ("mtljax", "TorchJD"):
@@ -297,7 +297,7 @@ def measure_memory(cell: Cell, device: str, rows: list[Row]) -> list[Row]:
 
 
 def peak_of(ask: str) -> None:
-    """In a child: prints the peak of one side as JSON."""
+    """Prints the peak of one side as JSON, in a child process."""
     model, tasks, options, side, device = json.loads(ask)
     problem = MODELS[model](tasks, **options)
     if side == "mtljax":
@@ -318,7 +318,7 @@ def peak_of(ask: str) -> None:
 
 
 def growth(step: Callable[[], Any], device: str = "cpu") -> float:
-    """MiB that a step holds at its peak beyond what is held between steps."""
+    """Returns the MiB of a step at its peak beyond the memory between steps."""
     step()
     if device != "cpu":
         import torch
@@ -332,7 +332,7 @@ def growth(step: Callable[[], Any], device: str = "cpu") -> float:
 
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    # The system then forgets the highest resident set that it has seen.
+    # This resets the highest resident set of the process.
     pathlib.Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     step()
@@ -340,7 +340,7 @@ def growth(step: Callable[[], Any], device: str = "cpu") -> float:
 
 
 def resident(name: str) -> int:
-    """An entry of the kernel's account of this process, in KiB."""
+    """Returns an entry of the kernel's process status, in KiB."""
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(name)).split()[1])
 
@@ -357,7 +357,7 @@ def set_threads() -> int:
 
 
 def about(device: str) -> Row:
-    """What the numbers depend on."""
+    """Returns the environment of the measurement."""
     import torch
 
     if device == "gpu":
@@ -380,14 +380,14 @@ KEY = ("part", "model", "tasks", "size", "method", "side")
 
 
 def merged(old: list[Row], new: list[Row]) -> list[Row]:
-    """New rows in the place of old ones of the same key."""
+    """Replaces old rows by new rows of the same key."""
     rows = {tuple(row[k] for k in KEY): row for row in old}
     rows |= {tuple(row[k] for k in KEY): row for row in new}
     return list(rows.values())
 
 
 def run(part: str, arguments: Any, rows: list[Row]) -> Iterator[list[Row]]:
-    """The rows of a part, some at a time."""
+    """Yields the rows of a part in several lists."""
     device, patience = arguments.device, arguments.patience
     torch_device = "cuda" if device == "gpu" else "cpu"
     if part == "seeds":
@@ -421,7 +421,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="only these")
     parser.add_argument("--full", action="store_true", help="all models at all T")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--patience", type=float, default=12.0, help="seconds a cell")
+    parser.add_argument("--patience", type=float, default=12.0, help="seconds per cell")
     parser.add_argument("--out", type=pathlib.Path, help="the JSON file")
     parser.add_argument("--report", action="store_true", help="only render the file")
     parser.add_argument("--readme", action="store_true", help="print a README section")
@@ -438,7 +438,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     if arguments.readme or arguments.report:
         if not arguments.out.exists():
-            raise SystemExit(f"{arguments.out.name} is not there; run the benchmark.")
+            raise SystemExit(f"{arguments.out.name} does not exist. Run the benchmark.")
         found = json.loads(arguments.out.read_text())
         if arguments.readme:
             print(report.readme(found["rows"], found["about"]))
@@ -453,7 +453,7 @@ def main() -> None:
         facts = about(arguments.device)
     except ImportError as error:
         raise SystemExit(
-            f"benchmarks.peers needs {error.name}: pip install '.[bench]'."
+            f"benchmarks.peers requires {error.name}. Run: pip install '.[bench]'"
         ) from None
     rows: list[Row] = []
     if arguments.out.exists():

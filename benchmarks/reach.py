@@ -1,9 +1,10 @@
-"""The cost of set-ups beyond one batch for all tasks.
+"""Cost of set-ups beyond one batch for all tasks.
 
 ``python -m benchmarks.reach`` (two minutes on two idle CPU cores) compares each set-up
-with the least that it could cost: tasks with inputs of their own, weights from a
-representation, and weights that are kept for 16 steps. Steps of contenders alternate;
-medians of paired rounds. Writes ``benchmarks/results/reach.json`` and ``reach.md``.
+with a lower bound of its cost. The set-ups are tasks with separate inputs, weights from
+a representation, and weights that are kept for 16 steps. Steps of contenders alternate,
+and medians are over paired rounds. The command writes ``benchmarks/results/reach.json``
+and ``reach.md``.
 """
 
 import argparse
@@ -26,7 +27,7 @@ EXAMPLES = 32
 
 
 class Contender(NamedTuple):
-    """A step, and the steps of which its time is the mean."""
+    """A step, and the number of steps over which its time is averaged."""
 
     name: str
     step: Callable[..., Any]
@@ -35,19 +36,19 @@ class Contender(NamedTuple):
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
-    """Numbers of the size of a layer's weights."""
+    """Samples numbers of the size of a layer's weights."""
     return jax.random.normal(jax.random.key(seed), shape) / shape[0] ** 0.5
 
 
 def mlp(x, layers):
-    """A network with tanh between its layers."""
+    """Applies a network with tanh between its layers."""
     for w in layers:
         x = jnp.tanh(x @ w)
     return x
 
 
 def separate_tasks(tasks: int) -> list[Contender]:
-    """MLP 40-64-64-1, every task with 32 examples of its own, CAGrad."""
+    """MLP 40-64-64-1 with 32 separate examples per task, CAGrad."""
     params = [normal(0, 40, 64), normal(1, 64, 64), normal(2, 64, 1)]
     x, y = normal(3, tasks, EXAMPLES, 40), normal(4, tasks, EXAMPLES, 1)
     balancer = mtljax.cagrad(tasks)
@@ -105,7 +106,7 @@ def unequal_tasks() -> list[Contender]:
 
 
 def wide(tasks: int, width: int, balancer: mtljax.Balancer, engine: str = "auto"):
-    """A trunk of three layers and linear heads, 128 examples."""
+    """A trunk of three layers with linear heads, 128 examples."""
     params = {
         "trunk": [normal(i, width, width) for i in range(3)],
         "heads": normal(4, width, tasks),
@@ -186,7 +187,7 @@ CASES: dict[str, Callable[[], list[Contender]]] = {
 
 
 def measure(contenders: list[Contender]) -> list[dict[str, Any]]:
-    """Rows of one set-up."""
+    """Returns the rows of one set-up."""
     rows, programs = [], []
     for one in contenders:
         program = jax.jit(one.step).lower(*one.args).compile()
@@ -219,7 +220,7 @@ def measure(contenders: list[Contender]) -> list[dict[str, Any]]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results as Markdown."""
+    """Formats the results as Markdown."""
     lines = [
         "# Cost of set-ups",
         "",

@@ -1,10 +1,11 @@
-"""The savings of every rule that rewrites backward passes for XLA:CPU.
+"""Savings of each rule that rewrites backward passes for XLA:CPU.
 
 ``python -m benchmarks.rules`` (five minutes on two idle CPU cores) times a whole step
 (forward pass, gradients, weights, SGD) with all rules, with the backward pass of
-``jax.vjp``, and with all rules but one. Steps of contenders alternate; the ratio is the
-median of paired rounds. A rule stays if a step of one model takes at least 10 % longer
-without it. Writes ``benchmarks/results/rules.json`` and ``rules.md``.
+``jax.vjp``, and without one rule at a time. Steps of contenders alternate. The ratio is
+the median of paired rounds. A rule is kept if a step of one model takes at least 10 %
+longer without it. The command writes ``benchmarks/results/rules.json`` and
+``rules.md``.
 """
 
 import argparse
@@ -48,7 +49,7 @@ def _without(primitives: Any) -> Any:
 
 @contextlib.contextmanager
 def without(rule: str) -> Iterator[None]:
-    """All rules but one, while a step is traced."""
+    """Disables one rule while a step is traced."""
     with contextlib.ExitStack() as stack:
         if rule == "constant axes":
             stack.enter_context(mock.patch.object(sweep, "_rule", return_value=None))
@@ -68,7 +69,7 @@ def without(rule: str) -> Iterator[None]:
 
 
 def compiled(problem: Any, balancer: Any, engine: str, backward: Any, rule: str) -> Any:
-    """A program of the step, and its arguments."""
+    """Returns a program of the step, and its arguments."""
     grad_fn = mtljax.value_and_balanced_grad(
         problem.task_losses, balancer, labels=LABELS, engine=engine, backward=backward
     )
@@ -84,7 +85,7 @@ def compiled(problem: Any, balancer: Any, engine: str, backward: Any, rule: str)
 
 
 def measure(problem: Any, engine: str) -> dict[str, dict[str, float]]:
-    """Milliseconds, and the ratio to the step with all rules."""
+    """Returns milliseconds, and the ratio to the step with all rules."""
     method = mtljax.linear if engine == "losses" else mtljax.upgrad
     balancer = method(problem.tasks)
     programs = {"all rules": compiled(problem, balancer, engine, "rewritten", "")}
@@ -114,7 +115,7 @@ def measure(problem: Any, engine: str) -> dict[str, dict[str, float]]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results as Markdown."""
+    """Formats the results as Markdown."""
     names = ["all rules", "jax.vjp", *(f"without {rule}" for rule in RULES)]
     lines = [
         "# Savings of the rules for XLA:CPU",

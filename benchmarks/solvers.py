@@ -1,22 +1,23 @@
-"""Time of one solve for T task weights, beside the solvers that peers call.
+"""Time of one solve for T task weights, compared with the solvers of other libraries.
 
-``python -m benchmarks.solvers`` (some minutes on two CPU cores; needs the extra
-``bench``) takes random Gramians of T = 3, 11, 40 and 128 tasks and measures, in turns
-so that drift hits all alike:
+``python -m benchmarks.solvers`` (some minutes on two CPU cores, with the extra
+``bench``) takes random Gramians of T = 3, 11, 40 and 128 tasks. The measurements are
+interleaved so that drift affects all equally:
 
-- ours, jitted: one call with its dispatch; one problem after the other inside one
-  program, by ``lax.map``, which is nearer to what a solve costs in a compiled training
-  step; and per problem in a batch by ``vmap``;
-- TorchJD's weightings of a Gramian, as they come;
-- what reference codes call: ECOS by CVXPY for Nash-MTL (its successive programs, 20 at
-  most, through TorchJD's copy of the reference), SLSQP of SciPy for CAGrad,
-  ``least_squares`` for FairGrad, quadprog for the QPs of UPGrad and DualProj.
+- Ours, jitted: one call with its dispatch, one problem after the other inside one
+  program by ``lax.map``, and per problem in a batch by ``vmap``. The time by
+  ``lax.map`` is closer to the cost of a solve in a compiled training step.
+- TorchJD's weightings of a Gramian, with their defaults.
+- The solvers of reference codes: ECOS through CVXPY for Nash-MTL (successive programs,
+  at most 20, in TorchJD's copy of the reference), SLSQP of SciPy for CAGrad,
+  ``least_squares`` for FairGrad, and quadprog for the QPs of UPGrad and DualProj.
 
-The error says how good an answer the time buys. For the quadratic programs it is the
-distance of the update from a float64 solution by another route (non-negative least
-squares on the gradients), relative to the size of the gradients; for Nash-MTL and
-FairGrad the largest residual of the equations ``w_i^(1/α) (Gw)_i = 1``; for CAGrad what
-the worst task gains less than by the best of all answers, relative.
+The error measures the quality of the solution. For quadratic programs it is the
+distance of the update from a float64 solution by another algorithm (non-negative least
+squares on the gradients), relative to the size of the gradients. For Nash-MTL and
+FairGrad it is the largest residual of the equations ``w_i^(1/α) (Gw)_i = 1``. For
+CAGrad it is the relative difference of the worst task's gain to the best of all
+solutions.
 """
 
 import argparse
@@ -46,12 +47,12 @@ OUT = pathlib.Path(__file__).parent / "results" / "solvers.json"
 TASKS = (3, 11, 40, 128)
 BATCH = {3: 256, 11: 256, 40: 64, 128: 16}
 C = 0.5
-PATIENCE = 10.0  # seconds that one solver may take at one T, twice
+PATIENCE = 10.0  # maximum seconds of one solver for one T, twice
 BATCHED = ("mtljax, lax.map", "mtljax, vmap")
 
 
 def jacobians(tasks: int, count: int) -> np.ndarray:
-    """Rows of unequal length with a common part, full rank."""
+    """Returns rows of unequal norm with a common part and full rank."""
     rng = np.random.default_rng(tasks)
     dim = 2 * tasks + 8
     rows = rng.normal(size=(count, tasks, dim)) + 0.3 * rng.normal(size=(count, 1, dim))
@@ -67,7 +68,7 @@ def _cone(matrix: np.ndarray, center: np.ndarray) -> np.ndarray:
 
 
 def exact_update(method: str, matrix: np.ndarray) -> np.ndarray:
-    """The update in float64, by non-negative least squares on the gradients."""
+    """Computes the update in float64 by non-negative least squares on the gradients."""
     tasks = len(matrix)
     shares = np.eye(tasks) / tasks
     if method == "UPGrad":
@@ -80,7 +81,7 @@ def exact_update(method: str, matrix: np.ndarray) -> np.ndarray:
 
 
 def error_of(method: str, matrix: np.ndarray, weights: np.ndarray, best: Any) -> float:
-    """See the module's docstring; ``best`` is the reference of the method."""
+    """Computes the error of the module docstring. ``best`` is the reference."""
     gramian = matrix @ matrix.T
     if method in ("Nash-MTL", "FairGrad"):
         power = 1.0 if method == "Nash-MTL" else 0.5
@@ -92,7 +93,7 @@ def error_of(method: str, matrix: np.ndarray, weights: np.ndarray, best: Any) ->
 
 
 def worst_gain(matrix: np.ndarray, weights: np.ndarray) -> float:
-    """min_i <g_i, d>, of what is pulled back into CAGrad's ball."""
+    """Computes min_i <g_i, d> after projecting the update into CAGrad's ball."""
     mean = matrix.mean(0)
     step = matrix.T @ weights - mean
     radius = C * np.linalg.norm(mean)
@@ -104,7 +105,7 @@ def worst_gain(matrix: np.ndarray, weights: np.ndarray) -> float:
 
 
 def slsqp_cagrad(gramian: np.ndarray) -> np.ndarray:
-    """The dual problem over the simplex, as the authors solve it."""
+    """Solves the dual problem over the simplex, as the authors do."""
     tasks = len(gramian)
     mean = np.full(tasks, 1 / tasks)
     radius = C * np.sqrt(mean @ gramian @ mean + 1e-8)
@@ -122,7 +123,7 @@ def slsqp_cagrad(gramian: np.ndarray) -> np.ndarray:
 
 
 def least_squares_fairgrad(gramian: np.ndarray) -> np.ndarray:
-    """The equations by bounded least squares, as the authors solve them."""
+    """Solves the equations by bounded least squares, as the authors do."""
     start = np.full(len(gramian), 1 / len(gramian))
 
     def equations(w):
@@ -133,7 +134,7 @@ def least_squares_fairgrad(gramian: np.ndarray) -> np.ndarray:
 
 
 def quadprog_cones(gramian: np.ndarray, centers: np.ndarray) -> np.ndarray:
-    """Σ over the centers of argmin_{v >= center} vᵀGv, with the ridge it needs."""
+    """Sums argmin_{v >= center} vᵀGv over the centers, with the required ridge."""
     import quadprog
 
     trace = np.trace(gramian)
@@ -151,11 +152,11 @@ class Solver(NamedTuple):
     method: str
     label: str
     solve: Callable[[Any], Any]
-    reads: str  # what it is given: "gramian", "tensor" or "jacobian"
+    reads: str  # its input: "gramian", "tensor" or "jacobian"
 
 
 def theirs(tasks: int) -> list[Solver]:
-    """The peers' solvers."""
+    """Returns the solvers of other libraries."""
     import torch
     from torchjd import aggregation as peer
 
@@ -189,7 +190,7 @@ def theirs(tasks: int) -> list[Solver]:
 
 
 def ours(tasks: int) -> dict[str, Callable[[Any], Any]]:
-    """Weights of every method from a Gramian."""
+    """Returns a function from a Gramian to weights for each method."""
     mean = jnp.full(tasks, 1 / tasks)
     return {
         "UPGrad": lambda g: upgrad_weights(g, mean)[0],
@@ -208,7 +209,7 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 def spread(times: list[float]) -> dict[str, float]:
-    """Median and quartiles in milliseconds."""
+    """Returns median and quartiles in milliseconds."""
     low, middle, high = np.percentile(np.array(times) * 1e3, [25, 50, 75])
     return {"median_ms": middle, "low_ms": low, "high_ms": high, "calls": len(times)}
 
@@ -217,7 +218,7 @@ Calls = dict[tuple[str, str], Callable[[int], Any]]
 
 
 def make_calls(matrices: np.ndarray, gramians: np.ndarray) -> Calls:
-    """``(method, solver) -> call(i)``, on one of eight problems or on all."""
+    """Returns ``call(i)`` for each method and solver, on one problem or on all."""
     import torch
 
     tasks = matrices.shape[1]
@@ -254,14 +255,14 @@ def make_calls(matrices: np.ndarray, gramians: np.ndarray) -> Calls:
 
 
 def answers_of(call: Callable[[int], Any], label: str, matrices: np.ndarray):
-    """Weights of the first three problems; none of those that fail."""
+    """Returns the weights of the first three problems, without failed ones."""
     found, started = [], time.perf_counter()
     for i in range(3):
         with contextlib.suppress(Exception):
             raw = np.asarray(call(i), np.float64)
             if label in BATCHED:
                 raw = raw[i]
-            if label == "ECOS (CVXPY)":  # gives the update, not the weights
+            if label == "ECOS (CVXPY)":  # returns the update instead of the weights
                 raw = np.linalg.lstsq(matrices[i].T, raw, rcond=None)[0]
             found.append(raw)
         if time.perf_counter() - started > PATIENCE:
@@ -270,7 +271,7 @@ def answers_of(call: Callable[[int], Any], label: str, matrices: np.ndarray):
 
 
 def errors_of(key: tuple[str, str], answers: dict[Any, Any], matrices: np.ndarray):
-    """The error of each answer of a solver."""
+    """Returns the error of each solution of a solver."""
     method, _ = key
     for i, weights in enumerate(answers[key]):
         best: Any = None
@@ -283,7 +284,7 @@ def errors_of(key: tuple[str, str], answers: dict[Any, Any], matrices: np.ndarra
 
 
 def measure(tasks: int, rounds: int) -> list[dict[str, Any]]:
-    """A row for every solver: times in turns, and the error on the same problems."""
+    """Returns a row per solver with interleaved times and errors on equal problems."""
     matrices = jacobians(tasks, BATCH[tasks])
     calls = make_calls(matrices, matrices @ matrices.swapaxes(1, 2))
     answers = {key: answers_of(call, key[1], matrices) for key, call in calls.items()}
@@ -306,7 +307,7 @@ def measure(tasks: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Adds how many of our calls fit into one of the peer's."""
+    """Adds the ratio of the peer's time to ours."""
     medians = {(r["tasks"], r["method"], r["solver"]): r.get("median_ms") for r in rows}
     for row in rows:
         key = row["tasks"], row["method"]
@@ -319,14 +320,14 @@ def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
-    """The table of the README."""
+    """Formats the results as Markdown."""
     lines = [
         "# Time of one solve",
         "",
-        "`python -m benchmarks.solvers`: median and quartiles in milliseconds, and how "
-        "many times longer than ours: a jitted call with its dispatch, inside one "
-        "program by `lax.map`, in a batch by `vmap`. The module says what the error "
-        "is.",
+        "`python -m benchmarks.solvers`: median and quartiles in milliseconds, and "
+        "ratios to our time: for a jitted call with its dispatch, inside one program "
+        "by `lax.map`, and in a batch by `vmap`. The docstring of the module defines "
+        "the error.",
         "",
         "| T | method | solver | ms | / call | / lax.map | / vmap | error |",
         "|--:|:--|:--|--:|--:|--:|--:|--:|",
