@@ -6,7 +6,7 @@ batches of 120. The widths are that of the experiment and twice that. All method
 interleaved. A round is 50 steps of each method, one period of the agent, so that the
 training of the agent is amortised as in a run. The buffer of IGBv2 is full (the most
 expensive case, 50 updates of 256 transitions) or nearly empty. The cost of the agent
-does not depend on the tasks, so its share falls as the cost of the step grows. The
+does not depend on the network, so its share falls as the cost of the step grows. The
 command writes ``benchmarks/results/igb.json``.
 """
 
