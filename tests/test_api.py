@@ -95,17 +95,6 @@ def test_an_unknown_method_is_answered_with_the_closest():
         mtljax.get_method("qqq")
 
 
-def readme_methods():
-    text = (ROOT / "README.md").read_text()
-    block = re.search(r"<!-- methods -->\n(.*?)<!-- /methods -->", text, re.DOTALL)
-    assert block, "README.md has no table between the methods comments"
-    return re.findall(r"^\|\s*`(\w+)`\s*\|", block.group(1), re.MULTILINE)
-
-
-def test_readme_table_equals_the_registry():
-    assert readme_methods() == list(mtljax.METHODS)
-
-
 def modules(folder):
     return [f.stem[1:] for f in sorted((ROOT / "mtljax" / folder).glob("_[a-z]*.py"))]
 
