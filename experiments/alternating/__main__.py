@@ -5,7 +5,7 @@ from experiments.common import cli as common
 
 
 def run_set(config: Config, problem, command: str, screen) -> None:
-    """Trains all rows of a set and writes its comparison."""
+    """Trains all rows of a data set and writes the comparison."""
     from experiments.alternating import figures, report, studies, train
     from experiments.common.selection import search, select
 

@@ -63,25 +63,26 @@ class Setting:
     steps: int = 400
     """Number of batches of each run."""
     batch_size: int = 32
-    """Examples per batch (of every task, for school)."""
+    """Examples per batch (per task for school)."""
     lrs: Rates = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-    """Learning rates of Adam; validation picks one for each row."""
+    """Learning rates of Adam. Validation selects one for each row."""
     eval_every: int = 40
     """Batches between evaluations."""
     seeds: int | None = None
     """Seeds of this set; --seeds unless given."""
     scales: Annotated[tuple[float, ...], POSITIVE._replace(once=True, empty=True)] = ()
-    """Factors of the last task's loss in a study of its own; none, no study."""
+    """Factors of the last task's loss in a separate study. If empty, the study is
+    skipped."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(common.Tuned):
-    """Joint, alternating and grouped steps on tasks of different nature."""
+    """Joint, alternating and grouped steps on tasks of different kinds."""
 
     sets: tuple[str, ...] = ("tox21", "faces", "school", "camvid")
-    """Data sets; digits is embedded, the others are read from --data-dir. Any set of
-    mtljax.data with classes and numbers as targets, NAME/SUBSET, or module:function of
-    your own is trained by the options --other.*."""
+    """Data sets. digits is embedded, the others are read from --data-dir. The options
+    --other.* apply to any data set of mtljax.data with class or number targets, to
+    NAME/SUBSET, and to your own module:function."""
 
     digits: Setting = Setting()
     """Each class of both digits against the rest, and the ink: 21 tasks."""
@@ -96,10 +97,10 @@ class Config(common.Tuned):
     """Exam scores in 139 schools, every one a task with pupils of its own; a split for
     every seed."""
     other: Setting = Setting(rows=("joint", "alternating", "groups_2"))
-    """Any other set."""
+    """Any other data set."""
 
     log_every: int = 20
-    """Batches between rows of training losses and measures of exploration."""
+    """Batches between rows of training losses and exploration measures."""
     out: pathlib.Path = pathlib.Path("results/alternating")
     report_only: bool = False
     """Do not train. Write the report of the rows that are finished in --out."""

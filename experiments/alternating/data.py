@@ -63,7 +63,7 @@ def by_seed(config: Config, name: str, make: Callable[[int], Arrays]) -> Arrays:
 
 
 def faces(config: Config) -> Arrays:
-    """Who, where to, how, with what on, and the face itself, at half the resolution."""
+    """Person, pose, expression, sunglasses and reconstruction, at half resolution."""
     return by_seed(config, "faces", lambda seed: faces_of(config, seed))
 
 

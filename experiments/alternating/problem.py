@@ -37,8 +37,8 @@ class Problem:
     splits: Mapping[str, Batch]
     task_loss: Callable[..., Array]  # takes parameters with one row of the heads
     task_losses: Callable[[Any, Batch], Array]
-    judge: Callable[[Any, Batch], tuple[Array, Array]]  # losses, metrics: more is more
-    judge_alone: Callable[..., tuple[Array, Array]]  # of a task's network
+    judge: Callable[[Any, Batch], tuple[Array, Array]]  # losses, metrics to maximise
+    judge_alone: Callable[..., tuple[Array, Array]]  # for a single-task network
     by_seed: bool  # whether each seed has a split
     dataset: Any  # the first split
 
@@ -67,7 +67,7 @@ class Problem:
         return jax.tree.map(lambda x: x[:, split], dict(arrays))
 
     def evaluate(self, params: Any, at: Array) -> dict[str, Array]:
-        """Losses and metrics of all tasks; the score is the mean over the columns."""
+        """Returns all losses and metrics. The score is the mean over the columns."""
         found = {}
         for name, split in self.splits.items():
             losses, values = self.judge(params, self.split(split, at))
@@ -77,7 +77,7 @@ class Problem:
         return found
 
     def evaluate_alone(self, params: Any, at: Array, task: Array) -> dict[str, Array]:
-        """The same of a network of one task."""
+        """Returns losses and metrics of a single-task network."""
         found = {}
         for name, split in self.splits.items():
             loss, value = self.judge_alone(params, task, self.split(split, at))
@@ -298,7 +298,7 @@ def _school(arrays: data.Arrays, hidden: tuple[int, ...]) -> Parts:
 
 
 def _named(arrays: data.Arrays, hidden: tuple[int, ...]) -> Parts:
-    """Tasks with heads of their own sizes; the image itself may be the last one."""
+    """Builds tasks with heads of different sizes. The last one may be the image."""
     pixels = int(np.prod(arrays.train["x"].shape[2:]))
     image = "image" in arrays.tasks
     tasks = arrays.dataset.tasks

@@ -77,7 +77,7 @@ def averages(results: Results, name: str) -> np.ndarray:
 
 
 def make_report(results: Results) -> Report:
-    """Metrics at equal batches, and their mean at equal backward passes."""
+    """Reports metrics at equal batches, and their mean at equal backward passes."""
     rows, columns = results.rows, results.problem.columns
     names = [name for name in rows if name != SINGLE_TASK]
     budget = results.steps * min(results.cost(name).backward for name in names)

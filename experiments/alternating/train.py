@@ -33,8 +33,8 @@ class State(NamedTuple):
     optimizer: Any  # of alternate, or Adam for a single task
     exploration: Exploration
     lr: Float[Array, ""]
-    scale: Float[Array, ""]  # of the last task's loss
-    task: Int[Array, ""]  # of a single-task network
+    scale: Float[Array, ""]  # factor of the last task's loss
+    task: Int[Array, ""]  # task of a single-task network
     split: Int[Array, ""]
     step: Int[Array, ""]
 
@@ -121,7 +121,7 @@ class _Mover:
         return jnp.where(last, state.scale, 1.0)
 
     def __call__(self, state: State, batch: Batch) -> tuple[Array, Any, Any]:
-        """``(losses, params, optimizer)``; losses without their factor."""
+        """Returns ``(losses, params, optimizer)``. The losses exclude their factor."""
         batch = self.problem.split(batch, state.split)
         if self.single:
             return self._alone(state, batch)
@@ -178,7 +178,7 @@ def make_program(problem: Problem, name: str) -> Program:
 
 
 def cost_of(name: str, num_tasks: int) -> Cost:
-    """Passes per batch."""
+    """Returns the passes per batch."""
     if name == SINGLE_TASK:
         return Cost(1, 1, 1)
     options, key = dict(row_of(name).options), jax.random.key(0)
@@ -188,7 +188,7 @@ def cost_of(name: str, num_tasks: int) -> Cost:
 def inner_steps(name: str, num_tasks: int) -> int:
     """Steps of length eta in a batch."""
     options = dict(row_of(name).options)
-    # Side by side, displacements of the tasks' own optimisers add up.
+    # With state="per_task" the displacements of T optimizers are added.
     if options.get("state") == "per_task":
         return num_tasks
     return options.get("groups", num_tasks)
@@ -197,7 +197,7 @@ def inner_steps(name: str, num_tasks: int) -> int:
 def runs_of(
     config: Config, problem: Problem, name: str, rates: Sequence[float]
 ) -> list[Run]:
-    """The vmapped axis: seeds x learning rates, and tasks for the baseline."""
+    """Builds the vmapped axis: seeds x learning rates, and tasks for the baseline."""
     seeds = config.seeds_of(problem.name)
     tasks = range(problem.num_tasks) if name == SINGLE_TASK else (-1,)
     return [Run(seed, lr, task) for task in tasks for lr in rates for seed in seeds]

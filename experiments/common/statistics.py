@@ -43,8 +43,8 @@ def paired(
 
     Args:
       a: Values over seeds ``[n, ...]``.
-      b: Values of the other row on the same seeds, or broadcast against ``a``.
-      level: Of the interval.
+      b: Values of the other row on the same seeds, or broadcastable to ``a``.
+      level: Level of the confidence interval.
       seeds: Seeds of ``a`` and of ``b``, in the order of their values.
 
     Returns:
@@ -160,7 +160,7 @@ class Equivalence(NamedTuple):
       equivalent: Whether the interval of level ``1 - 2 alpha`` lies inside ±margin.
       p: The larger of the two one-sided p-values.
       low: Lower end of that interval.
-      high: Upper end.
+      high: Upper end of the confidence interval of the mean.
     """
 
     equivalent: bool

@@ -26,27 +26,28 @@ LABELS = {
     "forkmerge": "ForkMerge, B = 2",
     "forkmerge_each": "ForkMerge‡, target + each",
 }
-"""Rows of the table, in its order."""
+"""Rows of the table, in this order."""
 CONTROLS = ("stl", "stl_2x", "stl_ema", "alone_x2")
 """Rows that see the target only."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(common.Tuned):
-    """Trains every method for every target domain and compares them on the target."""
+    """Trains each method for each target domain and compares the target scores."""
 
     data: str = "digits"
-    """Digits from five sources, DomainNet as tensorflow-datasets prepares it, or
-    module:function of your own, a function of domain=."""
+    """Digits from five sources, DomainNet as prepared by tensorflow-datasets, or your
+    own module:function, which takes domain=."""
     parts: tuple[Part, ...] = ("table", "pairs", "intervals")
     """table: every method with all auxiliaries; pairs: EW and ForkMerge with one
     auxiliary at a time; intervals: ForkMerge at several Δt."""
     domains: tuple[str, ...] = DIGIT_DOMAINS
-    """Tasks. Each is the target of runs of its own, the others its auxiliaries."""
+    """Tasks. Each is the target of separate runs, with the others as auxiliary
+    tasks."""
     methods: tuple[str, ...] = tuple(m for m in LABELS if m != "auto_lambda")
     """Rows of the table; stl and ew always run."""
     seeds: Annotated[int, Bounds(1, 1000)] = 10
-    """Runs of every method and target, all in one program."""
+    """Runs per method and target. All runs are in one program."""
 
     train_size: int | None = 300
     """Training examples per domain, or None for all. The default is small, so that
@@ -85,7 +86,7 @@ class Config(common.Tuned):
     """Divide the auxiliary weights of a branch by their number, as in the released
     code."""
     keep: int = 3
-    """Branches of forkmerge_each after the first merge."""
+    """Number of branches of forkmerge_each after the first merge."""
     lambdas: Rates = (0.0625, 0.25, 1.0, 4.0)
     """Auxiliary weights of the grid search. The grid also shows transfer gain and
     discrepancy."""
@@ -197,7 +198,9 @@ def check(config: Config) -> None:
     common.check_names("parts", config.parts, Part.__args__)
     common.check_some("parts", config.parts)
     if len(config.domains) < 2:
-        raise ConfigError("--domains must name a target and an auxiliary at least.")
+        raise ConfigError(
+            "--domains must name at least a target and an auxiliary task."
+        )
     if config.interval % config.eval_every:
         raise ConfigError(
             f"--interval {config.interval} must be a multiple of --eval-every "

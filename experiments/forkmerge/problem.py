@@ -102,7 +102,7 @@ class Problem(NamedTuple):
 
 
 def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
-    """SGD with Nesterov momentum; its learning rate is a number of the state."""
+    """Builds SGD with Nesterov momentum. Its learning rate is part of the state."""
     return optax.chain(
         optax.add_decayed_weights(config.weight_decay),
         optax.trace(0.9, nesterov=True),

@@ -33,7 +33,7 @@ RUN = ("target", "aux", "seed")
 
 
 def choose(rows: Rows) -> Choice:
-    """The learning rate and the steps of a method, the rate for all its targets."""
+    """Selects the steps of a method, and one learning rate for all its targets."""
     return select(rows, "val", run=RUN)
 
 
@@ -185,7 +185,7 @@ def pair_gains(rows: Rows, config: Config) -> dict[str, Pairs]:
 
 
 def pairs_text(pairs: Mapping[str, Pairs], seeds: int) -> str:
-    """Counts as a Markdown table."""
+    """Formats the counts as a Markdown table."""
     lines = []
     for method, found in pairs.items():
         gains = found.gains[np.isfinite(found.gains)]
@@ -204,7 +204,7 @@ def pairs_text(pairs: Mapping[str, Pairs], seeds: int) -> str:
 
 
 def interval_gains(rows: Rows, config: Config) -> dict[int, np.ndarray]:
-    """Δt -> gain of ForkMerge over STL in points, ``[seeds, targets]``."""
+    """Returns the gain of ForkMerge over STL for each Δt, ``[seeds, targets]``."""
     alone = values_of(of(rows, part="table", method="stl"), config)
     found = {}
     for part in ("intervals", "table"):
@@ -232,7 +232,7 @@ def intervals_text(found: Mapping[int, np.ndarray], config: Config) -> str:
 
 
 def sections(kept: Rows, config: Config) -> list[str]:
-    """The body of ``table.md``, a section a part; ``kept`` are the reported rows."""
+    """Returns the sections of ``table.md``. ``kept`` are the reported rows."""
     size = config.train_size or "all"
     table = of(kept, part="table")
     marks = {r["label"]: Choice([], [], r["lr"], r["edge"], r["late"]) for r in table}
@@ -270,7 +270,7 @@ def sections(kept: Rows, config: Config) -> list[str]:
 
 
 def write_table(kept: Rows, config: Config, command: str) -> pathlib.Path:
-    """``table.md``: the command, the tables, the versions."""
+    """Writes ``table.md``: the command, the tables and the versions."""
     parts = ["# ForkMerge", f"`{command}`", *sections(kept, config)]
     return common.write_table(config.out / "table.md", parts)
 

@@ -39,7 +39,7 @@ def sampled_step(
     apart: int = 0,
     averaged: bool = False,
 ) -> Step:
-    """One batch of one drawn domain a step, as in the released code.
+    """Builds a step on one batch of one sampled domain, as in the released code.
 
     ``step(state, slot, number of the step, train)``; from step ``alone_from`` on it is
     always the target's. ``apart`` times the slot is added to the number that draws the

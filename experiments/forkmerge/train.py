@@ -107,7 +107,7 @@ class Drivers:
         on_chunk: Callable[[Any], None],
         on_merge: Callable[[Any, Any], None],
     ) -> forkmerge.ForkMergeState:
-        """:meth:`mtljax.forkmerge.ForkMerge.run` of all runs."""
+        """Calls :meth:`mtljax.forkmerge.ForkMerge.run` for all runs."""
         while True:
             step = step_of(state)
             fresh = step > int(state.merged_at[0])
@@ -156,13 +156,13 @@ class Job(NamedTuple):
     splits: Mapping[str, Split]
     evaluate: Evaluate
     steps: int
-    branches: tuple[dict[str, Any], ...] = ({},)  # what tells the branches apart
+    branches: tuple[dict[str, Any], ...] = ({},)  # fields that identify the branches
     merges: bool = False
     keep: int | None = None  # number of branches after the first merge
 
 
 def branch_weights(config: Config, method: str, tasks: int) -> Array:
-    """ν ``[B, T]`` of a method, the target being task 0."""
+    """Returns ν ``[B, T]`` of a method. The target is task 0."""
     if method == "alone_x2":  # both slots are the target
         return jnp.eye(2)
     if method in CONTROLS:
@@ -181,7 +181,7 @@ def branch_weights(config: Config, method: str, tasks: int) -> Array:
 def runs_of(
     config: Config, part: str, method: str, rates: Sequence[float], interval: int
 ) -> list[dict[str, Any]]:
-    """The G runs of a method, by what tells them apart."""
+    """Returns the G runs of a method as dictionaries of their identifying fields."""
     found = []
     for target in config.domains:
         others = [name for name in config.domains if name != target]
@@ -358,7 +358,7 @@ class Run:
             self._saver.save(step, state, training.to_json(meta))
 
     def _train(self, state: forkmerge.ForkMergeState) -> None:
-        """Branches that never meet: every other method."""
+        """Trains branches without merges, for all methods except ForkMerge."""
         every, steps = self.config.eval_every, self.job.steps
         while (step := step_of(state)) < steps:
             n = min(every - step % every, steps - step)
