@@ -208,8 +208,8 @@ def check(config: Config) -> None:
         )
     if config.batch_size < len(config.domains):
         raise ConfigError(
-            f"--batch-size {config.batch_size} is below the number of domains that "
-            f"share a joint batch ({len(config.domains)})."
+            f"--batch-size {config.batch_size} is below the {len(config.domains)} "
+            "domains that share a joint batch."
         )
     if config.model != "mlp" and config.image_size < 12:
         raise ConfigError(

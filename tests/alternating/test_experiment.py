@@ -211,7 +211,7 @@ def test_configurations_that_cannot_run(changes, message):
 
 def test_a_folder_without_the_file():
     config = configured("faces", pathlib.Path("nowhere"))
-    with pytest.raises(MissingDataError, match=r"no file 'nowhere/cmu_faces/cmu_face"):
+    with pytest.raises(MissingDataError, match=r"File 'nowhere/cmu_faces/cmu_face"):
         problem.make_problem(config, "faces")
 
 

@@ -424,7 +424,7 @@ def test_gains_of_pairs_and_their_significance():
     ("arguments", "message"),
     [
         (["--methods", "mgda"], "--methods: unknown name 'mgda'. Choose from stl, "),
-        (["--domains", "usps"], "must name a target and an auxiliary"),
+        (["--domains", "usps"], "must name at least a target and an auxiliary"),
         (["--domains", "usps", "usps"], "--domains must name each value once"),
         (
             ["--data", "domainnet"],
