@@ -14,7 +14,7 @@ PATCH = 6
 
 
 class Arrays(NamedTuple):
-    """Splits of a set: arrays ``[examples, splits, ...]``; a run has one split."""
+    """Splits of a data set, ``[examples, splits, ...]``. A run uses one split."""
 
     tasks: tuple[str, ...]
     train: dict[str, np.ndarray]
@@ -50,7 +50,7 @@ def digits(config: Config) -> Arrays:
 
 
 def by_seed(config: Config, name: str, make: Callable[[int], Arrays]) -> Arrays:
-    """A split for every seed; of longer ones the first examples are left out."""
+    """Stacks one split per seed. Longer splits lose their first examples."""
     sets = [make(seed) for seed in config.seeds_of(name)]
 
     def stack(*arrays):
@@ -68,7 +68,7 @@ def faces(config: Config) -> Arrays:
 
 
 def faces_of(config: Config, seed: int) -> Arrays:
-    """The split of a seed."""
+    """Returns the split of a seed."""
     found = common.load(config, "cmu_faces", persons="mixed", seed=seed)
 
     def split(arrays, part):
@@ -124,7 +124,7 @@ def tox21(config: Config) -> Arrays:
 
 
 def school(config: Config) -> Arrays:
-    """Exam scores, a task for every school."""
+    """Loads exam scores, with one task per school."""
     return by_seed(config, "school", lambda seed: school_of(config, seed))
 
 

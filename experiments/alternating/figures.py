@@ -148,7 +148,7 @@ def scale(study: Mapping[str, Rows], columns: Columns):
 
 
 def exploration(rows: Mapping[str, Rows]):
-    """How the trunk travels at one rate, alternation's."""
+    """Draws the path of the trunk at one rate, that of alternation."""
     matched = [n for n in MATCHED if n in rows]
     figure, axes = panels(1, 3, width=3.4, height=3.0)
     middle = chosen_rate(rows["alternating" if "alternating" in rows else matched[0]])

@@ -186,7 +186,7 @@ def cost_of(name: str, num_tasks: int) -> Cost:
 
 
 def inner_steps(name: str, num_tasks: int) -> int:
-    """Steps of length eta in a batch."""
+    """Returns the total rate of a batch in units of eta."""
     options = dict(row_of(name).options)
     # With state="per_task" the displacements of T optimizers are added.
     if options.get("state") == "per_task":

@@ -1,22 +1,22 @@
-"""Claims of papers, written down before the rows that decide them, and verdicts.
+"""Claims of papers, written before the rows that decide them, and their verdicts.
 
-Every ``experiments/NAME/claims.toml`` names the paper, and for each claim the two rows
-that are compared, the metric, the smallest effect of interest and the effect that the
-rows must exclude. The verdict follows from these numbers by :func:`verdict`.
+Each ``experiments/NAME/claims.toml`` names the paper. For each claim it states the two
+rows that are compared, the metric, the smallest effect of interest and the effect that
+the rows must exclude. :func:`verdict` derives the verdict from these numbers.
 
-The lines of ``results.jsonl`` that claims read have these keys:
+Claims read lines of ``results.jsonl`` with these keys:
 
 ==========  ====================================================================
-``row``     label of the row, as the tables print it
+``row``     label of the row, as in the tables
 ``seed``    seed of the run
 ``column``  ``"chosen"`` (default) or ``"last"``: the step of the numbers
-metrics     numbers, or lists of numbers, of which the mean is taken
+metrics     numbers, or lists of numbers, which are averaged
 ``edge``    ``"low"`` or ``"high"`` if the row chose an end of its grid of rates
 ``late``    share of the runs that report one of their last two evaluations
 ==========  ====================================================================
 
-Several lines of one row and seed (tasks, data sets, targets) are averaged; all seeds
-must have the same number of them.
+Several lines of one row and seed (tasks, data sets, targets) are averaged. All seeds
+must have the same number of lines.
 """
 
 import dataclasses
@@ -44,24 +44,24 @@ Line = Mapping[str, Any]
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROSE = ("paper", "text", "scope", "practice", "instead")
-"""Fields that decide nothing and may be reworded after the run."""
+"""Fields that do not affect verdicts and may be reworded after the run."""
 HOLM_LIMIT = 10
-"""Larger families are screens, which control the rate of false discoveries."""
+"""Larger families are screens, which control the false discovery rate."""
 
 
 class ClaimError(ValueError):
-    """A claim that cannot be read, or rows that do not fit it."""
+    """A claim is invalid, or the rows do not fit it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Premise:
-    """A condition on the rows without which a claim cannot be tested.
+    """A condition on the rows that must hold for a claim to be testable.
 
     Attributes:
-      metric: Key of the lines whose mean is compared.
+      metric: Key of the lines. Its mean is compared with the bounds.
       of: Whether the lines are those of the row or of the row it is compared with.
-      at_least: The smallest mean that fulfils it.
-      at_most: The largest mean that fulfils it.
+      at_least: Smallest mean that satisfies the condition.
+      at_most: Largest mean that satisfies the condition.
     """
 
     metric: str
@@ -72,42 +72,43 @@ class Premise:
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """One claim of a paper, or of ours.
+    """One claim of a paper, or our own claim.
 
     Attributes:
       id: Stable name, ``experiment.claim``.
-      paper: Where the paper makes it; ``"ours"`` for a claim of ours.
+      paper: Place of the claim in the paper, or ``"ours"`` for our own claim.
       text: The claim in one sentence.
-      row: Label of the row, or labels whose effects are averaged; the rows of a slope
-        (``at``) or of an interior maximum, in their order.
-      against: Label of the row that is compared with, or one for each row; empty if
-        the metric is compared with ``reference``.
+      row: Label of the row, or labels of rows whose effects are averaged. For a slope
+        (``at``) or an interior maximum, the rows in order.
+      against: Label of the row for comparison, or one label per row. Empty if the
+        metric is compared with ``reference``.
       metric: Key of the lines.
       direction: Claimed sign of row minus against, of a slope, or of a share minus
         ``reference``.
       smallest: δ, the smallest effect of interest.
       exclude: κ, the effect that the interval must exclude to contradict the claim.
-      family: Claims that share the correction for many comparisons.
-      scope: Where the verdict holds.
-      practice: What a user does if the claim is reproduced.
-      instead: What a user does if it is contradicted.
-      paper_effect: The paper's effect, in units of the metric.
-      kind: ``"difference"``; ``"equivalence"`` to zero; ``"count"``, the share of items
-        with a significant difference, or of lines that are 1; ``"interior"``, the share
-        of seeds whose best of the rows is neither the first nor the last.
+      family: Claims with a common correction for multiple comparisons.
+      scope: Conditions under which the verdict holds.
+      practice: Recommendation if the claim is reproduced.
+      instead: Recommendation if the claim is contradicted.
+      paper_effect: Effect in the paper, in units of the metric.
+      kind: ``"difference"``, ``"equivalence"`` to zero, ``"count"`` or ``"interior"``.
+        A count is the share of items with a significant difference, or of lines that are
+        1. An interior effect is the share of seeds whose best row is neither the first
+        nor the last.
       column: Step of the numbers.
-      where: Keys of the lines that count, with a value or a list of values.
-      where_against: Those in which the lines compared with differ.
+      where: Keys of the selected lines, with a value or a list of values.
+      where_against: The keys that differ for the lines compared with.
       log: Whether logarithms are compared, so that effects are log ratios.
-      at: Positions of the rows; the effect is the slope of the metric over them.
-      along: Key of the lines; the effect is the slope of the metric of one row over
-        its decimal logarithm.
-      over: Keys that tell the items of a count apart.
-      match: Those of them that the lines compared with have.
-      item: Sign of the difference of a counted item; of an interior maximum, whether
-        more (1) or less (-1) of the metric is better.
-      reference: Number that the effect is compared with.
-      premise: Condition without which the claim cannot be tested.
+      at: Positions of the rows. The effect is the slope of the metric over them.
+      along: Key of the lines. The effect is the slope of the metric of one row over the
+        decimal logarithm of this key.
+      over: Keys that identify the items of a count.
+      match: The keys among them that the lines compared with have.
+      item: Sign of the difference of a counted item. For an interior maximum, 1 if more
+        of the metric is better, and -1 if less is better.
+      reference: Number with which the effect is compared.
+      premise: Condition that must hold for the claim to be testable.
     """
 
     id: str
@@ -139,16 +140,16 @@ class Claim:
 
 
 class Paper(NamedTuple):
-    """What the page says of a paper.
+    """Information about a paper for the page.
 
     Attributes:
       experiment: Name of the package.
-      title: Of the paper.
-      authors: Of the paper.
-      link: Its address.
-      claims: One sentence: what it claims.
-      change: One sentence: what would change the verdicts.
-      entries: Its claims.
+      title: Title of the paper.
+      authors: Authors of the paper.
+      link: Address of the paper.
+      claims: One sentence that summarises the claims.
+      change: One sentence on what would change the verdicts.
+      entries: The claims.
     """
 
     experiment: str
@@ -161,7 +162,7 @@ class Paper(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """A verdict, and what is added to it."""
+    """A verdict and an addition to it."""
 
     word: Literal["reproduced", "contradicted", "inconclusive"]
     addition: str = ""
@@ -195,7 +196,7 @@ class Evidence(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """A claim with its verdict; no evidence if its rows do not exist."""
+    """A claim with its verdict. The evidence is None if its rows do not exist."""
 
     claim: Claim
     verdict: Verdict
@@ -209,7 +210,7 @@ NOT_RUN = "not run with this protocol"
 
 
 def claims_path(experiment: str) -> pathlib.Path:
-    """Its ``claims.toml``."""
+    """Returns the path of ``claims.toml`` of an experiment."""
     return ROOT / experiment / "claims.toml"
 
 
@@ -217,13 +218,13 @@ def load_claims(path: pathlib.Path) -> Paper:
     """Reads and checks a ``claims.toml``.
 
     Raises:
-      ClaimError: One sentence that names the claim and the field.
+      ClaimError: If a claim is invalid. The message names the claim and the field.
     """
     return parse_claims(path.read_text(encoding="utf-8"), path.parent.name)
 
 
 def parse_claims(text: str, experiment: str) -> Paper:
-    """Reads and checks the text of a ``claims.toml``; see :func:`load_claims`."""
+    """Reads and checks the text of a ``claims.toml``, see :func:`load_claims`."""
     found = tomllib.loads(text)
     paper, entries = found.pop("paper", {}), found.pop("claim", [])
     defaults = found.pop("defaults", {})
@@ -302,7 +303,7 @@ def _check(claim: Claim, experiment: str) -> None:
 
 
 def claims_digest(paper: Paper) -> str:
-    """The sha256 of everything that decides a verdict; prose does not enter."""
+    """Returns the sha256 of all fields that affect a verdict. Prose is excluded."""
     entries = [dataclasses.asdict(claim) for claim in paper.entries]
     for entry in entries:
         for name in PROSE:
@@ -323,18 +324,18 @@ def verdict(
     premise: bool = True,
     converged: bool = True,
 ) -> Verdict:
-    """The verdict that the numbers imply.
+    """Returns the verdict that the numbers imply.
 
     Args:
       evidence: The effect times the claimed direction, with its intervals.
-      smallest: δ.
-      exclude: κ.
-      kind: Of the claim.
-      premise: Whether its premise holds.
-      converged: Whether no row chose an end of its grid or was still improving.
+      smallest: δ, the smallest effect of interest.
+      exclude: κ, the effect that the interval must exclude.
+      kind: Kind of the claim.
+      premise: Whether the premise of the claim holds.
+      converged: Whether all rows chose an inner rate and were no longer improving.
 
     Returns:
-      The verdict; the first rule that applies decides.
+      The verdict of the first rule that applies.
 
     Examples:
       >>> str(verdict(Evidence(0.2, 0.05, 0.35, 0, 0, 5, 0.02, 0.2), 0.25, 0.5))
@@ -370,7 +371,7 @@ class Side(NamedTuple):
     where: Mapping[str, Any]
 
     def of(self, claim: Claim, lines: Iterable[Line]) -> list[Line]:
-        """Those lines, at the claim's step."""
+        """Returns the lines of the side at the step of the claim."""
         return [
             line
             for line in lines
@@ -384,7 +385,7 @@ class Side(NamedTuple):
 
 
 def sides(claim: Claim) -> tuple[list[Side], list[Side]]:
-    """The rows, and what they are compared with."""
+    """Returns the rows of a claim and the rows with which they are compared."""
     there = {**claim.where, **claim.where_against}
     return (
         [Side(label, claim.where) for label in claim.row],
@@ -407,7 +408,7 @@ def _number(claim: Claim, line: Line, metric: str) -> float:
 def by_seed(
     claim: Claim, side: Side, lines: Iterable[Line], metric: str | None = None
 ) -> dict[Any, float]:
-    """The metric of a row by seed, the mean over the lines of a seed.
+    """Returns the metric of a row by seed, averaged over the lines of a seed.
 
     Raises:
       ClaimError: If a value is missing, or the seeds have different numbers of lines.
@@ -422,7 +423,7 @@ def by_seed(
 
 
 def _table(claim: Claim, of: Sequence[Side], lines: Sequence[Line]) -> np.ndarray:
-    """Values ``[rows, seeds]``; all rows must have the same seeds."""
+    """Returns values ``[rows, seeds]``. All rows must have the same seeds."""
     found = [by_seed(claim, side, lines) for side in of]
     for side, values in zip(of, found, strict=True):
         if list(values) != list(found[0]):
@@ -434,7 +435,7 @@ def _table(claim: Claim, of: Sequence[Side], lines: Sequence[Line]) -> np.ndarra
 
 
 def effects(claim: Claim, lines: Sequence[Line]) -> np.ndarray:
-    """The effect of every seed, or of every item of a count, without its direction.
+    """Returns the effect of each seed, or of each item of a count, without direction.
 
     Raises:
       ClaimError: If rows are incomplete or their seeds differ.
@@ -461,13 +462,13 @@ def effects(claim: Claim, lines: Sequence[Line]) -> np.ndarray:
 
 
 def _slope(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Least-squares slope of every column of ``[len(x), seeds]``."""
+    """Computes the least-squares slope of each column of ``[len(x), seeds]``."""
     x = x - x.mean()
     return x @ rows / (x @ x)
 
 
 def _hits(claim: Claim, lines: Sequence[Line]) -> np.ndarray:
-    """1 for every item of a count that is what is claimed, else 0."""
+    """Returns 1 for each item of a count that agrees with the claim, otherwise 0."""
     mine, others = sides(claim)
     counted = [line for side in mine for line in side.of(claim, lines)]
     if not others:
@@ -488,12 +489,12 @@ def _hits(claim: Claim, lines: Sequence[Line]) -> np.ndarray:
 
 
 def measure(claim: Claim, lines: Sequence[Line], family: int = 1) -> Evidence | None:
-    """The effect with its intervals; None if no line of a row exists.
+    """Computes the effect and its intervals, or returns None if a row has no lines.
 
     Args:
       claim: The claim.
-      lines: Of a ``results.jsonl``, without its header.
-      family: Number of claims in its family; intervals have Bonferroni's width.
+      lines: Lines of a ``results.jsonl`` without its header.
+      family: Number of claims in the family, for Bonferroni intervals.
 
     Raises:
       ClaimError: If rows are incomplete or their seeds differ.
@@ -526,7 +527,7 @@ def measure(claim: Claim, lines: Sequence[Line], family: int = 1) -> Evidence | 
 
 
 def _share(claim: Claim, hits: np.ndarray, family: int) -> Evidence:
-    """A share minus the reference, with the exact binomial interval."""
+    """Computes a share minus the reference, with the exact binomial interval."""
     from scipy import stats
 
     if not np.isin(hits, (0, 1)).all():
@@ -546,7 +547,7 @@ def _share(claim: Claim, hits: np.ndarray, family: int) -> Evidence:
 
 
 def premise_holds(claim: Claim, lines: Sequence[Line]) -> bool:
-    """Whether the mean of the premise's metric lies in its range, for every row."""
+    """Returns whether the mean of the premise's metric is in range for each row."""
     premise = claim.premise
     if premise is None:
         return True
@@ -559,7 +560,7 @@ def premise_holds(claim: Claim, lines: Sequence[Line]) -> bool:
 
 
 def converged(claim: Claim, lines: Sequence[Line]) -> bool:
-    """Whether no line of the rows is at an end of its grid or still improving."""
+    """Returns whether all lines chose an inner rate and were no longer improving."""
     mine, others = sides(claim)
     return not any(
         line.get("edge") or line.get("late", 0) > 0.5
@@ -569,13 +570,13 @@ def converged(claim: Claim, lines: Sequence[Line]) -> bool:
 
 
 def decide(paper: Paper, lines: Sequence[Line]) -> list[Decision]:
-    """A verdict for every claim of a paper.
+    """Returns a verdict for each claim of a paper.
 
-    A family is corrected for all its claims, also those that were not run: by Holm up
-    to ten claims, by Benjamini and Hochberg above.
+    The correction of a family includes the claims that were not run. It is Holm's for
+    up to ten claims, and that of Benjamini and Hochberg for more.
 
     Args:
-      paper: From :func:`load_claims`.
+      paper: The paper, from :func:`load_claims`.
       lines: All lines that were run with this protocol.
     """
     sizes: dict[str, list[Claim]] = {}

@@ -1,8 +1,8 @@
 """Writes ``experiments/RESULTS.md`` from the committed rows and the claims.
 
-``python -m experiments.common.results [--check]``. A claim without rows of this
-protocol is inconclusive and shows no number. With ``--check`` nothing is written, and
-the command exits with 1 if the page differs from what the rows say.
+Usage: ``python -m experiments.common.results [--check]``. A claim without rows of this
+protocol is inconclusive and shows no number. With ``--check`` no file is written, and
+the exit status is 1 if the page differs from the rows.
 """
 
 import math
@@ -51,11 +51,11 @@ class Rows(NamedTuple):
 
     lines: list[Mapping[str, Any]]
     files: list[pathlib.Path]
-    committed: bool  # no header has uncommitted changes
+    committed: bool  # whether no header has uncommitted changes
 
 
 def protocol_rows(paper: Paper, root: pathlib.Path = ROOT) -> Rows:
-    """Lines of the files whose header names the claims of today."""
+    """Returns the lines of the files whose header names the present claims."""
     digest, lines, files, committed = claims_digest(paper), [], [], True
     for path in sorted((root / paper.experiment / "results").rglob("results.jsonl")):
         head, rows = read_rows(path)
@@ -70,7 +70,7 @@ def protocol_rows(paper: Paper, root: pathlib.Path = ROOT) -> Rows:
 
 
 def number(value: float) -> str:
-    """Three significant digits, without an exponent where possible.
+    """Formats three significant digits, without an exponent if possible.
 
     Examples:
       >>> [number(x) for x in (1.3, -0.0047, 86.66, 123456.0)]
@@ -84,7 +84,7 @@ def number(value: float) -> str:
 
 
 def effect(decision: Decision) -> str:
-    """Ours with the interval that decides; ratios where logarithms are compared."""
+    """Formats our effect with the deciding interval, as a ratio for logarithms."""
     claim, evidence = decision.claim, decision.evidence
     if evidence is None:
         return "-"
@@ -99,7 +99,7 @@ def effect(decision: Decision) -> str:
 
 
 def papers_number(decision: Decision) -> str:
-    """The paper's effect and where it is printed."""
+    """Formats the paper's effect and its place in the paper."""
     claim = decision.claim
     if claim.paper_effect is None:
         return claim.paper
@@ -111,7 +111,7 @@ def papers_number(decision: Decision) -> str:
 
 
 def sentence(decision: Decision) -> str:
-    """What a user does."""
+    """Returns the recommendation of a decision."""
     found = {
         "reproduced": decision.claim.practice,
         "contradicted": decision.claim.instead,
@@ -120,7 +120,7 @@ def sentence(decision: Decision) -> str:
 
 
 def said(decision: Decision) -> str:
-    """The verdict; of an open one also the effect that these runs detect."""
+    """Formats the verdict, and for an open one the effect that these runs detect."""
     verdict, evidence = decision.verdict, decision.evidence
     detectable = math.nan if evidence is None else evidence.detectable
     if verdict.word == "inconclusive" and not math.isnan(detectable):
@@ -132,7 +132,7 @@ def said(decision: Decision) -> str:
 
 
 def tally(decisions: Sequence[Decision]) -> str:
-    """How many claims have each verdict.
+    """Counts the claims of each verdict.
 
     Examples:
       >>> tally([])
@@ -147,7 +147,7 @@ def tally(decisions: Sequence[Decision]) -> str:
 
 
 def section(paper: Paper, rows: Rows, decisions: Sequence[Decision]) -> list[str]:
-    """Title, three sentences, and the table of a paper."""
+    """Formats title, three sentences and the table of a paper."""
     body = []
     for found in decisions:
         name = found.claim.id.partition(".")[2]
@@ -181,7 +181,7 @@ def section(paper: Paper, rows: Rows, decisions: Sequence[Decision]) -> list[str
 
 
 def summary(decisions: Sequence[Decision]) -> str:
-    """The verdicts in numbers, and what a user should do."""
+    """Formats the numbers of verdicts and the recommendation."""
     lines = [f"Of {len(decisions)} claims: {tally(decisions)}."]
     decided = [d for d in decisions if d.verdict.word != "inconclusive"]
     if decided:
@@ -197,7 +197,7 @@ def summary(decisions: Sequence[Decision]) -> str:
 
 
 def page(root: pathlib.Path = ROOT) -> str:
-    """The whole page."""
+    """Returns the whole page."""
     parts, everything = [], []
     for name in PAPERS:
         paper = load_claims(claims_path(name))
@@ -220,7 +220,7 @@ def main(check: bool = False) -> None:
     """Writes the page.
 
     Args:
-      check: Compare with the page and write nothing.
+      check: Whether to compare with the existing page instead of writing it.
     """
     text = page()
     if not check:

@@ -1,8 +1,8 @@
-"""Paired comparisons over seeds and over data sets, and corrections for many of them.
+"""Paired comparisons over seeds and data sets, with corrections for many tests.
 
-Differences over seeds get Student's interval: with five seeds a bootstrap interval is
-too narrow. Differences over data sets get :func:`bootstrap_sets` and a Student interval
-over the means of the sets.
+Differences over seeds use Student's interval, because a bootstrap interval of five
+seeds is too narrow. Differences over data sets use :func:`bootstrap_sets` and Student's
+interval over the means of the sets.
 """
 
 import math

@@ -90,7 +90,7 @@ class Drivers:
 
     @functools.cached_property
     def merge(self):
-        """``merge(state, validation) -> (state, info)``."""
+        """Function ``merge(state, validation) -> (state, info)``."""
 
         def merge(state, validation):
             return self.over(lambda d, s: d.merge(s, validation), state)
@@ -152,7 +152,7 @@ class Job(NamedTuple):
     name: str  # name of the folder
     driver: Drivers
     states: Any  # the first train states, [G, ...]
-    runs: list[dict[str, Any]]  # what tells the G runs apart
+    runs: list[dict[str, Any]]  # fields that identify the G runs
     splits: Mapping[str, Split]
     evaluate: Evaluate
     steps: int
