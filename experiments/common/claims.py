@@ -94,8 +94,8 @@ class Claim:
       paper_effect: Effect in the paper, in units of the metric.
       kind: ``"difference"``, ``"equivalence"`` to zero, ``"count"`` or ``"interior"``.
         A count is the share of items with a significant difference, or of lines that
-        are 1. An interior effect is the share of seeds whose best row is neither the first
-        nor the last.
+        are 1. An interior effect is the share of seeds whose best row is neither the
+        first nor the last.
       column: Step of the numbers.
       where: Keys of the selected lines, with a value or a list of values.
       where_against: The keys that differ for the lines compared with.

@@ -28,7 +28,7 @@ class Bench(NamedTuple):
 
 
 def make_benches(config: Config, splits: Any, wanted: set[int | None]):
-    """One for the multi-task entries and one for every single task."""
+    """Builds one bench for the multi-task entries and one per single task."""
     from experiments.fs_mtl import problem, train
 
     def make(task: int | None) -> Bench:

@@ -47,17 +47,17 @@ class Config(common.Common):
     data_seed: Size = 0
     """Seed of pairs and offsets. All runs use the same data set."""
     shrink: int = 1
-    """Images are averaged over squares of this side: 2 makes 36x36 into 18x18."""
+    """Side of the squares over which images are averaged. 2 turns 36x36 into 18x18."""
 
     methods: tuple[str, ...] = BALANCERS
-    """Balancers, each in every one of --variants."""
+    """Balancers, each run in all of --variants."""
     variants: tuple[Literal["plain", "split", "direct", "samo"], ...] = (
         "plain",
         "split",
         "direct",
         "samo",
     )
-    """plain X, F-X of FS-MTL, its direct ablation, SAMO-X."""
+    """plain is X, split is F-X of FS-MTL, direct is its ablation, samo is SAMO-X."""
     ablations: tuple[str, ...] = ("cagrad",)
     """Balancers that are also run in the other two orders of aggregation (Table 6)."""
     controls: tuple[str, ...] = CONTROLS
@@ -105,7 +105,7 @@ class Config(common.Common):
     probe_batches: int = 16
     """Fixed training batches for the measurement of conflict."""
     checkpoint_every: int = 20
-    """Epochs between checkpoints, from which a killed run goes on."""
+    """Epochs between checkpoints, from which an interrupted run resumes."""
     out: pathlib.Path = pathlib.Path("results/fs_mtl")
     report_only: bool = False
     """Do not train. Write tables and figures of the finished runs."""
@@ -267,7 +267,7 @@ class Entry(NamedTuple):
 
     @property
     def backward_passes(self) -> int:
-        """Through the trunk, per step, for the two tasks together."""
+        """Backward passes through the trunk per step, for both tasks together."""
         if self.variant.startswith("plain"):
             cheap = self.method in ("linear", "random_loss_weighting")
             return 1 if cheap or self.method == STL else 2

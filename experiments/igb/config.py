@@ -18,7 +18,7 @@ class Row(NamedTuple):
     label: str
     loss: str = "linear"
     gradient: str | None = None
-    agent: tuple[tuple[str, object], ...] = ()  # what differs from the preset's agent
+    agent: tuple[tuple[str, object], ...] = ()  # changes of the preset's agent
     log: bool = False  # the logarithms of the losses are weighted
 
 

@@ -15,7 +15,7 @@ DERIVED = ("val_delta", "delta_m", "late", "signal_r2")
 
 
 def rows(config: Config) -> list[dict[str, Any]]:
-    """All its evaluations: the committed ones were chosen by all single-task rows."""
+    """Returns all evaluations, because the selection uses all single-task rows."""
     problem = train.make_problem(config, "mulan_mtr/enb")
     found = train.run_method(config, problem, "linear", config.table.lrs)
     return [

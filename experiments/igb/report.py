@@ -174,7 +174,7 @@ def differences(delta: Mapping[str, np.ndarray]) -> str:
 def write(
     values: Values, table: Report, config: Config, problem: train.Problem, command: str
 ) -> list[pathlib.Path]:
-    """``results.jsonl``, ``table.md`` and the figures of a data set."""
+    """Writes ``results.jsonl``, ``table.md`` and the figures of a data set."""
     folder = train.folder(config, problem.name)
     signal = np.asarray(problem.signal)
     marks = {label_of(m): choice for m, choice in values.choices.items()}

@@ -52,7 +52,7 @@ class Problem(NamedTuple):
     name: str
     dataset: data.Dataset
     settings: Training
-    init_models: Callable[[Array], Any]  # of many keys, compiled once
+    init_models: Callable[[Array], Any]  # takes several keys, compiled once
     train: Batch  # [examples, splits, ...]
     by_seed: bool  # whether each seed has a split
     units: Float[Array, "splits tasks"]  # deviations of the targets
@@ -168,7 +168,7 @@ def make_problem(config: Config, name: str) -> Problem:
     if any(task.size > 1 for task in dataset.tasks) or any(
         problems.Scorer(dataset, task).masked for task in dataset.tasks
     ):
-        raise ConfigError(f"--data {name} needs one number a task, none missing.")
+        raise ConfigError(f"--data {name} needs one number per task without gaps.")
     ones = {"std": [1.0] * len(tasks)}
     scale = np.array([s.origin.get("targets", ones)["std"] for s in sets], np.float32)
     # Tables keep the ratios of their units; one number for all makes them of order one.
@@ -324,7 +324,7 @@ def make_program(config: Config, problem: Problem, method: str) -> Program:
         assert weigh is not None
 
         def weighted_losses(params, balancer_state, batch):
-            """The first's losses, for the second: Algorithm 3, heads included."""
+            """Weights the losses by the first balancer (Algorithm 3, with heads)."""
             losses = problem.task_losses(params, batch, state.split)
             seen = jax.lax.stop_gradient(losses)
             weights, balancer_state = weigh(balancer_state, losses=seen)
@@ -367,7 +367,7 @@ def runs_of(
 
 
 def initial_state(problem: Problem, method: str, program: Program, runs: Sequence[Run]):
-    """The stacked states of all runs of a row, and their keys of data order."""
+    """Returns the stacked states of all runs of a row, and their data-order keys."""
     keys = common.keys_of(run.seed for run in runs)
     params = problem.init_models(keys.model)
     first = min(run.seed for run in runs)
@@ -386,7 +386,7 @@ def initial_state(problem: Problem, method: str, program: Program, runs: Sequenc
 def run_method(
     config: Config, problem: Problem, method: str, rates: Sequence[float]
 ) -> list[dict[str, Any]]:
-    """Trains all runs of a row; rows and checkpoints go below ``config.out``."""
+    """Trains all runs of a row. Files are written under ``config.out``."""
     settings = problem.settings
     program = make_program(config, problem, method)
     runs = runs_of(config, problem, method, rates)
@@ -412,7 +412,7 @@ def run_method(
         title=f"{problem.name} {method}",
         task_names=problem.names,
         may_differ=("training.methods",),
-        # The step is picked later, by Δm on validation; these are for a resume.
+        # The step is selected later by Δm. These checkpoints only allow a resume.
         checkpoint_every=max(1, settings.steps // 4),
         positive_losses=program.positive_losses,
     )

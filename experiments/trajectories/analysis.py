@@ -38,7 +38,7 @@ class Group(NamedTuple):
     lr: float
     lr_at_edge: bool
     measured: Mapping[str, Any]
-    nonfinite: int  # entries of measurements that were NaN or infinite
+    nonfinite: int  # number of NaN or infinite measurements
     seeds: tuple[int, ...]
     values: dict[str, np.ndarray]  # [S, T, K]; step [S, T]
 

@@ -24,7 +24,7 @@ class Scale:
     val_size: int = 1000
     """Validation images."""
     test_size: int | None = None
-    """Test images; None for all."""
+    """Test images, or None for all."""
     eval_size: int | None = None
     """Training images on which the training loss is measured; None for all."""
     steps: int = 2400
@@ -42,14 +42,14 @@ class Scale:
 
 @dataclasses.dataclass(frozen=True)
 class Config(common.Tuned):
-    """Trains single tasks and sets of tasks, measures along the way, compares."""
+    """Trains single tasks and sets of tasks, measures their runs and compares them."""
 
     settings: tuple[str, ...] = ("fashion_mtl",)
-    """Which data; cifar100 and celeba come from tensorflow-datasets. Any set of
-    mtljax.data with classes as targets, NAME/SUBSET, or module:function of your own is
-    trained by the options --other.*."""
+    """Data of the settings. cifar100 and celeba come from tensorflow-datasets. The
+    options --other.* apply to any data set of mtljax.data with class targets, to
+    NAME/SUBSET, and to your own module:function."""
     methods: tuple[str, ...] = ()
-    """Multi-task optimisers compared with the plain sum, on --optimiser-sets."""
+    """Multi-task optimizers compared with the plain sum (optimiser_sets in data.py)."""
     download: bool = False
     """Allow tensorflow-datasets to download absent data."""
 
@@ -58,7 +58,7 @@ class Config(common.Tuned):
     are compared at one rate only."""
 
     model: Literal["mlp", "lenet", "resnet18"] = "lenet"
-    """Shared trunk; every task has a linear head of its own."""
+    """Shared trunk. Each task has its own linear head."""
     hidden: Widths = (32,)
     """Widths of the MLP."""
     fashion_mtl: Scale = Scale(
@@ -77,7 +77,7 @@ class Config(common.Tuned):
     celeba: Scale = Scale(steps=15900, batch_size=256, eval_every=636)
     """Forty attributes."""
     other: Scale = Scale()
-    """Any other set; its sizes are those of the set."""
+    """Any other data set, with its own sizes."""
     sets: Literal["pairs", "all", "largest"] = "pairs"
     """The target of FashionMTL with the other half, the noisy labels and the copy; all
     sets of tasks (random ones where tasks are many); or the largest only."""
@@ -87,7 +87,7 @@ class Config(common.Tuned):
     """Number of targets of the random sets."""
 
     sharpness_batches: int = 4
-    """Batches of 128 probe images whose worst case is sought."""
+    """Batches of 128 probe images for the worst-case search."""
     sharpness_every: int = 4
     """Checkpoints between two measurements of sharpness, the most expensive measurement
     by far."""
@@ -99,7 +99,7 @@ class Config(common.Tuned):
     """Batches of the training size (twice as many half-batches for the split form)."""
 
     last: int = 8
-    """Checkpoints averaged at the end for sharpness and covariance; the paper: 20."""
+    """Number of final checkpoints averaged for sharpness and covariance (paper: 20)."""
     largest: int = 5
     """Number of largest values averaged for the Fisher trace (paper: 20)."""
     best: int = 3

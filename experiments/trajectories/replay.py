@@ -10,7 +10,7 @@ KEYS, LINES = ("setting", "tasks", "method", "lr", "seed"), 5
 
 
 def rows(config: Config) -> list[dict[str, Any]]:
-    """Its lines: the choice of the rate, and all measurements."""
+    """Returns its lines: the selected rate, and all measurements."""
     row, scale = train.Row((data.TARGET,)), config.fashion_mtl
     problem = data.load(config, "fashion_mtl").select(row.tasks)
     functions = model.make_functions(config, scale, problem)

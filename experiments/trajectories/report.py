@@ -21,7 +21,7 @@ def write(
     command: str,
     data: Mapping[str, Any] | None = None,
 ) -> list[pathlib.Path]:
-    """``results.jsonl``, ``table.md`` and the figures."""
+    """Writes ``results.jsonl``, ``table.md`` and the figures."""
     blocks = analysis.blocks(lines)
     parts = ["# Trajectories"]
     parts += [f"`{command}`, {config.seeds} seeds. Written by the command; not edited."]
