@@ -401,7 +401,7 @@ def write(config: Config, runs: Runs, command: str, notes: str) -> pathlib.Path:
         *comparisons(runs),
         f"Conflict inside a task, mean of the first half of training: {premise(runs)}. "
         "Below 10 % the split has nothing to separate.",
-        "## Beside the paper (Tables 1 and 6)",
+        "## Comparison with the paper (Tables 1 and 6)",
         beside_paper(runs),
         "Levels differ by construction (another re-creation of the data, another "
         "network and length where the preset says so): compare the gains.",
