@@ -351,7 +351,7 @@ def write(
         "Mean ± standard deviation over seeds on the test split, at the evaluation and "
         "the learning rate that validation chose. Δm is relative to single-task "
         "networks, in percent, lower is better. F, B: forward and backward passes per "
-        "batch; states: optimiser states of the shared parameters. Equal passes: only "
+        "batch; states: optimizer states of the shared parameters. Equal passes: only "
         "as many batches as cost what the cheapest row spends on backward passes in "
         "its whole run. Distance, straightness (distance over path) and turning (mean "
         "cosine of successive batches' displacements) are the trunk's, at the end of "

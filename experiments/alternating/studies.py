@@ -1,4 +1,4 @@
-"""Runs beside the table: the scale of a loss."""
+"""Runs in addition to the table: the scale of a loss."""
 
 from collections.abc import Mapping
 

@@ -144,7 +144,7 @@ PRESETS = {
         Config(seeds=5),
     ),
     "large": (
-        "Hours of 2 CPU cores: all sets at three rates, optimisers, and the faces.",
+        "Hours of 2 CPU cores: all sets at three rates, optimizers, and the faces.",
         Config(
             settings=("fashion_mtl", "cmu_faces"),
             methods=("mgda", "pcgrad", "gradnorm"),

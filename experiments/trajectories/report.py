@@ -77,7 +77,7 @@ def make_table(config: Config, groups: Groups) -> list[str]:
             _gaps(config, groups),
         ),
         (
-            "Figure 4: other optimisers against the plain sum, % change",
+            "Figure 4: other optimizers against the plain sum, % change",
             _optimisers(config, groups),
         ),
         (
