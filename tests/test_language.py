@@ -22,6 +22,11 @@ ROOT = pathlib.Path(__file__).parent.parent
 COVERED = (
     "mtljax/**/*.py",
     "docs/examples/*.py",
+    "benchmarks/*.py",
+    "benchmarks/*.md",
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
 )
 
 # Phrases to avoid, and what to write instead.
