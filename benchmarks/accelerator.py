@@ -1,4 +1,4 @@
-"""Checks and times the library on one accelerator, in at most eight minutes.
+"""Checks and times the library on an accelerator, in up to eight minutes.
 
 ``python -m benchmarks.accelerator`` compares all engines and methods on the device with
 float64 on the CPU. It times training steps and TorchJD's steps on the same device, and

@@ -1,4 +1,4 @@
-"""The process of ``benchmarks.accelerator`` that runs jax and this library."""
+"""The process of ``benchmarks.accelerator`` that runs this library."""
 
 import concurrent.futures
 import functools

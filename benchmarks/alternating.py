@@ -1,4 +1,4 @@
-"""Step time of alternating steps for different numbers of tasks and groups.
+"""Step time of alternating steps for numbers of tasks and groups.
 
 ``python -m benchmarks.alternating`` (about two minutes on two idle CPU cores) trains an
 MLP 256-512-512 with T stacked linear heads on batches of 128, with Adam. A row has G

@@ -1,4 +1,4 @@
-"""Data exchanged by several devices in one balanced step, per layout and engine.
+"""Data that devices exchange in a balanced step, by layout and engine.
 
 ``python -m benchmarks.devices`` (two minutes on two idle CPU cores) compiles steps of
 two networks for eight virtual CPU devices. It reads from each compiled program:

@@ -1,4 +1,4 @@
-"""Engines of the balanced gradient compared: time, memory, and the choice of "auto".
+"""Engines of the balanced gradient: time, memory, the choice of "auto".
 
 ``python -m benchmarks.engine`` (five minutes on two idle CPU cores) steps several kinds
 of models with equal weights (one backward pass), with stacked gradients (unrolled and

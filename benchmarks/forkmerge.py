@@ -1,4 +1,4 @@
-"""Branches in one program compared with sequential runs and with several devices.
+"""Branches in one program, compared with sequential runs and devices.
 
 ``python -m benchmarks.forkmerge`` (about a minute on two CPU cores) trains the branches
 of :mod:`mtljax.forkmerge` on synthetic data in several ways with equal results. It

@@ -1,4 +1,4 @@
-"""Backward passes of convolutions and max pooling: those of JAX, and rewritten.
+"""Backward passes of convolutions and max pooling, rewritten and not.
 
 ``python -m benchmarks.forms`` (two minutes on two idle CPU cores) times T = 24 backward
 passes after one forward pass. It compares the function of ``jax.vjp`` with the

@@ -1,4 +1,4 @@
-"""One training step of a problem, ours and TorchJD's, with the same interface.
+"""One training step of a problem, ours and TorchJD's, by one interface.
 
 A step consists of the forward pass, the gradients, the balanced update of the trunk and
 SGD on all parameters. Heads follow their own losses.

@@ -1,4 +1,4 @@
-"""A whole training step compared with TorchJD's: time, memory, seeds, compilation.
+"""A whole training step compared with TorchJD's: time, memory, seeds.
 
 ``python -m benchmarks.peers`` (about fifteen minutes on two idle CPU cores, with the
 extra ``bench``) builds each model twice with the same weights and data. It checks that

@@ -1,4 +1,4 @@
-"""Time of one solve for T task weights, compared with the solvers of other libraries.
+"""Time of one solve for task weights, compared with other libraries.
 
 ``python -m benchmarks.solvers`` (some minutes on two CPU cores, with the extra
 ``bench``) takes random Gramians of T = 3, 11, 40 and 128 tasks. The measurements are

@@ -1,4 +1,4 @@
-"""Data sets with several tasks, and two ways to feed them to a training step.
+"""Data sets with several tasks, and two ways to feed them to a step.
 
 - :func:`load` builds a data set by name, see :func:`available`. ``multidigits`` needs
   no files. The other sets read files or tensorflow-datasets. :func:`register` adds your

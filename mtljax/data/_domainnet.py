@@ -1,4 +1,4 @@
-"""domainnet: 345 classes of drawings, photographs and paintings in six domains."""
+"""domainnet: 345 classes of drawings and photographs in six domains."""
 
 import os
 from typing import Any

@@ -1,4 +1,4 @@
-"""The MultiMNIST family: two 28x28 images on a 36x36 canvas, one task for each."""
+"""The MultiMNIST family: two images on one canvas, a task for each."""
 
 import os
 from typing import Literal

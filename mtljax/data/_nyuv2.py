@@ -1,4 +1,4 @@
-"""nyuv2_frames: two indoor frames with class, depth and normal of each pixel."""
+"""nyuv2_frames: two indoor frames with class, depth and normals."""
 
 import os
 

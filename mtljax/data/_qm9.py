@@ -1,4 +1,4 @@
-"""QM9: eleven properties of small organic molecules, as graphs or as positions."""
+"""QM9: eleven properties of small organic molecules."""
 
 import os
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Numeric tables: reading ``.npz``, splitting by a shuffle, and standardising."""
+"""Numeric tables: reading ``.npz``, shuffled splits, standardisation."""
 
 import os
 from collections.abc import Mapping

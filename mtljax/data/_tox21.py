@@ -1,4 +1,4 @@
-"""tox21: twelve toxicity assays of molecules with a sixth of the labels missing."""
+"""tox21: twelve toxicity assays, a sixth of the labels missing."""
 
 import os
 

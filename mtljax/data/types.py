@@ -1,4 +1,4 @@
-"""Data structures of data sets with several tasks: tasks, splits and checksum."""
+"""Structures of data sets with several tasks: tasks, splits, checksum."""
 
 import dataclasses
 import hashlib

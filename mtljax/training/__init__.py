@@ -1,4 +1,4 @@
-"""Training loops for any step: checkpoints, metric rows, progress, plots and tables.
+"""Training loops for any step: checkpoints, rows, progress and tables.
 
 A step is a function ``step(state, batch) -> (state, metrics)``. :func:`fit` runs it
 with evaluation, checkpoints and signal handling. :func:`make_train` provides the same

@@ -1,4 +1,4 @@
-"""Meshes and processes: placement of arrays, and agreement between processes."""
+"""Meshes and processes: placement, and agreement between processes."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""State of one call of :func:`mtljax.training.fit`: rows, checkpoints, signals."""
+"""State of one call of :func:`mtljax.training.fit`."""
 
 import contextlib
 import pathlib

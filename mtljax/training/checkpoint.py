@@ -325,14 +325,14 @@ class Checkpointer:
             seal = record.pop("seal")
         except Exception as error:
             raise CheckpointError(
-                f"its record is unreadable ({_reason(error)})"
+                f"its record is unreadable ({_reason(error)})."
             ) from error
         if seal != _seal(record):
-            raise CheckpointError("its record does not match its digest")
+            raise CheckpointError("its record does not match its digest.")
         if record.get("format") != FORMAT:
-            raise CheckpointError("its format is that of another version of mtljax")
+            raise CheckpointError("its format is that of another version of mtljax.")
         if record["step"] != step:
-            raise CheckpointError(f"its record is that of step {record['step']}")
+            raise CheckpointError(f"its record is that of step {record['step']}.")
         return record
 
     def _read_state(self, step: int, target: PyTree, digest: str) -> PyTree:
@@ -346,9 +346,9 @@ class Checkpointer:
         if any(reasons := _hosts.gather(reason)):
             _collect_quietly()
             found = next(filter(None, reasons))
-            raise CheckpointError(f"its arrays are unreadable ({found})")
+            raise CheckpointError(f"its arrays are unreadable ({found}).")
         if tree_digest(state) != digest:
-            raise CheckpointError("its arrays do not match their digest")
+            raise CheckpointError("its arrays do not match their digest.")
         return state
 
     def restore(
@@ -398,7 +398,8 @@ class Checkpointer:
             except (TreeMismatchError, ConfigMismatchError):
                 raise
             except CheckpointError as error:
-                problem = f"Checkpoint {self.path(candidate)} is damaged: {error}"
+                reason = str(error).removesuffix(".")
+                problem = f"Checkpoint {self.path(candidate)} is damaged: {reason}"
                 problems.append(problem)
                 if candidate != candidates[-1]:
                     warn(f"{problem}; trying the one before it.")

@@ -1,4 +1,4 @@
-"""Command line of an experiment: presets, overrides, and errors in one sentence."""
+"""Command line of an experiment: presets, overrides and errors."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""Runs training steps with evaluation, rows, checkpoints and signal handling."""
+"""Runs training steps with evaluation, rows, checkpoints and signals."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""Plain-JSON records: configurations, their differences, and the environment."""
+"""Plain-JSON records: configurations, differences, the environment."""
 
 import base64
 import dataclasses

@@ -1,4 +1,4 @@
-"""Tables of results with mean and spread over seeds, and the best value in bold."""
+"""Tables of results with mean and spread over seeds."""
 
 import math
 from collections.abc import Mapping, Sequence

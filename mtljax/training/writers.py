@@ -1,4 +1,4 @@
-"""Writers of metric rows: JSON lines (always), TensorBoard (optional), memory."""
+"""Writers of metric rows: JSON lines, TensorBoard, memory."""
 
 import contextlib
 import hashlib

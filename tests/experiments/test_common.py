@@ -110,7 +110,7 @@ def test_a_paired_comparison():
     assert (same.low, same.high) == (0, 0)
     many = paired(np.stack([a, a], 1), np.stack([b, a], 1))
     np.testing.assert_allclose(many.p, [0.009858, np.nan], rtol=1e-4)
-    with pytest.raises(ValueError, match="two seeds or more, not 1"):
+    with pytest.raises(ValueError, match="at least two seeds, not 1"):
         paired([1.0], [2.0])
 
 
