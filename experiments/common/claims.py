@@ -572,6 +572,7 @@ def converged(claim: Claim, lines: Sequence[Line]) -> bool:
 def decide(paper: Paper, lines: Sequence[Line]) -> list[Decision]:
     """Returns a verdict for each claim of a paper.
 
+    A claim is inconclusive if its rows are incomplete or their seeds differ.
     The correction of a family includes the claims that were not run. It is Holm's for
     up to ten claims, and that of Benjamini and Hochberg for more.
 
@@ -579,30 +580,43 @@ def decide(paper: Paper, lines: Sequence[Line]) -> list[Decision]:
       paper: The paper, from :func:`load_claims`.
       lines: All lines that were run with this protocol.
     """
-    sizes: dict[str, list[Claim]] = {}
+    families: dict[str, list[Claim]] = {}
     for claim in paper.entries:
-        sizes.setdefault(claim.family, []).append(claim)
-    found = {c.id: measure(c, lines, len(sizes[c.family])) for c in paper.entries}
+        families.setdefault(claim.family, []).append(claim)
+    found = {
+        claim.id: _judge(claim, lines, len(families[claim.family]))
+        for claim in paper.entries
+    }
     adjusted: dict[str, float] = {}
-    for claims in sizes.values():
-        evidence = [found[claim.id] for claim in claims]
+    for claims in families.values():
+        evidence = [found[claim.id][0] for claim in claims]
         p = [1.0 if e is None or math.isnan(e.p) else e.p for e in evidence]
         correct = holm if len(claims) <= HOLM_LIMIT else benjamini_hochberg
         adjusted |= zip((c.id for c in claims), correct(p).tolist(), strict=True)
     decisions = []
     for claim in paper.entries:
-        evidence = found[claim.id]
-        if evidence is None:
-            said = Verdict("inconclusive", NOT_RUN)
-        else:
-            said = verdict(
-                evidence,
-                claim.smallest,
-                claim.exclude,
-                kind=claim.kind,
-                premise=premise_holds(claim, lines),
-                converged=converged(claim, lines),
-            )
+        evidence, said = found[claim.id]
         p = math.nan if evidence is None else adjusted[claim.id]
         decisions.append(Decision(claim, said, evidence, p))
     return decisions
+
+
+def _judge(
+    claim: Claim, lines: Sequence[Line], family: int
+) -> tuple[Evidence | None, Verdict]:
+    """The effect and the verdict; rows that do not fit the claim decide nothing."""
+    try:
+        evidence = measure(claim, lines, family)
+        if evidence is None:
+            return None, Verdict("inconclusive", NOT_RUN)
+        premise = premise_holds(claim, lines)
+    except ClaimError as error:
+        return None, Verdict("inconclusive", str(error).rstrip("."))
+    return evidence, verdict(
+        evidence,
+        claim.smallest,
+        claim.exclude,
+        kind=claim.kind,
+        premise=premise,
+        converged=converged(claim, lines),
+    )

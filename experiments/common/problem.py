@@ -17,6 +17,10 @@ SCORES = {"classification": ("acc",), "regression": ("r2", "mae")}
 LOWER = ("mae",)
 """Scores for which lower is better."""
 
+LOADED: dict[str, dict[str, Any]] = {}
+"""Digests of the data that this process loaded, and the examples that splits share;
+the headers of results have them, see :mod:`experiments.common.provenance`."""
+
 
 def load(
     config: Common, name: str, kinds: tuple[str, ...] = tuple(SCORES), **options: Any
@@ -49,7 +53,22 @@ def load(
         if not len(getattr(found, part)["image"]):
             raise ConfigError(f"{name} has no examples in its {part} split.")
     check_labels(found)
+    about = "".join(f" {key}={value}" for key, value in sorted(options.items()))
+    LOADED[name + about] = {
+        "digest": data.checksum(found),
+        "shared": shared_examples(found),
+    }
     return found
+
+
+def note_arrays(name: str, splits: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    """Notes the digest of data that an experiment puts together by itself."""
+    digest = hashlib.sha256()
+    for part, split in sorted(splits.items()):
+        for key, array in sorted(split.items()):
+            digest.update(f"{part} {key} {array.dtype} {array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).tobytes())
+    LOADED[name] = {"digest": digest.hexdigest(), "shared": {}}
 
 
 def known_labels(task: data.Task, target: Any) -> Any:

@@ -14,9 +14,8 @@ from typing import Any
 import jax
 
 from experiments.common import claims
-from experiments.common.problem import shared_examples
+from experiments.common.problem import LOADED
 from mtljax import training
-from mtljax.data import Dataset, checksum
 
 SCHEMA = 1
 STARTED = time.time()
@@ -51,21 +50,20 @@ def settings(config: Any) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name not in LOCAL}
 
 
-def header(
-    config: Any, data: Mapping[str, Dataset] | None = None, **about: Any
-) -> dict[str, Any]:
+def header(config: Any, **about: Any) -> dict[str, Any]:
     """Row 0 of a ``results.jsonl``.
+
+    It has the digests of the data that this process loaded, and the numbers of examples
+    that their splits share.
 
     Args:
       config: Of the experiment.
-      data: Data sets by name; the header has their digests, and the numbers of
-        examples that their splits share.
       **about: More entries.
 
     Returns:
       Versions, commit, command and settings, as plain JSON.
     """
-    found = training.environment()
+    found, loaded = training.environment(), dict(LOADED)
     commit = found["commit"]
     experiment = type(config).__module__.removeprefix("experiments.").split(".")[0]
     path = claims.claims_path(experiment)
@@ -87,8 +85,8 @@ def header(
         "cores": os.cpu_count(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "x64": bool(jax.config.read("jax_enable_x64")),
-        "data": {name: checksum(found) for name, found in (data or {}).items()},
-        "shared": {name: shared_examples(d) for name, d in (data or {}).items()},
+        "data": {name: noted["digest"] for name, noted in loaded.items()},
+        "shared": {name: noted["shared"] for name, noted in loaded.items()},
         "claims": (
             claims.claims_digest(claims.load_claims(path)) if path.is_file() else None
         ),
@@ -126,9 +124,10 @@ def check_provenance(path: pathlib.Path) -> list[str]:
     from experiments.common.report import read_rows
 
     head, lines = read_rows(path)
-    faults = check_header(head)
+    faults = check_form(head)
     if faults:
         return faults
+    faults = check_header(head)
     if not lines:
         faults.append("There are no rows.")
     faults += _check_preset(head) + _check_splits(head)
@@ -141,16 +140,20 @@ def check_provenance(path: pathlib.Path) -> list[str]:
     return faults
 
 
-def check_header(head: Mapping[str, Any]) -> list[str]:
-    """Faults that the header alone shows."""
+def check_form(head: Mapping[str, Any]) -> list[str]:
+    """Entries that are absent or of another type."""
     if head.get("kind") != "header" or head.get("schema") != SCHEMA:
         return [f"Row 0 is not a header of schema {SCHEMA}."]
+    return [
+        f"The header has no valid {key!r}: {head.get(key)!r}."
+        for key, kind in KEYS.items()
+        if key not in head or not isinstance(head[key], kind)
+    ]
+
+
+def check_header(head: Mapping[str, Any]) -> list[str]:
+    """Faults that a header of the right form shows by itself."""
     faults = []
-    for key, kind in KEYS.items():
-        if not isinstance(head.get(key), kind):
-            faults.append(f"The header has no valid {key!r}: {head.get(key)!r}.")
-    if faults:
-        return faults
     if head["dirty"]:
         faults.append("The rows were trained with uncommitted changes.")
     faults += [

@@ -9,7 +9,6 @@ from typing import Any, Literal, NamedTuple
 
 from experiments.common.provenance import header
 from mtljax import training
-from mtljax.data import Dataset
 from mtljax.training import tables
 
 
@@ -28,19 +27,12 @@ class Report(NamedTuple):
 
 
 def write_rows(
-    path: pathlib.Path,
-    config: Any,
-    rows: Iterable[Mapping[str, Any]],
-    data: Mapping[str, Dataset] | None = None,
-    **about: Any,
+    path: pathlib.Path, config: Any, rows: Iterable[Mapping[str, Any]], **about: Any
 ) -> pathlib.Path:
-    """``results.jsonl``: the header of :mod:`provenance`, then a line per row.
-
-    ``data`` are the data sets by name, of which the header has digests.
-    """
+    """``results.jsonl``: the header of :mod:`provenance`, then a line per row."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
-        for row in [header(config, data, **about), *rows]:
+        for row in [header(config, **about), *rows]:
             file.write(json.dumps(training.to_json(row)) + "\n")
     return path
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from experiments.common.claims import (
+    NOT_RUN,
     ROOT,
     Decision,
     Paper,
@@ -139,7 +140,7 @@ def tally(decisions: Sequence[Decision]) -> str:
       '0 reproduced, 0 contradicted, 0 inconclusive (0 of them not run)'
     """
     words = Counter(decision.verdict.word for decision in decisions)
-    absent = sum(decision.evidence is None for decision in decisions)
+    absent = sum(decision.verdict.addition == NOT_RUN for decision in decisions)
     return (
         f"{words['reproduced']} reproduced, {words['contradicted']} contradicted, "
         f"{words['inconclusive']} inconclusive ({absent} of them not run)"

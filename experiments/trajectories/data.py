@@ -80,6 +80,8 @@ def load(config: Config, setting: str) -> Problem:
     scale = config.scale(setting)
     if setting in build:
         found = build[setting](config, scale)
+        parts = {part: getattr(found, part) for part in data.SPLITS}
+        common.note_arrays(setting, parts)
     else:
         found = named(config, setting, scale)
     option = setting if setting in SETTINGS else "other"

@@ -21,7 +21,7 @@ from experiments.common.claims import (
 )
 from experiments.common.config import Common, ConfigError
 from experiments.common.selection import Choice, claim_lines, edge_notes, select
-from mtljax.data import MISSING, DataError, Dataset, Task
+from mtljax.data import MISSING, DataError, Dataset, Task, checksum, load
 
 EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
 PAPER = """
@@ -216,8 +216,9 @@ def test_a_premise_is_read_from_the_rows():
     for loss, wanted in ((0.005, "reproduced"), (0.5, "inconclusive (premise absent)")):
         rows = lines("A", B) + lines("B", A, loss=loss)
         assert str(decide(paper_of(entry), rows)[0].verdict) == wanted
-    with pytest.raises(ClaimError, match="a line of 'B' has no 'loss'"):
-        decide(paper_of(entry), lines("A", B) + lines("B", A))
+    (found,) = decide(paper_of(entry), lines("A", B) + lines("B", A))
+    assert found.evidence is None
+    assert "a line of 'B' has no 'loss'" in str(found.verdict)
 
 
 # --- reading --------------------------------------------------------------------------
@@ -325,15 +326,20 @@ def test_a_page_of_rows(tmp_path):
 
 # --- provenance -----------------------------------------------------------------------
 
-OLDER = {
-    "alternating": "rows without header; they are trained again with this protocol",
-    "forkmerge": "rows without header and commit; trained again with this protocol",
-    "fs_mtl": "rows without header; they are trained again with this protocol",
-    "igb": "rows without header; they are trained again with this protocol",
-    "multidigits": "the demo, which no claim cites",
-    "trajectories": "rows without header; they are trained again with this protocol",
-}
-"""Experiments whose files without a header are older than headers, and why."""
+AGAIN = "rows without a header; they are trained again with this protocol"
+OLDER = (
+    ("alternating/results/camvid/results.jsonl", AGAIN),
+    ("alternating/results/faces/results.jsonl", AGAIN),
+    ("alternating/results/school/results.jsonl", AGAIN),
+    ("alternating/results/tox21/results.jsonl", AGAIN),
+    ("forkmerge/results/results.jsonl", AGAIN),
+    ("fs_mtl/results/results.jsonl", AGAIN),
+    ("igb/results/mulan_mtr-wq/results.jsonl", AGAIN),
+    ("igb/results/qm9_subset/results.jsonl", AGAIN),
+    ("multidigits/results/results.jsonl", "the demo, which no claim cites"),
+    ("trajectories/results/results.jsonl", AGAIN),
+)
+"""Files that are older than headers, and why they are kept."""
 
 COMMITTED = sorted(EXPERIMENTS.rglob("results.jsonl"))
 
@@ -342,11 +348,11 @@ COMMITTED = sorted(EXPERIMENTS.rglob("results.jsonl"))
     "path", COMMITTED, ids=lambda path: str(path.relative_to(EXPERIMENTS))
 )
 def test_provenance_of_committed_rows(path):
-    head, _ = report.read_rows(path)
-    if head["kind"] == "about":
-        assert path.relative_to(EXPERIMENTS).parts[0] in OLDER
-    else:
-        assert provenance.check_provenance(path) == []
+    """A file that is listed above may lack the header, or its digest of the data."""
+    faults = provenance.check_provenance(path)
+    if str(path.relative_to(EXPERIMENTS)) in dict(OLDER):
+        faults = [x for x in faults if "Row 0" not in x and "digest of" not in x]
+    assert faults == []
 
 
 def toy(part_of=None, **labels):
@@ -363,25 +369,31 @@ def toy(part_of=None, **labels):
     return Dataset("toy", tasks, (3, 1, 1), *parts)
 
 
-def test_a_header_is_complete(tmp_path):
-    path = report.write_rows(tmp_path / "results.jsonl", Common(), [], {"toy": toy()})
+def test_a_header_is_complete(tmp_path, monkeypatch):
+    monkeypatch.setattr(problem, "LOADED", {})
+    monkeypatch.setattr(provenance, "LOADED", problem.LOADED)
+    problem.load(Common(), "multidigits", train_size=8, val_size=8, test_size=8)
+    path = report.write_rows(tmp_path / "results.jsonl", Common(), [])
     head, _ = report.read_rows(path)
+    (name,) = head["data"]
+    assert name == "multidigits test_size=8 train_size=8 val_size=8"
+    options = {"train_size": 8, "val_size": 8, "test_size": 8}
+    assert head["data"][name] == checksum(load("multidigits", **options))
+    assert head["shared"][name]["train, test"] == 0
+    problem.note_arrays("made", {"train": {"image": np.zeros(3)}})
+    made = provenance.header(Common())["data"]["made"]
+    problem.note_arrays("made", {"train": {"image": np.ones(3)}})
+    assert provenance.header(Common())["data"]["made"] != made
     clean = head | {"commit": "a" * 40, "dirty": False}
-    assert provenance.check_header(clean) == []
-    assert provenance.check_header(clean | {"kind": "about"}) == [
+    assert provenance.check_form(clean) == provenance.check_header(clean) == []
+    assert provenance.check_form(clean | {"kind": "about"}) == [
         "Row 0 is not a header of schema 1."
     ]
     for key in provenance.KEYS:
-        rest = {k: v for k, v in clean.items() if k not in (key, "claims")}
-        if key not in ("claims",):
-            assert provenance.check_header(rest)
-    for change in (
-        {"commit": None},
-        {"dirty": True},
-        {"data": {}},
-        {"versions": {"jax": "1"}},
-        {"wall_s": "long"},
-    ):
+        assert provenance.check_form({k: v for k, v in clean.items() if k != key})
+    assert provenance.check_form(clean | {"commit": None})
+    assert provenance.check_form(clean | {"wall_s": "long"})
+    for change in ({"dirty": True}, {"data": {}}, {"versions": {"jax": "1"}}):
         assert provenance.check_header(clean | change)
 
 
@@ -448,6 +460,9 @@ def test_a_swapped_or_missing_seed_is_seen():
         measure(claim(), relabelled)
     with pytest.raises(ClaimError, match="another row"):
         measure(claim(), rows[:-1])
+    (found,) = decide(paper_of(BASE), relabelled)
+    assert found.verdict.word == "inconclusive"
+    assert "has the seeds [0, 1, 2, 3, 4]" in found.verdict.addition
     twice = [*rows, dict(rows[0])]
     with pytest.raises(ClaimError, match="different lines"):
         measure(claim(), twice)
@@ -467,7 +482,9 @@ def test_a_leaked_test_row_is_marked(tmp_path, monkeypatch):
     (tmp_path / "toy").mkdir()
     (tmp_path / "toy" / "README.md").write_text("Toys.")
     monkeypatch.setattr(claims, "ROOT", tmp_path)
-    head = provenance.header(Common(), {"toy": leaked}) | {"experiment": "toy"}
+    noted = {"toy": {"digest": "x", "shared": found}}
+    monkeypatch.setattr(provenance, "LOADED", noted)
+    head = provenance.header(Common()) | {"experiment": "toy"}
     wanted = ["1 examples of toy are in two splits (train, test)."]
     assert provenance._check_splits(head) == wanted
     (tmp_path / "toy" / "README.md").write_text("The set has repeated examples.")
