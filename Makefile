@@ -15,7 +15,7 @@ FIND_NEWEST = for p in python3.14 python3.13 python3.12 \
   if $$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; \
     then echo $$p; break; fi; done
 
-.PHONY: demo replay test test-deep test-lowest test-newest lint format notebooks clean
+.PHONY: demo replay test test-deep test-lowest test-newest lint format notebooks docs clean
 
 demo: $(VENV)/.installed  ## all methods on real data, side by side; below 3 minutes
 	$(RUN) -m experiments.multidigits demo --resume
@@ -49,6 +49,17 @@ format: $(VENV)/.installed
 notebooks: $(VENV)/.installed  ## executes the .py sources into .ipynb
 	$(BIN)/pip install -q -c constraints.txt -e '.[notebooks]'
 	$(BIN)/jupytext --to ipynb --execute notebooks/*.py
+
+# A page with an error, a broken reference or a warning fails the build. The environment
+# variable MTLJAX_DOCS_EXECUTE=force executes all code again, cache is the default.
+docs: $(VENV)/.docs  ## the site in docs/_build/html, without network
+	MTLJAX_DOCS_OFFLINE=1 $(BIN)/sphinx-build -q -W --keep-going -n -b html \
+	  docs docs/_build/html
+
+$(VENV)/.docs: pyproject.toml constraints.txt
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt -e '.[docs]'
+	touch $@
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)

@@ -366,7 +366,7 @@ def make_runner(
     loop_on: Literal["device", "host", "auto"] = "device",
     placement: Placement | None = None,
 ) -> Callable[..., tuple[Any, Metrics]]:
-    """Builds :func:`make_chunk` or :func:`make_host_chunk` with one signature.
+    """Builds :func:`make_chunk` or ``make_host_chunk`` with one signature.
 
     Args:
       step: Step function ``step(state, batch) -> (state, metrics)``.

@@ -177,7 +177,7 @@ class Progress:
 
         Args:
           step: Number of completed steps.
-          metrics: Train metrics, see :func:`describe`.
+          metrics: Train metrics, see ``describe``.
           evaluation: A short text about the last evaluation.
         """
         if not self._enabled:
