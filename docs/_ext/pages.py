@@ -9,6 +9,7 @@ import functools
 import importlib
 import inspect
 import pathlib
+import posixpath
 import re
 import shutil
 from collections.abc import Iterable, Iterator
@@ -231,10 +232,50 @@ def module_pages() -> Iterator[tuple[str, list[str]]]:
         yield path.removeprefix("mtljax.").replace(".", "_"), lines
 
 
+# Markdown files of the repository that are pages of the site.
+SOURCES = (
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "benchmarks/README.md",
+    "experiments/README.md",
+)
+
+
+def repository_pages() -> Iterator[tuple[str, list[str]]]:
+    """Markdown files of the repository, and those that they link to."""
+    root = DOCS.parent
+    queue = [pathlib.PurePosixPath(path) for path in SOURCES]
+    for source in queue:  # grows in the loop
+        text = (root / source).read_text(encoding="utf-8")
+        page = pathlib.PurePosixPath("repository") / source
+        up = "/".join([".."] * len(page.parts[:-1]))
+
+        def replace(match, folder=source.parent, up=up):
+            mark, label, target = match.groups()
+            path, _, anchor = target.partition("#")
+            if re.match(r"[a-z]+:", target) or not path:
+                return match[0]
+            path = pathlib.PurePosixPath(posixpath.normpath(folder / path))
+            if mark or not (root / path).exists():
+                return f"{mark}[{label}]({up}/../{path})" if mark else label
+            if path.suffix == ".md":
+                if path not in queue:
+                    queue.append(path)
+                return f"[{label}]({up}/repository/{path})"
+            return label if label.startswith("`") else f"{label} (`{path}`)"
+
+        text = re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", replace, text)
+        if not text.lstrip().startswith("# "):
+            text = f"# `{source}`\n\n{text}"
+        top = "" if str(source) in SOURCES else "---\norphan: true\n---\n\n"
+        yield str(page), (top + text).split("\n")
+
+
 def pages() -> dict[str, list[str]]:
     """All generated files by their path below ``docs``."""
     found = {f"api/{name}.md": lines for name, lines in method_pages()}
     found |= {f"api/{name}.md": lines for name, lines in module_pages()}
+    found |= dict(repository_pages())
     found["api/core.md"] = core_page()
     found["api/methods.md"] = [
         "# All methods",
@@ -288,9 +329,9 @@ def write(app: Sphinx) -> None:
         if not file.exists() or file.read_text(encoding="utf-8") != text:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text, encoding="utf-8")
-    for folder in ("api", "_generated", "notebooks"):
-        for file in (DOCS / folder).glob("*.md"):
-            if f"{folder}/{file.name}" not in wanted:
+    for folder in ("api", "_generated", "notebooks", "repository"):
+        for file in (DOCS / folder).rglob("*.md"):
+            if file.relative_to(DOCS).as_posix() not in wanted:
                 file.unlink()
     copy_notebooks()
 
