@@ -15,7 +15,8 @@ FIND_NEWEST = for p in python3.14 python3.13 python3.12 \
   if $$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; \
     then echo $$p; break; fi; done
 
-.PHONY: demo replay test test-deep test-lowest test-newest lint format notebooks docs clean
+.PHONY: demo replay test test-deep test-lowest test-newest \
+  test-package lint format notebooks docs docs-links clean
 
 demo: $(VENV)/.installed  ## all methods on real data, side by side; below 3 minutes
 	$(RUN) -m experiments.multidigits demo --resume
@@ -37,6 +38,9 @@ test-lowest: .venv-lowest/.installed  ## the core with the lowest supported vers
 test-newest: .venv-newest/.installed  ## the core with the newest jax, Python >= 3.12
 	.venv-newest/bin/python -m pytest -q -n auto --dist loadgroup $(CORE_TESTS)
 
+test-package: $(VENV)/.installed  ## the sdist and the wheel, in fresh environments
+	PYTHON=$(abspath $(RUN)) .ci/package $(CORE_TESTS)
+
 lint: $(VENV)/.installed  ## style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -55,6 +59,10 @@ notebooks: $(VENV)/.installed  ## executes the .py sources into .ipynb
 docs: $(VENV)/.docs  ## the site in docs/_build/html, without network
 	MTLJAX_DOCS_OFFLINE=1 $(BIN)/sphinx-build -q -W --keep-going -n -b html \
 	  docs docs/_build/html
+
+docs-links: $(VENV)/.docs  ## external links of the site; needs a network
+	MTLJAX_DOCS_OFFLINE=1 MTLJAX_DOCS_EXECUTE=off $(BIN)/sphinx-build -q \
+	  -b linkcheck docs docs/_build/links
 
 $(VENV)/.docs: pyproject.toml constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)

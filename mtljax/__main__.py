@@ -1,35 +1,224 @@
-"""``python -m mtljax`` prints the tables of all methods and wrappers."""
+"""The command ``mtljax``, which is also ``python -m mtljax``.
+
+``mtljax methods`` and ``mtljax show`` print the registry and need the core only.
+``mtljax compare``, ``plot`` and ``report`` read the rows of training runs and need the
+extra ``train``. An error is one sentence on the standard error stream.
+"""
 
 import argparse
+import csv
+import inspect
+import json
 import os
+import platform
+import re
+import shlex
+import shutil
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import optax
 
 import mtljax
-from mtljax.catalogue import WRAPPERS, wrappers_table
-from mtljax.methods import METHODS, methods_table
+from mtljax.catalogue import WRAPPERS, method_reads, wrappers_table
+from mtljax.methods import METHODS, Method, methods_table
+
+ERROR, MISSING, CLOSED = 2, 3, 141  # exit statuses
+FAMILIES = ("loss balancing", "gradient balancing")
+READS = ("nothing", "losses", "Gramian", "gradients")
+KINDS = ("losses", "weights", "cosines", "tradeoff")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints the tables of methods and wrappers, or the version.
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command.
 
     Args:
       arguments: Command-line arguments. By default those of the process.
+
+    Returns:
+      The exit status: 0, 2 for an error of usage or data, 3 if an extra is missing,
+      or 141 if the reading process closed the pipe.
     """
-    parser = argparse.ArgumentParser(
-        prog="mtljax", description="Lists the methods and the wrappers of mtljax."
-    )
-    version = f"mtljax {mtljax.__version__}"
-    parser.add_argument("--version", action="version", version=version)
-    parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     try:
-        print(methods_table())
-        print()
-        print(wrappers_table())
-        print(f"\n{len(METHODS)} methods and {len(WRAPPERS)} wrappers.", flush=True)
+        options.run(options)
+        sys.stdout.flush()
     except BrokenPipeError:  # the reading process, for example `head`, closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED
+    except ModuleNotFoundError as error:
+        print(f"mtljax: {error}", file=sys.stderr)
+        return MISSING
+    except (OSError, ValueError) as error:
+        print(f"mtljax: {error}", file=sys.stderr)
+        return ERROR
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mtljax",
+        description="Lists the methods of mtljax and compares training runs. Without "
+        "a command it prints the tables of methods and wrappers as Markdown.",
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    parser.set_defaults(run=_tables)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    def command(name: str, run: Callable[[Any], None], text: str) -> Any:
+        new = commands.add_parser(name, help=text, description=text)
+        new.set_defaults(run=run)
+        return new
+
+    new = command("methods", _methods, "Lists the methods.")
+    new.add_argument("--family", choices=FAMILIES)
+    new.add_argument("--reads", type=_reads, choices=READS)
+    new.add_argument(
+        "--format", choices=("table", "markdown", "json", "csv"), default="table"
+    )
+    new = command("show", _show, "Prints the documentation of one method.")
+    new.add_argument("name", help="name or acronym, for example cagrad or Nash-MTL")
+
+    runs = "folders of runs (with metrics.jsonl or results.jsonl), or folders of these"
+    new = command("compare", _compare, "Compares training runs in a table.")
+    new.add_argument("runs", nargs="+", metavar="RUN", help=runs)
+    new.add_argument("--metric", action="append", help="may be given several times")
+    new.add_argument("--mode", choices=("min", "max"), default="min")
+    new = command("plot", _plot, "Draws a figure of training runs.")
+    new.add_argument("runs", nargs="+", metavar="RUN", help=runs)
+    new.add_argument("--kind", choices=KINDS, default="losses")
+    new.add_argument("--metric", action="append", help="two metrics, for tradeoff")
+    new.add_argument("--mode", choices=("min", "max"), default="min")
+    new.add_argument("-o", "--output", default="plot.png", help="a PNG or SVG file")
+    new = command("report", _report, "Writes a report as one HTML file.")
+    new.add_argument("runs", nargs="+", metavar="RUN", help=runs)
+    new.add_argument("-o", "--output", default="report.html", help="an HTML file")
+    return parser
+
+
+def _version() -> str:
+    return (
+        f"mtljax {mtljax.__version__} (jax {jax.__version__}, optax "
+        f"{optax.__version__}, Python {platform.python_version()})"
+    )
+
+
+def _reads(text: str) -> str:
+    """Accepts the choices of --reads in any case."""
+    return next((name for name in READS if name.lower() == text.lower()), text)
+
+
+def _tables(options: Any) -> None:
+    del options
+    print(methods_table())
+    print()
+    print(wrappers_table())
+    print(f"\n{len(METHODS)} methods and {len(WRAPPERS)} wrappers.")
+
+
+def _row(method: Method) -> dict[str, str]:
+    return {
+        "name": method.name,
+        "label": method.label,
+        "family": method.family,
+        "source": method.source,
+        "reads": method_reads(method),
+        "cost": method.cost,
+        "state": method.state,
+        "summary": method.promise,
+    }
+
+
+def _methods(options: Any) -> None:
+    rows = [
+        _row(method)
+        for method in METHODS.values()
+        if options.family in (None, method.family)
+    ]
+    rows = [row for row in rows if options.reads in (None, row["reads"])]
+    if options.format == "json":
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
+    elif options.format == "csv":
+        writer = csv.DictWriter(sys.stdout, list(rows[0]) if rows else ["name"])
+        writer.writeheader()
+        writer.writerows(rows)
+    elif options.format == "markdown":
+        names = {row["name"] for row in rows}
+        head, rule, *lines = methods_table().splitlines()
+        lines = [line for line in lines if line.split("`")[1] in names]
+        print("\n".join([head, rule, *lines]))
+    else:
+        shown = ("name", "label", "reads", "cost", "summary")
+        print(_wrapped([{key: row[key] for key in shown} for row in rows]))
+
+
+def _wrapped(rows: Sequence[dict[str, str]]) -> str:
+    """A table for a terminal, whose last column is wrapped."""
+    if not rows:
+        return "No method matches."
+    *columns, last = rows[0]
+    widths = {c: max(len(c), *(len(row[c]) for row in rows)) for c in columns}
+    indent = sum(widths.values()) + 2 * len(columns)
+    space = max(20, shutil.get_terminal_size().columns - indent)
+    lines = []
+    for row in [dict(zip(rows[0], rows[0], strict=True)), *rows]:
+        start = "".join(f"{row[c]:{widths[c]}}  " for c in columns)
+        first, *more = textwrap.wrap(row[last], space) or [""]
+        lines += [start + first, *(" " * indent + text for text in more)]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _show(options: Any) -> None:
+    method = mtljax.get_method(options.name)
+    signature = inspect.signature(method.factory)
+    plain = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    text = signature.replace(parameters=plain, return_annotation=signature.empty)
+    arxiv = method.source[:4].isdigit()
+    source = f"https://arxiv.org/abs/{method.source}" if arxiv else method.source
+    print(f"{method.name}{text}\n")
+    print(f"{method.label}, {method.family}")
+    print(f"reads   {method_reads(method)}")
+    print(f"cost    {method.cost}")
+    print(f"state   {method.state}")
+    print(f"source  {source}\n")
+    print(_plain(inspect.getdoc(method.factory) or ""))
+
+
+def _plain(text: str) -> str:
+    """A docstring without the marks of reStructuredText."""
+    text = re.sub(r"`([^`<]+)\s+<([^`>]+)>`_+", r"\1 (\2)", text)
+    text = re.sub(r":[a-z:]+:`~?([^`]+)`", r"\1", text)
+    return text.replace("``", "")
+
+
+# The following commands need the extra "train", which is imported when it is used.
+
+
+def _compare(options: Any) -> None:
+    from mtljax.training import compare
+
+    runs = compare.find_runs(options.runs)
+    print(compare.comparison(runs, options.metric, options.mode))
+
+
+def _plot(options: Any) -> None:
+    from mtljax.training import compare, report
+
+    runs = compare.find_runs(options.runs)
+    kind, metrics, mode = options.kind, options.metric, options.mode
+    print(report.write_figure(runs, kind, options.output, metrics, mode))
+
+
+def _report(options: Any) -> None:
+    from mtljax.training import compare, report
+
+    runs = compare.find_runs(options.runs)
+    command = shlex.join(["mtljax", "report", *options.runs, "-o", options.output])
+    print(report.write_report(runs, options.output, command))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

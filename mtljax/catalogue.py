@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
+
 from mtljax.balancer import Balancer
-from mtljax.methods import source_link
+from mtljax.methods import Method, source_link
 from mtljax.sharpness import flat_split
 from mtljax.wrappers import compose, per_layer, smooth_weights
 
@@ -77,3 +79,16 @@ def wrappers_table() -> str:
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def method_reads(method: Method) -> str:
+    """Returns what a method reads: nothing, losses, Gramian or gradients.
+
+    Examples:
+      >>> import mtljax
+      >>> method_reads(mtljax.METHODS["cagrad"])
+      'Gramian'
+    """
+    balancer = method.build(3, key=jax.random.key(0))
+    named = {"gramian": "Gramian", "grads": "gradients"}
+    return named.get(balancer.needs, "losses" if balancer.reads_losses else "nothing")

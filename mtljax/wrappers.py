@@ -71,9 +71,9 @@ def compose(loss_balancer: Balancer, gradient_balancer: Balancer) -> Balancer:
     The gradient balancer reads ``w_i g_i``, the gradients of the losses weighted with
     ``w_i``, and returns weights ``a_i``. The composition is a :class:`Balancer` with
     weights ``w_i a_i``. With ``scale_invariant`` as the loss balancer, the gradient
-    balancer reads the gradients of the log losses, as in the ``LOG_`` variants of the FAMO
-    code. The direction of ``nash_mtl`` and ``imtl_g`` does not depend on the scale of a
-    loss, so it does not change. If the gradient balancer also reads the losses, it
+    balancer reads the gradients of the log losses, as in the ``LOG_`` variants of the
+    FAMO code. The direction of ``nash_mtl`` and ``imtl_g`` does not depend on the scale
+    of a loss, so it does not change. If the gradient balancer also reads the losses, it
     receives them unweighted.
 
     Args:

@@ -21,7 +21,7 @@ from sphinx.ext import napoleon
 from sphinx.util.nodes import make_refnode
 
 import mtljax
-from mtljax.catalogue import WRAPPERS, wrappers_table
+from mtljax.catalogue import WRAPPERS, method_reads, wrappers_table
 from mtljax.methods import METHODS, methods_table
 
 DOCS = pathlib.Path(__file__).parents[1]
@@ -44,6 +44,8 @@ MODULES = {
     "mtljax.training": "Training runs",
     "mtljax.training.tables": "Tables of results",
     "mtljax.training.plots": "Figures of runs",
+    "mtljax.training.compare": "Comparisons of runs",
+    "mtljax.training.report": "Reports of runs",
     "mtljax.training.cli": "Commands of experiments",
     "mtljax.models": "Models",
     "mtljax.data": "Data sets",
@@ -172,16 +174,11 @@ def costs_table() -> list[str]:
     """Methods by what they read and what a step costs."""
     groups: dict[tuple[str, str], list[str]] = {}
     for method in METHODS.values():
-        balancer = method.build(3, key=jax.random.key(0))
-        reads = "the losses" if balancer.reads_losses else "nothing"
-        reads = {"gramian": "the Gramian", "grads": "the gradients"}.get(
-            balancer.needs, reads
-        )
-        groups.setdefault((reads, method.cost), []).append(
+        groups.setdefault((method_reads(method), method.cost), []).append(
             f"{{func}}`~mtljax.{method.name}`"
         )
     lines = ["| reads | cost of a step | methods |", "|:--|:--|:--|"]
-    order = ("nothing", "the losses", "the Gramian", "the gradients")
+    order = ("nothing", "losses", "Gramian", "gradients")
     rows = sorted(groups.items(), key=lambda row: order.index(row[0][0]))
     for (reads, cost), names in rows:
         lines.append(f"| {reads} | {cost} | {', '.join(names)} |")
@@ -252,7 +249,7 @@ def repository_pages() -> Iterator[tuple[str, list[str]]]:
 
         def replace(match, folder=source.parent, up=up):
             mark, label, target = match.groups()
-            path, _, anchor = target.partition("#")
+            path = target.partition("#")[0]
             if re.match(r"[a-z]+:", target) or not path:
                 return match[0]
             path = pathlib.PurePosixPath(posixpath.normpath(folder / path))
