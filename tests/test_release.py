@@ -79,4 +79,4 @@ def test_no_placeholder_remains():
 def test_the_changelog_has_the_version():
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     headings = re.findall(r"^## \[?([^\]\s]+)", text, re.M)
-    assert [h for h in headings if h != "Unreleased"][0] == mtljax.__version__
+    assert next(h for h in headings if h != "Unreleased") == mtljax.__version__
