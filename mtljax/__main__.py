@@ -39,8 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
       arguments: Command-line arguments. By default those of the process.
 
     Returns:
-      The exit status: 0, 2 for an error of usage or data, 3 if an extra is missing,
-      or 141 if the reading process closed the pipe.
+      The exit status. It is 0, or 2 for an error of usage or data, 3 if an extra is
+      missing, 141 if the reading process closed the pipe.
     """
     options = _parser().parse_args(arguments)
     try:

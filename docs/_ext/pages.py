@@ -1,4 +1,4 @@
-"""Writes the pages that follow from the code: the API reference and its tables.
+"""Writes the API reference, its tables and other pages from the code.
 
 Everything below ``docs/api`` and ``docs/_generated`` is written here, before Sphinx
 reads its sources. A file is written only if its text changes, so that a second build
@@ -29,7 +29,7 @@ FAMILIES = ("loss balancing", "gradient balancing")
 SCALES = {
     "sum": "the sum of the losses",
     "mean": "the mean of the losses",
-    None: "neither; the docstring states what it is",
+    None: "neither, see the docstring",
 }
 
 # Page -> what it documents: a module, and a heading.
@@ -235,6 +235,8 @@ SOURCES = (
     "CONTRIBUTING.md",
     "benchmarks/README.md",
     "experiments/README.md",
+    "experiments/RESULTS.md",
+    "experiments/ERRATA.md",
 )
 
 

@@ -13,7 +13,7 @@ FILES = ("metrics.jsonl", "results.jsonl")
 _LABELS = frozenset({"step", "kind", "seed", "seconds", "step_ms", "final"})
 _TEXTS = frozenset({"kind", "label"})  # texts that do not tell runs apart
 _AXES = frozenset({"lr", "scale", "interval"})  # numbers that do
-_SHOWN = 6  # metrics in a table that asks for none
+_SHOWN = 6  # metrics of a table without a selection
 
 
 class Run(NamedTuple):

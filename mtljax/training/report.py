@@ -1,4 +1,4 @@
-"""Draws figures of runs and writes a report as one self-contained HTML file."""
+"""Draws figures of runs and writes reports as one HTML file."""
 
 import base64
 import html
