@@ -1,4 +1,4 @@
-"""Files of a release agree with each other; placeholders are replaced before one."""
+"""Files of a release agree with each other and have no placeholders."""
 
 import os
 import pathlib
