@@ -142,7 +142,9 @@ def _methods(options: Any) -> None:
     if options.format == "json":
         print(json.dumps(rows, indent=2, ensure_ascii=False))
     elif options.format == "csv":
-        writer = csv.DictWriter(sys.stdout, list(rows[0]) if rows else ["name"])
+        writer = csv.DictWriter(
+            sys.stdout, list(rows[0]) if rows else ["name"], lineterminator="\n"
+        )
         writer.writeheader()
         writer.writerows(rows)
     elif options.format == "markdown":

@@ -126,7 +126,7 @@ def figure(
         raise ValueError(f"The rows contain no {kind}: no field {fields}.")
     count = next(iter(curves.values())).values.shape[-1]
     if kind == "losses":
-        positive = all((curve.values > 0).all() for curve in curves.values())
+        positive = all(not (c.values <= 0).any() for c in curves.values())
         return plots.loss_curves(curves, _names(runs, count), log=positive)
     if kind == "weights":
         return plots.weight_trajectories(curves, _names(runs, count))
