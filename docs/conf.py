@@ -67,7 +67,8 @@ nb_execution_mode = os.environ.get("MTLJAX_DOCS_EXECUTE", "cache")
 nb_execution_raise_on_error = True
 nb_execution_timeout = 120
 nb_merge_streams = True
-nb_custom_formats = {".py": ["jupytext.reads", {"fmt": "py:percent"}]}
+# The notebooks are committed with their outputs; `make notebooks` executes them.
+nb_execution_excludepatterns = ["notebooks/*"]
 
 html_theme = "sphinx_book_theme"
 html_title = "mtljax"

@@ -4,6 +4,7 @@ import json
 import pathlib
 import runpy
 
+import matplotlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1] / "notebooks"
@@ -11,7 +12,9 @@ SOURCES = sorted(ROOT.glob("*.py"))
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
-def test_runs(source, capsys):
+def test_runs(source, capsys, monkeypatch):
+    monkeypatch.setenv("MTLJAX_NOTEBOOK_FAST", "1")  # a tenth of the steps
+    matplotlib.use("agg")
     runpy.run_path(str(source))
     assert "mtljax" in capsys.readouterr().out
 

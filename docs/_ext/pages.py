@@ -298,7 +298,7 @@ def pages() -> dict[str, list[str]]:
         "```{toctree}",
         ":maxdepth: 1",
         "",
-        *sorted(file.stem for file in (DOCS.parent / "notebooks").glob("*.py")),
+        *sorted(file.stem for file in (DOCS.parent / "notebooks").glob("*.ipynb")),
         "```",
     ]
     found["api/index.md"] = [
@@ -336,15 +336,16 @@ def write(app: Sphinx) -> None:
 
 
 def copy_notebooks() -> None:
-    """Copies the sources of the notebooks to a folder that Sphinx reads."""
+    """Copies the executed notebooks to a folder that Sphinx reads."""
     target = DOCS / "notebooks"
     target.mkdir(exist_ok=True)
-    sources = {file.name: file for file in (DOCS.parent / "notebooks").glob("*.py")}
+    folder = DOCS.parent / "notebooks"
+    sources = {file.name: file for file in folder.glob("*.ipynb")}
     for name, file in sources.items():
         copy = target / name
         if not copy.exists() or copy.read_bytes() != file.read_bytes():
             shutil.copyfile(file, copy)
-    for copy in target.glob("*.py"):
+    for copy in target.glob("*.ipynb"):
         if copy.name not in sources:
             copy.unlink()
 
