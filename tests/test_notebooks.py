@@ -5,6 +5,7 @@ import pathlib
 import runpy
 
 import matplotlib
+import matplotlib.pyplot as plt
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1] / "notebooks"
@@ -15,6 +16,7 @@ SOURCES = sorted(ROOT.glob("*.py"))
 def test_runs(source, capsys, monkeypatch):
     monkeypatch.setenv("MTLJAX_NOTEBOOK_FAST", "1")  # a tenth of the steps
     matplotlib.use("agg")
+    monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
     runpy.run_path(str(source))
     assert "mtljax" in capsys.readouterr().out
 
