@@ -21,12 +21,20 @@ ROOT = pathlib.Path(__file__).parent.parent
 # Files whose prose is checked. A pattern is relative to the root of the repository.
 COVERED = (
     "mtljax/**/*.py",
+    "docs/*.md",
+    "docs/concepts/*.md",
+    "docs/guides/*.md",
+    "docs/project/*.md",
+    "docs/benchmarks/*.md",
+    "docs/_ext/*.py",
     "docs/examples/*.py",
     "benchmarks/*.py",
     "benchmarks/*.md",
     "README.md",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
+    "SECURITY.md",
+    "CODE_OF_CONDUCT.md",
 )
 
 # Phrases to avoid, and what to write instead.
