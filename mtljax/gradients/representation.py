@@ -52,7 +52,7 @@ def through(encode: Callable[..., Any], losses: Callable[..., Any]) -> Through:
         shape ``[T]``, or ``(losses, aux)``.
 
     Returns:
-      A :class:`Through`, which all functions of mtljax accept as ``task_losses``. It
+      A ``Through``, which all functions of mtljax accept as ``task_losses``. It
       can also be called.
 
     Examples:

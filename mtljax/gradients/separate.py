@@ -124,7 +124,7 @@ def separate(
         gradient has shape ``[T, ...]``.
 
     Returns:
-      A :class:`Separate`, which all functions of mtljax accept as ``task_losses``. It
+      A ``Separate``, which all functions of mtljax accept as ``task_losses``. It
       can also be called.
 
     Raises:

@@ -152,7 +152,7 @@ def get_method(name: str) -> Method:
       name: Name or label of the method.
 
     Returns:
-      A :class:`mtljax.methods.Method`.
+      A ``Method``, an entry of ``mtljax.METHODS``.
 
     Raises:
       ValueError: If no method has this name. The message contains similar names.
