@@ -199,7 +199,8 @@ def flat_split(
 
     Raises:
       ValueError: If the mode is unknown, or if the balancer does not support it. In
-        ``update``, if the gradients are not a :class:`mtljax.sharpness.SamGrads` or have no flat part.
+        ``update``, if the gradients are not a :class:`mtljax.sharpness.SamGrads` or
+        have no flat part.
 
     Examples:
       >>> import jax, jax.numpy as jnp, mtljax

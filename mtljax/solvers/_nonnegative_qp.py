@@ -46,7 +46,7 @@ _PATIENCE = 1  # full exchanges without progress before single exchanges
 
 
 class QPSolution(NamedTuple):
-    """Solution of :func:`mtljax.solvers.nonnegative_qp`.
+    """Solution of ``nonnegative_qp``.
 
     Attributes:
       x: The minimiser, shape ``[T]``.
