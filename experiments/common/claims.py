@@ -13,6 +13,7 @@ Claims read lines of ``results.jsonl`` with these keys:
 metrics     numbers, or lists of numbers, which are averaged
 ``edge``    ``"low"`` or ``"high"`` if the row chose an end of its grid of rates
 ``late``    share of the runs that report one of their last two evaluations
+``study``   lines apart from the table; only claims whose ``where`` has it read them
 ==========  ====================================================================
 
 Several lines of one row and seed (tasks, data sets, targets) are averaged. All seeds
@@ -253,6 +254,8 @@ def _claim(entry: Mapping[str, Any], experiment: str) -> Claim:
         values[key] = (value,) if isinstance(value, str) else tuple(value)
     if not values["match"]:
         values["match"] = values["over"]
+    if values.get("premise") is False:  # a claim without the default's premise
+        del values["premise"]
     if "premise" in values:
         try:
             values["premise"] = Premise(**values["premise"])
@@ -377,6 +380,7 @@ class Side(NamedTuple):
             for line in lines
             if line.get("row") == self.label
             and line.get("column", "chosen") == claim.column
+            and ("study" in self.where or "study" not in line)
             and all(
                 line.get(key) in (value if isinstance(value, list | tuple) else [value])
                 for key, value in self.where.items()

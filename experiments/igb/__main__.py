@@ -42,7 +42,12 @@ def run_problem(config: Config, problem, command: str, screen):
     )
     values = report.Values(rows, names)
     table = report.make_report(values, problem.name)
-    written = report.write(values, table, config, problem, command)
+    times = {}
+    if {report.TIMED, report.REFERENCE} <= set(methods):
+        pair = (report.TIMED, report.REFERENCE)
+        times = {report.TIMED: train.run_times(config, problem, *pair)}
+        times[report.REFERENCE] = [1.0] * config.seeds
+    written = report.write(values, table, config, problem, command, times=times)
     title = f"{problem.name}, test, mean ± sd over {config.seeds} seeds"
     screen.show(table, title, exclude=["single task"])
     screen.finish(written)

@@ -9,7 +9,7 @@ import numpy as np
 
 from experiments.common import figures
 from experiments.common import report as common
-from experiments.common.report import Report
+from experiments.common.report import Report, pm
 from experiments.common.selection import Choice, edge_notes, select, select_each
 from experiments.common.statistics import comparison_table
 from experiments.igb import train
@@ -36,6 +36,8 @@ COMPARED = (
     ("igb_v2+nash_mtl", "nash_mtl"),
 )
 """Pairs of rows that claims are about."""
+TIMED, REFERENCE = "igb_v2", "linear"
+"""The row whose time a claim compares with that of another row."""
 
 
 def label_of(method: str) -> str:
@@ -171,8 +173,52 @@ def differences(delta: Mapping[str, np.ndarray]) -> str:
     return comparison_table(pairs)
 
 
+def claim_lines(
+    values: Values, problem: train.Problem, times: Mapping[str, Sequence[float]]
+) -> list[dict[str, Any]]:
+    """Lines by row, column and seed, with the numbers that claims read.
+
+    Args:
+      values: Of the data set.
+      problem: The data set.
+      times: Method -> time of a run over that of ``REFERENCE``, for each seed.
+    """
+    signal = np.asarray(problem.signal)
+    scale = factors(values.names, problem.name)
+    alone = select_each(values.rows[SINGLE_TASK], maximise=False)
+    lines: list[dict[str, Any]] = [
+        {"method": SINGLE_TASK, "row": "single task", "column": "chosen", **row}
+        for row in alone
+    ]
+    for method, choice in values.choices.items():
+        about = {"method": method, "row": label_of(method)}
+        about |= {"edge": choice.edge, "late": choice.late}
+        columns = {
+            "chosen": (choice.rows, values.delta[method]),
+            "last": (choice.last, values.last[method]),
+        }
+        for column, (rows, delta) in columns.items():
+            for i, row in enumerate(rows):
+                more = {"column": column, "delta_m": delta[i]}
+                if method in times:
+                    more["step_ratio"] = times[method][i]
+                if problem.by_seed:
+                    more["signal_r2"] = signal[i]
+                if is_graph(problem.name):
+                    errors = zip(values.names, scale * row["test_mae"], strict=True)
+                    more |= {f"{name}_mae": error for name, error in errors}
+                lines.append({**about, **row, **more})
+    return [{"data": problem.name, **line} for line in lines]
+
+
 def write(
-    values: Values, table: Report, config: Config, problem: train.Problem, command: str
+    values: Values,
+    table: Report,
+    config: Config,
+    problem: train.Problem,
+    command: str,
+    *,
+    times: Mapping[str, Sequence[float]],
 ) -> list[pathlib.Path]:
     """Writes ``results.jsonl``, ``table.md`` and the figures of a data set."""
     folder = train.folder(config, problem.name)
@@ -194,32 +240,19 @@ def write(
         "lower is better: over all metrics, and over tasks, where the four atomisation "
         "energies count as one. Mean rank is among the multi-task rows.",
         " ".join(edge_notes(marks)),
+        *(
+            f"A run of {label_of(method)} takes {pm(found)} times as long as a run of "
+            f"{label_of(REFERENCE)} (one run at a time, {config.seeds} pairs)."
+            for method, found in times.items()
+            if method != REFERENCE
+        ),
         differences(values.delta) if config.seeds > 1 else "",
     ]
-    alone = select_each(values.rows[SINGLE_TASK], maximise=False)
-    lines: list[dict[str, Any]] = [
-        {"method": SINGLE_TASK, "row": "single task", "column": "chosen", **row}
-        for row in alone
-    ]
-    for method, choice in values.choices.items():
-        about = {"method": method, "row": label_of(method)}
-        about |= {"edge": choice.edge, "late": choice.late}
-        columns = {
-            "chosen": (choice.rows, values.delta[method]),
-            "last": (choice.last, values.last[method]),
-        }
-        for column, (rows, delta) in columns.items():
-            for i, row in enumerate(rows):
-                more = {"column": column, "delta_m": delta[i]}
-                if problem.by_seed:
-                    more["signal_r2"] = signal[i]
-                lines.append({**about, **row, **more})
-    lines = [{"data": problem.name, **line} for line in lines]
     return [
         common.write_rows(
             folder / "results.jsonl",
             config,
-            lines,
+            claim_lines(values, problem, times),
             data={problem.name: problem.dataset},
             signal_r2=signal.tolist(),
         ),

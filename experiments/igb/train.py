@@ -1,6 +1,7 @@
 """Problem, training step of a table row, and its run with all seeds."""
 
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -187,7 +188,7 @@ def make_problem(config: Config, name: str) -> Problem:
 
     def targets(batch, split):
         found = jnp.stack([batch[task][:, split] for task in tasks], -1)
-        return found * units[split]
+        return found * units[split][None]
 
     def task_losses(params, batch, split):
         out = predict(params, batch["image"][:, split], train=True)
@@ -424,6 +425,38 @@ def run_method(
         data=problem.train,
         order=order_keys,
     ).rows
+
+
+def run_times(
+    config: Config, problem: Problem, method: str, reference: str
+) -> list[float]:
+    """Time of a whole run of a row over that of another, one ratio for each seed.
+
+    The runs are not stacked, as users train one. The runs of the two rows alternate.
+    """
+    settings = problem.settings
+    batch = {k: v[: settings.batch_size] for k, v in problem.train.items()}
+
+    def prepare(name):
+        program = make_program(config, problem, name)
+        runs = runs_of(config, problem, name, settings.lrs[:1])
+        state, _ = initial_state(problem, name, program, runs)
+
+        @jax.jit
+        def whole(state):
+            one = lambda s, _: (program.step(s, batch)[0], None)
+            return jax.lax.scan(one, state, None, length=settings.steps)[0].params
+
+        def clock(i):
+            start = time.perf_counter()
+            jax.block_until_ready(whole(jax.tree.map(lambda x: x[i], state)))
+            return time.perf_counter() - start
+
+        clock(0)  # compiles
+        return clock
+
+    mine, other = prepare(method), prepare(reference)
+    return [mine(i) / other(i) for i in range(config.seeds)]
 
 
 def folder(config: Config, data_name: str):

@@ -211,6 +211,24 @@ def test_a_family_shares_its_correction_with_claims_that_were_not_run():
     assert math.isnan(second.p_adjusted)
 
 
+def test_lines_of_a_study_count_only_where_it_is_named():
+    apart = [{**line, "study": "s", "m": 50.0} for line in lines("A", B)]
+    for line in apart:
+        del line["score"]
+    rows = lines("A", B) + lines("B", A) + apart
+    (found,) = decide(paper_of(BASE), rows)
+    (alone,) = decide(paper_of(BASE), lines("A", B) + lines("B", A))
+    assert found == alone
+    entry = {**BASE, "metric": "m", "against": [], "reference": 49.0}
+    (found,) = decide(paper_of({**entry, "where": {"study": "s"}}), rows)
+    assert found.evidence is not None
+    np.testing.assert_allclose(found.evidence.mean, 1.0)
+
+
+def test_a_claim_can_do_without_the_premise_of_the_defaults():
+    assert claim(premise=False).premise is None
+
+
 def test_a_premise_is_read_from_the_rows():
     entry = {**BASE, "premise": {"metric": "loss", "at_most": 0.01}}
     for loss, wanted in ((0.005, "reproduced"), (0.5, "inconclusive (premise absent)")):

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 import mtljax
+from experiments.common import claims
 from experiments.igb import __main__ as command
 from experiments.igb import report, train
 from experiments.igb.config import (
@@ -62,6 +64,54 @@ def test_every_row_has_its_own_label():
     labels = [row.label for row in ROWS.values()]
     assert len(set(labels)) == len(labels)
     assert set(TABLE) <= set(ROWS)
+
+
+def test_claims_read_rows_of_the_presets():
+    """Every label of a claim is a row, and every set of its lines is trained."""
+    known = {name: {ROWS[m].label for m in TABLE} for name in ("cpu", "large", "gpu")}
+    paper = claims.load_claims(claims.claims_path("igb"))
+    for claim in paper.entries:
+        sets = claim.where["data"]
+        if sets == "qm9":
+            methods = PRESETS["qm9"][1].graph.methods
+            labels = {ROWS[method].label for method in methods}
+            assert {*claim.row, *claim.against} <= labels, claim.id
+            continue
+        for name, labels in known.items():
+            assert {*claim.row, *claim.against} <= labels, claim.id
+            assert set(sets) <= set(PRESETS[name][1].data)
+    cpu = PRESETS["cpu"][1]
+    splits = {c.scope for c in paper.entries if "tables" in c.scope}
+    assert splits == {f"six tables, MLP 64-64, {cpu.seeds} splits"}
+
+
+def made_up_lines(data, names, signal=0.9):
+    """Claim lines of two rows and three seeds on a set; IGBv1 is 10 % better."""
+    errors = {"linear": 10.0, "igb_v1": 9.0}
+    runs = lambda value: [row(s, 1, [value] * 2, [value] * 2) for s in range(3)]
+    found: dict = {method: runs(value) for method, value in errors.items()}
+    found[SINGLE_TASK] = [row(0, 1, [8.0] * 2, [8.0] * 2, name) for name in names]
+    values = report.Values(found, names)
+    by_seed = data.startswith("mulan_mtr")
+    problem = SimpleNamespace(name=data, by_seed=by_seed, signal=[signal] * 3)
+    return report.claim_lines(values, problem, {"linear": [1.0] * 3})
+
+
+def test_lines_have_the_metrics_of_the_claims():
+    lines = made_up_lines("mulan_mtr/enb", ["y1", "y2"])
+    mine = [x for x in lines if x["row"] == "IGBv1" and x["column"] == "last"]
+    np.testing.assert_allclose([x["delta_m"] for x in mine], 12.5)
+    np.testing.assert_allclose([x["signal_r2"] for x in mine], 0.9)
+    ratios = {x["row"]: x.get("step_ratio") for x in lines}
+    assert ratios == {"single task": None, "EW": 1.0, "IGBv1": None}
+    # Energies of molecules in meV.
+    lines = made_up_lines("qm9", ["u0", "mu"])
+    paper = claims.load_claims(claims.claims_path("igb"))
+    found = {d.claim.id: d for d in claims.decide(paper, lines)}
+    energies = found["igb.qm9-energies"].evidence
+    assert energies is not None
+    np.testing.assert_allclose(energies.mean, 1000)
+    assert found["igb.igb1-over-si"].evidence is None
 
 
 def test_presets_are_complete():
@@ -199,6 +249,7 @@ def test_the_smoke_preset_writes_table_rows_and_plots(folder, tmp_path, capsys):
     # At the chosen and the last step; two tasks alone at the chosen one.
     assert len(lines) == config.seeds * (2 * len(config.table.methods) + 2)
     assert len(about["signal_r2"]) == config.seeds
+    assert all(0 < x["signal_r2"] < 1 for x in lines if x["row"] != "single task")
     assert about["config"]["table"]["steps"] == 24
     for name in ("rows", "agent"):
         png = (out / f"{name}.png").read_bytes()
@@ -307,6 +358,14 @@ def test_molecules(folder, tmp_path):
     table = (tmp_path / "run" / "qm9_subset" / "table.md").read_text()
     assert "| IGBv1 |" in table
     assert "homo ↓" in table
+
+
+def test_times_are_ratios_of_a_run_to_the_reference(folder):
+    config = small(folder, seeds=2)
+    problem = train.make_problem(config, "mulan_mtr/enb")
+    found = train.run_times(config, problem, "igb_v1", "linear")
+    assert len(found) == 2
+    assert all(0 < ratio < 1000 for ratio in found)
 
 
 def test_rows_beyond_a_chunk_are_evaluated_in_turn():
