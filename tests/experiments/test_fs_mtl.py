@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tyro
 
+from experiments.common import claims
 from experiments.fs_mtl import __main__ as command
 from experiments.fs_mtl import figures, paper, report, train
 from experiments.fs_mtl.config import PRESETS, Config, Entry, entries
@@ -206,12 +207,46 @@ def test_figures_of_rows(tmp_path):
 # --- runs ---------------------------------------------------------------------------
 
 
+def results(out):
+    text = (out / "multidigits" / "results.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_claims_read_lines_of_the_presets():
+    """Every label of a claim is a line of the preset, at a length that it runs."""
+    for name in ("cpu", "large"):
+        config = PRESETS[name][1]
+        known = {
+            one.label
+            for entry in entries(config)
+            for one in report.at_lengths(config, entry, [], 1)
+        }
+        paper = claims.load_claims(claims.claims_path("fs_mtl"))
+        for claim in paper.entries:
+            assert {*claim.row, *claim.against} <= known, claim.id
+    assert {c.scope for c in paper.entries} == {
+        f"MultiMNIST at 18 x 18, LeNet, {CPU.train_size:,} canvases, {CPU.seeds} seeds"
+    }
+
+
+def test_claims_compare_equal_backward_passes():
+    """The two lines of the claim at equal passes cost the same."""
+    config, passes = PRESETS["cpu"][1], {}
+    for entry in entries(config):
+        lengths = report.at_lengths(config, entry, [], 1)
+        for times, one in zip((1, 2, 4), lengths, strict=False):
+            passes[one.label] = times * entry.backward_passes
+    paper = claims.load_claims(claims.claims_path("fs_mtl"))
+    (claim,) = (c for c in paper.entries if c.id == "fs_mtl.sam-helps-equal-passes")
+    for one, two in zip(claim.row, claim.against, strict=True):
+        assert passes[one] == passes[two] == 4
+
+
 @pytest.mark.deep
 def test_smoke_is_resumed_and_reported(tmp_path, capsys):
     config = dataclasses.replace(SMOKE, out=tmp_path)
     command.main(config, "the command")
-    first = (tmp_path / "multidigits" / "results.jsonl").read_text()
-    lines = [json.loads(line) for line in first.splitlines()][1:]
+    head, *lines = results(tmp_path)
     assert len(lines) == 2 * 2 * 2  # lines, seeds, columns
     assert all(np.isfinite(line["test_score"]) for line in lines)
     assert {"plain_intra_conflict", "conflict_share", "test_ece"} <= set(lines[0])
@@ -221,7 +256,10 @@ def test_smoke_is_resumed_and_reported(tmp_path, capsys):
     # Resumed: what is finished is read, not run.
     config = dataclasses.replace(config, resume=True)
     command.main(config, "the command")
-    assert (tmp_path / "multidigits" / "results.jsonl").read_text() == first
+    again, *rows = results(tmp_path)
+    assert rows == lines
+    times = ("started", "wall_s")  # of the process and of the file
+    assert {**again, **dict.fromkeys(times)} == {**head, **dict.fromkeys(times)}
     assert stamps == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("metrics.jsonl")}
     # A longer run goes on from where the short one ended.
     longer = dataclasses.replace(config, epochs=3, variants=("split",))
