@@ -41,8 +41,10 @@ def pbi_weights(
     beside = shifted - (shifted @ toward) * toward
     info = jnp.finfo(losses.dtype)
     noise = 8 * info.eps * jnp.sqrt((shifted**2).sum())
-    distance = jnp.maximum(jnp.sqrt((beside**2).sum()), jnp.maximum(noise, info.tiny))
-    return toward + theta * beside / distance
+    distance = jnp.sqrt((beside**2).sum())
+    off_line = distance > jnp.maximum(noise, info.tiny)
+    direction = jnp.where(off_line, beside / jnp.where(off_line, distance, 1), 0)
+    return toward + theta * direction
 
 
 @factory
