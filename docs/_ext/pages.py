@@ -76,13 +76,18 @@ def public(module: Any) -> list[str]:
         name
         for name, value in vars(module).items()
         if not name.startswith("_")
-        and (inspect.isfunction(value) or inspect.isclass(value))
+        and (inspect.isclass(value) or is_function(value))
         and (
             value.__module__.startswith(module.__name__ + ".")
             if package
             else value.__module__ == module.__name__
         )
     ]
+
+
+def is_function(value: Any) -> bool:
+    """Whether a value is a function, also one that ``jax.jit`` has wrapped."""
+    return inspect.isroutine(value) or inspect.isroutine(inspect.unwrap(value))
 
 
 def directive(module: str, name: str) -> list[str]:
@@ -103,7 +108,7 @@ def directive(module: str, name: str) -> list[str]:
         if members:
             lines.append(f"   :members: {', '.join(members)}")
         return [*lines, ""]
-    if inspect.isroutine(value):
+    if is_function(value):
         return [f".. autofunction:: {path}", ""]
     return [f".. py:data:: {path}", "", f"   {DATA[path]}", ""]
 
@@ -205,6 +210,9 @@ def core_page() -> list[str]:
     ]
     lines = ["# Core", "", "Balancers, gradients, labels and masks.", ""]
     lines += rst(line for name in names for line in directive("mtljax", name))
+    types = ("Separate", "Through")
+    lines += ["## Types of task losses", ""]
+    lines += rst(line for name in types for line in directive("mtljax.gradients", name))
     lines += ["## Balancers made of balancers", "", *linked(wrappers_table()), ""]
     lines += rst(line for name in wrappers for line in directive("mtljax", name))
     return lines
@@ -284,6 +292,10 @@ def pages() -> dict[str, list[str]]:
         "the last task weights and the solver status.",
         "",
         *linked(methods_table()),
+        "",
+        "## Rows of the table",
+        "",
+        *rst(directive("mtljax.methods", "Method")),
     ]
     found["_generated/scales.md"] = scales_table()
     found["_generated/costs.md"] = costs_table()
@@ -363,7 +375,7 @@ def resolve(app: Sphinx, env: Any, node: Any, contnode: Any) -> Any:
     paths = [f"{prefix}.{target}" for prefix in (node.get("py:module"), "mtljax")]
     found = [_found(path) for path in (*paths, target)]
     listed = [_listed(domain).get(id(value)) for value in found if value is not None]
-    ends = [path for path in domain.objects if path.endswith(f".{target}")]
+    ends = [path for path in _public(domain) if path.endswith(f".{target}")]
     listed += ends if len(ends) == 1 else []
     for path in filter(None, listed):
         entry = domain.objects[path]
@@ -397,8 +409,14 @@ def _found(path: str) -> Any:
 
 def _listed(domain: Any) -> dict[int, str]:
     """Documented paths by the identity of the object."""
-    paths = (p for p in domain.objects if p.startswith("mtljax."))
+    paths = _public(domain)
     return {id(found): path for path in paths if (found := _found(path)) is not None}
+
+
+def _public(domain: Any) -> list[str]:
+    """Documented paths without the private paths that autodoc adds as aliases."""
+    paths = [path for path in domain.objects if path.startswith("mtljax.")]
+    return [path for path in paths if "._" not in path]
 
 
 class Docstring(napoleon.GoogleDocstring):
