@@ -48,6 +48,7 @@ class Group(NamedTuple):
 
 
 Groups = dict[tuple[str, tuple[str, ...], str], Group]
+Line = dict[str, Any]
 
 
 def group(lines: Sequence[Mapping[str, Any]]) -> Groups:
@@ -133,34 +134,78 @@ def target_differences(config: Config, groups: Groups) -> dict[str, dict[str, Pa
     return found
 
 
-def claim_lines(config: Config, blocks: Mapping[float, Groups]) -> list[dict[str, Any]]:
-    """Numbers of the target of FashionMTL by row and seed; the first rate is primary.
+def claim_lines(config: Config, lines: Sequence[Mapping[str, Any]]) -> list[Line]:
+    """Lines that claims read, from the lines of all runs.
+
+    The first rate of a setting is its primary one.
+    """
+    primary: dict[str, float] = {}
+    for line in lines:
+        primary.setdefault(line["setting"], line["lr"])
+    found = []
+    for lr, groups in blocks(lines).items():
+        for setting in dict.fromkeys(key[0] for key in groups):
+            mine = {key: g for key, g in groups.items() if key[0] == setting}
+            edge = any(g.lr_at_edge for g in mine.values())
+            about = {"setting": setting, "lr": lr, "primary": lr == primary[setting]}
+            about |= {"column": "chosen", "edge": "end" if edge else None}
+            made = [
+                *_target_lines(config, mine),
+                *_explained_lines(config, mine),
+            ]
+            found += [{**about, **line} for line in made]
+    return found
+
+
+def _target_lines(config: Config, groups: Groups) -> list[Line]:
+    """Numbers of the target of FashionMTL by row and seed.
 
     Where a training loss was never reached, those at the end of the run.
     """
     lines = []
-    for block, groups in enumerate(blocks.values()):
-        for (setting, tasks, method), mine in groups.items():
-            if setting != "fashion_mtl" or method != SUM or len(tasks) > 2:
-                continue
-            values = aggregates(config, mine, TARGET)
-            metrics = {
-                "test_accuracy": 100 * values["score"],
-                "train_loss_last": mine.of("train_loss", TARGET)[:, -1],
-                "sharpness": values["sharpness"],
-                "sharpness_at_loss_0.1": passage(mine, TARGET, 0.1, "sharpness"),
-                "fisher_peak": values["fisher"],
-            }
-            for level in LEVELS:
-                at = passage(mine, TARGET, level, "test_score")
-                metrics[f"test_at_loss_{level:g}"] = 100 * at
-            others = [task for task in tasks if task != TARGET]
-            about = {"row": f"+ {others[0]}" if others else "alone", "lr": mine.lr}
-            about |= {"column": "chosen", "setting": setting, "primary": block == 0}
-            about |= {"edge": "end" if mine.lr_at_edge else None}
-            for i, seed in enumerate(mine.seeds):
-                numbers = {name: float(found[i]) for name, found in metrics.items()}
-                lines.append({**about, "seed": seed, **numbers})
+    for (setting, tasks, method), mine in groups.items():
+        if setting != "fashion_mtl" or method != SUM or len(tasks) > 2:
+            continue
+        values = aggregates(config, mine, TARGET)
+        metrics = {
+            "test_accuracy": 100 * values["score"],
+            "train_loss_last": mine.of("train_loss", TARGET)[:, -1],
+            "sharpness": values["sharpness"],
+            "sharpness_at_loss_0.1": passage(mine, TARGET, 0.1, "sharpness"),
+            "fisher_peak": values["fisher"],
+        }
+        for level in LEVELS:
+            at = passage(mine, TARGET, level, "test_score")
+            metrics[f"test_at_loss_{level:g}"] = 100 * at
+        others = [task for task in tasks if task != TARGET]
+        row = f"+ {others[0]}" if others else "alone"
+        for i, seed in enumerate(mine.seeds):
+            numbers = {name: float(found[i]) for name, found in metrics.items()}
+            lines.append({"row": row, "seed": seed, **numbers})
+    return lines
+
+
+def _explained_lines(config: Config, groups: Groups) -> list[Line]:
+    """1 or 0 for every row and factor, and for every optimiser and factor.
+
+    A factor explains a transfer if both change significantly, and less of the factor
+    comes with a better score. It explains an optimiser if that holds for the signs of
+    the changes of all tasks in all sets.
+    """
+    lines = []
+    for row in transfer_rows(config, groups):
+        about = {"row": "pairs and factors", "task": row.task}
+        about["others"] = ", ".join(row.others)
+        for factor, found in agreements([row]).items():
+            lines.append({**about, "factor": factor, "explains": int(found.agree)})
+    rows = optimiser_rows(config, groups)
+    for method in dict.fromkeys(row.method for row in rows):
+        changes = [row.change for row in rows if row.method == method]
+        for factor in ("min_loss", *FACTORS):
+            signs = [np.sign(c["score"]) * np.sign(c[factor]) for c in changes]
+            about = {"row": "optimizers and factors", "method": method}
+            explains = int(all(sign < 0 for sign in signs))
+            lines.append({**about, "factor": factor, "explains": explains})
     return lines
 
 

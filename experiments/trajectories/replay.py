@@ -6,7 +6,8 @@ from experiments.trajectories import data, model, train
 from experiments.trajectories.config import PRESETS, Config
 
 CONFIG, RESULTS = PRESETS["cpu"][1], "results.jsonl"
-KEYS, LINES = ("setting", "tasks", "method", "lr", "seed"), 5
+KEYS = ("setting", "tasks", "method", "lr", "seed", "row", "task", "others", "factor")
+LINES = 5
 
 
 def rows(config: Config) -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ def write(
         common.write_rows(
             config.out / "results.jsonl",
             config,
-            [*lines, *analysis.claim_lines(config, blocks)],
+            [*lines, *analysis.claim_lines(config, lines)],
             data=data,
             command=command,
         ),

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+from experiments.common import claims
 from experiments.trajectories import __main__ as command
 from experiments.trajectories import analysis, data, report, train
 from experiments.trajectories.config import PRESETS, Config, Scale
@@ -137,7 +138,14 @@ def test_the_smoke_preset_writes_everything_and_resumes(files, tmp_path, capsys)
     header, *lines = results(config)
     assert header["command"] == "the command"
     assert str(files) not in json.dumps(header)
-    assert len(lines) == 5 * config.seeds  # three alone, together, together by pcgrad
+    runs = [x for x in lines if "tasks" in x]
+    assert len(runs) == 5 * config.seeds  # three alone, together, together by pcgrad
+    assert lines[: len(runs)] == runs
+    # What claims read: three tasks and factors; pcgrad with those and the loss.
+    assert [x["row"] for x in lines[len(runs) :]] == [
+        *(["pairs and factors"] * 9),
+        *(["optimizers and factors"] * 4),
+    ]
     assert lines[0]["step"] == [0, 4, 8, 12]
     assert lines[0]["sharpness"][0] is not None
     assert lines[0]["sharpness"][1] is None
@@ -147,7 +155,7 @@ def test_the_smoke_preset_writes_everything_and_resumes(files, tmp_path, capsys)
     png = (config.out / "optimisers.png").read_bytes()
     assert png[:8] == b"\x89PNG\r\n\x1a\n"
     # The numbers of the files are those of the rows.
-    groups = analysis.group(lines)
+    groups = analysis.group(runs)
     key = ("cmu_faces", ("pose",), "linear")
     np.testing.assert_allclose(
         groups[key].of("train_loss", "pose")[0],
@@ -292,6 +300,57 @@ def test_rows_are_compared_at_one_rate():
     alone, noisy = found["log sharpness"]["fashion + noisy labels - fashion"]
     expected = np.log([0.1, 0.101, 0.102]) - np.log([0.5, 0.501, 0.502])
     np.testing.assert_allclose(noisy - alone, expected, rtol=1e-5)
+
+
+def claims_of(lines):
+    paper = claims.load_claims(claims.claims_path("trajectories"))
+    found = claims.decide(paper, analysis.claim_lines(Config(), lines))
+    return {d.claim.id.partition(".")[2]: d for d in found}
+
+
+def test_claims_read_the_rows_of_the_target():
+    """All claims of FashionMTL have evidence; values by hand; one rate counts."""
+    lines = made_up(True)
+    others = [{**x, "lr": 0.3, "test_score": x["train_score"][::-1]} for x in lines]
+    found = claims_of([*lines, *others])
+    ran = {name for name, decision in found.items() if decision.evidence}
+    about = {n for n, d in found.items() if d.claim.where["setting"] == "fashion_mtl"}
+    assert ran == about
+    mean = lambda name: found[name].evidence.mean
+    np.testing.assert_allclose(mean("noisy-worse"), 10, rtol=1e-5)
+    np.testing.assert_allclose(mean("half-better"), 5, rtol=1e-5)
+    np.testing.assert_allclose(mean("gap-at-loss-0.2"), 10, rtol=1e-5)
+    ratio = np.log([0.5, 0.501, 0.502]) - np.log([0.1, 0.101, 0.102])
+    np.testing.assert_allclose(mean("noisy-flatter"), ratio.mean(), rtol=1e-5)
+    # Of two pairs and three factors, flatness explains the gain of the other half.
+    assert found["no-sign"].evidence.n == 6
+    np.testing.assert_allclose(mean("no-sign"), 0.75 - 1 / 6, rtol=1e-6)
+    alone = claims_of(lines)
+    assert {n: str(d) for n, d in alone.items()} == {
+        n: str(d) for n, d in found.items()
+    }
+
+
+def test_an_optimiser_is_explained_by_the_signs_of_all_its_changes():
+    lines = [
+        {**x, "setting": "cmu_faces", "method": method}
+        for method in ("linear", "mgda")
+        for seed in range(3)
+        for x in [line(FACES, seed=seed, score=0.5, sharpness=0.4)]
+    ]
+    for x in lines[3:]:  # better and flatter in all tasks; nothing else changes
+        x |= {"test_score": [[0.6] * 3] * 3, "sharpness": [None, *([[0.3] * 3] * 2)]}
+    explained = lambda: {
+        x["factor"]: x["explains"]
+        for x in analysis.claim_lines(Config(), lines)
+        if x["row"] == "optimizers and factors"
+    }
+    wanted = {"min_loss": 0, "sharpness": 1, "covariance": 0, "fisher": 0}
+    assert explained() == wanted
+    assert claims_of(lines)["optimizers-unexplained"].evidence.n == 4
+    for x in lines[3:]:  # one task is better and sharper
+        x["sharpness"] = [None, *([[0.3, 0.3, 0.5]] * 2)]
+    assert explained() == {**wanted, "sharpness": 0}
 
 
 def test_first_passages():
