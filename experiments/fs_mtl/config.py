@@ -125,10 +125,10 @@ CPU = Config(
     model="lenet",
     kernels=(5, 3),
     batch_size=128,
-    epochs=15,
+    epochs=10,
     longer=4,
     rhos=(0.5, 1.0, 2.0),
-    checkpoint_every=15,
+    checkpoint_every=10,
     out=pathlib.Path("results/fs_mtl-cpu"),
 )
 
