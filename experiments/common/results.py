@@ -91,12 +91,21 @@ def effect(decision: Decision) -> str:
         return "-"
     ends = sorted(claim.direction * x for x in (evidence.low, evidence.high))
     values = [claim.direction * evidence.mean, *ends]
-    if claim.kind in ("count", "interior"):
-        values = [x + claim.reference for x in values]
-    elif claim.log:
+    values = [x + claim.reference for x in values]
+    if claim.log:
         values = [math.exp(x) for x in values]
     mean, low, high = map(number, values)
     return f"{mean} [{low}, {high}]"
+
+
+def chance(p: float) -> str:
+    """A p-value with two digits.
+
+    Examples:
+      >>> [chance(p) for p in (0.0571, 3e-7, 1.0)]
+      ['0.057', '< 0.0001', '1']
+    """
+    return f"{p:.2g}" if p >= 1e-4 else "< 0.0001"
 
 
 def papers_number(decision: Decision) -> str:
@@ -159,7 +168,7 @@ def section(paper: Paper, rows: Rows, decisions: Sequence[Decision]) -> list[str
                 papers_number(found),
                 effect(found),
                 found.evidence.n if found.evidence else "",
-                number(found.p_adjusted) if ran else "",
+                chance(found.p_adjusted) if ran else "",
                 said(found),
                 found.claim.scope,
                 sentence(found),
