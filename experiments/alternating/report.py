@@ -150,7 +150,7 @@ def group_line(rows: Mapping[str, Any], tasks: int) -> dict[int, str]:
     return {g: n for g, n in line.items() if n in rows}
 
 
-def by_rate(rows: Rows, value: Callable[[Rows], float]) -> tuple[Any, np.ndarray]:
+def by_rate(rows: Rows, value: Callable[[Rows], Any]) -> tuple[Any, np.ndarray]:
     """Learning rates, and ``value`` of every run ``[seeds, rates]``."""
     rates = sorted({row["lr"] for row in rows})
     seeds = list(dict.fromkeys(row["seed"] for row in rows))
@@ -191,7 +191,7 @@ def tolerance(results: Results) -> Pair:
     low = max(reach[0] for reach, _ in found.values())
     high = min(reach[-1] for reach, _ in found.values())
     points = np.geomspace(low, high, 101)
-    joint, other = (at_rates(*found[n], points).mean(1) for n in found)
+    joint, other = (at_rates(r, v, points).mean(1) for r, v in found.values())
     return joint, other
 
 

@@ -150,6 +150,7 @@ def search(
       [0.1, 0.3, 0.9, 2.7]
     """
     found: dict[str, list[Row]] = {}
+    choices: dict[str, Choice] = {}
     grid, wanted = sorted(rates), sorted(rates)
     for left in range(extensions, -1, -1):
         for name, rows in train(wanted).items():

@@ -21,7 +21,7 @@ def main(config: Config, command: str) -> None:
         f"each; writing to {config.out}"
     )
     data = {name: problem.read(config, name) for name in config.domains}
-    written = []
+    kept, written = [], []
     for rows, last in train_all(config, screen.say):
         kept = report.reported(rows)
         written = [
@@ -70,7 +70,7 @@ def train_all(
         )
 
     _, choices, offered = tune(("stl", "ew"), config.lrs, config.extensions)
-    tuned = {method: (choice.lr,) for method, choice in choices.items()}
+    tuned = {m: (c.lr,) for m, c in choices.items() if c.lr is not None}
     yield rows, False
     joint = [m for m in config.methods if m in JOINT and m != "ew"]
     alone = [m for m in config.methods if m not in (*joint, "stl", "ew")]

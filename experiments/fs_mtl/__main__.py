@@ -110,8 +110,9 @@ def run_set(config: Config, name: str, command: str, clock: "Clock") -> None:
     radii: dict[str, float] = {}
     for entry in todo:
         clock.next(entry.label)
-        found = {one: run(one) for one in with_radii(config, entry, radii)}
-        if any(rows is None for rows in found.values()):
+        tried = {one: run(one) for one in with_radii(config, entry, radii)}
+        found = {one: rows for one, rows in tried.items() if rows is not None}
+        if len(found) < len(tried):
             continue
         choice, rows = report.choose_radius(found)
         runs.rows.update(report.at_lengths(config, entry, rows, epoch))

@@ -283,7 +283,8 @@ def conflict_table(runs: Runs) -> str:
 
 def radius_table(runs: Runs) -> str:
     """Markdown: accuracy on validation and test at every radius that was tried."""
-    radii = sorted({rho for tried in runs.radii.values() for rho in tried})
+    tried_radii = {rho for tried in runs.radii.values() for rho in tried}
+    radii = sorted(rho for rho in tried_radii if rho is not None)
     body = []
     for entry, tried in runs.radii.items():
         for split in ("val", "test"):
@@ -428,7 +429,8 @@ def result_lines(runs: Runs) -> list[dict[str, Any]]:
     """Lines by entry, seed and column."""
     lines: list[dict[str, Any]] = []
     for entry, rows in runs.rows.items():
-        about = {"set": runs.name, "entry": entry.name, "label": entry.label}
+        about: dict[str, Any] = {"set": runs.name, "entry": entry.name}
+        about["label"] = entry.label
         plain = entry._replace(variant="plain")
         if plain in runs.rows:
             about["plain_intra_conflict"] = intra_conflict(runs, plain)

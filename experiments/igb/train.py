@@ -58,7 +58,7 @@ class Problem(NamedTuple):
     by_seed: bool  # whether each seed has a split
     units: Float[Array, "splits tasks"]  # deviations of the targets
     signal: Float[Array, " splits"]  # R² of ridge regression on test, median over tasks
-    task_losses: Callable[[Any, Batch], Array]
+    task_losses: Callable[[Any, Batch, Any], Array]
     evaluate: Callable[[State], dict[str, Array]]
 
     @property

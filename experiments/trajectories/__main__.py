@@ -15,6 +15,7 @@ def main(config: Config, command: str) -> None:
     problems = {name: data.load(config, name) for name in config.settings}
     sets = {name: problem.dataset() for name, problem in problems.items()}
     lines = []
+    written = []
     for name, problem in problems.items():
         scale = config.scale(name)
         rows = train.rows_of(config, problem)
@@ -32,6 +33,7 @@ def main(config: Config, command: str) -> None:
             return shared[len(tasks)]
 
         choice, grid = train.choose_rate(config, scale, problem, functions_of)
+        assert choice.lr is not None
         others = [lr for lr in grid if lr != choice.lr and config.blocks == "all"]
         screen.say(f"{name}: learning rate {choice.lr:g} of {grid}")
         for lr in (choice.lr, *others):

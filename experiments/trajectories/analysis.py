@@ -115,11 +115,11 @@ def target_differences(config: Config, groups: Groups) -> dict[str, dict[str, Pa
         name, values = " + ".join(tasks), aggregates(config, mine, TARGET)
         label = f"{name} - {TARGET}"
         points = {"test accuracy, points": (100 * base["score"], 100 * values["score"])}
-        last = (100 * g.of("test_score", TARGET)[:, -1] for g in (alone, mine))
-        points["test accuracy at the last step, points"] = tuple(last)
+        first, last = (100 * g.of("test_score", TARGET)[:, -1] for g in (alone, mine))
+        points["test accuracy at the last step, points"] = first, last
         for level in LEVELS:
-            at = (100 * first_passage(g, TARGET, level) for g in (alone, mine))
-            points[f"test accuracy at first passage of {level:g}, points"] = tuple(at)
+            a, b = (100 * first_passage(g, TARGET, level) for g in (alone, mine))
+            points[f"test accuracy at first passage of {level:g}, points"] = a, b
         with np.errstate(divide="ignore", invalid="ignore"):
             for factor in FACTORS:
                 points[f"log {FACTOR_NAMES[factor]}"] = (
