@@ -37,7 +37,7 @@ def task_losses(x):
     return 1 - jnp.exp(-jnp.stack([((x - shift) ** 2).sum(), ((x + shift) ** 2).sum()]))
 
 
-line = jnp.linspace(-1, 1, 400)[:, None] / jnp.sqrt(2.0) * jnp.ones(2)
+line = jnp.linspace(-1, 1, 400)[:, None] / jnp.sqrt(2.0) * jnp.ones((1, 2))
 FRONT = np.asarray(jax.vmap(task_losses)(line))
 
 # %% [markdown]

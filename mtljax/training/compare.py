@@ -123,7 +123,7 @@ def scalars(row: Mapping[str, Any], task_names: Sequence[str] = ()) -> dict[str,
     return found
 
 
-def _number(value: float | None) -> float:
+def _number(value: int | float | None) -> float:
     return math.nan if value is None else float(value)
 
 

@@ -333,7 +333,7 @@ def test_a_page_of_rows(tmp_path):
     assert (len(found.lines), found.committed) == (10, True)
     decisions = decide(paper, found.lines)
     text = "\n".join(results.section(paper, found, decisions))
-    assert "| 3 (Table 1) | 0.888 [0.217, 1.56] | 5 | 0.0197 | reproduced |" in text
+    assert "| 3 (Table 1) | 0.888 [0.217, 1.56] | 5 | 0.02 | reproduced |" in text
     assert "| Use A. |" in text
     assert "toy/results/new/results.jsonl" in text
     assert "1 reproduced, 0 contradicted, 1 inconclusive (1 of them not run)" in text

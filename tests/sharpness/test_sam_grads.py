@@ -540,7 +540,7 @@ def test_parts_are_a_pytree():
         ({"rho": 0.1, "strategy": 0}, "must be at least 1"),
         (
             {"rho": 0.1, "axis_name": mtljax.gradients.Mapped("d", "scatter")},
-            "made from averaged gradients: use exchange='all'",
+            "computed from averaged gradients, so use exchange='all'",
         ),
     ],
 )
