@@ -25,7 +25,7 @@ from experiments.igb.config import (
     Training,
     is_graph,
 )
-from mtljax import data, models
+from mtljax import data, models, stack
 from mtljax.models.mpnn import MPNN
 
 Batch = Mapping[str, Array]
@@ -346,13 +346,18 @@ def make_program(config: Config, problem: Problem, method: str) -> Program:
         updates, opt_state = optimizer.update(grad, state.opt_state, state.params)
         updates = jax.tree.map(lambda u: state.lr * u, updates)
         params = optax.apply_updates(state.params, updates)
-        logged = {"losses": losses, "task_weights": weights * two.task_weights}
+        # A diverged run keeps its state, and the other runs continue. The name of the
+        # logged losses is one that does not stop the training.
+        fine = stack.all_finite(params) & jnp.isfinite(losses).all()
+        logged = {"task_losses": losses, "task_weights": weights * two.task_weights}
         if row.loss.startswith("igb"):
             logged["log_weights"] = one.log_weights
         if row.loss == "igb_v2":
             logged |= {"reward": one.reward, "temperature": one.temperature}
         rest = (state.constants, state.lr, state.split)
-        return State(params, opt_state, one, two, *rest), logged
+        new = State(params, opt_state, one, two, *rest)
+        keep = lambda new, old: jnp.where(fine, new, old)
+        return jax.tree.map(keep, new, state), logged
 
     example, _ = balancers(jax.random.key(0), jnp.ones(num_tasks))
     return Program(init, step, example.positive_losses or row.log)
