@@ -19,8 +19,9 @@ import numpy as np
 
 from experiments.common.report import read_rows
 
-# The committed rows of the other experiments were trained with older presets.
 NAMES = ("multidigits", "forkmerge")
+# Their committed rows were trained with older presets and cannot be replayed.
+OLDER = ("alternating", "fs_mtl", "igb", "trajectories")
 TIMES = ("seconds", "step_ms", "step_ratio", "milliseconds", "megabytes")
 
 
@@ -91,6 +92,7 @@ def main(
         worst = max(found, default=math.inf)
         failed |= not worst <= tolerance
         print(f"{name}: {len(found)} lines, largest difference {worst:.2g}")
+    print(f"Not replayed, rows of older presets: {', '.join(OLDER)}")
     sys.exit(int(failed))
 
 
