@@ -134,7 +134,7 @@ PRESETS = {
         ),
     ),
     "cpu": (
-        "The default, 25 minutes of one CPU core: all parts, 10 seeds, no Auto-λ.",
+        "The default, 20 minutes of one CPU core: all parts, 10 seeds, no Auto-λ.",
         Config(),
     ),
     "full": (

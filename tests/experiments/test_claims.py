@@ -349,7 +349,6 @@ OLDER = (
     ("alternating/results/camvid/results.jsonl", AGAIN),
     ("alternating/results/faces/results.jsonl", AGAIN),
     ("alternating/results/school/results.jsonl", AGAIN),
-    ("alternating/results/tox21/results.jsonl", AGAIN),
     ("forkmerge/results/results.jsonl", AGAIN),
     ("fs_mtl/results/results.jsonl", AGAIN),
     ("igb/results/mulan_mtr-wq/results.jsonl", AGAIN),
