@@ -223,7 +223,9 @@ def header(rehearse: bool, budget: float) -> Row:
     query = "--query-gpu=name,driver_version,memory.total,power.limit"
     about: Row = {"rehearsal": rehearse, "budget_s": budget}
     about["started"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    about["commit"] = command_output("git", "rev-parse", "HEAD")
+    # A copy of the tree without its history is told the commit.
+    commit = command_output("git", "rev-parse", "HEAD")
+    about["commit"] = commit or os.environ.get("GIT_COMMIT")
     about["python"] = platform.python_version()
     about["cores"] = len(os.sched_getaffinity(0))
     about["nvidia_smi"] = command_output("nvidia-smi", query, "--format=csv,noheader")
