@@ -46,6 +46,13 @@ FIELDS = (*NAMES, "ms", "low_ms", "high_ms", "samples", "compile_s", "peak_mb")
 FIELDS += ("temp_mb", "flops", "loss", "update_norm", "rel_error", "tolerance")
 FIELDS += ("converged", "auto", "regret", "error")
 Row = dict[str, Any]
+# What the rows of a kind of job are called, if not by the name of the kind.
+CHECKS = {
+    "engines": ("gradient",),
+    "methods": ("update", "update, mask"),
+    "solvers": ("solver", "solver, singular"),
+    "steps": (None,),
+}
 
 
 class Job(NamedTuple):
@@ -60,6 +67,12 @@ class Job(NamedTuple):
         """The row that reports a failure of the whole job."""
         known = {k: v for k, v in self.options.items() if k in NAMES}
         return {"check": self.kind, **known}
+
+    def matches(self, row: Row) -> bool:
+        """Whether a row of the same part can be from this job."""
+        known = {k: v for k, v in self.options.items() if k in NAMES}
+        kind = row["check"] in (self.kind, *CHECKS.get(self.kind, ()))
+        return kind and all(row[k] in (v, None) for k, v in known.items())
 
 
 class Part(NamedTuple):
@@ -178,6 +191,23 @@ class Results:
         self.path, self.about = path, about
         self.rows: dict[tuple[Any, ...], Row] = {}
 
+    def resume(self, parts: Iterable[Part]) -> list[Part]:
+        """Reads an earlier file. Returns the parts without the jobs that it contains.
+
+        The rows that report a lack of time are removed, because their jobs run again.
+        """
+        earlier = json.loads(self.path.read_text())
+        self.about["earlier"] = [*earlier["about"].pop("earlier", []), earlier["about"]]
+        left = []
+        for part in parts:
+            late = [row for row in earlier["rows"] if unfinished(row, part)]
+            jobs = [job for job in part.jobs if any(job.matches(row) for row in late)]
+            left.append(part._replace(jobs=jobs))
+            earlier["rows"] = [row for row in earlier["rows"] if row not in late]
+        for row in earlier["rows"]:
+            self.rows[tuple(str(row[name]) for name in NAMES)] = row
+        return left
+
     def add(self, row: Row) -> None:
         """Adds a row, or merges it with an existing row of the same case."""
         full = {name: row.get(name) for name in FIELDS}
@@ -202,6 +232,13 @@ class Results:
         os.replace(partial, self.path)
 
 
+def unfinished(row: Row, part: Part) -> bool:
+    """Whether a row reports that a job of the part had not enough time."""
+    same = row["part"] == part.name and row["side"] == part.side
+    late = ("time limit", "not run")
+    return same and any(words in (row["error"] or "") for words in late)
+
+
 def command_output(*command: str) -> str | None:
     """Returns the output of a command, or None if it is missing or fails."""
     try:
@@ -224,8 +261,8 @@ def header(rehearse: bool, budget: float) -> Row:
     about: Row = {"rehearsal": rehearse, "budget_s": budget}
     about["started"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     # A copy of the tree without its history is told the commit.
-    commit = command_output("git", "rev-parse", "HEAD")
-    about["commit"] = commit or os.environ.get("GIT_COMMIT")
+    told = os.environ.get("GIT_COMMIT")
+    about["commit"] = told or command_output("git", "rev-parse", "HEAD")
     about["python"] = platform.python_version()
     about["cores"] = len(os.sched_getaffinity(0))
     about["nvidia_smi"] = command_output("nvidia-smi", query, "--format=csv,noheader")
@@ -357,6 +394,10 @@ def check_platform(about: Row) -> None:
             "benchmarks.accelerator: jax finds no accelerator. Use --rehearse to run "
             "the program on the CPU."
         )
+    if any(run["device"] != about["device"] for run in about.get("earlier", ())):
+        raise SystemExit(
+            f"benchmarks.accelerator: the file to resume is not from {about['device']}."
+        )
 
 
 def report(results: Results, part: Part, row: Row) -> None:
@@ -393,6 +434,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, help="total time in seconds (460)")
     parser.add_argument("--rehearse", action="store_true", help="tiny, on the CPU")
     parser.add_argument("--only", nargs="+", choices=names, default=list(names))
+    parser.add_argument("--side", nargs="+", choices=list(MODULES), default=[*MODULES])
+    parser.add_argument(
+        "--resume", action="store_true", help="run only what lacked time in the file"
+    )
+    parser.add_argument("--cache", help="a folder that keeps compiled programs")
     asked = parser.parse_args(arguments)
     if asked.budget is None:
         asked.budget = REHEARSAL if asked.rehearse else BUDGET
@@ -408,10 +454,15 @@ def main() -> int:
     name = "accelerator-rehearsal" if asked.rehearse else "accelerator"
     about = header(asked.rehearse, asked.budget)
     results = Results(asked.out / f"{name}.json", about)
-    with tempfile.TemporaryDirectory() as cache:
-        env = environment(asked.rehearse, cache)
-        for part in plan(asked.rehearse):
-            if part.name in asked.only:
+    with tempfile.TemporaryDirectory() as folder:
+        env = environment(asked.rehearse, asked.cache or folder)
+        parts = [
+            part
+            for part in plan(asked.rehearse)
+            if part.name in asked.only and part.side in asked.side
+        ]
+        for part in results.resume(parts) if asked.resume else parts:
+            if part.jobs:
                 end = begin + part.end_s * asked.budget / BUDGET
                 run_part(part, end, env, results)
     results.about["seconds"] = round(time.time() - begin, 1)

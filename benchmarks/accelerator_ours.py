@@ -453,7 +453,9 @@ def contenders(model: str) -> list[Contender]:
         if hasattr(mtljax, "reuse"):
             found += [Contender("upgrad", "reuse16")]
         found += [Contender(method, "auto") for method in ("mgda", "imtl_g")]
-    if model == "transformer" and accepts("backward"):
+    # Backward passes are rewritten on one CPU device only.
+    cpu = jax.default_backend() == "cpu"
+    if model == "transformer" and cpu and accepts("backward"):
         found += [
             Contender("linear", "losses", "auto", "rewritten"),
             Contender("upgrad", "stacked", "vmap", "rewritten"),
@@ -623,12 +625,33 @@ def compiled(
             made[contender] = cell.step(problem, contender)
         except Exception as error:
             yield contender, None, {"error": reason(error)}
+    same = duplicate(made)
+    if same is not None:
+        del made[AUTO]
     work = {contender: step.compile for contender, step in made.items()}
     for contender, result in together(work, until):
         if isinstance(result, BaseException):
             yield contender, None, {"error": reason(result)}
         else:
             yield contender, made[contender], result
+    if same is not None:
+        yield AUTO, None, {"auto": f"{same.engine}, {same.strategy}"}
+
+
+def duplicate(made: dict[Contender, Step]) -> Contender | None:
+    """Returns the contender that ``auto`` equals before compilation, or None."""
+    if AUTO not in made:
+        return None
+    program = made[AUTO].lowered.as_text()
+    return next(
+        (
+            contender
+            for contender, step in made.items()
+            if contender.engine in ("stacked", "gramian")
+            and step.lowered.as_text() == program
+        ),
+        None,
+    )
 
 
 def first_steps(steps: dict[Contender, Step]) -> Iterator[tuple[Contender, Row]]:
@@ -661,16 +684,19 @@ def steps(*, until: float, **options: Any) -> Rows:
     facts: dict[Contender, Row] = {}
     # Slow compilation must not use the time for measuring the other contenders.
     compile_until = until - 3 * cell.seconds - 5
+    same = None
     for contender, step, row in compiled(problem, cell, compile_until):
         if step is not None:
             ready[contender], facts[contender] = step, row
+        elif "auto" in row:
+            same = Contender("upgrad", *row["auto"].split(", "))
         yield whole(contender, row)
     for contender, row in list(first_steps(ready)):
         if "error" in row:
             del ready[contender]
         yield whole(contender, row)
-    same = chosen(facts)
-    if same is not None and same in ready:
+    if same is None and (same := chosen(facts)) in ready:
+        assert same is not None
         ready.pop(AUTO, None)
         yield whole(AUTO, {"auto": f"{same.engine}, {same.strategy}"})
     for contender, row in timed(ready, cell.seconds, until):

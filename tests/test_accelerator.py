@@ -151,6 +151,35 @@ def test_the_plan_fits_into_its_budget():
     assert accelerator.BUDGET <= 480
 
 
+def test_a_resumed_run_repeats_the_jobs_that_lacked_time(tmp_path):
+    jobs = [
+        Job("engines", 9, {"model": "mlp", "tasks": 3}),
+        Job("engines", 9, {"model": "scan", "tasks": 3}),
+        Job("engines", 9, {"model": "scan", "tasks": 11}),
+        Job("methods", 9, {"share": [0, 4], "tasks": 3}),
+        Job("methods", 9, {"share": [0, 4], "tasks": 11}),
+    ]
+    part = Part("correctness", "mtljax", 9, jobs)
+    timed = Part("mlp", "mtljax", 9, [Job("steps", 9, {"model": "mlp", "tasks": 3})])
+    first = Results(tmp_path / "found.json", {"device": "a"})
+    of = {"part": "correctness", "side": "mtljax", "tasks": 3}
+    kept = of | {"check": "gradient", "model": "mlp", "rel_error": 1e-7}
+    first.add(kept)
+    first.add(of | {"check": "engines", "model": "scan", "error": "time limit"})
+    first.add(of | {"check": "update", "method": "mgda", "error": "ValueError: no"})
+    late = {"check": "methods", "tasks": 11, "error": "not run: no time was left"}
+    first.add(of | late)
+    first.add({**of, "part": "mlp", "model": "mlp", "ms": 1.0})
+
+    second = Results(first.path, {"device": "a"})
+    left, none = second.resume([part, timed])
+    assert left.jobs == [jobs[1], jobs[4]]
+    assert none.jobs == []
+    errors = [row["error"] for row in second.rows.values()]
+    assert errors == [None, "ValueError: no", None]
+    assert second.about == {"device": "a", "earlier": [{"device": "a"}]}
+
+
 def test_the_jobs_of_the_plan_are_accepted():
     from benchmarks import accelerator_ours, accelerator_peers
 

@@ -463,7 +463,7 @@ def shards(engine: str, exchange: str) -> None:
         grad_fn, mesh(), (specs, P(), P("data"), P("data")), (P(), specs, P())
     )
     start = balancer.init(model.params)
-    if exchange == "scatter" and how == "stacked":
+    if exchange == "scatter" and how in ("stacked", "auto"):  # auto stacks here
         with pytest.raises(ValueError, match="exchange='scatter'"):
             step(model.params, start, *model.batches["small"])
         return
