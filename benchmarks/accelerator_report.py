@@ -1,5 +1,11 @@
-"""Numbers that ``benchmarks.accelerator`` derives from its rows."""
+"""Numbers that ``benchmarks.accelerator`` derives from its rows.
 
+``python -m benchmarks.accelerator_report`` writes ``results/accelerator.md`` from
+``results/accelerator.json``.
+"""
+
+import json
+import pathlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -101,3 +107,88 @@ def summary_of(rows: list[Row], failed: list[Row]) -> Row:
         },
         "cells": [cell_summary(key, each) for key, each in cells(rows).items()],
     }
+
+
+# --- the page -----------------------------------------------------------------------
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+COLUMNS = (
+    ("equal weights", ("mtljax", "linear", "losses", "auto")),
+    ("Gramian", ("mtljax", "upgrad", "gramian", "auto")),
+    ("stacked, vmap", ("mtljax", "upgrad", "stacked", "vmap")),
+    ("stacked, map", ("mtljax", "upgrad", "stacked", "map")),
+    ("representation", ("mtljax", "upgrad", "representation", "auto")),
+    ("reuse, every 16", ("mtljax", "upgrad", "reuse16", "auto")),
+    ("TorchJD equal", ("TorchJD", "linear", "backward", None)),
+)
+
+
+def page(found: Row) -> str:
+    """Returns the Markdown page of a file."""
+    about, rows = found["about"], found["rows"]
+    checks = [row for row in rows if row["part"] in ("smoke", "correctness")]
+    compared = [row for row in checks if row["rel_error"] is not None]
+    within = [row for row in compared if row["rel_error"] <= row["tolerance"]]
+    late = [row for row in checks if row["error"]]
+    largest = max(row["rel_error"] for row in compared)
+    lines = [
+        "# One accelerator",
+        "",
+        f"`python -m benchmarks.accelerator`, {about['device']}, jax {about['jax']}, "
+        f"torch {about['torch']}, TorchJD {about['torchjd']}. The run stopped after "
+        f"{about['seconds']:.0f} s.",
+        "",
+        f"**Correctness.** {len(compared)} comparisons with float64 on the CPU, of "
+        f"which {len(within)} are within their tolerance. The largest relative error "
+        f"is {largest:.1e}. {len(late)} jobs or cases had no time left.",
+        "",
+        "**Steps** with UPGrad, in ms (median). Matrix products use TF32. Cells "
+        "without a number were not compiled within the time of the run. The last two "
+        "columns are the fastest of TorchJD's ways to compute UPGrad, and its time "
+        'divided by that of `engine="auto"`.',
+        "",
+        "| model | T | "
+        + " | ".join(name for name, _ in COLUMNS)
+        + " | TorchJD | ratio |",
+        "|:--|--:|" + "--:|" * (len(COLUMNS) + 2),
+    ]
+    for key, each in cells(rows).items():
+        model, size, tasks, _ = key
+        times = {
+            (row["side"], row["method"], row["engine"], row["strategy"]): row["ms"]
+            for row in each
+        }
+        summary = cell_summary(key, each)
+        fields = [times.get(column) for _, column in COLUMNS]
+        fields += [summary.get("torchjd_ms")]
+        texts = ["" if ms is None else f"{ms:.3g}" for ms in fields]
+        ratio = summary.get("torchjd_over_auto")
+        texts.append("" if ratio is None else f"{ratio:.1f}")
+        lines.append(f"| {model}, {size} | {tasks} | " + " | ".join(texts) + " |")
+    lines += [
+        "",
+        "**Compilation** in seconds, up to eight programs at the same time:",
+        "",
+        "| model | T | equal weights | Gramian | stacked, vmap | stacked, map |",
+        "|:--|--:|--:|--:|--:|--:|",
+    ]
+    for (model, size, tasks, _), each in cells(rows).items():
+        seconds = {
+            (row["side"], row["method"], row["engine"], row["strategy"]): row
+            for row in each
+        }
+        found_rows = [seconds.get(column) for _, column in COLUMNS[:4]]
+        if any(found_rows):
+            texts = ["" if not row else f"{row['compile_s']:.1f}" for row in found_rows]
+            lines.append(f"| {model}, {size} | {tasks} | " + " | ".join(texts) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Writes the page."""
+    found = json.loads((RESULTS / "accelerator.json").read_text())
+    (RESULTS / "accelerator.md").write_text(page(found))
+
+
+if __name__ == "__main__":
+    main()
