@@ -665,9 +665,13 @@ def from_weights(
             gramian = jnp.where(
                 healthy, gramian, jnp.eye(num_tasks, dtype=gramian.dtype)
             )
-        weights, new = weigh(
-            state, losses=losses, gramian=gramian, mask=present, **side
-        )
+        inputs = {"losses": losses, "gramian": gramian, "mask": present, **side}
+        if any(map(callable, side.values())):  # which read gradients with shardings
+            weights, new = weigh(state, **inputs)
+        else:  # On Explicit axes a solver need not name the shardings of its slices.
+            weights, new = placement.free(
+                lambda state, inputs: weigh(state, **inputs), state, inputs
+            )
         wide = jnp.float32 if gramian is None else gramian.dtype
         weights = weights.astype(jnp.promote_types(weights.dtype, wide))
         weights = jnp.where(present, rescale(weights, present, scale, native), 0)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Scalar
 
-from mtljax import stack
+from mtljax import placement, stack
 from mtljax.balancer import (
     Balancer,
     as_mask,
@@ -231,7 +231,14 @@ def _products(grads: Grads, weights: Weights) -> Weights:
     )
 
     def leaf(g, total):  # contracts every axis of the parameter, without a reshape
-        return jnp.tensordot(g, total, total.ndim, precision="highest")
+        axes = tuple(range(1, g.ndim)), tuple(range(total.ndim))
+        return jax.lax.dot_general(
+            g,
+            total,
+            (axes, ((), ())),
+            precision=jax.lax.Precision.HIGHEST,
+            out_sharding=placement.replicated((g, total), 1),
+        )
 
     terms = jax.tree.map(leaf, wide, stack.combine(wide, weights))
     return functools.reduce(operator.add, jax.tree.leaves(terms))

@@ -6,13 +6,14 @@ of four bytes, and for a layer of I inputs and O outputs with n examples in all,
 """
 
 import functools
+import inspect
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from devices import hlo
 from devices.harness import DEVICES, Case
-from devices.layouts import BY_NAME, Place, make_mesh, need_scatter
+from devices.layouts import BY_NAME, Place, make_mesh
 from devices.models import SIZED, Model
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -48,8 +49,6 @@ def compile_step(place: Place, name: str, method: str, engine: str, **options: A
     model = model_of(name)
     (batch,) = model.batches.values()
     balancer = mtljax.get_method(method).build(TASKS, key=jax.random.key(0))
-    if engine != "losses":
-        need_scatter(place.kind)
     if place.kind == "auto":
         options["grad_shardings"] = place.shardings(model.names)
     grad_fn = mtljax.value_and_balanced_grad(
@@ -170,13 +169,20 @@ def scattered(tracked: bool) -> None:
     assert sums["reduce-scatter"] >= ENTRY * TASKS * shared // DEVICES, sums
     within(sums["all-gather"], ENTRY * (shared + padding), "all-gather")
     bound = ENTRY * (TASKS**2 + TASKS + own)
+    parameters = inspect.signature(jax.lax.all_gather).parameters
+    # In jax 0.7.0 the update must be summed to be equal on all devices.
+    summed = tracked and "to" not in parameters
+    if summed:
+        bound += ENTRY * (shared + padding)
     for one in found:
         if one.kind == "all-reduce":
             within(one.size, bound, f"all-reduce of {one.shape}")
     small, large = (
         program.memory_analysis().temp_size_in_bytes for program in (step, whole)
     )
-    assert small < 0.4 * large, f"{small} bytes of temporaries, {large} without scatter"
+    assert small < (0.5 if summed else 0.4) * large, (
+        f"{small} bytes of temporaries, {large} without scatter"
+    )
 
 
 def sharded_rows(kind: str) -> None:

@@ -7,12 +7,10 @@ and a contraction of sharded axes must name the sharding of its result.
 """
 
 import contextlib
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from devices.harness import Skip
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -61,26 +59,6 @@ def make_mesh(layout: Layout, kind: str) -> jax.sharding.Mesh:
     return jax.make_mesh(
         layout.shape, layout.axes, axis_types=(axis,) * len(layout.axes)
     )
-
-
-@functools.cache
-def scatters_on_explicit_axes() -> bool:
-    """Whether JAX can write into an array on Explicit axes, as solvers do."""
-    mesh = make_mesh(BY_NAME["dp8"], "explicit")
-    x = jax.device_put(jnp.ones(4), NamedSharding(mesh, P()))
-    try:
-        jax.eval_shape(lambda y: y.at[0].set(0.0), x)
-    except Exception as error:
-        if "scatter" not in str(error):
-            raise
-        return False
-    return True
-
-
-def need_scatter(kind: str) -> None:
-    """Skips a case with a solver on Explicit axes if JAX has no rule for it."""
-    if kind == "explicit" and not scatters_on_explicit_axes():
-        raise Skip("JAX has no sharding rule for scatter on Explicit axes")
 
 
 def has_set_mesh() -> bool:

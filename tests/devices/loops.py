@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from devices.compare import check, check_placed, model_of, numbers
 from devices.harness import DEVICES, Case, Skip
-from devices.layouts import BY_NAME, Place, make_mesh, need_scatter
+from devices.layouts import BY_NAME, Place, make_mesh
 from devices.models import TASKS
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -78,8 +78,6 @@ def place_of(layout: str, kind: str) -> Place:
 
 def scanned(layout: str, kind: str, engine: str) -> None:
     """``lax.scan`` of steps keeps shardings, and the numbers."""
-    if engine != "losses":
-        need_scatter(kind)
     place, model = place_of(layout, kind), model_of("mlp")
     balancer, step = make_step(place, engine)
     with place.context:
@@ -98,8 +96,6 @@ def scanned(layout: str, kind: str, engine: str) -> None:
 
 def donated(layout: str, kind: str, engine: str) -> None:
     """Parameters and state may be donated in every step."""
-    if engine != "losses":
-        need_scatter(kind)
     place, model = place_of(layout, kind), model_of("mlp")
     balancer, step = make_step(place, engine)
     wanted = place.shardings(model.names)

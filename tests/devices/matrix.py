@@ -7,7 +7,7 @@ import jax
 from devices import hlo
 from devices.compare import check, check_placed, model_of, numbers, one_device
 from devices.harness import Case, Skip
-from devices.layouts import BY_NAME, Place, has_set_mesh, make_mesh, need_scatter
+from devices.layouts import BY_NAME, Place, has_set_mesh, make_mesh
 from devices.models import MODELS, TASKS
 
 import mtljax
@@ -61,8 +61,6 @@ def run(key):
     place, model = placed(layout, kind, context), model_of(name)
     params, batch = arguments(layout, kind, context, name, size)
     method, how = ENGINES[engine]
-    if engine != "losses":
-        need_scatter(kind)
     balancer = mtljax.get_method(method).build(TASKS, key=jax.random.key(0))
     wanted = place.shardings(model.names)
     options = {}

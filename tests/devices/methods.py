@@ -10,7 +10,7 @@ import numpy as np
 from devices import hlo
 from devices.compare import check, check_placed, numbers
 from devices.harness import Case
-from devices.layouts import BY_NAME, make_mesh, need_scatter
+from devices.layouts import BY_NAME, make_mesh
 from devices.manual import unkeyed
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -50,7 +50,6 @@ def steps(balancer: Any, mask: Any) -> Any:
 
 
 def run(method: Any, kind: str, masked: bool, dtype: str) -> None:
-    need_scatter(kind)
     mesh = make_mesh(BY_NAME["tp42"], kind)
     balancer = method.build(TASKS)
     mask = np.array([True, True, False, True]) if masked else None

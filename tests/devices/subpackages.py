@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from devices.compare import check, model_of
 from devices.harness import Case
-from devices.layouts import BY_NAME, Place, make_mesh, need_scatter
+from devices.layouts import BY_NAME, Place, make_mesh
 from devices.manual import run as run_region
 from devices.manual import unkeyed
 from devices.models import TASKS
@@ -31,11 +31,11 @@ def arrays(tree: Any) -> Any:
     return unkeyed(jax.tree_util.tree_map_with_path(kept, tree))
 
 
-def sam(place: Place, axis: Any, **options: Any) -> Any:
+def sam(place: Place, axis: Any, rho: Any = 0.05, **options: Any) -> Any:
     """Per-task gradients and their flat parts."""
     model = model_of("mlp")
     function = sharpness.sam_task_grads(
-        model.losses(place), rho=0.05, labels=LABELS, **options, **axis
+        model.losses(place), rho=rho, labels=LABELS, **options, **axis
     )
     return None, lambda params, state, *batch: function(params, *batch)
 
@@ -58,7 +58,8 @@ def alternate(place: Place, axis: Any, **options: Any) -> Any:
     """One batch of independent steps."""
     model = model_of("mlp")
     rule = alternating.alternate(
-        optax.adam(1e-2),
+        # A small eps would amplify the rounding errors of small gradients.
+        optax.adam(1e-2, eps=1e-4),
         TASKS,
         labels={"trunk": "shared", "heads": [0, 1, 2]},
         key=jax.random.key(0),
@@ -109,12 +110,15 @@ def takes_axis_name(function: Any) -> bool:
 
 SAM = takes_axis_name(sharpness.sam_task_grads)
 FLAT = takes_axis_name(sharpness.value_and_flat_grad)
+# The radius of the experiments of FS-MTL. A small one leaves a flat part that is small
+# against the two gradients whose difference it is, and so their rounding errors.
+JOINT = sharpness.Ball(2.0, adaptive=True, norm="joint")
 ALTERNATE = takes_axis_name(alternating.alternate)
 # How to build each, and whether it takes `axis_name`.
 FUNCTIONS = {
     "sam": (sam, SAM),
     "sam-global": (functools.partial(sam, perturb="global"), SAM),
-    "sam-joint": (functools.partial(sam, norm="joint", adaptive=True), SAM),
+    "sam-joint": (functools.partial(sam, rho=JOINT), SAM),
     "flat-split": (functools.partial(flat, mode="split"), FLAT),
     "flat-direct": (functools.partial(flat, mode="direct"), FLAT),
     "alternate": (alternate, ALTERNATE),
@@ -134,7 +138,6 @@ def one_device(name: str, size: str) -> Any:
 
 
 def on_mesh(name: str, layout: str, kind: str, size: str) -> None:
-    need_scatter(kind)
     model = model_of("mlp")
     place = Place(BY_NAME[layout], make_mesh(BY_NAME[layout], kind), kind)
     init, function = FUNCTIONS[name][0](place, {})
