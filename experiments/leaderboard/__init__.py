@@ -1,0 +1,1 @@
+"""The leaderboard: every balancer on many small data sets, tuned alike."""

@@ -1,0 +1,98 @@
+"""``python -m experiments.leaderboard [smoke|quick|cpu|all] --data-dir DIR``."""
+
+import os
+
+from experiments.common import cli as common
+from experiments.leaderboard.config import PRESETS, Config, check, folder_name
+
+ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
+
+
+def main(config: Config, command: str) -> None:
+    """Trains the jobs that are not finished, then writes the report."""
+    check(config)
+    from experiments.leaderboard.options import external
+
+    for name in config.add:
+        external(name)  # a mistyped name is found before anything is trained
+    from experiments.common.report import Screen
+    from experiments.leaderboard import queue, report
+
+    screen = Screen()
+    queue.open_folder(config)
+    wanted = queue.jobs(config)
+    left = sum(not job.done(config.out) for job in wanted)
+    screen.say(
+        f"{len(config.sets)} sets x {len(config.rows)} rows, {left} of {len(wanted)} "
+        f"jobs to train; {len(config.lrs)} learning rates x {config.seeds} seeds x "
+        f"{config.steps} steps each; writing to {config.out}"
+    )
+    if left and not config.report_only:
+        run_all(config, screen)
+    if config.train_only:
+        return
+    written, conclusions = report.write(config, command)
+    screen.say(conclusions)
+    if config.steps < 500:
+        screen.say("These runs are too short: the numbers of `smoke` mean nothing.")
+    screen.finish(written)
+
+
+def run_all(config: Config, screen) -> None:
+    """Trains in this process, and in ``config.jobs - 1`` further ones."""
+    import multiprocessing
+
+    # Each process uses one thread. XLA reads the flag when it is first used.
+    flags = os.environ.get("XLA_FLAGS", "")
+    if ONE_THREAD not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {ONE_THREAD}".strip()
+    context = multiprocessing.get_context("spawn")
+    helpers = [
+        context.Process(target=help_out, args=(config, os.getpid()), daemon=True)
+        for _ in range(config.jobs - 1)
+    ]
+    for process in helpers:
+        process.start()
+    run_one(config, screen)
+    for process in helpers:
+        process.join()
+
+
+def run_one(config: Config, screen, parent: int | None = None) -> None:
+    """Trains jobs in this process until none is left."""
+    from experiments.leaderboard import queue
+
+    use_cache(config)
+    for job, seconds in queue.work(config, parent):
+        screen.say(f"{folder_name(job.set)} {job.row}: {seconds:.1f} s")
+
+
+def help_out(config: Config, parent: int) -> None:
+    """A further process. It ends when its parent does."""
+    from experiments.common.report import Screen
+
+    run_one(config, Screen(), parent)
+
+
+def use_cache(config: Config) -> None:
+    """Keeps compiled programs, so that a resumed run does not compile again."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        folder = config.out / "compiled"
+        jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
+
+
+def cli() -> None:
+    """Reads the command line."""
+    common.run(
+        main,
+        PRESETS,
+        "leaderboard",
+        "Compares every balancer with tuned equal and static weights on small sets.",
+        default="cpu",
+    )
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,176 @@
+"""Jobs in files: one per set and row, shared by any number of processes.
+
+A job has the folder ``out/SET/ROW``. It is finished if ``rows.jsonl`` exists, which is
+written under another name and then renamed. The lock of a job is released by the
+operating system when its process ends, also after ``kill -9``. Such an end loses the
+job that was being trained, and no other.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from experiments.common.config import ConfigError
+from experiments.common.provenance import settings
+from experiments.leaderboard.config import SETS, Config, folder_name
+from mtljax import training
+
+MAY_DIFFER = (
+    *("sets", "methods", "add", "jobs", "train_only", "report_only", "plots"),
+    *("cost_sets", "cost_rounds", "tensorboard"),
+)
+"""Options that do not change the numbers of a job."""
+
+
+class Job(NamedTuple):
+    """A row on a set."""
+
+    set: str
+    row: str
+
+    def folder(self, out: pathlib.Path) -> pathlib.Path:
+        """Its folder."""
+        return out / folder_name(self.set) / folder_name(self.row)
+
+    def done(self, out: pathlib.Path) -> bool:
+        """Whether its rows are complete."""
+        return (self.folder(out) / "rows.jsonl").is_file()
+
+
+def jobs(config: Config) -> list[Job]:
+    """All jobs in the order of training: the sets in the order of their cost."""
+    known = list(SETS)
+    order = sorted(
+        config.sets, key=lambda n: known.index(n) if n in known else len(known)
+    )
+    return [Job(name, row) for name in order for row in config.rows]
+
+
+def about(config: Config) -> dict[str, Any]:
+    """The settings on which the numbers of a job depend."""
+    found = settings(config)
+    return {key: value for key, value in found.items() if key not in MAY_DIFFER}
+
+
+def open_folder(config: Config) -> None:
+    """Creates the folder of the results, or checks that it belongs to these settings.
+
+    Raises:
+      ConfigError: If results exist and neither --resume nor --overwrite is given, or
+        the settings differ from those of the results.
+    """
+    path = config.out / "about.json"
+    if config.overwrite and config.out.is_dir():
+        for name in (
+            "about.json",
+            "costs.json",
+            "results.jsonl.gz",
+            "leaderboard.json",
+        ):
+            (config.out / name).unlink(missing_ok=True)
+        for folder in config.out.glob("*/*/"):
+            if (folder / ".lock").is_file() or (folder / "rows.jsonl").is_file():
+                shutil.rmtree(folder)
+    if not path.is_file():
+        if config.report_only:
+            raise ConfigError(f"--report-only: {config.out} has no results.")
+        write(path, json.dumps(about(config), indent=1, sort_keys=True) + "\n")
+        return
+    old = json.loads(path.read_text("utf-8"))
+    differ = [key for key, value in about(config).items() if old.get(key) != value]
+    if differ:
+        raise ConfigError(
+            f"{config.out} has results of other settings ({', '.join(differ)}). Choose "
+            "another --out, or --overwrite."
+        )
+    if not (config.resume or config.report_only or config.train_only):
+        raise ConfigError(f"{config.out} has results. Add --resume or --overwrite.")
+
+
+def write(path: pathlib.Path, text: str) -> None:
+    """Writes a file, so that it is never incomplete under its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def work(config: Config, parent: int | None = None) -> Iterator[tuple[Job, float]]:
+    """Trains the jobs that are neither finished nor trained by another process.
+
+    Args:
+      config: The configuration.
+      parent: Process whose end also ends this one.
+
+    Yields:
+      Each finished job and its seconds.
+    """
+    from experiments.leaderboard import train
+
+    for job in jobs(config):
+        if parent is not None and os.getppid() != parent:
+            return
+        try:
+            with training.lock_run(job.folder(config.out)):
+                if job.done(config.out):
+                    continue
+                start, cpu = time.perf_counter(), time.process_time()
+                on = train.cached_problem(config, job.set)
+                rows, error = [], None
+                try:
+                    rows = train.train_row(config, on, job.row)
+                except (ValueError, TypeError) as refused:
+                    # Some methods need more tasks than a set has.
+                    error = str(refused).splitlines()[0]
+                first = {
+                    "kind": "job",
+                    "set": job.set,
+                    "row": job.row,
+                    "tasks": [task.name for task in on.tasks],
+                    "counted": on.counted.tolist(),
+                    "examples": {k: v.x.shape[1] for k, v in on.parts.items()},
+                    "data": on.digest,
+                    "error": error,
+                }
+                if job.set in config.cost_sets and config.cost_rounds and rows:
+                    cost = train.step_cost(config, on, job.row)
+                    save(job.folder(config.out) / "cost.json", cost)
+                seconds = time.perf_counter() - start
+                spent = {"seconds": seconds, "cpu": time.process_time() - cpu}
+                save(job.folder(config.out) / "time.json", spent)
+                text = "".join(
+                    json.dumps(training.to_json(row)) + "\n" for row in (first, *rows)
+                )
+                write(job.folder(config.out) / "rows.jsonl", text)
+        except training.RunLockedError:
+            continue
+        yield job, seconds
+
+
+def save(path: pathlib.Path, value: Mapping[str, Any]) -> None:
+    """Writes a small JSON file."""
+    write(path, json.dumps(training.to_json(value)) + "\n")
+
+
+def read_rows(out: pathlib.Path, wanted: Sequence[Job]) -> list[dict[str, Any]]:
+    """Lines of the finished jobs, in the order of the jobs."""
+    return [
+        json.loads(line)
+        for job in wanted
+        if job.done(out)
+        for line in (job.folder(out) / "rows.jsonl").read_text("utf-8").splitlines()
+    ]
+
+
+def read_small(out: pathlib.Path, wanted: Sequence[Job], file: str) -> dict[Job, Any]:
+    """The small JSON files of the finished jobs."""
+    paths = {job: job.folder(out) / file for job in wanted if job.done(out)}
+    return {
+        job: json.loads(path.read_text("utf-8"))
+        for job, path in paths.items()
+        if path.is_file()
+    }
