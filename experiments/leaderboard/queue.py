@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from experiments.common.config import ConfigError
 from experiments.common.provenance import settings
-from experiments.leaderboard.config import SETS, Config, folder_name
+from experiments.leaderboard.config import EQUAL, SETS, Config, folder_name
 from mtljax import training
 
 MAY_DIFFER = (
@@ -24,6 +24,7 @@ MAY_DIFFER = (
     *("cost_sets", "cost_rounds", "tensorboard"),
 )
 """Options that do not change the numbers of a job."""
+POLL = 0.5  # seconds
 
 
 class Job(NamedTuple):
@@ -109,46 +110,76 @@ def work(config: Config, parent: int | None = None) -> Iterator[tuple[Job, float
     Yields:
       Each finished job and its seconds.
     """
+    left = jobs(config)
+    while left:
+        waiting, progress = [], False
+        for job in left:
+            if parent is not None and os.getppid() != parent:
+                return
+            if job.done(config.out):
+                continue
+            rates = grid(config, job)
+            if rates is None:
+                waiting.append(job)
+                continue
+            try:
+                with training.lock_run(job.folder(config.out)):
+                    if not job.done(config.out):
+                        yield job, train_job(config, job, rates)
+                        progress = True
+            except training.RunLockedError:
+                if job.row == EQUAL:  # its process may end before it is finished
+                    waiting.append(job)
+        left = waiting
+        if left and not progress:
+            time.sleep(POLL)
+
+
+def grid(config: Config, job: Job) -> tuple[float, ...] | None:
+    """The learning rates that a row is offered on a set.
+
+    If equal weights select an end of the grid, they extend it, and all rows of the set
+    start from the longer grid. The result is None while equal weights are not finished.
+    """
+    if job.row == EQUAL:
+        return config.lrs
+    equal = Job(job.set, EQUAL)
+    if not equal.done(config.out):
+        return None
+    found = {row["lr"] for row in read_rows(config.out, [equal]) if "lr" in row}
+    return tuple(sorted(found)) or config.lrs
+
+
+def train_job(config: Config, job: Job, rates: Sequence[float]) -> float:
+    """Trains a job and writes its files. Returns its seconds."""
     from experiments.leaderboard import train
 
-    for job in jobs(config):
-        if parent is not None and os.getppid() != parent:
-            return
-        try:
-            with training.lock_run(job.folder(config.out)):
-                if job.done(config.out):
-                    continue
-                start, cpu = time.perf_counter(), time.process_time()
-                on = train.cached_problem(config, job.set)
-                rows, error = [], None
-                try:
-                    rows = train.train_row(config, on, job.row)
-                except (ValueError, TypeError) as refused:
-                    # Some methods need more tasks than a set has.
-                    error = str(refused).splitlines()[0]
-                first = {
-                    "kind": "job",
-                    "set": job.set,
-                    "row": job.row,
-                    "tasks": [task.name for task in on.tasks],
-                    "counted": on.counted.tolist(),
-                    "examples": {k: v.x.shape[1] for k, v in on.parts.items()},
-                    "data": on.digest,
-                    "error": error,
-                }
-                if job.set in config.cost_sets and config.cost_rounds and rows:
-                    cost = train.step_cost(config, on, job.row)
-                    save(job.folder(config.out) / "cost.json", cost)
-                seconds = time.perf_counter() - start
-                spent = {"seconds": seconds, "cpu": time.process_time() - cpu}
-                save(job.folder(config.out) / "time.json", spent)
-                text = "".join(
-                    json.dumps(training.to_json(row)) + "\n" for row in (first, *rows)
-                )
-                write(job.folder(config.out) / "rows.jsonl", text)
-        except training.RunLockedError:
-            continue
-        yield job, seconds
+    start, cpu = time.perf_counter(), time.process_time()
+    on = train.cached_problem(config, job.set)
+    rows, error = [], None
+    try:
+        rows = train.train_row(config, on, job.row, rates)
+    except (ValueError, TypeError) as refused:
+        # Some methods need more tasks than a set has.
+        error = str(refused).splitlines()[0]
+    first = {
+        "kind": "job",
+        "set": job.set,
+        "row": job.row,
+        "tasks": [task.name for task in on.tasks],
+        "counted": on.counted.tolist(),
+        "examples": {part: split.x.shape[1] for part, split in on.parts.items()},
+        "data": on.digest,
+        "error": error,
+    }
+    folder = job.folder(config.out)
+    if job.set in config.cost_sets and config.cost_rounds and rows:
+        save(folder / "cost.json", train.step_cost(config, on, job.row))
+    seconds = time.perf_counter() - start
+    save(folder / "time.json", {"seconds": seconds, "cpu": time.process_time() - cpu})
+    text = "".join(json.dumps(training.to_json(row)) + "\n" for row in (first, *rows))
+    write(folder / "rows.jsonl", text)
+    return seconds
 
 
 def save(path: pathlib.Path, value: Mapping[str, Any]) -> None:

@@ -271,6 +271,8 @@ def kind_of(row: str) -> str:
 
 def label_of(row: str) -> str:
     """Name of a row in tables and figures."""
+    if row == LINEAR:
+        return "linear (check)"
     return mtljax.METHODS[row].label if row in mtljax.METHODS else row
 
 
@@ -462,8 +464,10 @@ def conclusions(
 ) -> list[str]:
     """Sentences that follow from the tests."""
     methods = [e for e in table if e["kind"] in ("method", "external")]
-    if not values.sets or not methods:
+    if not values.sets:
         return ["No set is complete yet, so there is no comparison."]
+    if not methods:
+        return ["No method runs on all sets.", *_checks(board, values, table)]
     sets = f"On these {len(values.sets)} sets"
     beat = {name: winners(table, name) for name in ("equal", "static")}
     found = [
@@ -481,7 +485,7 @@ def conclusions(
     if math.isfinite(p):
         found.append(f"Friedman's test over all ranked rows has p = {p:.2g}.")
     best = {
-        "mean rank": min((e for e in methods), key=lambda e: e["rank"]),
+        "mean rank": min(methods, key=lambda e: e["rank"]),
         "mean Δm": min(methods, key=lambda e: e["delta_m"]),
         "median Δm": min(methods, key=lambda e: e["median"]),
     }
@@ -575,15 +579,21 @@ def notes(board: Board, values: Values, config: Config) -> list[str]:
         reasons = [f"{s} ({why})" for (s, r), why in board.errors.items() if r == row]
         found.append(f"{label_of(row)} does not run on {'; '.join(reasons)}.")
     found.append(
-        "A row that selected an end of its grid was offered up to "
-        f"{config.extensions} further rates; other rows were not. The column `tries` "
-        "has the largest number over sets."
+        "If equal weights selected an end of the grid, up to "
+        f"{config.extensions} rates beyond it were offered to all rows of the set. "
+        "Another row that selected an end was offered up to "
+        f"{config.extensions} rates for itself. The column `tries` has the largest "
+        "number over sets."
     )
     return found
 
 
 def _p(value: float) -> str:
     return f"{value:.2g}" if value >= 1e-4 else "< 0.0001"
+
+
+def _signed(value: float) -> str:
+    return f"{round(value, 1) + 0.0:+.1f}"
 
 
 def _cells_of(entry: Mapping[str, Any]) -> list[str]:
@@ -599,12 +609,13 @@ def _cells_of(entry: Mapping[str, Any]) -> list[str]:
     rank = entry["rank"]
     return [
         entry["label"],
-        f"{entry['delta_m']:+.1f} [{entry['low']:+.1f}, {entry['high']:+.1f}]",
-        f"{entry['median']:+.1f}",
+        f"{_signed(entry['delta_m'])} [{_signed(entry['low'])}, "
+        f"{_signed(entry['high'])}]",
+        _signed(entry["median"]),
         "" if rank is None else f"{rank:.1f}",
         *against,
         entry["worst"],
-        f"{entry['last_step']:+.1f}",
+        _signed(entry["last_step"]),
         "" if ratio is None else f"{ratio:.2g}",
         "" if gflop is None else f"{gflop:.2g}",
         str(entry["tried"]),
@@ -662,8 +673,8 @@ def page(
         lines = [
             [
                 e["label"],
-                *(f"{e['groups'][g]:+.1f}" for g in groups),
-                f"{e['mean_of_groups']:+.1f}",
+                *(_signed(e["groups"][g]) for g in groups),
+                _signed(e["mean_of_groups"]),
             ]
             for e in table
         ]

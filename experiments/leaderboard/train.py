@@ -153,7 +153,7 @@ class Trainer:
             seeds = range(NULL_SEED, NULL_SEED + config.seeds)
         train = on.parts["train"]
         order = problem.orders(train.x.shape[1], on.batch_size, config.steps, seeds)
-        self.params = problem.initial_params(on, seeds)
+        self.params = cached_params(config, on.name, seeds)
         self.keys = keys_of(seeds).method
         self.rest = (
             *(jnp.asarray(order), train),
@@ -210,18 +210,20 @@ class Trainer:
 # --- configurations ------------------------------------------------------------------
 
 
-def train_row(config: Config, on: Problem, name: str) -> list[Row]:
+def train_row(
+    config: Config, on: Problem, name: str, rates: Sequence[float]
+) -> list[Row]:
     """Trains a row on a set: all configurations, and beyond an end of the grid."""
     trainer = Trainer(config, on, name)
     if name in (STATIC, WIDE):
-        tries = static_tries(config, on, trainer, name)
+        tries = static_tries(on, trainer, name, rates)
         return [row for tried in tries for row in trainer.rows(tried)]
 
     def train(rates):
         tries = [tried for lr in rates for tried in tries_at(on, name, lr)]
         return {name: [row for tried in tries for row in trainer.rows(tried)]}
 
-    found, _, _ = search(train, choose, config.lrs, config.extensions)
+    found, _, _ = search(train, choose, rates, config.extensions)
     return [dict(row) for row in found[name]]
 
 
@@ -239,7 +241,9 @@ def tries_at(on: Problem, name: str, lr: float) -> list[Try]:
     return [Try(lr, tuple(unit[t]), task=t) for t in range(on.num_tasks)]
 
 
-def static_tries(config: Config, on: Problem, trainer: Trainer, name: str) -> list[Try]:
+def static_tries(
+    on: Problem, trainer: Trainer, name: str, grid: Sequence[float]
+) -> list[Try]:
     """Configurations of static weights.
 
     ``static-5`` has as many as there are rates, drawn at random: a rate of the grid and
@@ -250,19 +254,19 @@ def static_tries(config: Config, on: Problem, trainer: Trainer, name: str) -> li
     count = on.num_tasks
     if name == STATIC:
         rng = np.random.default_rng(0)
-        rates = rng.choice(config.lrs, len(config.lrs))
+        rates = rng.choice(sorted(grid), len(grid))
         drawn = [rng.dirichlet(np.ones(count)) * count for _ in rates]
         pairs = [(float(lr), w) for lr, w in zip(rates, drawn, strict=True)]
     else:
         rng = np.random.default_rng(1)
-        middle = sorted(config.lrs)[len(config.lrs) // 2]
+        middle = sorted(grid)[len(grid) // 2]
         vectors = [
             np.ones(count),
             _inverse(constant_losses(on)),
             _inverse(losses_after(on, trainer, middle)),
             *(rng.dirichlet(np.ones(count)) * count for _ in range(2)),
         ]
-        pairs = [(lr, w) for lr in config.lrs for w in vectors]
+        pairs = [(lr, w) for lr in sorted(grid) for w in vectors]
     return [
         Try(lr, tuple(float(w) for w in weights.round(6)), config=i)
         for i, (lr, weights) in enumerate(pairs)
@@ -327,7 +331,7 @@ def _reference_timer(config: Config, name: str):
 def _timer(config: Config, on: Problem, name: str):
     init, step = make_step(config, on, name)
     params = jax.tree.map(
-        lambda p: p[0], problem.initial_params(on, config.seed_range[:1])
+        lambda p: p[0], cached_params(config, on.name, config.seed_range)
     )
     weights = jnp.ones(on.num_tasks)
     state = init(params, keys_of(config.seed_range[:1]).method[0], weights)
@@ -358,6 +362,12 @@ def _timer(config: Config, on: Problem, name: str):
 def cached_problem(config: Config, name: str) -> Problem:
     """Loads a set once per process."""
     return problem.load(config, name)
+
+
+@functools.cache
+def cached_params(config: Config, name: str, seeds: range) -> Any:
+    """Initial parameters of all seeds, once per process."""
+    return problem.initial_params(cached_problem(config, name), seeds)
 
 
 @functools.lru_cache(maxsize=1)

@@ -19,7 +19,10 @@ from experiments.common.config import (
     option,
 )
 
-NAMES = ("multidigits", "fs_mtl", "igb", "forkmerge", "alternating", "trajectories")
+NAMES = (
+    *("multidigits", "fs_mtl", "igb", "forkmerge", "alternating", "trajectories"),
+    "leaderboard",
+)
 SEED, NUMBER, FAST = 0, 350, 40
 
 # None of these is a value of any option of its kind.
@@ -47,6 +50,7 @@ ALONE = {
     "forkmerge": [["--domains", "usps"], ["--parts"], ["--interval", "5"]],
     "alternating": [["--sets"], ["--digits.rows"], ["--digits.rows", "groups_35:slot"]],
     "trajectories": [["--settings"], ["--settings", "faces"], ["--methods", "adam"]],
+    "leaderboard": [["--sets"], ["--methods", "adam"], ["--add", "mgda"]],
 }
 ALWAYS = [
     ["--first-seed", "2147483647"],

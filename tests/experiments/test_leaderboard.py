@@ -1,0 +1,771 @@
+"""The leaderboard: statistics from made-up rows, the queue of jobs, and small runs."""
+
+import dataclasses
+import importlib
+import itertools
+import json
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mtljax
+from experiments.common.config import ConfigError
+from experiments.leaderboard import __main__ as command
+from experiments.leaderboard import figures, options, problem, queue, report, train
+from experiments.leaderboard.config import (
+    AUXILIARY,
+    CLASSICS,
+    EQUAL,
+    LINEAR,
+    NULL,
+    ORACLE,
+    PRESETS,
+    SETS,
+    SINGLE,
+    SMALL,
+    STATIC,
+    USELESS,
+    WIDE,
+    Config,
+    check,
+)
+from mtljax import metrics, training
+from mtljax.data import Task
+
+ROOT = pathlib.Path(__file__).parents[2]
+RNG = np.random.default_rng(0)
+
+# --- made-up rows ---------------------------------------------------------------------
+
+TASKS = ["a", "b"]
+
+
+def job_line(name, row, counted=(True, True), error=None):
+    return {
+        "kind": "job",
+        "set": name,
+        "row": row,
+        "tasks": TASKS,
+        "counted": list(counted),
+        "data": "0",
+        "error": error,
+    }
+
+
+def run_lines(name, row, errors, lr=0.01, score=None, **more):
+    """Lines of a row: ``errors`` ``[seeds, T]`` on test, at one rate."""
+    found = []
+    for last in (False, True):
+        for seed, test in enumerate(errors):
+            value = float(np.mean(np.log(test))) if score is None else score
+            found.append(
+                {
+                    "set": name,
+                    "row": row,
+                    "seed": seed,
+                    "lr": lr,
+                    "step": 20 if last else 10,
+                    "val_score": value if math.isfinite(value) else None,
+                    "val": list(test),
+                    "test": list(test),
+                    "last": last,
+                    "late": False,
+                    "diverged": False,
+                    **more,
+                }
+            )
+    return found
+
+
+def made_up(factors, sets=6, seeds=4, noise=0.0):
+    """Lines of rows whose errors are those of the single-task networks times a factor.
+
+    Args:
+      factors: Factor by row, or a function of the number of the set.
+      sets: Number of sets.
+      seeds: Number of seeds.
+      noise: Of the factor, by seed and task.
+    """
+    rng, lines = np.random.default_rng(1), []
+    for i in range(sets):
+        name, base = f"set:{i}", np.array([0.4, 0.2 + 0.01 * i])
+        lines.append(job_line(name, SINGLE))
+        for task in TASKS:
+            lines += run_lines(name, SINGLE, [base] * seeds, task=task)
+        for row, factor in factors.items():
+            lines.append(job_line(name, row))
+            if row == WIDE:
+                for config, value in enumerate(factor):
+                    lines += run_lines(
+                        name,
+                        row,
+                        [base * value] * seeds,
+                        score=float(config != 0),  # validation selects the first
+                        config=config,
+                    )
+                continue
+            value = factor(i) if callable(factor) else factor
+            drawn = value * (1 + noise * rng.normal(size=(seeds, 2)))
+            lines += run_lines(name, row, base * drawn)
+    return lines
+
+
+FACTORS = {
+    EQUAL: 1.02,
+    NULL: 1.021,
+    STATIC: 1.01,
+    WIDE: (1.0, 0.7, 1.3),
+    USELESS: 3.0,
+    LINEAR: 1.02,
+    "dwa": lambda i: 0.9 - 0.01 * i,
+    "pcgrad": lambda i: 1.05 + 0.01 * i,
+    "gcs": 0.95,
+}
+
+
+def values_of(lines, rows=(SINGLE, *FACTORS)):
+    board = report.make_board(lines)
+    return board, report.values_of(board, rows)
+
+
+def test_numbers_of_made_up_rows():
+    board, values = values_of(made_up(FACTORS))
+    assert values.sets == [f"set:{i}" for i in range(6)]
+    table = {entry["row"]: entry for entry in report.entries(board, values, {})}
+    np.testing.assert_allclose(table["dwa"]["delta_m"], -12.5)
+    np.testing.assert_allclose(table["dwa"]["median"], -12.5)
+    assert table["dwa"]["worst"] == "set:0"
+    np.testing.assert_allclose(table[EQUAL]["delta_m"], 2.0)
+    np.testing.assert_allclose(table[SINGLE]["delta_m"], 0, atol=1e-12)
+    # Six sets, all in one direction: p = 1/32. Holm: two methods.
+    for name in ("equal", "static"):
+        found = table["dwa"][name]
+        np.testing.assert_allclose((found["p"], found["adjusted"]), (0.03125, 0.0625))
+        assert (found["better"], found["worse"]) == (6, 0)
+        assert (table["pcgrad"][name]["better"], table["pcgrad"][name]["worse"]) == (
+            0,
+            6,
+        )
+    np.testing.assert_allclose(table["pcgrad"]["equal"]["mean"], 5.5)
+    # dwa, static-25, static-5, equal weights, null row, pcgrad on every set.
+    ranks = report.ranks_of(values)
+    order = ["dwa", WIDE, STATIC, EQUAL, NULL, "pcgrad"]
+    assert ranks == {row: 1.0 + order.index(row) for row in ranks}
+    # The auxiliary row has no rank, and its test is not corrected for the others.
+    assert table["gcs"]["rank"] is None
+    np.testing.assert_allclose(table["gcs"]["static"]["adjusted"], 0.03125)
+    # Student's interval over six means, by hand: mean ± 2.570582 sd / √6.
+    sd = np.std([-10, -11, -12, -13, -14, -15], ddof=1)
+    half = 2.5705818 * sd / math.sqrt(6)
+    np.testing.assert_allclose(
+        (table["dwa"]["low"], table["dwa"]["high"]),
+        (-12.5 - half, -12.5 + half),
+        rtol=1e-6,
+    )
+
+
+def test_planted_rows_are_first_and_last_and_have_no_rank():
+    board, values = values_of(made_up(FACTORS))
+    table = report.entries(board, values, {})
+    ranked = {row: report.ranks_of(values).get(row) for row in (USELESS, ORACLE)}
+    assert ranked == {USELESS: None, ORACLE: None}
+    means = {entry["row"]: entry["delta_m"] for entry in table}
+    assert min(means, key=means.__getitem__) == ORACLE
+    assert max(means, key=means.__getitem__) == USELESS
+    np.testing.assert_allclose(means[ORACLE], -30)
+    assert means[WIDE] == pytest.approx(0)  # the configuration that validation selects
+    checks = [x for x in report.conclusions(board, values, table) if "planted" in x]
+    assert "`oracle` is at place 1" in checks[0]
+    assert "`useless` at place 3 of 3" in checks[0]
+
+
+def test_sentences_follow_from_the_tests():
+    lines = made_up(FACTORS, sets=8)
+    board, values = values_of(lines)
+    table = report.entries(board, values, {"dwa": {"step_ratio": 1.5}})
+    found = report.conclusions(board, values, table)
+    assert found[0].startswith("On these 8 sets, 1 of 2 methods beat equal weights")
+    assert "1 beat static weights" in found[0]
+    assert any("DWA (step time x1.5)" in text for text in found)
+    assert any("`linear` and equal weights are equal bit by bit" in x for x in found)
+    # Nothing is better than itself.
+    same = {EQUAL: 1.0, STATIC: 1.0, "dwa": 1.0, "pcgrad": 1.0}
+    board, values = values_of(made_up(same, noise=0.01), tuple(same))
+    table = report.entries(board, values, {})
+    found = report.conclusions(board, values, table)
+    assert ", 0 of 2 methods beat equal weights" in found[0]
+    assert any("no method is shown to be better" in text for text in found)
+    # The first places by mean and by median differ.
+    mixed = {EQUAL: 1.0, STATIC: 1.0, "dwa": 0.99}
+    mixed["mgda"] = lambda i: 0.2 if i == 0 else 1.1
+    board, values = values_of(made_up(mixed), tuple(mixed))
+    found = report.conclusions(board, values, report.entries(board, values, {}))
+    assert any("The first places differ" in text for text in found)
+
+
+def test_detectable_difference():
+    board, values = values_of(made_up({EQUAL: 1.0, "dwa": lambda i: 1 + i / 100}))
+    del board
+    # sd of 0..5 is 1.870829; (t(.975, 5) + t(.8, 5)) / √6 = 1.42476.
+    np.testing.assert_allclose(values.deltas["dwa"].mean(1), np.arange(6.0), atol=1e-9)
+    wanted = np.std(np.arange(6.0), ddof=1) * (2.5705818 + 0.9195438) / math.sqrt(6)
+    np.testing.assert_allclose(report.detectable(values), wanted, rtol=1e-6)
+
+
+def test_incomplete_rows():
+    lines = made_up(FACTORS)
+    rows = (SINGLE, *FACTORS)
+    without = [x for x in lines if (x["set"], x["row"]) != ("set:3", "dwa")]
+    board, values = values_of(without)
+    assert "set:3" not in values.sets
+    assert len(values.sets) == 5
+    page = report.page(
+        board, values, report.entries(board, values, {}), Config(), (53, 54)
+    )
+    assert "incomplete: 53 of 54 jobs" in page
+    # No set is complete.
+    board, values = values_of([x for x in lines if x["row"] != "dwa"])
+    assert values.sets == []
+    table = report.entries(board, values, {})
+    assert report.conclusions(board, values, table) == [
+        "No set is complete yet, so there is no comparison."
+    ]
+    assert "# Leaderboard" in report.page(board, values, table, Config(), (0, 54))
+    # A row that does not run for a known reason does not hold up the others.
+    refused = [
+        job_line(x["set"], x["row"], error="needs 3 tasks")
+        if (x["set"], x["row"], x.get("kind")) == ("set:3", "dwa", "job")
+        else x
+        for x in lines
+        if (x["set"], x["row"]) != ("set:3", "dwa") or x.get("kind") == "job"
+    ]
+    board, values = values_of(refused)
+    assert len(values.sets) == 6
+    assert values.missing == ["dwa"]
+    text = "\n".join(report.notes(board, values, Config()))
+    assert "DWA does not run on set:3 (needs 3 tasks)." in text
+    assert set(values.deltas) == {*rows, ORACLE} - {"dwa"}
+
+
+def test_a_row_that_diverges_everywhere_is_the_last():
+    lines = made_up({EQUAL: 1.0, STATIC: 1.0, "pcgrad": 1.0})
+    for i in range(6):
+        lines.append(job_line(f"set:{i}", "dwa"))
+        bad = run_lines(f"set:{i}", "dwa", [[0.1, 0.1]] * 4, score=math.nan)
+        lines += [{**row, "diverged": True} for row in bad]
+    rows = (EQUAL, STATIC, "pcgrad", "dwa")
+    board, values = values_of(lines, rows)
+    np.testing.assert_array_equal(values.deltas["dwa"], 100)
+    entry = report.entries(board, values, {})[-1]
+    table = {e["row"]: e for e in report.entries(board, values, {})}
+    assert entry["kind"] == "control"
+    assert table["dwa"]["diverged"] == table["dwa"]["runs"] == 24
+    assert table["dwa"]["rank"] == 4
+    assert "DWA diverged at all rates" in "\n".join(
+        report.notes(board, values, Config())
+    )
+
+
+def test_denominators_have_a_floor_and_excluded_tasks_do_not_count():
+    def cell(*errors):
+        values = np.array([errors])
+        return report.Cell(values, values, np.array([False]), 1.0, None, 0.0, 1, 1, 0)
+
+    base, other = cell(0.001, 0.5, math.nan), cell(0.011, 0.6, math.nan)
+    found = report.delta_m(other, base, [True, True, True])
+    np.testing.assert_allclose(found, (50 + 20) / 2)
+    np.testing.assert_allclose(report.delta_m(other, base, [False, True, True]), 20)
+
+
+def test_the_rate_is_selected_by_validation_and_ends_are_marked():
+    rows = []
+    for lr, score, error in ((0.1, 0.5, 0.1), (0.3, 0.4, 0.2), (0.9, 0.6, 0.3)):
+        rows += run_lines("s", "dwa", [[error, error]] * 2, lr=lr, score=score)
+    found = report.cell_of(rows)
+    assert (found.lr, found.edge, found.tried, found.runs) == (0.3, None, 3, 6)
+    np.testing.assert_array_equal(found.chosen, 0.2)
+    assert report.cell_of(rows[:8]).edge == "high"
+    # Configurations of static weights have no order, and no ends.
+    static = [{**row, "config": int(row["lr"] != 0.3)} for row in rows]
+    assert report.cell_of([x for x in static if x["lr"] < 0.9]).edge is None
+
+
+def test_bars_of_the_diagram_join_rows_without_a_difference():
+    d = {name: np.full((20, 2), v) for name, v in zip("abcd", range(4), strict=True)}
+    noise = np.random.default_rng(0).normal(size=(4, 20, 1))
+    # a and b are alike, c and d are worse by far.
+    deltas = {
+        name: 0.1 * noise[i] + (10 * d[name] if name in "cd" else 0)
+        for i, name in enumerate("abcd")
+    }
+    values = report.Values([str(i) for i in range(20)], deltas, deltas, [])
+    found = figures.cliques(values, {"a": 1.4, "b": 1.6, "c": 3.0, "d": 4.0})
+    assert found == [(1.4, 1.6)]
+
+
+def test_figures_of_made_up_rows():
+    board, values = values_of(made_up(FACTORS))
+    costs = {row: {"step_ratio": 1.0 + i} for i, row in enumerate(FACTORS)}
+    table = report.entries(board, values, costs)
+    for figure in (
+        figures.ranks(values, table),
+        figures.delta(values, table),
+        figures.heat(board, values, table),
+        figures.cost(table),
+    ):
+        assert figure.axes
+
+
+def test_equal_rows_are_equal_bytes(tmp_path):
+    lines = made_up({EQUAL: 1.0})
+    first = report.pack(lines)
+    time.sleep(1.1)  # gzip stores seconds by default
+    assert report.pack(lines) == first
+    path = tmp_path / "results.jsonl.gz"
+    path.write_bytes(first)
+    assert report.unpack(path) == lines
+
+
+# --- errors and losses ----------------------------------------------------------------
+
+
+def test_errors_of_tasks():
+    y = RNG.integers(0, 2, 40).astype(float)
+    out = RNG.integers(0, 5, 40).astype(float)  # with ties
+    pairs = [
+        1.0 if a < b else 0.5 if a == b else 0.0
+        for a, b in itertools.product(out[y == 1], out[y == 0])
+    ]
+    np.testing.assert_allclose(problem.one_minus_auc(out, y), np.mean(pairs))
+    assert math.isnan(problem.one_minus_auc(out, np.ones(40)))
+    target, out = RNG.normal(size=30), RNG.normal(size=30)
+    r2 = float(metrics.r2(jnp.asarray(out), jnp.asarray(target)))
+    np.testing.assert_allclose(problem.rrmse(out, target) ** 2, 1 - r2, rtol=1e-4)
+    assert math.isnan(problem.rrmse(out, np.ones(30)))
+
+
+def toy(tasks, y, **more):
+    """A problem without a model."""
+    part = problem.Part(jnp.zeros((1, len(y), 3)), jnp.asarray(y, jnp.float32)[None])
+    missing = bool(np.isnan(y).any())
+    given = {
+        "name": "toy",
+        "tasks": tasks,
+        "counted": np.ones(len(tasks), bool),
+        "parts": {"train": part, "val": part, "test": part},
+        "batch_size": 2,
+        "missing": missing,
+        "digest": "",
+        "model": None,
+        **more,
+    }
+    return problem.Problem(**given)
+
+
+MIXED = (
+    Task("number", "regression", 1),
+    Task("label", "classification", 2),
+    Task("class", "classification", 3),
+)
+
+
+def test_losses_of_mixed_tasks_by_hand():
+    y = np.array([[1.0, 1, 2], [0.5, 0, 0]])
+    out = np.array([[0.0, 2.0, 1.0, 2.0, 3.0], [0.5, -1.0, 0.0, 0.0, 0.0]])
+    found = problem.task_losses(toy(MIXED, y), jnp.asarray(out), jnp.asarray(y))
+    softplus = lambda v: math.log1p(math.exp(v))
+    wanted = [
+        (1.0 + 0.0) / 2,
+        (softplus(-2.0) + softplus(-1.0)) / 2,
+        (math.log(math.exp(1) + math.exp(2) + math.exp(3)) - 3 + math.log(3)) / 2,
+    ]
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    error = problem.errors(toy(MIXED, y), out, y)
+    # The residuals are 1 and 0, the deviations from the mean 1/4.
+    np.testing.assert_allclose(error, [math.sqrt(1 / 0.125), 0, 0.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["regression", "classification"])
+def test_tasks_of_one_kind_and_missing_labels(kind):
+    tasks = tuple(Task(n, kind, 1 if kind == "regression" else 2) for n in "ab")
+    y = np.array([[1.0, np.nan], [0.0, 1.0], [np.nan, 0.0]])
+    out = RNG.normal(size=(3, 2))
+    given = toy(tasks, y)
+    losses = problem.task_losses(given, jnp.asarray(out), jnp.asarray(y))
+    each = np.square(out - y)
+    if kind == "classification":
+        each = np.log1p(np.exp(out)) - out * y
+    np.testing.assert_allclose(losses, np.nanmean(each, 0), rtol=1e-5)
+    changed = np.where(np.isnan(y), 7.0, out)  # outputs without a label
+    same = problem.task_losses(given, jnp.asarray(changed), jnp.asarray(y))
+    np.testing.assert_array_equal(losses, same)
+    grad = jax.grad(lambda o: problem.task_losses(given, o, jnp.asarray(y)).sum())
+    assert not np.asarray(grad(jnp.asarray(out)))[np.isnan(y)].any()
+
+
+def test_scores():
+    given = toy(MIXED, np.zeros((2, 3)), counted=np.array([True, True, False]))
+    errors = np.array([0.5, 0.001, 0.9])
+    wanted = (math.log(0.5) + math.log(0.02)) / 2
+    np.testing.assert_allclose(problem.score(given, errors), wanted)
+    np.testing.assert_allclose(problem.score(given, errors, 2), math.log(0.9))
+    assert problem.score(given, np.array([0.5, np.nan, 1.0])) == math.log(0.5)
+    assert problem.score(given, np.array([np.inf, 0.1, 0.1])) == math.inf
+    assert math.isnan(problem.score(given, np.array([np.nan, np.nan, 0.1])))
+    infinite = problem.errors(given, np.full((2, 5), np.inf), np.ones((2, 3)))
+    assert np.isinf(infinite).all()
+
+
+def test_batches_are_epochs_without_replacement():
+    found = problem.orders(10, 3, 7, range(2))
+    assert found.shape == (2, 7, 3)
+    for seed in range(2):
+        assert len(set(found[seed, :3].ravel())) == 9
+    assert (found[0] != found[1]).any()
+
+
+def test_the_losses_of_the_constant_predictor():
+    y = np.array([[1.0, 1, 2], [0.0, 0, 0], [2.0, 0, 1], [1.0, 0, 0]])
+    entropy = lambda *p: -sum(x * math.log(x) for x in p)
+    wanted = [0.5, entropy(0.25, 0.75), entropy(0.5, 0.25, 0.25)]
+    np.testing.assert_allclose(train.constant_losses(toy(MIXED, y)), wanted)
+
+
+# --- configuration and methods --------------------------------------------------------
+
+
+def test_presets():
+    for _, config in PRESETS.values():
+        check(config)
+    cpu = PRESETS["cpu"][1]
+    assert len(cpu.sets) == 14
+    assert set(cpu.chosen) == set(mtljax.METHODS)
+    quick = PRESETS["quick"][1]
+    assert (quick.sets, set(quick.chosen)) == (SMALL, set(CLASSICS))
+    assert set(CLASSICS) | set(AUXILIARY) <= set(mtljax.METHODS)
+
+
+@pytest.mark.parametrize("name", mtljax.METHODS)
+def test_every_method_is_built_for_every_length(name):
+    for steps in (20, 2000):
+        balancer = options.balancer(
+            name, 4, steps=steps, key=jax.random.key(0), weights=jnp.ones(4)
+        )
+        assert balancer.num_tasks == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"add": ("mgda",)}, "--add: 'mgda' is not module:function"),
+        ({"add": ("a:b", "a:b")}, "--add must name each value once"),
+        ({"sets": ("wq",)}, "--sets: unknown name 'wq'"),
+        ({"sets": ("enb", "enb")}, "--sets must name each value once"),
+        ({"methods": ("sum",)}, "--methods: unknown name 'sum'"),
+        ({"methods": ()}, "--methods is empty"),
+        ({"steps": 150}, "--steps 150 must be a multiple"),
+        ({"report_only": True, "train_only": True}, "exclude each other"),
+    ],
+)
+def test_options_that_cannot_be_run(change, message):
+    with pytest.raises(ConfigError, match=message):
+        check(dataclasses.replace(PRESETS["cpu"][1], **change))
+
+
+# --- the queue ------------------------------------------------------------------------
+
+
+def test_jobs_are_in_the_order_of_their_cost(tmp_path):
+    config = Config(sets=("mine:own", "yeast", "enb"), methods=("mgda", "linear"))
+    found = queue.jobs(config)
+    assert list(dict.fromkeys(job.set for job in found)) == ["enb", "yeast", "mine:own"]
+    rows = [job.row for job in found if job.set == "enb"]
+    assert rows == [EQUAL, SINGLE, NULL, STATIC, WIDE, USELESS, "linear", "mgda"]
+    folders = [job.folder(tmp_path) for job in found]
+    assert len(set(folders)) == len(found)
+
+
+def test_all_rows_start_from_the_grid_of_equal_weights(tmp_path):
+    config = Config(out=tmp_path, lrs=(0.1, 0.3))
+    equal, other = queue.Job("enb", EQUAL), queue.Job("enb", "mgda")
+    assert queue.grid(config, equal) == (0.1, 0.3)
+    assert queue.grid(config, other) is None
+    lines = [job_line("enb", EQUAL)]
+    for lr in (0.1, 0.3, 0.9):
+        lines += run_lines("enb", EQUAL, [[0.1, 0.1]], lr=lr)
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    queue.write(equal.folder(tmp_path) / "rows.jsonl", text)
+    assert queue.grid(config, other) == (0.1, 0.3, 0.9)
+
+
+def test_a_folder_belongs_to_its_settings(tmp_path):
+    config = Config(out=tmp_path)
+    queue.open_folder(config)
+    with pytest.raises(ConfigError, match="Add --resume or --overwrite"):
+        queue.open_folder(config)
+    again = dataclasses.replace(config, resume=True, sets=("enb",), jobs=2)
+    queue.open_folder(again)
+    with pytest.raises(ConfigError, match=r"other settings \(steps\)"):
+        queue.open_folder(dataclasses.replace(again, steps=1000))
+    empty = Config(out=tmp_path / "none", report_only=True)
+    with pytest.raises(ConfigError, match="has no results"):
+        queue.open_folder(empty)
+
+
+# --- small runs -----------------------------------------------------------------------
+
+MODULE = """
+import numpy as np
+import mtljax
+from mtljax.data import Dataset, Task
+
+def tables(*, seed=0):
+    def split(n):
+        rng = np.random.default_rng([seed, n])
+        x = rng.normal(size=(n, 4, 1, 1)).astype(np.float32)
+        noise = 0.3 * rng.normal(size=(n, 2)).astype(np.float32)
+        return {"image": x, "one": x[:, 0, 0, 0] + noise[:, 0],
+                "two": (x[:, 1, 0, 0] + noise[:, 1] > 0).astype(np.int32)}
+    tasks = (Task("one", "regression", 1), Task("two", "classification", 2))
+    return Dataset("tables", tasks, (4, 1, 1), *map(split, (64, 40, 50)), image_max=1)
+
+def twice(num_tasks, *, key=None):
+    return mtljax.linear(num_tasks, weights=[2.0] * num_tasks)
+
+def broken(num_tasks, *, key=None):
+    raise ValueError("broken needs other tasks.")
+"""
+
+
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory):
+    """A module with a data set and two methods, and a configuration that trains it."""
+    folder = tmp_path_factory.mktemp("mine")
+    (folder / "mine_board.py").write_text(MODULE)
+    sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
+    config = Config(
+        sets=("mine_board:tables",),
+        methods=("linear",),
+        lrs=(1e-3, 1e-2),
+        steps=20,
+        eval_every=10,
+        batch_size=16,
+        small_batch=16,
+        hidden=(4,),
+        seeds=2,
+        extensions=0,
+        cost_rounds=0,
+        plots=False,
+        out=folder / "out",
+    )
+    yield config
+    sys.path.remove(str(folder))
+
+
+@pytest.fixture(scope="module")
+def finished(mine):
+    """A finished run. The process keeps its cache of programs and its flags."""
+    flags, cache = os.environ.get("XLA_FLAGS"), jax.config.jax_compilation_cache_dir
+    command.main(mine, "test")
+    yield mine
+    jax.config.update("jax_compilation_cache_dir", cache)
+    os.environ.pop("XLA_FLAGS", None)
+    if flags is not None:
+        os.environ["XLA_FLAGS"] = flags
+
+
+def rows_in(config, row):
+    job = queue.Job(config.sets[0], row)
+    lines = queue.read_rows(config.out, [job])
+    return lines[0], lines[1:]
+
+
+def test_linear_equals_equal_weights_bit_by_bit(finished):
+    without = lambda rows: [{k: v for k, v in r.items() if k != "row"} for r in rows]
+    linear, equal = rows_in(finished, LINEAR)[1], rows_in(finished, EQUAL)[1]
+    assert without(linear) == without(equal)
+    null = rows_in(finished, NULL)[1]
+    assert without(null) != without(equal)
+
+
+def test_rows_of_a_small_run(finished):
+    head, rows = rows_in(finished, SINGLE)
+    assert head["examples"] == {"train": 64, "val": 40, "test": 50}
+    assert {row["task"] for row in rows} == {"one", "two"}
+    assert len(rows) == 2 * 2 * 2 * 2  # tasks, rates, seeds, chosen and last
+    static = rows_in(finished, STATIC)[1]
+    assert {row["config"] for row in static} == {0, 1}
+    wide = rows_in(finished, WIDE)[1]
+    assert {row["config"] for row in wide} == set(range(10))
+    for row in wide:
+        np.testing.assert_allclose(sum(row["weights"]), 2, atol=1e-5)
+    # The configuration of equal weights is the row of equal weights.
+    equal = rows_in(finished, EQUAL)[1]
+    ones = [r for r in wide if r["weights"] == [1.0, 1.0]]
+    assert [r["test"] for r in ones] == [r["test"] for r in equal]
+
+
+def test_files_of_a_report(finished):
+    found = json.loads((finished.out / "leaderboard.json").read_text())
+    assert found["jobs"] == {"done": 7, "all": 7}
+    assert {e["row"] for e in found["rows"]} == {*finished.rows, ORACLE}
+    header = json.loads((finished.out / "header.json").read_text())
+    assert header["kind"] == "header"
+    assert header["data"]
+    text = (finished.out / "LEADERBOARD.md").read_text()
+    assert "too short for any conclusion" in text
+    assert "`linear` and equal weights are equal bit by bit" in text
+
+
+def test_a_resumed_run_writes_the_same_bytes(finished):
+    path = finished.out / "results.jsonl.gz"
+    before = path.read_bytes()
+    job = queue.Job(finished.sets[0], EQUAL)
+    stamps = {
+        j: (j.folder(finished.out) / "rows.jsonl").stat().st_mtime_ns
+        for j in queue.jobs(finished)
+    }
+    (job.folder(finished.out) / "rows.jsonl").unlink()
+    command.main(dataclasses.replace(finished, resume=True), "test")
+    assert path.read_bytes() == before
+    for other, stamp in stamps.items():
+        new = (other.folder(finished.out) / "rows.jsonl").stat().st_mtime_ns
+        assert (new == stamp) == (other != job)
+    # A report of the packed rows is that of the folders.
+    found = (finished.out / "leaderboard.json").read_text()
+    moved = dataclasses.replace(finished, out=finished.out / "packed", report_only=True)
+    moved.out.mkdir()
+    (moved.out / "results.jsonl.gz").write_bytes(before)
+    (moved.out / "about.json").write_text((finished.out / "about.json").read_text())
+    command.main(moved, "test")
+    assert (moved.out / "leaderboard.json").read_text() == found
+
+
+def test_an_added_method_trains_its_own_jobs_only(finished):
+    names = ("mine_board:twice", "mine_board:broken")
+    more = dataclasses.replace(finished, add=names, resume=True)
+    trained = [job.row for job, _ in queue.work(more)]
+    assert trained == list(names)
+    head, rows = rows_in(more, names[1])
+    assert (head["error"], rows) == ("broken needs other tasks.", [])
+    # The heads follow their own losses, and Adam is invariant to the scale (up to ε).
+    equal, twice = rows_in(more, EQUAL)[1], rows_in(more, names[0])[1]
+    np.testing.assert_allclose(
+        [r["test"] for r in twice], [r["test"] for r in equal], rtol=1e-3
+    )
+    board = report.make_board(queue.read_rows(more.out, queue.jobs(more)))
+    values = report.values_of(board, more.rows)
+    assert report.kind_of(names[0]) == "external"
+    assert values.missing == [names[1]]
+
+
+def test_heads_follow_their_own_losses(mine):
+    """The gradient of the heads is that of the sum, whatever the balancer does."""
+    on = train.cached_problem(mine, mine.sets[0])
+    params = jax.tree.map(lambda p: p[0], problem.initial_params(on, range(1)))
+    x, y = (a[0, :16] for a in on.parts["train"])
+    loss = lambda p: train.losses_of(on, p, x, y)
+    weights = jnp.array([3.0, 0.0])
+    balancer = mtljax.linear(2, weights=weights)
+    labels = {"trunk": "shared", "heads": "own"}
+    state = balancer.init(mtljax.shared_params(params, labels))
+    _, grad, _ = mtljax.value_and_balanced_grad(loss, balancer, labels=labels)(
+        params, state
+    )
+    heads = jax.grad(lambda p: loss(p).sum())(params)["heads"]
+    trunk = jax.grad(lambda p: loss(p) @ weights)(params)["trunk"]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        grad,
+        {"heads": heads, "trunk": trunk},
+    )
+
+
+def test_a_diverged_run_stands_still(mine):
+    on = train.cached_problem(mine, mine.sets[0])
+    init, step = train.make_step(mine, on, EQUAL)
+    params = jax.tree.map(lambda p: p[0], problem.initial_params(on, range(1)))
+    x, y = (a[0, :16] for a in on.parts["train"])
+    ones = jnp.ones(2)
+    state = init(params, jax.random.key(0), ones)
+    after = step(state, x.at[0, 0].set(jnp.inf), y, 0.01, ones)
+    assert int(after.failed) == 1
+    jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
+    after = step(after, x, y, 0.01, ones)
+    assert int(after.failed) == 0
+    out = train.Outputs(
+        val=np.zeros((2, 2, 40, 2), np.float32),
+        test=np.zeros((2, 2, 50, 2), np.float32),
+        failed=np.array([[0, 0], [0, 3]]),
+    )
+    trainer = train.Trainer(mine, on, EQUAL)
+    trainer.outputs = lambda *_: out
+    rows = trainer.rows(train.Try(0.01, (1.0, 1.0)))
+    last = [row for row in rows if row["last"]]
+    assert [row["diverged"] for row in last] == [False, True]
+    assert [row["val_score"] is None for row in last] == [False, True]
+    chosen = [row["step"] for row in rows if not row["last"]]
+    assert chosen == [10, 10]
+
+
+def start(config, *arguments):
+    """The command in a process of its own."""
+    folder = str(config.out.parent)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), folder])}
+    line = [
+        *(sys.executable, "-m", "experiments.leaderboard", "smoke"),
+        *("--sets", *config.sets, "--methods", "linear", "--lrs", "0.001", "0.01"),
+        *("--steps", "20", "--eval-every", "10", "--batch-size", "16"),
+        *("--small-batch", "16", "--hidden", "4", "--cost-rounds", "0"),
+        *("--no-plots", "--cost-sets", *Config().cost_sets, *arguments),
+    ]
+    return subprocess.Popen(line, env=env, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.deep
+def test_killed_and_shared_runs_write_the_same_bytes(finished, tmp_path):
+    wanted = (finished.out / "results.jsonl.gz").read_bytes()
+    killed = tmp_path / "killed"
+    run = start(finished, "--out", str(killed))
+    for _ in range(600):
+        if list(killed.glob("*/*/rows.jsonl")):
+            break
+        time.sleep(0.1)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert list(killed.glob("*/*/rows.jsonl"))
+    assert start(finished, "--out", str(killed), "--resume").wait() == 0
+    assert (killed / "results.jsonl.gz").read_bytes() == wanted
+    shared = tmp_path / "shared"
+    assert start(finished, "--out", str(shared), "--jobs", "2").wait() == 0
+    assert (shared / "results.jsonl.gz").read_bytes() == wanted
+
+
+@pytest.mark.data
+def test_the_sets_of_the_files():
+    """Sizes of the splits, and labels in all of them."""
+    folder = pathlib.Path(os.environ["MTLJAX_DATA_DIR"])
+    config = Config(data_dir=folder, seeds=2)
+    tasks = {"enb": 2, "emotions": 6, "tox21": 12, "faces": 4, "digits": 3}
+    for name, count in tasks.items():
+        found = problem.load(config, name)
+        assert found.num_tasks == count
+        assert found.missing == (name == "tox21")
+        for part in found.parts.values():
+            assert not np.isnan(part.y).all(1).any()
+    assert found.counted.all()
+
+
+def test_json_has_no_numbers_outside_of_json():
+    assert training.to_json({"a": math.inf, "b": np.float64(1)}) == {"a": None, "b": 1}
+    assert set(SETS) >= set(SMALL)
