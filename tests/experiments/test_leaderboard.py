@@ -128,7 +128,7 @@ FACTORS = {
     LINEAR: 1.02,
     "dwa": lambda i: 0.9 - 0.01 * i,
     "pcgrad": lambda i: 1.05 + 0.01 * i,
-    "gcs": 0.95,
+    "gcs": lambda i: 0.95 - 0.001 * i,
 }
 
 
