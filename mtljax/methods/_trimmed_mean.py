@@ -23,10 +23,9 @@ def stable_ranks(x: Float[Array, "tasks ..."]) -> Int[Array, "tasks ..."]:
     in each coordinate.
     """
     order = jnp.arange(len(x)).reshape((-1,) + (1,) * (x.ndim - 1))
-    ranks = jnp.zeros(x.shape, jnp.int32)
-    for s, other in enumerate(x):
-        ranks += (other < x) | ((other == x) & (s < order))
-    return ranks
+    others = [x[s : s + 1] for s in range(len(x))]
+    before = [(o < x) | ((o == x) & (s < order)) for s, o in enumerate(others)]
+    return sum((b.astype(jnp.int32) for b in before[1:]), before[0].astype(jnp.int32))
 
 
 def trimmed_mean_kept(

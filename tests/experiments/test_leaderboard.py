@@ -213,9 +213,9 @@ def test_sentences_follow_from_the_tests():
 
 
 def test_detectable_difference():
-    board, values = values_of(made_up({EQUAL: 1.0, "dwa": lambda i: 1 + i / 100}))
-    del board
-    # sd of 0..5 is 1.870829; (t(.975, 5) + t(.8, 5)) / √6 = 1.42476.
+    factors = {EQUAL: 1.0, "dwa": lambda i: 1 + i / 100}
+    _, values = values_of(made_up(factors), tuple(factors))
+    # Quantiles of Student's distribution with 5 degrees of freedom.
     np.testing.assert_allclose(values.deltas["dwa"].mean(1), np.arange(6.0), atol=1e-9)
     wanted = np.std(np.arange(6.0), ddof=1) * (2.5705818 + 0.9195438) / math.sqrt(6)
     np.testing.assert_allclose(report.detectable(values), wanted, rtol=1e-6)
@@ -328,7 +328,7 @@ def test_figures_of_made_up_rows():
 def test_equal_rows_are_equal_bytes(tmp_path):
     lines = made_up({EQUAL: 1.0})
     first = report.pack(lines)
-    time.sleep(1.1)  # gzip stores seconds by default
+    assert first[4:8] == bytes(4)  # gzip stores the time there
     assert report.pack(lines) == first
     path = tmp_path / "results.jsonl.gz"
     path.write_bytes(first)
@@ -679,11 +679,10 @@ def test_heads_follow_their_own_losses(mine):
     balancer = mtljax.linear(2, weights=weights)
     labels = {"trunk": "shared", "heads": "own"}
     state = balancer.init(mtljax.shared_params(params, labels))
-    _, grad, _ = mtljax.value_and_balanced_grad(loss, balancer, labels=labels)(
-        params, state
-    )
-    heads = jax.grad(lambda p: loss(p).sum())(params)["heads"]
-    trunk = jax.grad(lambda p: loss(p) @ weights)(params)["trunk"]
+    balanced = mtljax.value_and_balanced_grad(loss, balancer, labels=labels)
+    _, grad, _ = jax.jit(balanced)(params, state)
+    heads = jax.jit(jax.grad(lambda p: loss(p).sum()))(params)["heads"]
+    trunk = jax.jit(jax.grad(lambda p: loss(p) @ weights))(params)["trunk"]
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
         grad,
@@ -693,7 +692,7 @@ def test_heads_follow_their_own_losses(mine):
 
 def test_a_diverged_run_stands_still(mine):
     on = train.cached_problem(mine, mine.sets[0])
-    init, step = train.make_step(mine, on, EQUAL)
+    init, step = map(jax.jit, train.make_step(mine, on, EQUAL))
     params = jax.tree.map(lambda p: p[0], problem.initial_params(on, range(1)))
     x, y = (a[0, :16] for a in on.parts["train"])
     ones = jnp.ones(2)
@@ -754,7 +753,9 @@ def test_killed_and_shared_runs_write_the_same_bytes(finished, tmp_path):
 @pytest.mark.data
 def test_the_sets_of_the_files():
     """Sizes of the splits, and labels in all of them."""
-    folder = pathlib.Path(os.environ["MTLJAX_DATA_DIR"])
+    folder = pathlib.Path(os.environ.get("MTLJAX_DATA_DIR", "nowhere"))
+    if not folder.is_dir():
+        pytest.skip("no real data sets: set MTLJAX_DATA_DIR")
     config = Config(data_dir=folder, seeds=2)
     tasks = {"enb": 2, "emotions": 6, "tox21": 12, "faces": 4, "digits": 3}
     for name, count in tasks.items():
@@ -763,7 +764,11 @@ def test_the_sets_of_the_files():
         assert found.missing == (name == "tox21")
         for part in found.parts.values():
             assert not np.isnan(part.y).all(1).any()
-    assert found.counted.all()
+        left_out = {"expression"} if name == "faces" else set()
+        names = [task.name for task in found.tasks]
+        assert {n for n, c in zip(names, found.counted, strict=True) if not c} == (
+            left_out
+        )
 
 
 def test_json_has_no_numbers_outside_of_json():

@@ -1,11 +1,12 @@
 """Trimmed mean: golden value, sorting in numpy, mean and median, masks."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from methods.stepping import make, step
 from zoo import J3
 
-from mtljax.methods._trimmed_mean import trimmed_mean
+from mtljax.methods._trimmed_mean import stable_ranks, trimmed_mean
 
 RNG = np.random.default_rng(0)
 ROWS = np.array([[1e11, 3], [1, -1e11], [-1e10, 1e10], [2, 2]])
@@ -25,6 +26,14 @@ def test_sorted_in_numpy(tasks, trim):
     expected = np.sort(matrix, axis=0)[trim : tasks - trim].mean(0)
     np.testing.assert_allclose(got.update, expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(got.weights.sum(), 1, rtol=1e-5)
+
+
+def test_ranks_are_those_of_a_stable_sort():
+    x = np.random.default_rng(1).integers(0, 3, (6, 5, 4)).astype(np.float32)
+    x[4:, 0] = np.inf
+    order = np.argsort(x, axis=0, kind="stable")
+    wanted = np.argsort(order, axis=0, kind="stable")
+    np.testing.assert_array_equal(stable_ranks(jnp.asarray(x)), wanted)
 
 
 def test_no_trim_is_the_mean_and_the_most_is_the_median():
