@@ -1,4 +1,4 @@
-"""``python -m experiments.leaderboard [smoke|quick|cpu|all] --data-dir DIR``."""
+"""Command line: ``python -m experiments.leaderboard [PRESET] --data-dir DIR``."""
 
 import os
 
@@ -78,7 +78,7 @@ def use_cache(config: Config) -> None:
     """Keeps compiled programs, so that a resumed run does not compile again."""
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
         folder = config.out / "compiled"
         jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
 

@@ -1,4 +1,4 @@
-"""Figures: ranks, Δm with intervals, Δm by set, and Δm over the time of a step."""
+"""Figures: ranks, Δm with intervals, Δm by set, Δm over step time."""
 
 import itertools
 import pathlib

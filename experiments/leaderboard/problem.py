@@ -1,4 +1,4 @@
-"""Data sets as arrays with a leading axis of seeds, and errors of their tasks.
+"""Data sets with a leading axis of seeds, and the errors of their tasks.
 
 All errors are positive, and lower is better: the root of 1 - R² of a number (RRMSE),
 1 - AUC of a binary label, and the error rate of several classes.

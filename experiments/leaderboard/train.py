@@ -124,8 +124,8 @@ def make_program(config: Config, on: Problem, name: str) -> Callable[..., Output
 
         def chunk(state, order):
             state, _ = jax.lax.scan(one, state, order)
-            out = (problem.predict(on, state.params, x) for x in (val, test))
-            return state, Outputs(*out, state.failed)
+            predict = lambda x: problem.predict(on, state.params, x)
+            return state, Outputs(predict(val), predict(test), state.failed)
 
         chunks = order.reshape(-1, config.eval_every, order.shape[-1])
         return jax.lax.scan(chunk, init(params, key, weights), chunks)[1]
@@ -295,13 +295,13 @@ def constant_losses(on: Problem) -> np.ndarray:
 
 def losses_after(on: Problem, trainer: Trainer, lr: float) -> np.ndarray:
     """Validation losses ``[T]`` of equal weights after a tenth of a run."""
-    out = trainer.outputs(lr, np.ones(on.num_tasks)).val
+    out = trainer.outputs(lr, [1.0] * on.num_tasks).val
     at = max(0, out.shape[1] // 10 - 1)
     each = [
         problem.task_losses(on, out[s, at], on.parts["val"].y[s])
         for s in range(len(out))
     ]
-    return np.mean(jax.device_get(each), 0, dtype=np.float64)
+    return np.asarray(np.mean(jax.device_get(each), 0, dtype=np.float64))
 
 
 # --- time of a step ------------------------------------------------------------------
