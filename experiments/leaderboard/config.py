@@ -137,7 +137,7 @@ class Config(common.Tuned):
 
 PRESETS = {
     "smoke": (
-        "Half a minute, mostly compilation: two sets, three methods.",
+        "A minute of one CPU core, mostly compilation: two sets, three methods.",
         Config(
             sets=("enb", "jura"),
             methods=("linear", "dwa", "pcgrad"),
