@@ -7,7 +7,7 @@ a dict of arrays of fixed shapes. The loops are independent of losses, tasks and
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -148,6 +148,20 @@ def check_step(step: Step, state: PyTree, batch: PyTree) -> PyTree:
     return metrics
 
 
+class Order(NamedTuple):
+    """A key, and the order of the examples in one epoch, for later calls."""
+
+    key: Any  # a key, or keys [S]
+    epoch: Any  # scalar; -1 in the beginning
+    rows: Any  # indices [N // B, B], or [S, N // B, B]
+
+
+def no_order(key: Array, size: int, batch_size: int) -> Order:
+    """Returns an order of no epoch, for the first call."""
+    shape = (*key.shape, size // batch_size, batch_size)
+    return Order(key, *place(None, (np.int32(-1), np.zeros(shape, np.int32))))
+
+
 @functools.lru_cache(maxsize=16)  # a second fit of the same step is not recompiled
 def make_chunk(
     step: Step,
@@ -156,7 +170,8 @@ def make_chunk(
     chunk: int,
     seeds: bool = False,
     placement: Placement | None = None,
-) -> Callable[..., tuple[Any, Metrics]]:
+    keep_order: bool = False,
+) -> Any:
     """Compiles up to ``chunk`` steps over data that are stored on the device.
 
     The number of steps is a traced value. The same program therefore runs 20 steps, or
@@ -172,6 +187,9 @@ def make_chunk(
       seeds: Whether the state and ``order_key`` have a leading axis ``[S]`` of
         independent runs (seeds, hyper-parameters). The data have no such axis.
       placement: Placement of state and batches on a mesh, set by :func:`fit`.
+      keep_order: Whether the function takes an :class:`Order` from the last call
+        instead of ``order_key``, and returns it as a third value. A call that begins
+        within an epoch then does not sort the examples again.
 
     Returns:
       A jitted function ``(state, data, order_key, start_step, n) -> (state, metrics)``
@@ -207,12 +225,18 @@ def make_chunk(
         buffers = _replicated(buffers, placement)
         n = jnp.minimum(n, chunk)
 
+        def rows_of(epoch, known):
+            if not keep_order:
+                order = epoch_order(order_key, epoch, size, batch_size)
+                return _replicated(order, placement)
+            sort = lambda: epoch_order(known.key, epoch, size, batch_size)
+            return lax.cond(epoch == known.epoch, lambda: known.rows, sort)
+
         def within_epoch(carry):
-            i, state, metrics = carry
+            i, state, metrics, known = carry
             offset = (start_step + i) % per_epoch
             epoch = (start_step + i) // per_epoch
-            order = epoch_order(order_key, epoch, size, batch_size)
-            order = _replicated(order, placement)
+            order = rows_of(epoch, known)
 
             def body(j, carry):
                 state, metrics = carry
@@ -222,18 +246,22 @@ def make_chunk(
                 return state, jax.tree.map(lambda m, x: m.at[j].set(x), metrics, new)
 
             stop = jnp.minimum(n, i + per_epoch - offset)
-            return stop, *lax.fori_loop(i, stop, body, (state, metrics))
+            if keep_order:
+                known = Order(known.key, epoch, order)
+            return stop, *lax.fori_loop(i, stop, body, (state, metrics)), known
 
         first = jnp.zeros_like(n)
+        known = order_key if keep_order else None
         carry = lax.while_loop(
-            lambda c: c[0] < n, within_epoch, (first, state, buffers)
+            lambda c: c[0] < n, within_epoch, (first, state, buffers, known)
         )
-        return carry[1:]
+        return carry[1:] if keep_order else carry[1:3]
 
     if seeds:
-        axes = (0, None, 0, None, None)
-        run = jax.vmap(run, in_axes=axes, out_axes=(0, 1))
-    return _jit(run, placement)
+        order = Order(0, None, 0) if keep_order else 0
+        outputs = (0, 1, order) if keep_order else (0, 1)
+        run = jax.vmap(run, in_axes=(0, None, order, None, None), out_axes=outputs)
+    return jax.jit(run, donate_argnums=0) if keep_order else _jit(run, placement)
 
 
 def _jit(run: Callable, placement: Placement | None) -> Callable:
@@ -254,7 +282,7 @@ def make_host_chunk(
     batch_size: int,
     seeds: bool = False,
     placement: Placement | None = None,
-) -> Callable[..., tuple[Any, Metrics]]:
+) -> Callable[..., tuple[Any, Metrics, Order]]:
     """The function of :func:`make_chunk` as a host loop over a compiled step.
 
     On CPU, XLA runs a convolution inside a loop many times slower than outside, unless
@@ -270,9 +298,9 @@ def make_host_chunk(
       placement: Placement of state and batches on a mesh, set by :func:`fit`.
 
     Returns:
-      A function ``(state, data, order_key, start_step, n) -> (state, metrics)`` with
+      A function ``(state, data, order, start_step, n) -> (state, metrics, order)`` with
       host integers ``start_step`` and ``n``. Each metric has shape ``[n, ...]`` (``[n,
-      S, ...]`` with seeds).
+      S, ...]`` with seeds). ``order`` is a key, or the order of the last call.
     """
 
     def one(state, data, order, at):
@@ -288,18 +316,21 @@ def make_host_chunk(
     order_of = jax.jit(order_of, static_argnums=2)
     mesh = None if placement is None else placement.mesh
 
-    def chunk(state, data, order_key, start_step, n):
+    def chunk(state, data, order, start_step, n):
         size = num_examples(data, batch_size)
         per_epoch = size // batch_size
-        order, rows = None, []
+        order = order if isinstance(order, Order) else Order(order, -1, None)
+        rows = []
         for at in range(int(start_step), int(start_step) + int(n)):
-            if order is None or at % per_epoch == 0:
+            if order.epoch != at // per_epoch:
                 epoch = place(mesh, np.int32(at // per_epoch))
-                order = order_of(order_key, epoch, size)
+                found = order_of(order.key, epoch, size)
+                order = Order(order.key, at // per_epoch, found)
             at_row = place(mesh, np.int32(at % per_epoch))
-            state, metrics = run(state, data, order, at_row)
+            state, metrics = run(state, data, order.rows, at_row)
             rows.append(metrics)
-        return state, jax.tree.map(lambda *m: np.stack(m), *jax.device_get(rows))
+        stacked = jax.tree.map(lambda *m: np.stack(m), *jax.device_get(rows))
+        return state, stacked, order
 
     return chunk
 
@@ -387,14 +418,38 @@ def make_runner(
     if loop_on == "auto":
         loop_on = "host" if prefers_host_loop(step, state, batch) else "device"
     options: Any = {"batch_size": batch_size, "seeds": seeds, "placement": placement}
-    if loop_on == "host":
-        return make_host_chunk(step, **options)
-    run = make_chunk(step, chunk=chunk, **options)
     mesh = None if placement is None else placement.mesh
+    if loop_on == "host":
+        return _remembering(make_host_chunk(step, **options), lambda key, _: key)
+    kept = mesh is None  # on a mesh the order would need a sharding
+    run = make_chunk(step, chunk=chunk, keep_order=kept, **options)
+
+    def run_chunk(state, data, order, start_step, n):
+        bounds = place(mesh, (np.int32(start_step), np.int32(n)))
+        return run(state, data, order, *bounds)
+
+    if not kept:
+        return run_chunk
+    return _remembering(
+        run_chunk,
+        lambda key, data: no_order(key, num_examples(data, batch_size), batch_size),
+    )
+
+
+def _remembering(
+    run: Callable[..., Any], start: Callable[..., Any]
+) -> Callable[..., tuple[Any, Metrics]]:
+    """Passes the order of one call to the next call with the same key."""
+    last: Any = (None, None)
 
     def run_chunk(state, data, order_key, start_step, n):
-        bounds = place(mesh, (np.int32(start_step), np.int32(n)))
-        return run(state, data, order_key, *bounds)
+        nonlocal last
+        key, order = last
+        if key is not order_key:
+            order = start(order_key, data)
+        state, metrics, order = run(state, data, order, start_step, n)
+        last = order_key, order
+        return state, metrics
 
     return run_chunk
 

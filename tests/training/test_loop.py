@@ -164,11 +164,57 @@ def test_the_loop_on_the_host_takes_seeds():
     keys = jax.random.split(jax.random.key(1), 3)
     init_keys, order_keys = training.split_run_key(keys)
     many = loop.make_host_chunk(toy.step, batch_size=8, seeds=True)
-    _, metrics = many(jax.vmap(toy.init)(init_keys), arrays(), order_keys, 3, 9)
+    _, metrics, _ = many(jax.vmap(toy.init)(init_keys), arrays(), order_keys, 3, 9)
     run = training.make_chunk(toy.step, batch_size=8, chunk=20, seeds=True)
     _, expected = run(jax.vmap(toy.init)(init_keys), arrays(), order_keys, 3, 9)
     np.testing.assert_allclose(
         metrics["losses"], expected["losses"][:9], rtol=2e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("loop_on", ["device", "host"])
+@pytest.mark.parametrize("seeds", [False, True])
+def test_calls_within_an_epoch_use_one_order(monkeypatch, loop_on, seeds):
+    """Short calls neither sort the examples again nor change the results."""
+    keys = jax.random.split(jax.random.key(4), 3)
+    init_keys, order_keys = training.split_run_key(keys if seeds else keys[0])
+    init = jax.vmap(toy.init) if seeds else toy.init
+    sorts = []
+
+    def step(state, batch):
+        return toy.step(state, batch)
+
+    def counted(key, epoch, *sizes):
+        # The epoch has no axis of seeds, so the effect happens once for all of them.
+        jax.debug.callback(lambda epoch: sorts.append(int(epoch)), epoch)
+        return epoch_order(key, epoch, *sizes)
+
+    epoch_order = loop.epoch_order
+    monkeypatch.setattr(loop, "epoch_order", counted)
+    size = len(jax.tree.leaves(arrays())[0])
+    per_epoch = size // 8
+    runner = loop.make_runner(
+        step,
+        jax.eval_shape(toy.init, keys[0]),
+        jax.tree.map(lambda a: a[:8], arrays()),
+        batch_size=8,
+        chunk=20,
+        seeds=seeds,
+        loop_on=loop_on,
+    )
+    state, at, found = init(init_keys), 0, []
+    for n in (2, 1, per_epoch, 1):
+        state, metrics = runner(state, arrays(), order_keys, at, n)
+        found.append(metrics["losses"][:n])
+        at += n
+    jax.effects_barrier()
+    assert sorted(set(sorts)) == [0, 1]
+    assert len(sorts) in (2, 2 * 3)  # a callback under vmap runs once for each seed
+    monkeypatch.undo()
+    whole = training.make_chunk(toy.step, batch_size=8, chunk=40, seeds=seeds)
+    _, expected = whole(init(init_keys), arrays(), order_keys, 0, at)
+    np.testing.assert_allclose(
+        np.concatenate(found), expected["losses"][:at], rtol=2e-5, atol=1e-6
     )
 
 
