@@ -351,8 +351,6 @@ OLDER = (
     ("alternating/results/school/results.jsonl", AGAIN),
     ("forkmerge/results/results.jsonl", AGAIN),
     ("fs_mtl/results/results.jsonl", AGAIN),
-    ("igb/results/mulan_mtr-wq/results.jsonl", AGAIN),
-    ("igb/results/qm9_subset/results.jsonl", AGAIN),
     ("multidigits/results/results.jsonl", "the demo, which no claim cites"),
     ("trajectories/results/results.jsonl", AGAIN),
 )
