@@ -16,12 +16,17 @@ class TrimmedMeanState(NamedTuple):
     task_weights: Weights  # task weights, averaged over the coordinates
 
 
+FEW = 32  # tasks; the program of the comparisons grows with T
+
+
 def stable_ranks(x: Float[Array, "tasks ..."]) -> Int[Array, "tasks ..."]:
     """Ranks along the first axis from 0. Equal entries keep their order.
 
-    It compares all pairs of tasks. On a CPU this is much faster than sorting T numbers
-    in each coordinate.
+    For few tasks it compares all pairs, which on a CPU is much faster than sorting T
+    numbers in each coordinate.
     """
+    if len(x) > FEW:
+        return jnp.argsort(jnp.argsort(x, axis=0, stable=True), axis=0)
     order = jnp.arange(len(x)).reshape((-1,) + (1,) * (x.ndim - 1))
     others = [x[s : s + 1] for s in range(len(x))]
     before = [(o < x) | ((o == x) & (s < order)) for s, o in enumerate(others)]

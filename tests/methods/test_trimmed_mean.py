@@ -34,6 +34,10 @@ def test_ranks_are_those_of_a_stable_sort():
     order = np.argsort(x, axis=0, kind="stable")
     wanted = np.argsort(order, axis=0, kind="stable")
     np.testing.assert_array_equal(stable_ranks(jnp.asarray(x)), wanted)
+    many = np.tile(x, (6, 1))  # ties, and more tasks than are compared in pairs
+    order = np.argsort(many, axis=0, kind="stable")
+    wanted = np.argsort(order, axis=0, kind="stable")
+    np.testing.assert_array_equal(stable_ranks(jnp.asarray(many)), wanted)
 
 
 def test_no_trim_is_the_mean_and_the_most_is_the_median():
