@@ -50,9 +50,10 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-notebooks: $(VENV)/.installed  ## executes the .py sources into .ipynb
+notebooks: $(VENV)/.installed  ## executes the .py sources into .ipynb; draws the toy figure
 	$(BIN)/pip install -q -c constraints.txt -e '.[notebooks]'
-	$(BIN)/jupytext --to ipynb --execute notebooks/*.py
+	MTLJAX_TOY_FIGURE=$(CURDIR)/docs/_static/toy.png \
+	  $(BIN)/jupytext --to ipynb --execute notebooks/*.py
 
 # A page with an error, a broken reference or a warning fails the build. The environment
 # variable MTLJAX_DOCS_EXECUTE=force executes all code again, cache is the default.

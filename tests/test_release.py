@@ -76,6 +76,13 @@ def test_no_placeholder_remains():
 
 
 @release
+def test_the_readme_has_absolute_links():
+    """Relative links and images do not work on the package index."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"\]\((?!https://)([^)]*)\)", text) == []
+
+
+@release
 def test_the_changelog_has_the_version():
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     headings = re.findall(r"^## \[?([^\]\s]+)", text, re.M)
