@@ -12,8 +12,8 @@
 
 # %% [markdown]
 # # Two losses that disagree
-# What does each balancer do with two task gradients of unequal length that conflict?
-# The question is answered on one 2 × 3 matrix, then on a small network.
+# How does each balancer combine two conflicting gradients of different norms? The first
+# example is a 2 × 3 matrix, and the second a small network.
 
 # %%
 import jax
@@ -23,8 +23,9 @@ import optax
 import mtljax
 
 # %% [markdown]
-# Rows are task gradients. Their inner product is negative: a step along one undoes the
-# other. A balancer is an optax transformation: stacked gradients in, one update out.
+# The rows are task gradients. Their inner product is negative, so a step along one
+# increases the loss of the other. A balancer is an optax transformation. Its input is
+# the stacked gradients, and its output is one update.
 
 
 # %%
@@ -46,7 +47,7 @@ for name in names:
     print(f"{name:22} weights {show(state.task_weights)}  gains {show(gains)}{worse}")
 
 # %% [markdown]
-# The methods that promise no conflict keep it:
+# MGDA and Nash-MTL guarantee that no task gets worse, to first order:
 
 # %%
 for balancer in (mtljax.mgda(2), mtljax.nash_mtl(2)):
@@ -54,7 +55,8 @@ for balancer in (mtljax.mgda(2), mtljax.nash_mtl(2)):
     assert (grads["w"] @ update["w"]).min() > -1e-4
 
 # %% [markdown]
-# On a network: one jitted step, the whole optimiser in one chain, four seeds by `vmap`.
+# On a network, the balancer and the optimizer are one chain. Four seeds are a `vmap`
+# axis.
 
 
 # %%
@@ -94,8 +96,8 @@ for balancer in (mtljax.linear(2), mtljax.scale_invariant(2), mtljax.nash_mtl(2)
     print(f"{balancer.name:16} last losses {show(final[balancer.name])}")
 
 # %% [markdown]
-# Equal weighting follows the loss with the larger unit; scale-invariant methods serve
-# the small one better:
+# Equal weights favour the loss with the larger unit. Methods that do not depend on the
+# unit reduce the small loss further:
 
 # %%
 assert final["nash_mtl"][0] < final["linear"][0]

@@ -28,6 +28,7 @@ COVERED = (
     "docs/benchmarks/*.md",
     "docs/_ext/*.py",
     "docs/examples/*.py",
+    "notebooks/*.py",
     "benchmarks/*.py",
     "benchmarks/*.md",
     "README.md",

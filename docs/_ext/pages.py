@@ -8,6 +8,7 @@ reads only what changed.
 import functools
 import importlib
 import inspect
+import json
 import pathlib
 import posixpath
 import re
@@ -301,18 +302,7 @@ def pages() -> dict[str, list[str]]:
     found["_generated/costs.md"] = costs_table()
     entries = [name.removeprefix("mtljax.").replace(".", "_") for name in MODULES]
     families = [family.replace(" ", "_") for family in FAMILIES]
-    found["notebooks/index.md"] = [
-        "# Notebooks",
-        "",
-        "Each notebook answers one question with pictures and runs within a minute on",
-        "a CPU.",
-        "",
-        "```{toctree}",
-        ":maxdepth: 1",
-        "",
-        *sorted(file.stem for file in (DOCS.parent / "notebooks").glob("*.ipynb")),
-        "```",
-    ]
+    found["notebooks/index.md"] = notebooks_page()
     found["api/index.md"] = [
         "# API reference",
         "",
@@ -345,6 +335,33 @@ def write(app: Sphinx) -> None:
             if file.relative_to(DOCS).as_posix() not in wanted:
                 file.unlink()
     copy_notebooks()
+
+
+def notebooks_page() -> list[str]:
+    """Returns a table of the notebooks with the question that each of them answers."""
+    files = sorted((DOCS.parent / "notebooks").glob("*.ipynb"))
+    rows = []
+    for file in files:
+        first = json.loads(file.read_text(encoding="utf-8"))["cells"][0]
+        body = " ".join("".join(first["source"]).partition("\n")[2].split())
+        question = body[: body.index("?") + 1]
+        rows.append(f"| {{doc}}`{file.stem}` | {question} |")
+    return [
+        "# Notebooks",
+        "",
+        "Each notebook answers one question with pictures and runs within a minute on",
+        "a CPU with two cores.",
+        "",
+        "| notebook | question |",
+        "|:--|:--|",
+        *rows,
+        "",
+        "```{toctree}",
+        ":hidden:",
+        "",
+        *(file.stem for file in files),
+        "```",
+    ]
 
 
 def copy_notebooks() -> None:
