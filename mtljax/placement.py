@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax.core import AbstractValue
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 Axes: TypeAlias = tuple[str, ...]
 Backward: TypeAlias = Literal["auto", "jax", "rewritten"]
@@ -191,6 +191,8 @@ def constrain(tree: Any, shardings: Any, *, stacked: bool = False) -> Any:
         return tree
 
     def leaf(x, sharding):
+        if isinstance(sharding, SingleDeviceSharding):
+            return x  # on one device there is nothing to divide
         if stacked:
             spec = PartitionSpec(None, *sharding.spec)
             sharding = NamedSharding(sharding.mesh, spec)

@@ -255,3 +255,27 @@ def test_other_errors():
         mtljax.value_and_task_grads(lambda p: p, strategy=0)(p)
     with pytest.raises(ValueError, match="labels go with a single differentiated"):
         mtljax.value_and_task_grads(lambda p: p, argnums=(0,), labels=LABELS)
+
+
+@pytest.mark.parametrize("engine", ["losses", "gramian", "stacked"])
+def test_shardings_may_name_a_single_device(engine):
+    """The sharding of an array that was not placed on a mesh has no partition."""
+    params = {"w": jnp.array([[1.0, -2.0], [0.5, 3.0]])}
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+
+    def task_losses(params):
+        return jnp.square(jnp.eye(2) @ params["w"] - 1).mean(0)
+
+    balancer = mtljax.linear(2) if engine == "losses" else mtljax.mgda(2)
+    plain, placed = (
+        mtljax.value_and_balanced_grad(
+            task_losses, balancer, engine=engine, grad_shardings=wanted
+        )(params, balancer.init(params))[1]["w"]
+        for wanted in (None, shardings)
+    )
+    assert (plain == placed).all()
+    _, stacked = mtljax.value_and_task_grads(task_losses, grad_shardings=shardings)(
+        params
+    )
+    expected = jax.jacrev(task_losses)(params)["w"]
+    np.testing.assert_allclose(stacked["w"], expected, rtol=1e-6)
