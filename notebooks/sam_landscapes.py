@@ -163,7 +163,7 @@ bar.minorticks_off()
 plt.show()
 
 # %% [markdown]
-# The white lines are the losses 0.1 and 1.
+# The white lines are the losses 0.1 and 1. The loss of the SAM solution exceeds 0.1.
 #
 # ## Accuracy under noise on the weights
 # Sharpness is of practical interest if the weights change after training, for example
