@@ -349,7 +349,7 @@ def notebooks_page() -> list[str]:
     return [
         "# Notebooks",
         "",
-        "Each notebook answers one question with pictures and runs within a minute on",
+        "Each notebook answers one question with pictures and runs in about a minute on",
         "a CPU with two cores.",
         "",
         "| notebook | question |",
