@@ -349,8 +349,8 @@ def notebooks_page() -> list[str]:
     return [
         "# Notebooks",
         "",
-        "Each notebook answers one question with pictures and runs in about a minute on",
-        "a CPU with two cores.",
+        "Each notebook answers one question with pictures and runs in about a minute",
+        "on a CPU with two cores.",
         "",
         "| notebook | question |",
         "|:--|:--|",
