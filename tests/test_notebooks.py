@@ -32,8 +32,10 @@ def cells(source):
 
 
 def view(source):
-    text = source.with_suffix(".ipynb").read_text(encoding="utf-8")
-    return json.loads(text)["cells"]
+    file = source.with_suffix(".ipynb")
+    if not list(file.parent.glob("*.ipynb")):
+        pytest.skip("the executed notebooks are part of a clone only")
+    return json.loads(file.read_text(encoding="utf-8"))["cells"]
 
 
 def outputs(source):
