@@ -187,7 +187,7 @@ def make_chunk(
       seeds: Whether the state and ``order_key`` have a leading axis ``[S]`` of
         independent runs (seeds, hyper-parameters). The data have no such axis.
       placement: Placement of state and batches on a mesh, set by :func:`fit`.
-      keep_order: Whether the function takes an :class:`Order` from the last call
+      keep_order: Whether the function takes an ``Order`` from the last call
         instead of ``order_key``, and returns it as a third value. A call that begins
         within an epoch then does not sort the examples again.
 
