@@ -233,7 +233,11 @@ def factory(function: _Call) -> _Call:
 
     @functools.wraps(function)
     def build(*args, **kwargs):
-        bound = signature.bind(*args, **kwargs)
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            hint = " Pass key=jax.random.key(0)." if str(error).endswith("'key'") else ""
+            raise TypeError(f"{name}: {error}.{hint}") from None
         given, names = bound.arguments, None
         if "num_tasks" in given:
             names = task_names(name, given["num_tasks"])
@@ -337,8 +341,10 @@ def check_num_tasks(name: str, num_tasks: Any) -> int:
     except TypeError:
         number = 0
     if number < 1:
+        names = isinstance(num_tasks, str)
+        hint = f" One task with a name is ({num_tasks!r},)." if names else ""
         raise ValueError(
-            f"{name}: num_tasks must be a positive integer, not {num_tasks!r}."
+            f"{name}: num_tasks must be a positive integer, not {num_tasks!r}.{hint}"
         )
     return number
 

@@ -49,6 +49,10 @@ def test_a_factory_checks_what_all_factories_take():
     for value in (0, True, np.True_, 2.0, "2", None, np.ones(2, int)):
         with pytest.raises(ValueError, match="num_tasks must be a positive integer"):
             mtljax.linear(value)
+    with pytest.raises(ValueError, match=r"One task with a name is \('seg',\)"):
+        mtljax.linear("seg")
+    with pytest.raises(TypeError, match=r"pcgrad: .*'key'. Pass key=jax.random.key"):
+        mtljax.pcgrad(2)
     with pytest.raises(ValueError, match=r"static_args=\('num_tasks',\)"):
         jax.jit(lambda n: mtljax.linear(n).init({}))(3)
     for key in (0, jax.random.split(jax.random.key(0)), jnp.zeros(2)):
