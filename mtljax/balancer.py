@@ -236,7 +236,8 @@ def factory(function: _Call) -> _Call:
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
-            hint = " Pass key=jax.random.key(0)." if str(error).endswith("'key'") else ""
+            key = str(error).endswith("'key'")
+            hint = " Pass key=jax.random.key(0)." if key else ""
             raise TypeError(f"{name}: {error}.{hint}") from None
         given, names = bound.arguments, None
         if "num_tasks" in given:
