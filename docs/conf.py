@@ -73,6 +73,7 @@ nb_execution_excludepatterns = ["notebooks/*"]
 html_theme = "sphinx_book_theme"
 html_title = "mtljax"
 html_static_path = ["_static"]  # the README refers to its toy.png
+html_css_files = ["narrow.css"]
 html_theme_options = {
     "show_toc_level": 2,
     "show_navbar_depth": 1,
