@@ -196,6 +196,8 @@ class Results:
 
         The rows that report a lack of time are removed, because their jobs run again.
         """
+        if not self.path.exists():
+            raise SystemExit(f"benchmarks.accelerator: no file to resume, {self.path}.")
         earlier = json.loads(self.path.read_text())
         self.about["earlier"] = [*earlier["about"].pop("earlier", []), earlier["about"]]
         left = []

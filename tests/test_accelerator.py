@@ -180,6 +180,28 @@ def test_a_resumed_run_repeats_the_jobs_that_lacked_time(tmp_path):
     assert second.about == {"device": "a", "earlier": [{"device": "a"}]}
 
 
+def test_a_run_without_a_file_cannot_be_resumed(tmp_path):
+    with pytest.raises(SystemExit, match="no file to resume"):
+        Results(tmp_path / "found.json", {}).resume([])
+
+
+@pytest.mark.skipif(
+    not (accelerator.RESULTS / "accelerator.json").exists(),
+    reason="results are part of a clone only",
+)
+def test_the_pages_print_the_numbers_of_the_file():
+    found = json.loads((accelerator.RESULTS / "accelerator.json").read_text())
+    page = accelerator_report.page(found)
+    assert (accelerator.RESULTS / "accelerator.md").read_text() == page
+    guide = (ROOT / "docs" / "guides" / "speed.md").read_text("utf-8")
+    cells = [c for c in found["summary"]["cells"] if "torchjd_over_auto" in c]
+    assert len(cells) == 3
+    for cell in cells:
+        ours, theirs = f"{cell['auto_ms']:.3g}", f"{cell['torchjd_ms']:.3g}"
+        ratio = f"{cell['torchjd_over_auto']:.1f}x"
+        assert f"| {cell['tasks']} | {ours} | {theirs} | {ratio} |" in guide
+
+
 def test_the_jobs_of_the_plan_are_accepted():
     from benchmarks import accelerator_ours, accelerator_peers
 
