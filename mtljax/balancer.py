@@ -433,10 +433,7 @@ def commit(healthy: Any, update: Any, new: Any, old: Any) -> tuple[Any, Any]:
     Returns:
       The pair ``(update, state)``.
     """
-    healthy = jnp.asarray(healthy)
-    for leaf in jax.tree.leaves(update):
-        if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-            healthy &= jnp.isfinite(leaf).all()
+    healthy = jnp.asarray(healthy) & stack.all_finite(update)
     new = jax.tree.map(_like, new, old)
     for n, o in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True):
         if n is not o and jnp.issubdtype(n.dtype, jnp.inexact):
