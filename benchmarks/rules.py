@@ -1,6 +1,6 @@
 """Savings of each rule that rewrites backward passes for XLA:CPU.
 
-``python -m benchmarks.rules`` (five minutes on two idle CPU cores) times a whole step
+``python -m benchmarks.rules`` (ten minutes on two idle CPU cores) times a whole step
 (forward pass, gradients, weights, SGD) with all rules, with the backward pass of
 ``jax.vjp``, and without one rule at a time. Steps of contenders alternate. The ratio is
 the median of paired rounds. A rule is kept if a step of one model takes at least 10 %
@@ -30,12 +30,17 @@ OUT = pathlib.Path(__file__).parent / "results" / "rules.json"
 ROUNDS = 9
 LABELS = {"trunk": "shared", "heads": "own"}
 MODELS = {
+    "mlp, T=3": lambda: peer_models.mlp(3),
     "mlp, T=11": lambda: peer_models.mlp(11),
     "transformer, T=3": lambda: peer_models.transformer(3),
     "lenet, T=3": lambda: peer_models.lenet(3),
     "lenet, T=11": lambda: peer_models.lenet(11),
+    "lenet, T=40": lambda: peer_models.lenet(40),  # passes in a loop
 }
-RULES = ("constant axes", "max pooling", "order of axes", "patches", "layout of tasks")
+RULES = (
+    *("constant axes", "max pooling", "order of axes", "patches"),
+    *("layout of tasks", "stored cotangents"),
+)
 
 
 def _without(primitives: Any) -> Any:
@@ -65,6 +70,8 @@ def without(rule: str) -> Iterator[None]:
                 return jax.vmap(function, (in_axes,), out_axes)(rows)
 
             stack.enter_context(mock.patch.object(batch, "batch", as_vmap))
+        elif rule == "stored cotangents":
+            stack.enter_context(mock.patch.object(batch, "once", lambda x: x))
         yield
 
 
@@ -138,10 +145,14 @@ def main() -> None:
     """Measures all models and engines."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=pathlib.Path, default=OUT)
-    out = parser.parse_args().out
-    results: dict[str, Any] = {"machine": cpu_model(), "jax": jax.__version__}
+    parser.add_argument("--models", nargs="*", default=list(MODELS), metavar="NAME")
+    args = parser.parse_args()
+    out, results = args.out, {"machine": cpu_model(), "jax": jax.__version__}
     results["cases"] = {}
-    for model, build in MODELS.items():
+    if args.models != list(MODELS) and out.exists():
+        results["cases"] = json.loads(out.read_text())["cases"]
+    for model in args.models:
+        build = MODELS[model]
         for engine in ("losses", "stacked", "gramian"):
             results["cases"][f"{model}, {engine}"] = measure(build(), engine)
             out.write_text(json.dumps(results, indent=1) + "\n")
