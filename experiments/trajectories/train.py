@@ -112,10 +112,31 @@ def run_row(
     *,
     lrs: tuple[float, ...],
     measured: bool,
-) -> training.FitResult:
+) -> list[dict[str, Any]]:
     """Trains a row: all learning rates on the tuning seeds, or all seeds, measured."""
     seeds = config.seed_range if measured else TUNING_SEEDS
     runs = [(seed, lr) for lr in lrs for seed in seeds]
+    groups = [runs] if config.together else [[run] for run in runs]
+    found = []
+    for group in groups:
+        result = run_group(
+            config, scale, problem, functions, row, runs=group, measured=measured
+        )
+        found += result.rows
+    return found
+
+
+def run_group(
+    config: Config,
+    scale: Scale,
+    problem: Problem,
+    functions: Functions,
+    row: Row,
+    *,
+    runs: list[tuple[int, float]],
+    measured: bool,
+) -> training.FitResult:
+    """Trains runs of a row, pairs of seed and learning rate, together by vmap."""
     keys = common.keys_of(seed for seed, _ in runs)
     train = on_device(problem.train)
     # The name of a task seeds its head, so that it starts equally in all sets.
@@ -142,7 +163,13 @@ def run_row(
             params=lambda s: (s.params, s.batch_stats),
             step=lambda s: s.step,
         )
-    part = "runs" if measured else "tuning"
+    lrs = sorted({lr for _, lr in runs})
+    part, title = "runs" if measured else "tuning", f"{problem.name}: {row.label}"
+    title += "" if measured else ", learning rates"
+    parts = ["-".join([part, *(f"{lr:g}" for lr in lrs)]), row.folder]
+    if not config.together:
+        parts.append(f"seed_{runs[0][0]}")
+        title += f", seed {runs[0][0]}"
     plan = common.Plan(
         steps=scale.steps,
         batch_size=scale.batch_size,
@@ -150,12 +177,9 @@ def run_row(
         log_every=scale.eval_every,
         evaluate=probed or evaluate,
         labels=[{"seed": seed, "lr": lr} for seed, lr in runs],
-        folder=config.out
-        / problem.folder
-        / "-".join([part, *(f"{lr:g}" for lr in lrs)])
-        / row.folder,
+        folder=config.out.joinpath(problem.folder, *parts),
         about={"row": row, "scale": scale, "model": config.model, "lrs": lrs},
-        title=f"{problem.name}: {row.label}{'' if measured else ', learning rates'}",
+        title=title,
         task_names=row.tasks,
         eval_at_start=measured,
         checkpoint_every=scale.steps,
@@ -194,7 +218,7 @@ def choose_rate(
                 lrs=tuple(rates),
                 measured=False,
             )
-            found += [{**r, "task": tasks[0]} for r in result.rows]
+            found += [{**r, "task": tasks[0]} for r in result]
         return {"alone": found}
 
     def choose(rows):
@@ -219,7 +243,7 @@ def run_at(
     """A row at a learning rate: a line a seed."""
     result = run_row(config, scale, problem, functions, row, lrs=(lr,), measured=True)
     about = functions.probe.on(probe_set(problem)).config()
-    return lines_of(problem, row, result.rows, about, edge)
+    return lines_of(problem, row, result, about, edge)
 
 
 FACTORS = {

@@ -9,7 +9,7 @@ import pytest
 
 from experiments.common import claims
 from experiments.trajectories import __main__ as command
-from experiments.trajectories import analysis, data, report, train
+from experiments.trajectories import analysis, data, model, report, train
 from experiments.trajectories.config import PRESETS, Config, Scale
 from mtljax.data import write_idx
 
@@ -170,6 +170,32 @@ def test_the_smoke_preset_writes_everything_and_resumes(files, tmp_path, capsys)
     again = results(config)
     assert again[1:] == lines
     assert "--data-dir DIR --no-plots --resume" in again[0]["command"]
+
+
+@pytest.mark.deep
+def test_runs_of_a_row_are_equal_together_and_one_by_one(files, tmp_path):
+    found = []
+    for together in (True, False):
+        config = small(files, out=tmp_path / str(together), together=together)
+        scale = dataclasses.replace(config.cmu_faces, lrs=(0.01, 0.03))
+        problem = data.load(config, "cmu_faces").select(("pose",))
+        functions = model.make_functions(config, scale, problem)
+        rows = train.run_row(
+            config,
+            scale,
+            problem,
+            functions,
+            train.Row(("pose",)),
+            lrs=scale.lrs,
+            measured=False,
+        )
+        evals = [r for r in rows if r["kind"] == "eval"]
+        key = lambda r: (r["lr"], r["seed"], r["step"])
+        found.append({key(r): r["val_loss"] for r in evals})
+    assert found[0].keys() == found[1].keys()
+    assert len(found[0]) == 2 * len(train.TUNING_SEEDS) * 3
+    for key, value in found[0].items():
+        np.testing.assert_allclose(value, found[1][key], rtol=1e-4)
 
 
 def results(config):
@@ -368,8 +394,6 @@ def test_first_passages():
 def test_the_gpu_preset_traces(files):
     import jax
     import jax.numpy as jnp
-
-    from experiments.trajectories import model
 
     gpu = dataclasses.replace(PRESETS["gpu"][1], data_dir=files)
     scale = dataclasses.replace(
