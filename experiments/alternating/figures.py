@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.alternating.config import SINGLE_TASK, Config
+from experiments.alternating.config import Config
 from experiments.alternating.report import (
     Columns,
     Results,
@@ -14,12 +14,10 @@ from experiments.alternating.report import (
     chosen_rate,
     chosen_rows,
     columns_of,
-    group_line,
 )
 from experiments.alternating.train import inner_steps, row_of
 from experiments.common import figures as common
 from experiments.common.figures import legend, line, panels, series
-from mtljax import metrics
 from mtljax.training import plots
 
 # Methods of all figures with a line per method. The order fixes the colours.
@@ -35,6 +33,8 @@ SHOWN = (
 )
 MATCHED = SHOWN[:4]
 PASSES = "backward passes (log scale)"
+LOWEST = -0.2
+"""Lower end of the axis of test metrics."""
 
 
 def _shown(rows: Mapping[str, Any]) -> list[str]:
@@ -73,34 +73,6 @@ def losses(results: Results):
     return figure
 
 
-def groups(results: Results):
-    """Draws the benefit and the cost of groups."""
-    rows, columns = results.rows, results.problem.columns
-    members = group_line(rows, results.problem.num_tasks)
-    if len(members) < 3:
-        return None
-    figure, axes = panels(1, 2, width=3.8, height=3.0)
-    baseline = columns_of(columns, chosen_rows(rows[SINGLE_TASK])).mean(0)
-    better = [True] * len(baseline)
-    look = {"color": plots.PALETTE[0], "marker": "o"}
-    values = []
-    for row in members.values():
-        found = columns_of(columns, chosen_rows(rows[row]))
-        values.append(np.asarray(metrics.delta_m(found, baseline, better)))
-    line(axes[0, 0], list(members), np.array(values).T, look)
-    cost = [results.cost(row).backward for row in members.values()]
-    axes[0, 1].plot(list(members), cost, **look)
-    for axis in axes[0]:
-        axis.set_xlabel("groups G (log scale)")
-        axis.set_xscale("log")
-        axis.set_xticks(list(members), [str(g) for g in members])
-        axis.minorticks_off()
-    axes[0, 0].set_ylabel("Δm % (lower is better)")
-    axes[0, 1].set_ylabel("backward passes per batch")
-    axes[0, 1].set_ylim(bottom=0)
-    return figure
-
-
 def rates(rows: Mapping[str, Rows], columns: Columns, tasks: int):
     """Draws the test metric for each rate, against the total rate of a batch."""
     figure, axes = panels(1, 1, width=6.0, height=3.4)
@@ -116,7 +88,11 @@ def rates(rows: Mapping[str, Rows], columns: Columns, tasks: int):
         line(axis, list(points), values, look, label=row_of(name).label)
     axis.set_xscale("log")
     axis.set_xlabel("learning rate x steps per batch (log scale)")
-    axis.set_ylabel("mean of the test metrics")
+    label = "mean of the test metrics"
+    if axis.get_ylim()[0] < LOWEST:  # R² of a run that diverges has no lower limit
+        axis.set_ylim(bottom=LOWEST)
+        label += f"\n(axis ends at {LOWEST})"
+    axis.set_ylabel(label)
     legend(figure, axes)
     return figure
 
@@ -184,7 +160,6 @@ def write(results: Results, config: Config) -> list[pathlib.Path]:
     rows, problem = results.rows, results.problem
     found: dict[str, Any] = {
         "losses": losses(results),
-        "groups": groups(results),
         "rates": rates(rows, problem.columns, problem.num_tasks),
     }
     if any(row in rows for row in MATCHED):
