@@ -39,7 +39,7 @@ KEYS: dict[str, type | tuple[type, ...]] = {
     "started": str,
     "wall_s": (int, float),
 }
-LOCAL = ("data_dir", "out", "resume", "overwrite", "report_only")
+LOCAL = ("data_dir", "out", "resume", "overwrite", "report_only", "report_to")
 """Fields that belong to a machine or a call, not to a result."""
 VERSIONS = ("python", "jax", "optax", "mtljax", *PACKAGES)
 
@@ -101,7 +101,7 @@ def _command(experiment: str) -> str:
     options = iter(sys.argv[1:])
     for word in options:
         name, equals, _ = word.partition("=")
-        if name in ("--data-dir", "--out"):
+        if name in ("--data-dir", "--out", "--report-to"):
             if not equals:
                 next(options, None)
             words.append(f"{name} DIR")

@@ -120,6 +120,8 @@ class Config(common.Tuned):
     train_only: bool = False
     """Train jobs that no other process trains, and write no report. Start the command
     several times with this option to share the work by hand."""
+    report_to: pathlib.Path | None = None
+    """Folder of the files of the report. The default is --out, which has the jobs."""
     out: pathlib.Path = pathlib.Path("results/leaderboard")
 
     @property

@@ -64,11 +64,10 @@ def open_folder(config: Config) -> None:
       ConfigError: If results exist and neither --resume nor --overwrite is given, or
         the settings differ from those of the results.
     """
-    path = config.out / "about.json"
+    path, head = config.out / "about.json", config.out / "header.json"
     if config.overwrite and config.out.is_dir():
         for name in (
             "about.json",
-            "costs.json",
             "results.jsonl.gz",
             "leaderboard.json",
         ):
@@ -76,12 +75,15 @@ def open_folder(config: Config) -> None:
         for folder in config.out.glob("*/*/"):
             if (folder / ".lock").is_file() or (folder / "rows.jsonl").is_file():
                 shutil.rmtree(folder)
-    if not path.is_file():
-        if config.report_only:
-            raise ConfigError(f"--report-only: {config.out} has no results.")
+    if path.is_file():
+        old = json.loads(path.read_text("utf-8"))
+    elif config.report_only and head.is_file():  # the files of a report only
+        old = json.loads(head.read_text("utf-8"))["config"]
+    elif config.report_only:
+        raise ConfigError(f"--report-only: {config.out} has no results.")
+    else:
         write(path, json.dumps(about(config), indent=1, sort_keys=True) + "\n")
         return
-    old = json.loads(path.read_text("utf-8"))
     differ = [key for key, value in about(config).items() if old.get(key) != value]
     if differ:
         raise ConfigError(

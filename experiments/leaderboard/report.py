@@ -18,7 +18,6 @@ import numpy as np
 import mtljax
 from experiments.common import problem as problems
 from experiments.common import provenance
-from experiments.common import report as common
 from experiments.common.selection import Choice, select
 from experiments.common.statistics import (
     bootstrap_sets,
@@ -50,12 +49,6 @@ FAILED = 100.0
 """Δm of a run that has no finite result."""
 FEW_SETS = 8
 """Below this number of sets the bootstrap interval is too narrow."""
-LIMITS = """\
-The leaderboard does not show: results on images of natural size, dense prediction or
-large networks; results with other optimizers than Adam; results of methods whose own
-hyper-parameters are tuned, because only the learning rate is. The sets are small
-tables and small images, the network is an MLP, and a batch is a large share of some
-sets. A row that is not better here is "not shown to be better"."""
 
 
 class Cell(NamedTuple):
@@ -70,6 +63,7 @@ class Cell(NamedTuple):
     tried: int  # configurations that were offered
     runs: int
     diverged: int  # runs of all configurations that had diverged at the end
+    scores: Mapping[float, float] | None = None  # validation score by rate, not static
 
 
 class Board(NamedTuple):
@@ -106,7 +100,22 @@ def _as_cell(rows: Sequence[Mapping[str, Any]], choice: Choice) -> Cell:
         tried=len({row["lr"] for row in rows}),
         runs=len(shown),
         diverged=sum(bool(row["diverged"]) for row in shown),
+        scores=scores_of(rows),
     )
+
+
+def scores_of(rows: Sequence[Mapping[str, Any]]) -> dict[float, float]:
+    """Mean validation score of the selected steps by rate, infinite if a run has none.
+
+    The score is the mean logarithm of the errors, so that a difference of two scores is
+    the logarithm of a ratio of errors.
+    """
+    found: dict[float, list[float]] = {}
+    for row in rows:
+        if not row["last"]:
+            score = row["val_score"]
+            found.setdefault(row["lr"], []).append(math.inf if score is None else score)
+    return {lr: float(np.mean(scores)) for lr, scores in sorted(found.items())}
 
 
 def cell_of(rows: Sequence[Mapping[str, Any]]) -> Cell:
@@ -117,7 +126,8 @@ def cell_of(rows: Sequence[Mapping[str, Any]]) -> Cell:
     choice = select(rows, maximise=False)
     if static:
         choice = choice._replace(edge=None)
-    return _as_cell(rows, choice)
+    cell = _as_cell(rows, choice)
+    return cell._replace(scores=None) if static else cell
 
 
 def single_cell(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> Cell:
@@ -135,6 +145,7 @@ def single_cell(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> Cell
         tried=each[0].tried,
         runs=sum(cell.runs for cell in each),
         diverged=sum(cell.diverged for cell in each),
+        scores=scores_of(rows),
     )
 
 
@@ -189,15 +200,15 @@ def delta_m(cell: Cell, base: Cell, counted: Any, column: str = "chosen") -> np.
     """
     counted = np.asarray(counted, bool)
     with np.errstate(invalid="ignore"):
-        single = _mean(getattr(base, column)[:, counted], 0)
+        single = average(getattr(base, column)[:, counted], 0)
         change = (getattr(cell, column)[:, counted] - single) / np.maximum(
             single, FLOOR
         )
-    found = 100 * _mean(change, 1)
+    found = 100 * average(change, 1)
     return np.where(cell.failed | ~np.isfinite(found), FAILED, found)
 
 
-def _mean(values: np.ndarray, axis: int) -> np.ndarray:
+def average(values: np.ndarray, axis: int) -> np.ndarray:
     """Mean over the entries that are not NaN, and NaN if all are."""
     known = ~np.isnan(values)
     total = np.where(known, values, 0).sum(axis)
@@ -274,6 +285,16 @@ def label_of(row: str) -> str:
     if row == LINEAR:
         return "linear (check)"
     return mtljax.METHODS[row].label if row in mtljax.METHODS else row
+
+
+def counted(count: int, noun: str) -> str:
+    """A number and its noun.
+
+    Examples:
+      >>> counted(1, "set"), counted(2, "set")
+      ('1 set', '2 sets')
+    """
+    return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
 def ranked_rows(values: Values) -> list[str]:
@@ -376,6 +397,64 @@ def detectable(values: Values) -> float:
     return float(np.median(sds) * minimum_detectable(sets))
 
 
+def smallest_p(sets: int, methods: int) -> float:
+    """Smallest p that Wilcoxon's test over sets can have after Holm's correction.
+
+    A method that is better on all of n sets has p = 2^(1 - n).
+
+    Examples:
+      >>> smallest_p(6, 2), smallest_p(2, 11)
+      (0.0625, 1.0)
+    """
+    return min(1.0, methods * 2.0 ** (1 - sets))
+
+
+class Spread(NamedTuple):
+    """Differences between methods and between seeds on a set, in Δm points.
+
+    Attributes:
+      within: Standard deviation over seeds, root mean square over the methods.
+      between: Standard deviation over methods of their means over seeds.
+      noise: The same as seeds alone would cause: the residual standard deviation of
+        methods and seeds, divided by the root of the number of seeds. The part that all
+        methods of a seed share, for example its split, is not in it.
+      p: Friedman's test of the methods with seeds as blocks, by Holm over the sets.
+    """
+
+    within: float
+    between: float
+    noise: float
+    p: float
+
+
+def seed_spread(values: Values) -> dict[str, Spread]:
+    """Compares the differences between methods with those between seeds, by set."""
+    methods = [row for row in values.deltas if kind_of(row) in ("method", "external")]
+    if len(methods) < 2 or values.deltas[methods[0]].shape[1] < 2:
+        return {}
+    deltas = np.stack([values.deltas[row] for row in methods], 2)  # sets, seeds, rows
+    _, seeds, rows = deltas.shape
+    rest = deltas - deltas.mean(1, keepdims=True) - deltas.mean(2, keepdims=True)
+    rest = rest + deltas.mean((1, 2), keepdims=True)
+    residual = np.square(rest).sum((1, 2)) / ((seeds - 1) * (rows - 1))
+    p = holm([_blocks_p(one) for one in deltas])
+    return {
+        name: Spread(
+            within=float(np.sqrt(deltas[i].var(0, ddof=1).mean())),
+            between=float(deltas[i].mean(0).std(ddof=1)),
+            noise=float(np.sqrt(residual[i] / seeds)),
+            p=float(p[i]),
+        )
+        for i, name in enumerate(values.sets)
+    }
+
+
+def _blocks_p(scores: np.ndarray) -> float:
+    """p of Friedman's test of ``[blocks, rows]``, 1 if all rows are equal."""
+    equal = (scores == scores[:, :1]).all()
+    return 1.0 if equal else friedman(scores, maximise=False).p
+
+
 def ranks_of(values: Values) -> dict[str, float]:
     """Mean rank over sets of the mean Δm over seeds. Ties share a rank."""
     rows = ranked_rows(values)
@@ -444,246 +523,22 @@ def entries(
     return sorted(found, key=key)
 
 
-# --- text -----------------------------------------------------------------------------
+class Result(NamedTuple):
+    """All that the report says.
 
+    Attributes:
+      board: Cells of all sets.
+      values: Δm on the complete sets.
+      table: Entries of the rows.
+      done: Numbers of finished and of all jobs.
+      costs: Costs by row.
+    """
 
-def winners(table: Sequence[Mapping[str, Any]], reference: str) -> list[dict[str, Any]]:
-    """Methods that are significantly better than a reference."""
-    return [
-        dict(entry)
-        for entry in table
-        if entry["kind"] in ("method", "external")
-        and reference in entry
-        and entry[reference]["adjusted"] < LEVEL
-        and entry[reference]["mean"] < 0
-    ]
-
-
-def conclusions(
-    board: Board, values: Values, table: Sequence[Mapping[str, Any]]
-) -> list[str]:
-    """Sentences that follow from the tests."""
-    methods = [e for e in table if e["kind"] in ("method", "external")]
-    if not values.sets:
-        return ["No set is complete yet, so there is no comparison."]
-    if not methods:
-        return ["No method runs on all sets.", *_checks(board, values, table)]
-    sets = f"On these {len(values.sets)} sets"
-    beat = {name: winners(table, name) for name in ("equal", "static")}
-    found = [
-        f"{sets}, {len(beat['equal'])} of {len(methods)} methods beat equal weights "
-        f"(Wilcoxon, Holm), and {len(beat['static'])} beat static weights with the "
-        "same number of tries."
-    ]
-    x = detectable(values)
-    if math.isfinite(x):
-        found.append(
-            f"Differences below {x:.1f} Δm points cannot be seen with "
-            f"{len(values.sets)} sets."
-        )
-    p = friedman_p(values)
-    if math.isfinite(p):
-        found.append(f"Friedman's test over all ranked rows has p = {p:.2g}.")
-    best = {
-        "mean rank": min(methods, key=lambda e: e["rank"]),
-        "mean Δm": min(methods, key=lambda e: e["delta_m"]),
-        "median Δm": min(methods, key=lambda e: e["median"]),
-    }
-    first = {name: entry["label"] for name, entry in best.items()}
-    if len(set(first.values())) > 1:
-        places = ", ".join(f"{label} by {name}" for name, label in first.items())
-        found.append(
-            f"The first places differ: {places}. No single order is a ranking."
-        )
-    if beat["static"]:
-        listed = ", ".join(
-            e["label"]
-            + (f" (step time x{e['step_ratio']:.2g})" if "step_ratio" in e else "")
-            for e in beat["static"]
-        )
-        found.append(f"Advice: try the rows that beat static weights: {listed}.")
-    else:
-        found.append(
-            "Advice: no method is shown to be better than static weights with the same "
-            "number of tries. Tune the learning rate and one set of weights first."
-        )
-    return found + _checks(board, values, table)
-
-
-def _checks(
-    board: Board, values: Values, table: Sequence[Mapping[str, Any]]
-) -> list[str]:
-    """Checks of the comparison itself."""
-    found, by_row = [], {entry["row"]: entry for entry in table}
-    x = detectable(values)
-    if {NULL, EQUAL} <= set(values.deltas) and math.isfinite(x):
-        d = float((values.deltas[NULL] - values.deltas[EQUAL]).mean())
-        word = "less" if abs(d) < x else "MORE"
-        found.append(
-            "Check: equal weights with other initial weights and another order of data "
-            f"differ by {d:+.2f} points, {word} than the detectable difference."
-        )
-    if {LINEAR, EQUAL} <= set(values.deltas):
-        pairs = [(board.cells[s][LINEAR], board.cells[s][EQUAL]) for s in values.sets]
-        same = all(np.array_equal(a.chosen, b.chosen, equal_nan=True) for a, b in pairs)
-        word = "equal" if same else "NOT equal"
-        found.append(f"Check: `linear` and equal weights are {word} bit by bit.")
-    means = {row: by_row[row]["delta_m"] for row in PLANTED if row in by_row}
-    others = [e["delta_m"] for e in table if e["kind"] in ("method", "external")]
-    if len(means) == len(PLANTED) and others:
-        at = [sum(o < means[row] for o in others) + 1 for row in (ORACLE, "useless")]
-        found.append(
-            f"Check: by mean Δm the planted row `oracle` is at place {at[0]} and the "
-            f"planted row `useless` at place {at[1]} of {len(others) + 1}."
-        )
-    return found
-
-
-def notes(board: Board, values: Values, config: Config) -> list[str]:
-    """What limits the numbers: floors, ends of grids, rows that do not run."""
-    found = []
-    floors = [
-        f"{name} {task}"
-        for name in values.sets
-        for task, error, counted in zip(
-            board.about[name]["tasks"],
-            _mean(board.cells[name][SINGLE].chosen, 0),
-            board.about[name]["counted"],
-            strict=True,
-        )
-        if counted and error < FLOOR
-    ]
-    if floors:
-        found.append(
-            f"The denominator is {FLOOR} where the single-task error is smaller: "
-            f"{', '.join(floors)}."
-        )
-    excluded = [
-        f"{name} {task}"
-        for name in values.sets
-        for task, counted in zip(
-            board.about[name]["tasks"], board.about[name]["counted"], strict=True
-        )
-        if not counted
-    ]
-    if excluded:
-        found.append(f"Trained but not averaged: {', '.join(excluded)}.")
-    for row in values.deltas:
-        names = [name for name in values.sets if board.cells[name][row].failed.all()]
-        if names:
-            found.append(
-                f"{label_of(row)} diverged at all rates on {', '.join(names)}: "
-                f"Δm is set to {FAILED:g}."
-            )
-    for row in values.missing:
-        reasons = [f"{s} ({why})" for (s, r), why in board.errors.items() if r == row]
-        found.append(f"{label_of(row)} does not run on {'; '.join(reasons)}.")
-    found.append(
-        "If equal weights selected an end of the grid, up to "
-        f"{config.extensions} rates beyond it were offered to all rows of the set. "
-        "Another row that selected an end was offered up to "
-        f"{config.extensions} rates for itself. The column `tries` has the largest "
-        "number over sets."
-    )
-    return found
-
-
-def _p(value: float) -> str:
-    return f"{value:.2g}" if value >= 1e-4 else "< 0.0001"
-
-
-def _signed(value: float) -> str:
-    return f"{round(value, 1) + 0.0:+.1f}"
-
-
-def _cells_of(entry: Mapping[str, Any]) -> list[str]:
-    against = []
-    for name in ("static", "equal"):
-        c = entry.get(name)
-        against += (
-            [f"{c['better']}/{c['worse']}", f"{c['mean']:+.1f}", _p(c["adjusted"])]
-            if c
-            else ["", "", ""]
-        )
-    ratio, gflop = entry.get("step_ratio"), entry.get("gflop")
-    rank = entry["rank"]
-    return [
-        entry["label"],
-        f"{_signed(entry['delta_m'])} [{_signed(entry['low'])}, "
-        f"{_signed(entry['high'])}]",
-        _signed(entry["median"]),
-        "" if rank is None else f"{rank:.1f}",
-        *against,
-        entry["worst"],
-        _signed(entry["last_step"]),
-        "" if ratio is None else f"{ratio:.2g}",
-        "" if gflop is None else f"{gflop:.2g}",
-        str(entry["tried"]),
-        f"{100 * entry['edge_share']:.0f} %",
-        f"{entry['diverged']}/{entry['runs']}",
-    ]
-
-
-HEAD = (
-    "row", "Δm % [95 %]", "median", "mean rank",
-    "static-5: better/worse", "Δ", "p", "equal: better/worse", "Δ", "p",
-    "worst set", "Δm, last step", "step time", "GFLOP", "tries", "edge", "diverged",
-)  # fmt: skip
-READING = """\
-Δm is the mean relative change of the test error against single-task networks, over
-tasks, seeds and sets. Lower is better. Δ is the mean difference of Δm to a reference,
-with the p of Wilcoxon's signed-rank test over sets after Holm's correction.
-"better/worse" counts the sets with a significant difference over seeds, after Holm's
-correction within the set. "edge" is the share of sets on which validation selected an
-end of the grid. Step times are relative to equal weights, for one run."""
-TITLES = {
-    "method": "Methods",
-    "control": "Controls",
-    "auxiliary": "Methods with a main task (the first one), not ranked with the rest",
-    "planted": "Planted rows, which check the comparison",
-}
-
-
-def page(
-    board: Board,
-    values: Values,
-    table: Sequence[Mapping[str, Any]],
-    config: Config,
-    done: tuple[int, int],
-) -> str:
-    """The text of ``LEADERBOARD.md``."""
-    parts = ["# Leaderboard"]
-    if done[0] < done[1]:
-        parts.append(f"incomplete: {done[0]} of {done[1]} jobs.")
-    small = config.steps < 500 or config.seeds < 5
-    if small:
-        parts.append("These runs are too short for any conclusion.")
-    parts.append("\n".join(f"- {x}" for x in conclusions(board, values, table)))
-    if values.sets:
-        few = "Student's interval over sets" if len(values.sets) < FEW_SETS else ""
-        how = few or "bootstrap over sets and seeds"
-        parts += [f"Sets: {', '.join(values.sets)}. Intervals: {how}.", READING]
-    for kind, title in TITLES.items():
-        kinds = (kind, "external") if kind == "method" else (kind,)
-        lines = [_cells_of(e) for e in table if e["kind"] in kinds]
-        if lines:
-            parts += [f"## {title}", common.markdown(HEAD, lines)]
-    if values.sets:
-        groups = list(dict.fromkeys(g for e in table for g in e["groups"]))
-        lines = [
-            [
-                e["label"],
-                *(_signed(e["groups"][g]) for g in groups),
-                _signed(e["mean_of_groups"]),
-            ]
-            for e in table
-        ]
-        head = ("row", *groups, "mean of groups")
-        parts += ["## Δm by group of related sets", common.markdown(head, lines)]
-        found = notes(board, values, config)
-        parts += ["## Notes", "\n".join(f"- {text}" for text in found)]
-    parts += ["## Limits", LIMITS, common.versions()]
-    return "\n\n".join(parts) + "\n"
+    board: Board
+    values: Values
+    table: list[dict[str, Any]]
+    done: tuple[int, int]
+    costs: Mapping[str, Mapping[str, Any]]
 
 
 # --- files ----------------------------------------------------------------------------
@@ -704,17 +559,18 @@ def unpack(path: pathlib.Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def costs_of(config: Config) -> dict[str, dict[str, float]]:
-    """Median costs of each row over the sets on which they were measured."""
+def costs_of(config: Config, old: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Costs of each row: medians over the measured sets, and seconds over all sets.
+
+    Args:
+      config: Configuration with the folder of the jobs.
+      old: Content of ``leaderboard.json``, which has the costs if there are no jobs.
+    """
+    wanted = queue.jobs(config)
     found: dict[str, list[Mapping[str, Any]]] = {}
-    for job, cost in queue.read_small(
-        config.out, queue.jobs(config), "cost.json"
-    ).items():
+    for job, cost in queue.read_small(config.out, wanted, "cost.json").items():
         found.setdefault(job.row, []).append(cost)
-    path = config.out / "costs.json"
-    if not found and path.is_file():  # a folder that has the results only
-        return json.loads(path.read_text("utf-8"))
-    return {
+    costs = {
         row: {
             key: float(np.median([cost[key] for cost in costs]))
             for key in costs[0]
@@ -722,53 +578,86 @@ def costs_of(config: Config) -> dict[str, dict[str, float]]:
         }
         for row, costs in found.items()
     }
+    times = queue.read_small(config.out, wanted, "time.json")
+    for job, seconds in times.items():
+        mine = costs.setdefault(job.row, {})
+        mine["cpu_s"] = mine.get("cpu_s", 0.0) + seconds["cpu"]
+    return costs or dict(old.get("costs", {}))
 
 
 def write(config: Config, command: str) -> tuple[list[pathlib.Path], str]:
-    """Writes all files of the report. Returns their paths and the conclusions."""
-    from experiments.leaderboard import figures
+    """Writes all files of the report. Returns their paths and the conclusions.
 
-    wanted, path = queue.jobs(config), config.out / "results.jsonl.gz"
+    The files are ``results.jsonl.gz``, ``header.json``, ``leaderboard.json``,
+    ``LEADERBOARD.md`` and the figures. If the folder has no jobs, its packed rows are
+    read, and their header remains.
+    """
+    from experiments.leaderboard import figures, page
+
+    wanted, packed = queue.jobs(config), config.out / "results.jsonl.gz"
     lines = queue.read_rows(config.out, wanted)
-    if lines or not path.is_file():
-        path.write_bytes(pack(lines))
-    else:
-        lines = unpack(path)
+    fresh = bool(lines) or not packed.is_file()
+    lines = lines if fresh else unpack(packed)
+    old = read_json(config.out / "leaderboard.json")
     board = make_board(lines)
-    done = sum(line.get("kind") == "job" for line in lines)
-    values, costs = values_of(board, config.rows), costs_of(config)
-    table = entries(board, values, costs)
+    values, costs = values_of(board, config.rows), costs_of(config, old)
+    result = Result(
+        board=board,
+        values=values,
+        table=entries(board, values, costs),
+        done=(sum(line.get("kind") == "job" for line in lines), len(wanted)),
+        costs=costs,
+    )
     for name, about in board.about.items():
         problems.LOADED[name] = {"digest": about["data"], "shared": {}}
-    written = [path]
+    head = {} if fresh else read_json(config.out / "header.json")
+    head = head or provenance.header(config, command=command)
+    folder = config.report_to or config.out
+    drawn = figures.write(config, result)
+    queue.write(folder / "header.json", to_text(head))
+    queue.write(folder / "leaderboard.json", to_text(as_json(result)))
+    text = page.text(result, config, head, [path.stem for path in drawn])
+    queue.write(folder / "LEADERBOARD.md", text)
+    data = pack(lines)
+    (folder / packed.name).write_bytes(data)
+    names = (packed.name, "header.json", "leaderboard.json", "LEADERBOARD.md")
+    found = [page.answer(values, result.table), *page.conclusions(values, result.table)]
+    found += page.checks(board, values, result.table)
+    return [*(folder / name for name in names), *drawn], "\n".join(found)
 
-    def save(name: str, value: Any) -> None:
-        text = json.dumps(mtljax.training.to_json(value), indent=1, ensure_ascii=False)
-        queue.write(config.out / name, text + "\n")
-        written.append(config.out / name)
 
-    save("header.json", provenance.header(config, command=command))
-    save("costs.json", costs)
-    found = conclusions(board, values, table)
-    save(
-        "leaderboard.json",
-        {
-            "sets": values.sets,
-            "jobs": {"done": done, "all": len(wanted)},
-            "friedman_p": friedman_p(values),
-            "nemenyi": (
-                nemenyi_distance(len(ranked_rows(values)), len(values.sets))
-                if len(ranked_rows(values)) > 1 and values.sets
-                else None
-            ),
-            "detectable": detectable(values),
-            "conclusions": found,
-            "rows": table,
-            "errors": {f"{s}: {r}": why for (s, r), why in board.errors.items()},
-        },
-    )
-    text = page(board, values, table, config, (done, len(wanted)))
-    queue.write(config.out / "LEADERBOARD.md", text)
-    written.append(config.out / "LEADERBOARD.md")
-    written += figures.write(config, board, values, table)
-    return written, "\n".join(found)
+def as_json(result: Result) -> dict[str, Any]:
+    """The content of ``leaderboard.json``."""
+    from experiments.leaderboard import page
+
+    board, values, table, (done, count), costs = result
+    ranked = ranked_rows(values)
+    return {
+        "answer": page.answer(values, table),
+        "conclusions": page.conclusions(values, table) + page.cost_of(result),
+        "checks": page.checks(board, values, table),
+        "sets": values.sets,
+        "jobs": {"done": done, "all": count},
+        "friedman_p": friedman_p(values),
+        "nemenyi": (
+            nemenyi_distance(len(ranked), len(values.sets))
+            if len(ranked) > 1 and values.sets
+            else None
+        ),
+        "detectable": detectable(values),
+        "seeds": {name: one._asdict() for name, one in seed_spread(values).items()},
+        "rows": table,
+        "costs": dict(costs),
+        "errors": {f"{s}: {r}": why for (s, r), why in board.errors.items()},
+    }
+
+
+def to_text(value: Any) -> str:
+    """Formats a JSON file."""
+    plain = mtljax.training.to_json(value)
+    return json.dumps(plain, indent=1, ensure_ascii=False) + "\n"
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Reads a JSON file, empty if it does not exist."""
+    return json.loads(path.read_text("utf-8")) if path.is_file() else {}

@@ -20,7 +20,15 @@ import pytest
 import mtljax
 from experiments.common.config import ConfigError
 from experiments.leaderboard import __main__ as command
-from experiments.leaderboard import figures, options, problem, queue, report, train
+from experiments.leaderboard import (
+    figures,
+    options,
+    page,
+    problem,
+    queue,
+    report,
+    train,
+)
 from experiments.leaderboard.config import (
     AUXILIARY,
     CLASSICS,
@@ -132,6 +140,19 @@ FACTORS = {
 }
 
 
+HEADER = {
+    "versions": dict.fromkeys(("python", "jax", "optax", "mtljax"), "1"),
+    "commit": "0",
+    "device": "cpu",
+}
+
+
+def text_of(board, values, done=(1, 1), costs={}, **more):  # noqa: B006 not changed
+    table = report.entries(board, values, costs)
+    result = report.Result(board, values, table, done, costs)
+    return page.text(result, Config(), HEADER, **more)
+
+
 def values_of(lines, rows=(SINGLE, *FACTORS)):
     board = report.make_board(lines)
     return board, report.values_of(board, rows)
@@ -183,7 +204,7 @@ def test_planted_rows_are_first_and_last_and_have_no_rank():
     assert max(means, key=means.__getitem__) == USELESS
     np.testing.assert_allclose(means[ORACLE], -30)
     assert means[WIDE] == pytest.approx(0)  # the configuration that validation selects
-    checks = [x for x in report.conclusions(board, values, table) if "planted" in x]
+    checks = [x for x in page.checks(board, values, table) if "planted" in x]
     assert "`oracle` is at place 1" in checks[0]
     assert "`useless` at place 3 of 3" in checks[0]
 
@@ -192,24 +213,75 @@ def test_sentences_follow_from_the_tests():
     lines = made_up(FACTORS, sets=8)
     board, values = values_of(lines)
     table = report.entries(board, values, {"dwa": {"step_ratio": 1.5}})
-    found = report.conclusions(board, values, table)
+    found = page.conclusions(values, table)
     assert found[0].startswith("On these 8 sets, 1 of 2 methods beat equal weights")
     assert "1 beat static weights" in found[0]
-    assert any("DWA (step time x1.5)" in text for text in found)
+    assert page.answer(values, table) == (
+        "Try DWA (step time x1.5): 1 of 2 methods on 8 sets beat static weights that "
+        "were tuned with the same number of tries."
+    )
+    # Without noise, both methods differ from equal weights on each set.
+    assert "1 method beat equal weights on at least one set, and 1 lose" in found[1]
+    assert "The most sets are won by DWA: 8, and 0 lost." in found[1]
+    found = page.checks(board, values, table)
     assert any("`linear` and equal weights are equal bit by bit" in x for x in found)
     # Nothing is better than itself.
     same = {EQUAL: 1.0, STATIC: 1.0, "dwa": 1.0, "pcgrad": 1.0}
-    board, values = values_of(made_up(same, noise=0.01), tuple(same))
+    board, values = values_of(made_up(same, sets=8, noise=0.01), tuple(same))
     table = report.entries(board, values, {})
-    found = report.conclusions(board, values, table)
-    assert ", 0 of 2 methods beat equal weights" in found[0]
-    assert any("no method is shown to be better" in text for text in found)
+    assert ", 0 of 2 methods beat equal weights" in page.conclusions(values, table)[0]
+    assert page.answer(values, table) == (
+        f"{page.TUNE}: none of 2 methods on 8 sets is shown to be better than static "
+        "weights that were tuned with the same number of tries."
+    )
     # The first places by mean and by median differ.
     mixed = {EQUAL: 1.0, STATIC: 1.0, "dwa": 0.99}
     mixed["mgda"] = lambda i: 0.2 if i == 0 else 1.1
     board, values = values_of(made_up(mixed), tuple(mixed))
-    found = report.conclusions(board, values, report.entries(board, values, {}))
+    found = page.conclusions(values, report.entries(board, values, {}))
     assert any("The first places differ" in text for text in found)
+
+
+def test_few_sets_cannot_decide():
+    """Six sets and two methods: p = 2/64, and 0.0625 after Holm's correction."""
+    board, values = values_of(made_up(FACTORS))
+    table = report.entries(board, values, {})
+    assert page.answer(values, table) == (
+        f"{page.TUNE}. 6 sets cannot show that any of 2 methods is better than static "
+        "weights: the test needs at least 7 sets."
+    )
+    assert "would have p = 0.062." in page.conclusions(values, table)[0]
+    # With seven sets the same differences are significant.
+    board, values = values_of(made_up(FACTORS, sets=7))
+    table = report.entries(board, values, {})
+    assert page.answer(values, table).startswith("Try DWA: 1 of 2 methods on 7 sets")
+    np.testing.assert_allclose(table[0]["static"]["adjusted"], 2 / 64)
+    assert report.smallest_p(7, 2) == 2 / 64
+
+
+def test_methods_and_seeds():
+    """The parts of a table of methods and seeds, by hand."""
+    # Rows are seeds: an effect of the seed, one of the method, and a rest.
+    seed, method = np.array([-3.0, 0, 3]), np.array([-1.0, 0, 1])
+    rest = 0.3 * np.outer([1, -1, 0], [1, -1, 0])
+    scores = 10 + seed[:, None] + method + rest
+    deltas = {
+        name: scores[None, :, k] for k, name in enumerate(("dwa", "mgda", "pcgrad"))
+    }
+    deltas[EQUAL] = np.zeros((1, 3))
+    found = report.seed_spread(report.Values(["a"], deltas, deltas, []))["a"]
+    np.testing.assert_allclose(found.between, 1.0)
+    np.testing.assert_allclose(found.noise, math.sqrt(4 * 0.3**2 / (2 * 2) / 3))
+    # The sums of squares over seeds are 2.7² + 0.3² + 3², 3.3² + 0.3² + 3² and 18.
+    squares = 2.7**2 + 0.3**2 + 3**2 + 3.3**2 + 0.3**2 + 3**2 + 18
+    np.testing.assert_allclose(found.within, math.sqrt(squares / 2 / 3))
+    # All seeds order the methods alike: χ² is largest, and F infinite.
+    assert found.p == 0
+    same = {name: np.ones((1, 3, 1))[..., 0] for name in ("dwa", "mgda")}
+    found = report.seed_spread(report.Values(["a"], same, same, []))["a"]
+    assert (found.within, found.between, found.noise, found.p) == (0, 0, 0, 1)
+    alone = {"dwa": np.ones((1, 3))}
+    assert report.seed_spread(report.Values(["a"], alone, alone, [])) == {}
 
 
 def test_detectable_difference():
@@ -228,18 +300,18 @@ def test_incomplete_rows():
     board, values = values_of(without)
     assert "set:3" not in values.sets
     assert len(values.sets) == 5
-    page = report.page(
-        board, values, report.entries(board, values, {}), Config(), (53, 54)
-    )
-    assert "incomplete: 53 of 54 jobs" in page
+    text = text_of(board, values, (53, 54))
+    assert "incomplete: 53 of 54 jobs" in text
     # No set is complete.
     board, values = values_of([x for x in lines if x["row"] != "dwa"])
     assert values.sets == []
-    table = report.entries(board, values, {})
-    assert report.conclusions(board, values, table) == [
-        "No set is complete yet, so there is no comparison."
-    ]
-    assert "# Leaderboard" in report.page(board, values, table, Config(), (0, 54))
+    assert report.entries(board, values, {}) == []
+    assert page.conclusions(values, []) == []
+    text = text_of(board, values, (0, 54))
+    assert text.startswith(
+        "# Leaderboard\n\n**Which method should I use?** No set is complete yet"
+    )
+    assert "## Limits" in text
     # A row that does not run for a known reason does not hold up the others.
     refused = [
         job_line(x["set"], x["row"], error="needs 3 tasks")
@@ -251,7 +323,7 @@ def test_incomplete_rows():
     board, values = values_of(refused)
     assert len(values.sets) == 6
     assert values.missing == ["dwa"]
-    text = "\n".join(report.notes(board, values, Config()))
+    text = "\n".join(page.notes(board, values, Config()))
     assert "DWA does not run on set:3 (needs 3 tasks)." in text
     assert set(values.deltas) == {*rows, ORACLE} - {"dwa"}
 
@@ -270,9 +342,7 @@ def test_a_row_that_diverges_everywhere_is_the_last():
     assert entry["kind"] == "control"
     assert table["dwa"]["diverged"] == table["dwa"]["runs"] == 24
     assert table["dwa"]["rank"] == 4
-    assert "DWA diverged at all rates" in "\n".join(
-        report.notes(board, values, Config())
-    )
+    assert "DWA diverged at all rates" in "\n".join(page.notes(board, values, Config()))
 
 
 def test_denominators_have_a_floor_and_excluded_tasks_do_not_count():
@@ -312,17 +382,139 @@ def test_bars_of_the_diagram_join_rows_without_a_difference():
     assert found == [(1.4, 1.6)]
 
 
-def test_figures_of_made_up_rows():
-    board, values = values_of(made_up(FACTORS))
-    costs = {row: {"step_ratio": 1.0 + i} for i, row in enumerate(FACTORS)}
-    table = report.entries(board, values, costs)
-    for figure in (
-        figures.ranks(values, table),
-        figures.delta(values, table),
-        figures.heat(board, values, table),
-        figures.cost(table),
-    ):
-        assert figure.axes
+RATES = (1e-3, 3e-3, 1e-2)
+
+
+def large(methods, sets):
+    """A board of many rows at three rates, with noise."""
+    rng = np.random.default_rng(2)
+    rows = (EQUAL, NULL, STATIC, *methods)
+    factors = {row: 1 + 0.3 * rng.normal() ** 2 for row in rows}
+    lines = made_up(factors, sets=sets, noise=0.05)
+    more = []
+    for line in lines:
+        if "lr" in line and line["row"] != STATIC:
+            for k, lr in enumerate(RATES[:2]):  # the made-up rate is 0.01
+                score = line["val_score"] + 0.2 * (2 - k)
+                more.append({**line, "lr": lr, "val_score": score})
+    board, values = values_of([*lines, *more], (SINGLE, *rows))
+    costs = {row: {"step_ratio": float(1 + rng.exponential())} for row in rows}
+    return board, values, report.entries(board, values, costs)
+
+
+def all_figures(board, values, table):
+    return {
+        "ranks": figures.ranks(values, table),
+        "delta": figures.delta(values, table),
+        "heat": figures.heat(board, values, table),
+        "cost": figures.cost(table),
+        "rates": figures.rates(board, values, table),
+        "seeds": figures.seeds(values),
+    }
+
+
+def boxes(figure):
+    """Extents of all visible texts, and of the figure."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    drawn = canvas.get_renderer()
+    texts = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text()]
+    # Labels of ticks beyond the limits of an axis are not drawn.
+    hidden = {
+        id(label)
+        for axis in figure.axes
+        for line, limits in (
+            (axis.xaxis, axis.get_xlim()),
+            (axis.yaxis, axis.get_ylim()),
+        )
+        for tick in line.get_major_ticks()
+        if not min(limits) <= tick.get_loc() <= max(limits)
+        for label in (tick.label1, tick.label2)
+    }
+    return [
+        (t.get_text(), t.get_window_extent(drawn)) for t in texts if id(t) not in hidden
+    ], figure.bbox
+
+
+def unreadable(figure):
+    """Texts that leave the figure, and pairs of texts that cover each other."""
+    texts, frame = boxes(figure)
+    found = [
+        text
+        for text, box in texts
+        if not (frame.x0 <= box.x0 and box.x1 <= frame.x1)
+        or not (frame.y0 <= box.y0 and box.y1 <= frame.y1)
+    ]
+    for (one, a), (other, b) in itertools.combinations(texts, 2):
+        wide = min(a.x1, b.x1) - max(a.x0, b.x0)
+        high = min(a.y1, b.y1) - max(a.y0, b.y0)
+        touch = 0.2 * min(a.height, b.height)  # of the space between lines
+        if wide > touch and high > touch:
+            found.append((one, other))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("methods", "sets"),
+    [(("dwa", "pcgrad"), 2), (CLASSICS[1:], 6), (tuple(mtljax.METHODS)[1:], 14)],
+    ids=["two", "classics", "all"],
+)
+def test_figures_can_be_read(methods, sets):
+    """No text leaves a figure or covers another, and no legend is on the data."""
+    for name, figure in all_figures(*large(methods, sets)).items():
+        assert unreadable(figure) == [], name
+        assert all(axis.get_legend() is None for axis in figure.axes)
+
+
+def test_overlaps_are_found():
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    figure.text(0.5, 0.5, "one")
+    figure.text(0.51, 0.5, "two")
+    figure.text(0.98, 0.1, "leaves the figure")
+    assert unreadable(figure) == ["leaves the figure", ("one", "two")]
+
+
+def test_curves_of_the_learning_rates():
+    board, values, table = large(("dwa", "mgda", "pcgrad"), 3)
+    found = figures.curves_of(board, values, table)
+    assert {name: len(cells) for name, cells in found.items()} == {
+        "equal weights": 3,
+        "single task": 3,
+        "loss balancing": 3,
+        "gradient balancing": 6,
+    }
+    # The made-up scores are 0.4 and 0.2 larger below the best rate.
+    left, right = figures.rates(board, values, table).axes
+    for line in left.lines:
+        if len(line.get_xdata()) == 3 and line.get_label()[0] != "_":
+            np.testing.assert_allclose(line.get_ydata(), np.exp([0.4, 0.2, 0]))
+    heights = [bar.get_height() for bar in right.patches]
+    assert sorted(heights) == [0] * 6 + [100] * 3  # three families, three rates
+
+
+def test_scores_of_rates():
+    rows = [
+        *run_lines("s", "dwa", [[0.1, 0.1]] * 2, lr=0.1, score=-1.0),
+        *run_lines("s", "dwa", [[0.1, 0.1]] * 2, lr=0.3, score=-2.0)[:1],
+        *run_lines("s", "dwa", [[0.1, 0.1]] * 2, lr=0.3, score=math.nan)[1:2],
+    ]
+    assert report.scores_of(rows) == {0.1: -1.0, 0.3: math.inf}
+    assert figures.excess({0.1: -1.0, 0.3: math.inf}, 0.3) == math.inf
+    assert math.isnan(figures.excess({0.1: math.inf}, 0.1))
+
+
+def test_labels_are_moved_apart():
+    given = [3.0, 0.0, 0.1, 0.2, 10.0, 3.1]
+    placed = figures.spread_out(given, 1.0)
+    assert (np.diff(np.sort(placed)) >= 1 - 1e-12).all()
+    assert np.argsort(placed, kind="stable").tolist() == np.argsort(given).tolist()
+    assert placed[4] == 10
+    np.testing.assert_allclose(placed[[1, 2, 3]], [-0.9, 0.1, 1.1])
 
 
 def test_equal_rows_are_equal_bytes(tmp_path):
@@ -641,14 +833,20 @@ def test_a_resumed_run_writes_the_same_bytes(finished):
     for other, stamp in stamps.items():
         new = (other.folder(finished.out) / "rows.jsonl").stat().st_mtime_ns
         assert (new == stamp) == (other != job)
-    # A report of the packed rows is that of the folders.
-    found = (finished.out / "leaderboard.json").read_text()
-    moved = dataclasses.replace(finished, out=finished.out / "packed", report_only=True)
-    moved.out.mkdir()
-    (moved.out / "results.jsonl.gz").write_bytes(before)
-    (moved.out / "about.json").write_text((finished.out / "about.json").read_text())
-    command.main(moved, "test")
-    assert (moved.out / "leaderboard.json").read_text() == found
+
+
+def test_a_report_is_made_of_its_own_files(finished, tmp_path):
+    """What is committed is complete: its rows give the same text again."""
+    to = tmp_path / "committed"
+    command.main(dataclasses.replace(finished, report_only=True, report_to=to), "test")
+    names = {"results.jsonl.gz", "header.json", "leaderboard.json", "LEADERBOARD.md"}
+    before = {path.name: path.read_bytes() for path in to.iterdir()}
+    assert set(before) == names
+    command.main(dataclasses.replace(finished, report_only=True, out=to), "again")
+    assert {path.name: path.read_bytes() for path in to.iterdir()} == before
+    other = dataclasses.replace(finished, report_only=True, out=to, steps=40)
+    with pytest.raises(ConfigError, match=r"other settings \(steps\)"):
+        command.main(other, "test")
 
 
 def test_an_added_method_trains_its_own_jobs_only(finished):
