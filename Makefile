@@ -15,7 +15,7 @@ FIND_NEWEST = for p in python3.14 python3.13 python3.12 \
   if $$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; \
     then echo $$p; break; fi; done
 
-.PHONY: demo replay test test-deep test-lowest test-newest \
+.PHONY: demo replay leaderboard-check test test-deep test-lowest test-newest \
   test-package lint format notebooks docs docs-links clean
 
 demo: $(VENV)/.installed  ## all methods on real data, side by side; below 3 minutes
@@ -25,6 +25,10 @@ demo: $(VENV)/.installed  ## all methods on real data, side by side; below 3 min
 DATA_DIR ?= $(MTLJAX_DATA_DIR)
 replay: $(VENV)/.installed  ## trains one committed row of every table again
 	$(RUN) -m experiments.common.replay $(if $(DATA_DIR),--data-dir $(DATA_DIR))
+
+leaderboard-check: $(VENV)/.installed  ## linear models on the sets of the leaderboard
+	$(RUN) -m experiments.leaderboard cpu --check-sets \
+	  $(if $(DATA_DIR),--data-dir $(DATA_DIR))
 
 test: $(VENV)/.installed  ## the suite, in parallel
 	$(RUN) -m pytest -q -n auto --dist loadgroup

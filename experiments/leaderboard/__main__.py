@@ -1,6 +1,7 @@
 """Command line: ``python -m experiments.leaderboard [PRESET] --data-dir DIR``."""
 
 import os
+import sys
 
 from experiments.common import cli as common
 from experiments.leaderboard.config import PRESETS, Config, check, folder_name
@@ -19,7 +20,18 @@ def main(config: Config, command: str) -> None:
     from experiments.leaderboard import queue, report
 
     screen = Screen()
+    if config.check_sets:
+        from experiments.leaderboard.reference import check_sets
+
+        sys.exit(1 if check_sets(config, screen.say) else 0)
     queue.open_folder(config)
+    if config.recheck:
+        from experiments.leaderboard.recheck import recheck, sentence
+
+        one_thread()
+        found = recheck(config, screen.say)
+        screen.say(sentence(found, config))
+        sys.exit(int(any(one.difference for one in found)))
     wanted = queue.jobs(config)
     left = sum(not job.done(config.out) for job in wanted)
     screen.say(
@@ -42,10 +54,7 @@ def run_all(config: Config, screen) -> None:
     """Trains in this process, and in ``config.jobs - 1`` further ones."""
     import multiprocessing
 
-    # Each process uses one thread. XLA reads the flag when it is first used.
-    flags = os.environ.get("XLA_FLAGS", "")
-    if ONE_THREAD not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {ONE_THREAD}".strip()
+    one_thread()
     context = multiprocessing.get_context("spawn")
     helpers = [
         context.Process(target=help_out, args=(config, os.getpid()), daemon=True)
@@ -56,6 +65,13 @@ def run_all(config: Config, screen) -> None:
     run_one(config, screen)
     for process in helpers:
         process.join()
+
+
+def one_thread() -> None:
+    """Each process uses one thread. XLA reads the flag when it is first used."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if ONE_THREAD not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {ONE_THREAD}".strip()
 
 
 def run_one(config: Config, screen, parent: int | None = None) -> None:

@@ -120,6 +120,12 @@ class Config(common.Tuned):
     train_only: bool = False
     """Train jobs that no other process trains, and write no report. Start the command
     several times with this option to share the work by hand."""
+    check_sets: bool = False
+    """Only fit ridge and logistic regression to each set, and train no network. The
+    exit status is 1 if they are hardly better than a constant prediction on a set."""
+    recheck: Size = 0
+    """Only train this number of finished cells again, chosen at random, and compare.
+    The exit status is 1 if a number differs."""
     report_to: pathlib.Path | None = None
     """Folder of the files of the report. The default is --out, which has the jobs."""
     out: pathlib.Path = pathlib.Path("results/leaderboard")
@@ -205,8 +211,10 @@ def check(config: Config) -> None:
             f"--steps {config.steps} must be a multiple of --eval-every "
             f"{config.eval_every}, and at least twice it."
         )
-    if config.report_only and config.train_only:
-        raise common.ConfigError("--report-only and --train-only exclude each other.")
+    flags = ("report_only", "train_only", "check_sets", "recheck")
+    chosen = [common.option(name) for name in flags if getattr(config, name)]
+    if len(chosen) > 1:
+        raise common.ConfigError(f"{chosen[0]} and {chosen[1]} exclude each other.")
 
 
 def folder_name(name: str) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 
 from experiments.common import report as common
 from experiments.common.board import number
+from experiments.leaderboard import reference
 from experiments.leaderboard.config import (
     EQUAL,
     LINEAR,
@@ -217,9 +218,60 @@ def checks(board: Board, values: Values, table: Table) -> list[str]:
     return found
 
 
-def notes(board: Board, values: Values, config: Config) -> list[str]:
+def versus(result: Result) -> dict[str, reference.Versus]:
+    """Single-task networks next to the linear models, by set."""
+    cells = result.board.cells
+    return {
+        name: reference.compare(found, cells[name][SINGLE].chosen)
+        for name, found in result.references.items()
+        if not isinstance(found, str)
+    }
+
+
+def reference_check(result: Result) -> list[str]:
+    """Whether the single-task networks are as good as linear models."""
+    found = versus(result)
+    if not found:
+        return []
+    below = [name for name, one in found.items() if one.word == "worse"]
+    text = (
+        "Single-task networks beat or tie with ridge and logistic regression on "
+        f"{len(found) - len(below)} of {counted(len(found), 'set')} (a tie is a "
+        f"difference of at most {reference.TIE} of R², AUC or accuracy)."
+    )
+    if below:
+        text += f" They are worse on {', '.join(below)}."
+    if len(below) * 14 > 4 * len(found):  # 10 of 14 are required
+        text += " The training recipe is WRONG for these sets."
+    return [text]
+
+
+def reference_table(result: Result) -> list[str]:
+    """The linear models and the single-task networks by set."""
+    head = ("set", "metric", "constant", "linear", "single-task networks", "verdict")
+    lines = [
+        [
+            *(name, one.metrics, f"{one.constant:.3f}", f"{one.linear:.3f}"),
+            *(f"{one.network:.3f}", one.word),
+        ]
+        for name, one in versus(result).items()
+    ]
+    about = (
+        "Test scores, means over tasks and seeds. The linear model is ridge regression "
+        "for numbers and logistic regression for labels and classes; validation "
+        "selects its penalty."
+    )
+    return [about, common.markdown(head, lines, left=2)] if lines else []
+
+
+def notes(result: Result, config: Config) -> list[str]:
     """What limits the numbers: floors, ends of grids, rows that do not run."""
-    found = []
+    board, values = result.board, result.values
+    found = [
+        f"There is no linear reference for {name}: {reason}"
+        for name, reason in result.references.items()
+        if isinstance(reason, str)
+    ]
     floors = [
         f"{name} {task}"
         for name in values.sets
@@ -408,13 +460,14 @@ def text(
         rows = common.markdown(HEAD, map(main_line, table), left=2)
         parts += ["## Table", sets, READING, rows, ROWS]
         parts += shown("delta", "ranks", "heat")
-        mine = checks(board, values, table)
+        mine = checks(board, values, table) + reference_check(result)
         parts += ["## Checks of the comparison", bullets(mine)] if mine else []
+        parts += reference_table(result)
         more = shown("rates", "seeds", "cost")
         parts += ["## Learning rates, seeds and cost", *more] if more else []
         parts += ["## Δm by group of related sets", groups_table(table)]
         parts += ["## Details", common.markdown(DETAILS, map(detail_line, table))]
-        parts += ["## Notes", bullets(notes(board, values, config))]
+        parts += ["## Notes", bullets(notes(result, config))]
     about = {**head["versions"], "commit": head["commit"], "device": head["device"]}
     names = ("python", "jax", "optax", "mtljax", "commit", "device")
     parts += ["## Limits", LIMITS]

@@ -21,7 +21,7 @@ from mtljax import training
 
 MAY_DIFFER = (
     *("sets", "methods", "add", "jobs", "train_only", "report_only", "plots"),
-    *("cost_sets", "cost_rounds", "tensorboard"),
+    *("cost_sets", "cost_rounds", "tensorboard", "check_sets", "recheck"),
 )
 """Options that do not change the numbers of a job."""
 POLL = 0.5  # seconds
@@ -62,9 +62,10 @@ def open_folder(config: Config) -> None:
 
     Raises:
       ConfigError: If results exist and neither --resume nor --overwrite is given, or
-        the settings differ from those of the results.
+        the settings differ from those of the results, or there are none to read.
     """
     path, head = config.out / "about.json", config.out / "header.json"
+    reading = config.report_only or bool(config.recheck)
     if config.overwrite and config.out.is_dir():
         for name in (
             "about.json",
@@ -77,10 +78,11 @@ def open_folder(config: Config) -> None:
                 shutil.rmtree(folder)
     if path.is_file():
         old = json.loads(path.read_text("utf-8"))
-    elif config.report_only and head.is_file():  # the files of a report only
+    elif reading and head.is_file():  # the files of a report only
         old = json.loads(head.read_text("utf-8"))["config"]
-    elif config.report_only:
-        raise ConfigError(f"--report-only: {config.out} has no results.")
+    elif reading:
+        option = "--report-only" if config.report_only else "--recheck"
+        raise ConfigError(f"{option}: {config.out} has no results.")
     else:
         write(path, json.dumps(about(config), indent=1, sort_keys=True) + "\n")
         return
@@ -90,7 +92,7 @@ def open_folder(config: Config) -> None:
             f"{config.out} has results of other settings ({', '.join(differ)}). Choose "
             "another --out, or --overwrite."
         )
-    if not (config.resume or config.report_only or config.train_only):
+    if not (config.resume or reading or config.train_only):
         raise ConfigError(f"{config.out} has results. Add --resume or --overwrite.")
 
 

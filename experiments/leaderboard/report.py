@@ -532,6 +532,7 @@ class Result(NamedTuple):
       table: Entries of the rows.
       done: Numbers of finished and of all jobs.
       costs: Costs by row.
+      references: References by set, or the reason why there is none.
     """
 
     board: Board
@@ -539,6 +540,7 @@ class Result(NamedTuple):
     table: list[dict[str, Any]]
     done: tuple[int, int]
     costs: Mapping[str, Mapping[str, Any]]
+    references: Mapping[str, Mapping[str, Any] | str]
 
 
 # --- files ----------------------------------------------------------------------------
@@ -592,7 +594,7 @@ def write(config: Config, command: str) -> tuple[list[pathlib.Path], str]:
     ``LEADERBOARD.md`` and the figures. If the folder has no jobs, its packed rows are
     read, and their header remains.
     """
-    from experiments.leaderboard import figures, page
+    from experiments.leaderboard import figures, page, reference
 
     wanted, packed = queue.jobs(config), config.out / "results.jsonl.gz"
     lines = queue.read_rows(config.out, wanted)
@@ -607,6 +609,11 @@ def write(config: Config, command: str) -> tuple[list[pathlib.Path], str]:
         table=entries(board, values, costs),
         done=(sum(line.get("kind") == "job" for line in lines), len(wanted)),
         costs=costs,
+        references=(
+            {name: reference.cached(config, board.about[name]) for name in values.sets}
+            if fresh
+            else old.get("references", {})
+        ),
     )
     for name, about in board.about.items():
         problems.LOADED[name] = {"digest": about["data"], "shared": {}}
@@ -623,6 +630,7 @@ def write(config: Config, command: str) -> tuple[list[pathlib.Path], str]:
     names = (packed.name, "header.json", "leaderboard.json", "LEADERBOARD.md")
     found = [page.answer(values, result.table), *page.conclusions(values, result.table)]
     found += page.checks(board, values, result.table)
+    found += page.reference_check(result)
     return [*(folder / name for name in names), *drawn], "\n".join(found)
 
 
@@ -630,12 +638,12 @@ def as_json(result: Result) -> dict[str, Any]:
     """The content of ``leaderboard.json``."""
     from experiments.leaderboard import page
 
-    board, values, table, (done, count), costs = result
+    board, values, table, (done, count), costs, references = result
     ranked = ranked_rows(values)
     return {
         "answer": page.answer(values, table),
         "conclusions": page.conclusions(values, table) + page.cost_of(result),
-        "checks": page.checks(board, values, table),
+        "checks": page.checks(board, values, table) + page.reference_check(result),
         "sets": values.sets,
         "jobs": {"done": done, "all": count},
         "friedman_p": friedman_p(values),
@@ -648,6 +656,7 @@ def as_json(result: Result) -> dict[str, Any]:
         "seeds": {name: one._asdict() for name, one in seed_spread(values).items()},
         "rows": table,
         "costs": dict(costs),
+        "references": dict(references),
         "errors": {f"{s}: {r}": why for (s, r), why in board.errors.items()},
     }
 

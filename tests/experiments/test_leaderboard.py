@@ -26,6 +26,8 @@ from experiments.leaderboard import (
     page,
     problem,
     queue,
+    recheck,
+    reference,
     report,
     train,
 )
@@ -147,9 +149,14 @@ HEADER = {
 }
 
 
+def result_of(board, values, references={}):  # noqa: B006 not changed
+    table = report.entries(board, values, {})
+    return report.Result(board, values, table, (1, 1), {}, references)
+
+
 def text_of(board, values, done=(1, 1), costs={}, **more):  # noqa: B006 not changed
     table = report.entries(board, values, costs)
-    result = report.Result(board, values, table, done, costs)
+    result = report.Result(board, values, table, done, costs, {})
     return page.text(result, Config(), HEADER, **more)
 
 
@@ -323,7 +330,7 @@ def test_incomplete_rows():
     board, values = values_of(refused)
     assert len(values.sets) == 6
     assert values.missing == ["dwa"]
-    text = "\n".join(page.notes(board, values, Config()))
+    text = "\n".join(page.notes(result_of(board, values), Config()))
     assert "DWA does not run on set:3 (needs 3 tasks)." in text
     assert set(values.deltas) == {*rows, ORACLE} - {"dwa"}
 
@@ -342,7 +349,9 @@ def test_a_row_that_diverges_everywhere_is_the_last():
     assert entry["kind"] == "control"
     assert table["dwa"]["diverged"] == table["dwa"]["runs"] == 24
     assert table["dwa"]["rank"] == 4
-    assert "DWA diverged at all rates" in "\n".join(page.notes(board, values, Config()))
+    assert "DWA diverged at all rates" in "\n".join(
+        page.notes(result_of(board, values), Config())
+    )
 
 
 def test_denominators_have_a_floor_and_excluded_tasks_do_not_count():
@@ -632,6 +641,99 @@ def test_the_losses_of_the_constant_predictor():
     np.testing.assert_allclose(train.constant_losses(toy(MIXED, y)), wanted)
 
 
+# --- linear references ----------------------------------------------------------------
+
+
+def test_ridge_solves_the_normal_equations():
+    x, y = RNG.normal(size=(30, 5)), RNG.normal(size=30)
+    ones = np.column_stack([x, np.ones(30)])
+    for penalty, found in zip(
+        (0.1, 3.0), reference.ridge(reference.Part(x, y), (0.1, 3.0)), strict=True
+    ):
+        weight = 30 * penalty * np.diag([1, 1, 1, 1, 1, 0])
+        wanted = np.linalg.solve(ones.T @ ones + weight, ones.T @ y)
+        np.testing.assert_allclose(found, wanted, rtol=1e-9)
+
+
+def linear_toy(noise=0.5, seeds=2, counts=(400, 200, 4000)):
+    """A number, a label and a class that depend on the features, with known scores."""
+    rng = np.random.default_rng(3)
+    tasks = (*MIXED[:2], Task("class", "classification", 3))
+    parts = {}
+    for name, count in zip(("train", "val", "test"), counts, strict=True):
+        x = rng.normal(size=(seeds, count, 4))
+        number = x[..., 0] + noise * rng.normal(size=(seeds, count))
+        label = rng.random((seeds, count)) < 0.5
+        x[..., 1] = rng.normal(size=(seeds, count)) + np.where(label, 1.0, -1.0)
+        kind = rng.choice(3, (seeds, count), p=[0.5, 0.25, 0.25])
+        x[..., 2] = 10.0 * (kind == 1)
+        x[..., 3] = 10.0 * (kind == 2)
+        y = np.stack([number, label, kind], 2).astype(np.float32)
+        parts[name] = problem.Part(jnp.asarray(x, jnp.float32), jnp.asarray(y))
+    y = np.zeros((2, 3))
+    return toy(tasks, y, parts=parts, counted=np.array([True, True, False]))
+
+
+def test_references_reach_the_best_possible_scores():
+    found = reference.reference(linear_toy())
+    assert found["metrics"] == ["R²", "AUC", "accuracy"]
+    # R² = 1/(1 + noise²). Two normal classes at distance 2: AUC = Φ(2/√2).
+    auc = 0.5 * (1 + math.erf(1.0))
+    np.testing.assert_allclose(found["linear"], [0.8, auc, 1.0], atol=0.02)
+    np.testing.assert_allclose(found["constant"], [0.0, 0.5, 0.5], atol=0.03)
+    wanted = ((0.8 - 0) / 0.1 + (auc - 0.5) / 0.05) / 2
+    np.testing.assert_allclose(reference.gain(found), wanted, atol=0.5)
+    # Missing labels are left out: the scores of the rest are close.
+    given = linear_toy()
+    train_part = given.parts["train"]
+    gaps = train_part._replace(y=train_part.y.at[:, ::2].set(jnp.nan))
+    missing = given._replace(parts={**given.parts, "train": gaps})
+    again = reference.reference(missing)
+    np.testing.assert_allclose(again["linear"], found["linear"], atol=0.02)
+
+
+def test_verdicts_against_a_reference():
+    found = {
+        "metrics": ["R²", "AUC", "accuracy"],
+        "counted": [True, True, False],
+        "constant": [0.0, 0.5, 0.2],
+        "linear": [0.75, 0.8, 0.9],
+    }
+    error = lambda d: np.array([[math.sqrt(0.25 - d), 0.2 - d, 0.7]])
+    words = {d: reference.compare(found, error(d)).word for d in (-0.04, 0.02, 0.04)}
+    assert words == {-0.04: "worse", 0.02: "tie", 0.04: "better"}
+    one = reference.compare(found, error(0.02))
+    np.testing.assert_allclose((one.linear, one.network), (0.775, 0.795))
+    assert one.metrics == "R², AUC"
+    # A set needs 0.1 of R² or 0.05 of AUC; the excluded task does not count.
+    weak = {**found, "linear": [0.09, 0.54, 0.9]}
+    assert reference.gain(weak) < 1 < reference.gain({**weak, "linear": [0.2, 0.55, 0]})
+
+
+def test_the_page_names_sets_with_bad_networks():
+    board, values = values_of(made_up(FACTORS, sets=3))
+    # Errors of the single-task networks are 0.4 and 0.2: R² 0.84, AUC 0.8.
+    linear = {"set:0": [0.84, 0.8], "set:1": [0.84, 0.9], "set:2": [0.5, 0.5]}
+    references = {
+        name: {
+            "metrics": ["R²", "AUC"],
+            "counted": [True, True],
+            "constant": [0.0, 0.5],
+            "linear": scores,
+        }
+        for name, scores in linear.items()
+    }
+    (text,) = page.reference_check(result_of(board, values, references))
+    assert "on 2 of 3 sets" in text
+    assert "worse on set:1. The training recipe is WRONG" in text
+    result = result_of(board, values, {"set:0": references["set:0"], "set:1": "no."})
+    (text,) = page.reference_check(result)
+    assert text.endswith("AUC or accuracy).")
+    assert "There is no linear reference for set:1: no." in page.notes(result, Config())
+    table = page.reference_table(result)[1]
+    assert "| set:0 | R², AUC | 0.250 | 0.820 | 0.820 | tie |" in table
+
+
 # --- configuration and methods --------------------------------------------------------
 
 
@@ -666,6 +768,8 @@ def test_every_method_is_built_for_every_length(name):
         ({"methods": ()}, "--methods is empty"),
         ({"steps": 150}, "--steps 150 must be a multiple"),
         ({"report_only": True, "train_only": True}, "exclude each other"),
+        ({"check_sets": True, "train_only": True}, "exclude each other"),
+        ({"recheck": 1, "report_only": True}, "--report-only and --recheck exclude"),
     ],
 )
 def test_options_that_cannot_be_run(change, message):
@@ -729,6 +833,14 @@ def tables(*, seed=0):
                 "two": (x[:, 1, 0, 0] + noise[:, 1] > 0).astype(np.int32)}
     tasks = (Task("one", "regression", 1), Task("two", "classification", 2))
     return Dataset("tables", tasks, (4, 1, 1), *map(split, (64, 40, 50)), image_max=1)
+
+def noise(*, seed=0):
+    found = tables(seed=seed)
+    for part in (found.train, found.val, found.test):
+        rng = np.random.default_rng(len(part["image"]))
+        for task in found.tasks:
+            part[task.name] = rng.permutation(part[task.name])
+    return found
 
 def twice(num_tasks, *, key=None):
     return mtljax.linear(num_tasks, weights=[2.0] * num_tasks)
@@ -847,6 +959,69 @@ def test_a_report_is_made_of_its_own_files(finished, tmp_path):
     other = dataclasses.replace(finished, report_only=True, out=to, steps=40)
     with pytest.raises(ConfigError, match=r"other settings \(steps\)"):
         command.main(other, "test")
+
+
+def test_sets_without_signal_are_refused(mine, capsys):
+    for name, status in (("tables", 0), ("noise", 1)):
+        sets = (f"mine_board:{name}",)
+        with pytest.raises(SystemExit) as stop:
+            command.main(dataclasses.replace(mine, sets=sets, check_sets=True), "")
+        assert stop.value.code == status
+        said = capsys.readouterr().out
+        assert ("REFUSED" if status else "accepted") in said
+        assert "(R², AUC)" in said
+
+
+def test_finished_cells_are_trained_again(finished, tmp_path, capsys):
+    """The first cell is equal bit by bit. The second one is changed by 1e-6."""
+    lines = report.unpack(finished.out / "results.jsonl.gz")
+    jobs = list(dict.fromkeys(queue.Job(x["set"], x["row"]) for x in lines))
+    chosen = recheck.sample(jobs, 2)
+    at = next(
+        i
+        for i, x in enumerate(lines)
+        if queue.Job(x["set"], x["row"]) == chosen[1] and "test" in x
+    )
+    lines[at]["test"][0] += 1e-6
+    (tmp_path / "results.jsonl.gz").write_bytes(report.pack(lines))
+    text = (finished.out / "header.json").read_text()
+    (tmp_path / "header.json").write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        command.main(dataclasses.replace(finished, recheck=2, out=tmp_path), "test")
+    assert stop.value.code == 1
+    said = capsys.readouterr().out
+    assert f"{chosen[0].row}: largest difference 0" in said
+    assert "2 cells trained again, and 1 differ, by at most 1e-06." in said
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "results.jsonl.gz",
+        "header.json",
+    }
+    empty = dataclasses.replace(finished, recheck=1, out=tmp_path / "none")
+    with pytest.raises(ConfigError, match=r"--recheck: .*none has no results"):
+        command.main(empty, "test")
+    job = queue.Job("enb", "mgda")
+    equal = [recheck.Finding(job, 0.0)] * 3
+    text = "3 cells trained again, and all numbers are equal bit by bit."
+    assert recheck.sentence(equal, finished) == text
+    other = json.loads((tmp_path / "header.json").read_text())
+    other["versions"]["jax"] = "0"
+    (tmp_path / "header.json").write_text(json.dumps(other))
+    moved = dataclasses.replace(finished, out=tmp_path)
+    assert recheck.sentence([recheck.Finding(job, 0.5)], moved) == (
+        "1 cell trained again, and 1 differ, by at most 0.5; other jax than in the "
+        "header."
+    )
+
+
+def test_lines_are_compared():
+    one = {"row": "dwa", "lr": 0.1, "test": [0.5, None], "diverged": False}
+    assert recheck.compare([one], [one]) == 0
+    assert recheck.compare([one], [{**one, "test": [0.5, math.nan]}]) == 0
+    assert recheck.compare([one], [{**one, "test": [0.75, None]}]) == 0.25
+    assert recheck.compare([one], [{**one, "diverged": True}]) == 1
+    assert recheck.compare([one], [{**one, "test": [0.5, 0.5]}]) == math.inf
+    assert recheck.compare([one], [{**one, "row": "mgda"}]) == math.inf
+    assert recheck.compare([one], [one, one]) == math.inf
 
 
 def test_an_added_method_trains_its_own_jobs_only(finished):
