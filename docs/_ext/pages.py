@@ -22,6 +22,7 @@ from sphinx.ext import napoleon
 from sphinx.util.nodes import make_refnode
 
 import mtljax
+from experiments.common import board
 from mtljax.catalogue import WRAPPERS, method_reads, wrappers_table
 from mtljax.methods import METHODS, methods_table
 
@@ -191,6 +192,21 @@ def costs_table() -> list[str]:
     return lines
 
 
+def leaderboard_lines() -> list[str]:
+    """The committed leaderboard in short, nothing if no rows are committed."""
+    found = board.read()
+    if found is None:
+        return []
+
+    def name(entry: dict[str, Any]) -> str:
+        known = entry["row"] in METHODS
+        return f"{{func}}`~mtljax.{entry['row']}`" if known else entry["label"]
+
+    page = f"repository/experiments/{board.PAGE}"
+    first, *rest = board.summary(found, page, name)
+    return [f"**Leaderboard.** {first}", *rest]
+
+
 def linked(table: str) -> list[str]:
     """A table of the registry whose names are links to their sections."""
     return re.sub(r"^\| `(\w+)`", r"| {func}`~mtljax.\1`", table, flags=re.M).split(
@@ -300,6 +316,7 @@ def pages() -> dict[str, list[str]]:
     ]
     found["_generated/scales.md"] = scales_table()
     found["_generated/costs.md"] = costs_table()
+    found["_generated/leaderboard.md"] = leaderboard_lines()
     entries = [name.removeprefix("mtljax.").replace(".", "_") for name in MODULES]
     families = [family.replace(" ", "_") for family in FAMILIES]
     found["notebooks/index.md"] = notebooks_page()

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from experiments.common import board
 from experiments.common.claims import (
     NOT_RUN,
     ROOT,
@@ -222,6 +223,9 @@ def page(root: pathlib.Path = ROOT) -> str:
     )
     missing = "\n".join(f"- {text}" for text in NOT_TESTED)
     parts = ["# Results", WRITTEN, summary(everything), READING, *parts]
+    found = board.read(root / "leaderboard" / "results")
+    if found:
+        parts += ["## Leaderboard of all methods", "\n".join(board.summary(found))]
     parts += ["## Controls that the papers lack", controls]
     return "\n\n".join([*parts, "## Not tested", missing]) + "\n"
 

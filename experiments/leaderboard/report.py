@@ -587,6 +587,39 @@ def costs_of(config: Config, old: Mapping[str, Any]) -> dict[str, dict[str, floa
     return costs or dict(old.get("costs", {}))
 
 
+def result_of(
+    config: Config,
+    lines: Sequence[Mapping[str, Any]],
+    costs: Mapping[str, Mapping[str, Any]],
+    references: Mapping[str, Mapping[str, Any] | str],
+) -> Result:
+    """Computes all numbers of the report from the lines of the finished jobs."""
+    board = make_board(lines)
+    values = values_of(board, config.rows)
+    return Result(
+        board=board,
+        values=values,
+        table=entries(board, values, costs),
+        done=(
+            sum(line.get("kind") == "job" for line in lines),
+            len(queue.jobs(config)),
+        ),
+        costs=costs,
+        references=references,
+    )
+
+
+def references_of(
+    config: Config, lines: Sequence[Mapping[str, Any]]
+) -> dict[str, dict[str, Any] | str]:
+    """References of the sets on which all rows are finished."""
+    from experiments.leaderboard import reference
+
+    board = make_board(lines)
+    sets = complete_sets(board, config.rows)
+    return {name: reference.cached(config, board.about[name]) for name in sets}
+
+
 def write(config: Config, command: str) -> tuple[list[pathlib.Path], str]:
     """Writes all files of the report. Returns their paths and the conclusions.
 
@@ -594,27 +627,16 @@ def write(config: Config, command: str) -> tuple[list[pathlib.Path], str]:
     ``LEADERBOARD.md`` and the figures. If the folder has no jobs, its packed rows are
     read, and their header remains.
     """
-    from experiments.leaderboard import figures, page, reference
+    from experiments.leaderboard import figures, page
 
-    wanted, packed = queue.jobs(config), config.out / "results.jsonl.gz"
-    lines = queue.read_rows(config.out, wanted)
+    packed = config.out / "results.jsonl.gz"
+    lines = queue.read_rows(config.out, queue.jobs(config))
     fresh = bool(lines) or not packed.is_file()
     lines = lines if fresh else unpack(packed)
     old = read_json(config.out / "leaderboard.json")
-    board = make_board(lines)
-    values, costs = values_of(board, config.rows), costs_of(config, old)
-    result = Result(
-        board=board,
-        values=values,
-        table=entries(board, values, costs),
-        done=(sum(line.get("kind") == "job" for line in lines), len(wanted)),
-        costs=costs,
-        references=(
-            {name: reference.cached(config, board.about[name]) for name in values.sets}
-            if fresh
-            else old.get("references", {})
-        ),
-    )
+    references = references_of(config, lines) if fresh else old.get("references", {})
+    result = result_of(config, lines, costs_of(config, old), references)
+    board, values = result.board, result.values
     for name, about in board.about.items():
         problems.LOADED[name] = {"digest": about["data"], "shared": {}}
     head = {} if fresh else read_json(config.out / "header.json")

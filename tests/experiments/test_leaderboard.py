@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 
 import mtljax
+from experiments.common import board as boards
+from experiments.common import provenance, results
 from experiments.common.config import ConfigError
 from experiments.leaderboard import __main__ as command
 from experiments.leaderboard import (
@@ -468,8 +470,11 @@ def unreadable(figure):
 
 @pytest.mark.parametrize(
     ("methods", "sets"),
-    [(("dwa", "pcgrad"), 2), (CLASSICS[1:], 6), (tuple(mtljax.METHODS)[1:], 14)],
-    ids=["two", "classics", "all"],
+    [
+        pytest.param(("dwa", "pcgrad"), 2, id="two"),
+        pytest.param(CLASSICS[1:], 6, id="classics"),
+        pytest.param(tuple(mtljax.METHODS)[1:], 14, id="all", marks=pytest.mark.deep),
+    ],
 )
 def test_figures_can_be_read(methods, sets):
     """No text leaves a figure or covers another, and no legend is on the data."""
@@ -949,13 +954,20 @@ def test_a_resumed_run_writes_the_same_bytes(finished):
 
 def test_a_report_is_made_of_its_own_files(finished, tmp_path):
     """What is committed is complete: its rows give the same text again."""
-    to = tmp_path / "committed"
+    to = tmp_path / "leaderboard" / "results"
     command.main(dataclasses.replace(finished, report_only=True, report_to=to), "test")
     names = {"results.jsonl.gz", "header.json", "leaderboard.json", "LEADERBOARD.md"}
     before = {path.name: path.read_bytes() for path in to.iterdir()}
     assert set(before) == names
     command.main(dataclasses.replace(finished, report_only=True, out=to), "again")
     assert {path.name: path.read_bytes() for path in to.iterdir()} == before
+    # RESULTS.md cites it.
+    found = boards.read(to)
+    assert "## Leaderboard of all methods\n\n" + found["answer"] in results.page(
+        tmp_path
+    )
+    assert boards.read(tmp_path) is None
+    assert "Leaderboard" not in results.page(tmp_path / "none")
     other = dataclasses.replace(finished, report_only=True, out=to, steps=40)
     with pytest.raises(ConfigError, match=r"other settings \(steps\)"):
         command.main(other, "test")
@@ -1022,6 +1034,78 @@ def test_lines_are_compared():
     assert recheck.compare([one], [{**one, "test": [0.5, 0.5]}]) == math.inf
     assert recheck.compare([one], [{**one, "row": "mgda"}]) == math.inf
     assert recheck.compare([one], [one, one]) == math.inf
+
+
+COMMITTED = boards.FOLDER
+
+
+def committed_result():
+    """The statistics of the committed rows, and their configuration and header."""
+    head = json.loads((COMMITTED / "header.json").read_text())
+    old = json.loads((COMMITTED / "leaderboard.json").read_text())
+    given = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in head["config"].items()
+    }
+    config = Config(**given)
+    lines = report.unpack(COMMITTED / "results.jsonl.gz")
+    return (
+        report.result_of(config, lines, old["costs"], old["references"]),
+        config,
+        head,
+    )
+
+
+@pytest.mark.skipif(not COMMITTED.is_dir(), reason="no rows are committed")
+def test_the_committed_report():
+    """Its text follows from its rows, and it says where they come from."""
+    plots = {f"{name}.png" for name in page.CAPTIONS}
+    names = {"results.jsonl.gz", "header.json", "leaderboard.json", "LEADERBOARD.md"}
+    assert {path.name for path in COMMITTED.iterdir()} == names | plots
+    result, config, head = committed_result()
+    assert provenance.check_form(head) + provenance.check_header(head) == []
+    assert any(
+        provenance.settings(preset) == head["config"] for _, preset in PRESETS.values()
+    )
+    text = page.text(result, config, head, list(page.CAPTIONS))
+    assert (COMMITTED / "LEADERBOARD.md").read_text() == text
+    answer = page.answer(result.values, result.table)
+    assert boards.read(COMMITTED)["answer"] == answer
+    readme = (COMMITTED.parent / "README.md").read_text()
+    assert answer in " ".join(readme.split())
+    assert "No rows are committed" not in readme
+    index = (ROOT / "experiments" / "README.md").read_text()
+    assert "leaderboard/results/LEADERBOARD.md" in index
+
+
+def test_the_short_table():
+    """What RESULTS.md and the pages of the site show."""
+    board, values = values_of(made_up(FACTORS, sets=8))
+    costs = {"dwa": {"step_ratio": 1.5}}
+    result = report.Result(
+        board, values, report.entries(board, values, costs), (8, 9), costs, {}
+    )
+    found = {**training.to_json(report.as_json(result)), "dirty": False}
+    lines = boards.summary(found, "page.md", lambda entry: f"<{entry['row']}>")
+    assert lines[0] == found["answer"] + " Incomplete: 8 of 9 jobs."
+    assert "- " + found["conclusions"][0] in lines
+    rows = [line for line in lines if line.startswith("| <")]
+    # The mean factors are 0.865, 1, 1.01, 1.02, 1.021 and 1.085; Holm over two methods.
+    assert rows[0].startswith("| <dwa> | -13.5 [")
+    assert rows[0].endswith("] | 8 / 0 | 0.016 | x1.5 |")
+    order = ["dwa", WIDE, STATIC, EQUAL, NULL, "pcgrad"]
+    assert [row.split("<")[1].split(">")[0] for row in rows] == order
+    assert rows[-1].startswith("| <pcgrad> | +8.5 [")
+    assert rows[-1].endswith("| 0 / 8 | 0.016 |  |")
+    assert "(page.md)" in lines[-1]
+    assert "uncommitted" in boards.summary({**found, "dirty": True})[0]
+
+
+def test_the_pages_of_the_site_include_the_leaderboard():
+    pages = (ROOT / "docs" / "_ext" / "pages.py").read_text()
+    assert 'found["_generated/leaderboard.md"]' in pages
+    for name in ("choose.md", "results.md"):
+        text = (ROOT / "docs" / name).read_text()
+        assert "```{include} _generated/leaderboard.md\n```" in text
 
 
 def test_an_added_method_trains_its_own_jobs_only(finished):
