@@ -64,6 +64,8 @@ SETS: dict[str, Set] = {
 CORE = tuple(name for name in SETS if name != "slump")
 SMALL = ("enb", "jura", "adult", "digits", "faces", "emotions")
 """The six cheapest sets. They have at most six tasks."""
+LARGEST = ("adult", "digits", "multi_mnist", "scene", "tox21", "yeast", "enb")
+"""The seven sets with the most examples."""
 
 SINGLE, EQUAL, LINEAR = "single task", "equal weights", "linear"
 NULL, STATIC, WIDE = "equal weights, other seeds", "static-5", "static-25"
@@ -167,6 +169,20 @@ PRESETS = {
             methods=("classics",),
             cost_sets=("emotions",),
             out=pathlib.Path("results/leaderboard-quick"),
+        ),
+    ),
+    "gpu": (
+        "Ten minutes of one H100 (estimated, not measured): seven sets, three methods.",
+        Config(
+            sets=LARGEST,
+            # With more methods, seven sets cannot show that any of them is better.
+            methods=("scale_invariant", "mgda", "cagrad"),
+            lrs=(3e-4, 1e-3, 3e-3),
+            steps=1000,
+            batch_size=256,
+            extensions=0,
+            cost_rounds=0,
+            out=pathlib.Path("results/leaderboard-gpu"),
         ),
     ),
     "cpu": ("Many hours of one CPU core: 14 sets, all methods.", Config()),

@@ -753,6 +753,46 @@ def test_presets():
     assert set(CLASSICS) | set(AUXILIARY) <= set(mtljax.METHODS)
 
 
+# Numbers of examples and of tasks.
+SIZES = {
+    "enb": (768, 2),
+    "jura": (359, 3),
+    "adult": (17_000, 3),
+    "digits": (7000, 3),
+    "faces": (624, 4),
+    "emotions": (593, 6),
+    "multi_mnist": (7000, 2),
+    "atp1d": (337, 6),
+    "scene": (2407, 6),
+    "tox21": (8006, 12),
+    "yeast": (2417, 14),
+    "oes97": (334, 16),
+    "oes10": (403, 16),
+    "birds": (645, 19),
+    "slump": (103, 3),
+}
+
+
+def test_the_gpu_preset_is_short():
+    """The largest sets; 1 ms per step of all seeds, and 4 s per program."""
+    assert set(SIZES) == set(SETS)
+    gpu = PRESETS["gpu"][1]
+    largest = sorted(SIZES, key=lambda name: -SIZES[name][0])[:7]
+    assert set(gpu.sets) == set(largest)
+    methods = [row for row in gpu.rows if report.kind_of(row) == "method"]
+    assert report.smallest_p(len(gpu.sets), len(methods)) < report.LEVEL
+    rates = len(gpu.lrs)
+    others = {WIDE: 5 * rates + 1}  # a run of equal weights gives a vector of weights
+    runs = sum(
+        SIZES[name][1] * rates if row == SINGLE else others.get(row, rates)
+        for name in gpu.sets
+        for row in gpu.rows
+    )
+    programs = len(gpu.sets) * (2 + len(methods))  # one is that of all static weights
+    assert gpu.extensions == 0
+    assert runs * gpu.steps * 1e-3 + programs * 4 <= 600
+
+
 @pytest.mark.parametrize("name", mtljax.METHODS)
 def test_every_method_is_built_for_every_length(name):
     for steps in (20, 2000):
@@ -1058,7 +1098,8 @@ def committed_result():
 @pytest.mark.skipif(not COMMITTED.is_dir(), reason="no rows are committed")
 def test_the_committed_report():
     """Its text follows from its rows, and it says where they come from."""
-    plots = {f"{name}.png" for name in page.CAPTIONS}
+    drawn = [name for name in page.CAPTIONS if (COMMITTED / f"{name}.png").is_file()]
+    plots = {f"{name}.png" for name in drawn}
     names = {"results.jsonl.gz", "header.json", "leaderboard.json", "LEADERBOARD.md"}
     assert {path.name for path in COMMITTED.iterdir()} == names | plots
     result, config, head = committed_result()
@@ -1066,7 +1107,7 @@ def test_the_committed_report():
     assert any(
         provenance.settings(preset) == head["config"] for _, preset in PRESETS.values()
     )
-    text = page.text(result, config, head, list(page.CAPTIONS))
+    text = page.text(result, config, head, drawn)
     assert (COMMITTED / "LEADERBOARD.md").read_text() == text
     answer = page.answer(result.values, result.table)
     assert boards.read(COMMITTED)["answer"] == answer
@@ -1145,6 +1186,25 @@ def test_heads_follow_their_own_losses(mine):
         grad,
         {"heads": heads, "trunk": trunk},
     )
+
+
+def test_the_gpu_preset_runs_two_steps(mine):
+    """All programs are traced; the most expensive one is compiled and run."""
+    given = PRESETS["gpu"][1]
+    gpu = dataclasses.replace(
+        given, sets=mine.sets, seeds=2, steps=2, eval_every=1, batch_size=32
+    )
+    check(gpu)
+    for row in (EQUAL, USELESS, *gpu.chosen):
+        trainer = train.Trainer(gpu, train.cached_problem(gpu, gpu.sets[0]), row)
+        seen = jax.eval_shape(lambda t=trainer: t.outputs(gpu.lrs[0], [1.0, 1.0]))
+        assert seen.val.shape == (2, 2, 40, 2)
+        assert seen.test.shape == (2, 2, 50, 2)
+        if row == "cagrad":
+            out = trainer.outputs(gpu.lrs[0], [1.0, 1.0])
+            assert jnp.isfinite(out.test).all()
+            assert (out.failed == 0).all()
+            assert (out.test[:, 0] != out.test[:, 1]).any()
 
 
 def test_a_diverged_run_stands_still(mine):
