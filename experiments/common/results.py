@@ -225,7 +225,7 @@ def page(root: pathlib.Path = ROOT) -> str:
     parts = ["# Results", WRITTEN, summary(everything), READING, *parts]
     found = board.read(root / "leaderboard" / "results")
     if found:
-        parts += ["## Leaderboard of all methods", "\n".join(board.summary(found))]
+        parts += ["## Leaderboard of methods", "\n".join(board.summary(found))]
     parts += ["## Controls that the papers lack", controls]
     return "\n\n".join([*parts, "## Not tested", missing]) + "\n"
 

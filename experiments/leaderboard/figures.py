@@ -23,6 +23,7 @@ from experiments.leaderboard.report import (
     kind_of,
     ranked_rows,
     seed_spread,
+    smallest_p,
 )
 
 Table = Sequence[Mapping[str, Any]]
@@ -91,7 +92,7 @@ def ranks(values: Values, table: Table) -> Any:
     if len(shown) < 2 or len(values.sets) < 2:
         return None
     half = -(-len(shown) // 2)
-    figure, axes = common.panels(1, 1, width=8.5, height=1.9 + 0.19 * half)
+    figure, axes = common.panels(1, 1, width=8.5, height=2.1 + 0.19 * half)
     axis = axes[0, 0]
     axis.grid(visible=False)
     axis.spines[["left", "bottom"]].set_visible(False)
@@ -135,9 +136,12 @@ def ranks(values: Values, table: Table) -> Any:
         fontsize=SMALL,
         va="bottom",
     )
+    pairs = len(shown) * (len(shown) - 1) // 2
+    none = smallest_p(len(values.sets), pairs) >= LEVEL
     axis.set_title(
         f"Mean rank over {len(values.sets)} sets (1 is the best). Black bars join rows "
-        "without\na significant difference (pairwise Wilcoxon tests over sets, Holm)",
+        "without\na significant difference (pairwise Wilcoxon tests over sets, Holm)"
+        + (f"\nWith {pairs} pairs, these sets cannot show any difference" * none),
         fontsize=9,
     )
     _families(axis, shown)
@@ -277,18 +281,18 @@ def cost(table: Table) -> Any:
     figure, axes = common.panels(1, 1, width=6.4, height=height)
     axis = axes[0, 0]
     x = np.array([e["step_ratio"] for e in shown])
-    y = np.array([e["delta_m"] for e in shown])
+    y = np.array([min(e["delta_m"], CLIP) for e in shown])
     label_space = 1.25 * (y.max() - y.min() or 1.0) / (6.0 * height)
-    at = spread_out(y, max(label_space, 1e-9))
+    at = spread_out(y.tolist(), max(label_space, 1e-9))
     right = x.max() * 1.18
     for e, own, place in zip(shown, y, at, strict=True):
         axis.plot(
             [e["step_ratio"], right], [own, place], color="#CCCCCC", lw=0.6, zorder=1
         )
         axis.plot(e["step_ratio"], own, ls="", ms=5, zorder=3, **_look(e))
-        axis.text(
-            right, place, f" {e['label']}", fontsize=SMALL, va="center", clip_on=False
-        )
+        more = f" ({e['delta_m']:+.0f})" if e["delta_m"] > CLIP else ""
+        text = f" {e['label']}{more}"
+        axis.text(right, place, text, fontsize=SMALL, va="center", clip_on=False)
     front, best = [], np.inf
     for e in sorted(shown, key=lambda e: (e["step_ratio"], e["delta_m"])):
         if e["delta_m"] < best:
@@ -308,7 +312,8 @@ def cost(table: Table) -> Any:
     axis.set_ylim(min(ends) - label_space, max(ends) + label_space)
     sets = shown[0]["sets"]
     axis.set_xlabel("time of a step relative to equal weights (one run, no vmap)")
-    axis.set_ylabel(f"mean Δm in % over {sets} sets; lower is better")
+    clipped = f", clipped at {CLIP:g}" if any(y == CLIP) else ""
+    axis.set_ylabel(f"mean Δm in % over {sets} sets{clipped}; lower is better")
     _families(axis, shown)
     common.legend(figure, axes, columns=4)
     return figure

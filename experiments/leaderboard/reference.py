@@ -46,7 +46,7 @@ def score_of_error(metric: str, error: Any) -> Any:
     """The metric of an error of :func:`experiments.leaderboard.problem.errors`.
 
     Examples:
-      >>> score_of_error("R²", 0.5), score_of_error("AUC", 0.25)
+      >>> score_of_error("AUC", 0.25), float(score_of_error("R²", 0.5))
       (0.75, 0.75)
     """
     return 1 - np.square(error) if metric == "R²" else 1 - error

@@ -1003,7 +1003,7 @@ def test_a_report_is_made_of_its_own_files(finished, tmp_path):
     assert {path.name: path.read_bytes() for path in to.iterdir()} == before
     # RESULTS.md cites it.
     found = boards.read(to)
-    assert "## Leaderboard of all methods\n\n" + found["answer"] in results.page(
+    assert "## Leaderboard of methods\n\n" + found["answer"] in results.page(
         tmp_path
     )
     assert boards.read(tmp_path) is None
