@@ -1,4 +1,4 @@
-"""Reads the committed leaderboard, for ``RESULTS.md`` and the pages of the site.
+"""Reads the committed leaderboard, for ``RESULTS.md`` and the site.
 
 The report of the leaderboard writes ``experiments/leaderboard/results``. This module
 reads ``leaderboard.json`` and ``header.json``, and needs no rows and no data.

@@ -1,4 +1,4 @@
-"""Figures: ranks, Δm with intervals, Δm by set, cost, learning rates and seeds.
+"""Draws ranks, Δm with intervals and by set, cost, rates and seeds.
 
 Families and kinds of rows differ by colour and by marker, so that the figures can be
 read in grey. Legends are outside of the axes.

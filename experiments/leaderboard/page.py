@@ -1,4 +1,4 @@
-"""Writes the sentences and tables of ``LEADERBOARD.md`` from the statistics."""
+"""Writes the sentences and tables of ``LEADERBOARD.md``."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Ridge and logistic regression on each set: a reference without a network.
+"""Fits ridge and logistic regression to each set, as a reference.
 
 Single-task networks that are worse than a linear model would mean that the training
 recipe is wrong. A set on which a linear model is no better than a constant has too
