@@ -86,7 +86,8 @@ def predictors(metric: str, part: Part) -> list[Any]:
 
     found = []
     for penalty in LOGISTIC:
-        model = LogisticRegression(C=1 / (penalty * len(part.x)), max_iter=300)
+        strength = 1 / (penalty * len(part.x))
+        model = LogisticRegression(C=strength, max_iter=100, tol=1e-3)
         with warnings.catch_warnings():
             # The reference is good enough before the last digits.
             warnings.simplefilter("ignore", ConvergenceWarning)
