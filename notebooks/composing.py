@@ -69,7 +69,7 @@ def train(links, params=START, steps=STEPS):
             full = optax.with_extra_args_support(link)
             update, state = full.update(update, old, params, losses=losses)
             new.append(state)
-            norms.append(optax.global_norm(update))
+            norms.append(optax.tree.norm(update))
         params = optax.apply_updates(params, update)
         return (params, new), (losses, jnp.stack(norms))
 
@@ -180,7 +180,7 @@ assert all(map(np.allclose, jax.tree.leaves(masked), jax.tree.leaves(alone)))
 
 def direction(balancer):
     update, _ = weights(balancer)
-    return ravel_pytree(update)[0] / optax.global_norm(update)
+    return ravel_pytree(update)[0] / optax.tree.norm(update)
 
 
 imtl = mtljax.imtl_g(2)

@@ -103,7 +103,7 @@ volumes = {
 best = float(mtljax.metrics.hypervolume(jnp.asarray(FRONT), reference))
 fig, axis = plt.subplots(figsize=(5, 2.6), layout="constrained")
 bars = axis.barh(list(volumes), list(volumes.values()), color="tab:blue")
-axis.bar_label(bars, fmt="%.3f", padding=3)
+axis.bar_label(bars, fmt="%.3f", label_type="center", color="white")
 axis.axvline(best, color="black", linestyle="--")
 axis.text(best, -0.72, " whole front", fontsize=8)
 axis.set(xlabel="hypervolume", xlim=(0, 1.25 * best))

@@ -1,11 +1,13 @@
 """The command ``mtljax``: its output, its exit statuses and its report."""
 
+import base64
 import csv
 import html.parser
 import io
 import json
 import pathlib
 import re
+import struct
 import sys
 
 import pytest
@@ -154,6 +156,42 @@ def test_report_is_self_contained(runs, tmp_path, capsys):
     assert "b: 4 rows with a loss that is not finite." in page.text
     assert "a: 100% of the recorded cosines are negative." in page.text
     assert file.stat().st_size < 2e6
+
+
+def png_width(link):
+    """Pixels of a PNG file, from its first chunk."""
+    content = base64.b64decode(link.partition("base64,")[2])
+    return struct.unpack(">I", content[16:20])[0]
+
+
+def test_report_on_narrow_and_dense_screens(runs, tmp_path):
+    file = tmp_path / "report.html"
+    assert main(["report", str(runs), "-o", str(file)]) == 0
+    source = file.read_text()
+    assert '<meta name="viewport"' in source
+    found = re.findall(r'width="(\d+)" src="(data:image/png[^"]*)"', source)
+    assert len(found) == 3
+    for width, link in found:  # more pixels than the width on the page
+        assert png_width(link) > 1.5 * int(width) > 300
+
+
+def test_report_of_rows_at_one_step(tmp_path):
+    """The rows of an experiment: no curves, metrics first, the commit shortened."""
+    rows = [{"experiment": "toy", "config": {"lr": 0.1}, "commit": "abcdef" * 6}]
+    for seed in (0, 1):
+        row = {"step": 12, "kind": "eval", "seed": seed, "cosines": [0.1] * 6}
+        rows.append({**row, "losses": [1.0] * 4, "acc": 0.25, "step_ms": None})
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "results.jsonl").write_text(text)
+    file = tmp_path / "report.html"
+    assert main(["report", str(tmp_path), "-o", str(file)]) == 0
+    page = Page(file.read_text())
+    assert not page.links
+    assert "No losses, weights or cosines at more than one step." in page.text
+    assert "0.250 ± 0.000" in page.text  # behind six cosines in the rows
+    assert "ms per step" not in page.text
+    assert "abcdefabcdef" in page.text
+    assert "abcdefabcdefa" not in page.text
 
 
 @pytest.mark.parametrize("kind", ["losses", "tradeoff"])

@@ -118,45 +118,9 @@ def intervals_figure(found: Mapping[int, np.ndarray], domains: Sequence[str]) ->
     return figure
 
 
-def weights_figure(rows: Rows, config: Config) -> Any:
-    """Draws the merge weights of the auxiliary branch, with one panel per target.
-
-    The figure shows the smallest Δt, as Figure 9 of the paper. Thin lines are seeds.
-    """
-    mine = [
-        row
-        for row in of(rows, method="forkmerge")
-        if row["part"] in ("table", "intervals")
-    ]
-    interval = min(row["interval"] for row in mine)
-    count = len(config.domains)
-    figure, axes = panels(1, count, 2.1, 2.2, sharey=True)
-    axes = axes[0]
-    for axis, target in zip(axes, config.domains, strict=True):
-        found = of(mine, target=target, interval=interval)
-        steps, values = plots.curve(
-            [{**row, "kind": "eval"} for row in found], "weights", "eval"
-        )
-        shares = np.asarray(values)[..., 1]  # [seeds, merges]
-        look = plots.style(target, list(config.domains))
-        for seed in shares:
-            axis.plot(steps, seed, color=look["color"], linewidth=0.8, alpha=0.35)
-        axis.plot(steps, shares.mean(0), color=look["color"], linewidth=2, marker="o")
-        axis.set_title(target, size=10)
-        axis.set_xlabel("step")
-        axis.set_ylim(-0.03, 1.03)
-    axes[0].set_ylabel("Λ of target + all")
-    figure.suptitle(
-        f"Merge weights, a merge every {interval} steps: seeds and their mean", size=10
-    )
-    return figure
-
-
 def write(rows: Rows, kept: Rows, config: Config) -> list[pathlib.Path]:
     """Writes the figures that the rows allow. ``kept`` are the reported rows."""
     made = {}
-    if of(rows, part="table", method="forkmerge"):
-        made["weights"] = weights_figure(rows, config)
     if of(rows, part="table", method="lambda_grid"):
         made["transfer"] = transfer_figure(transfer(rows, config), config.domains)
     if of(rows, part="pairs"):

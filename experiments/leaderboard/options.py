@@ -3,7 +3,6 @@
 Every other method has its default options.
 """
 
-import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ import mtljax
 from experiments.common.config import ConfigError
 from experiments.leaderboard.config import USELESS
 from mtljax.balancer import from_weights
+from mtljax.data.registry import import_name
 
 # Shares of the run, as in the experiment `igb`.
 WINDOW, TRAIN_FROM, USE_FROM = (0.05, 0.1), 0.15, 0.25
@@ -94,16 +94,17 @@ def external(name: str) -> Callable[..., mtljax.Balancer]:
     """Returns the function of ``module:function``.
 
     Raises:
-      ConfigError: If the module or the function does not exist.
+      ConfigError: If the module or the function does not exist, or is not a function.
     """
-    module, _, function = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, ValueError, AttributeError) as error:
+        found = import_name(name)
+    except ImportError as error:
         raise ConfigError(
             f"--add {name}: {error}. Give module:function, with the module on "
             "PYTHONPATH."
         ) from error
+    if not callable(found):
+        raise ConfigError(f"--add {name}: it is not a function.")
     return found
 
 

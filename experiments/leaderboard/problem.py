@@ -5,6 +5,7 @@ All errors are positive, and lower is better: the root of 1 - R² of a number (R
 """
 
 import hashlib
+import inspect
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from experiments.common.config import ConfigError
 from experiments.common.runs import keys_of
 from experiments.leaderboard.config import SETS, Config, Set
 from mtljax import data, models
+from mtljax.data.registry import find_loader
 
 FLOOR = 0.02
 """Smallest error in a denominator or a logarithm."""
@@ -127,11 +129,7 @@ def load(config: Config, name: str) -> Problem:
 def _options(of: Set, seed: int) -> dict[str, Any]:
     options = dict(of.options)
     if ":" in of.loader:
-        import inspect
-
-        from experiments.leaderboard.options import external
-
-        accepted = inspect.signature(external(of.loader)).parameters
+        accepted = inspect.signature(find_loader(of.loader)).parameters
         return options | ({"seed": seed} if "seed" in accepted else {})
     return options | {"seed": seed}
 

@@ -74,10 +74,34 @@ def register(name: str, loader: Callable[..., Dataset]) -> None:
     _BUILDERS[name] = loader
 
 
-def _loader(name: str) -> Callable[..., Dataset]:
-    """Returns the function of a registered name, or of ``module:function``."""
-    module, colon, function = name.partition(":")
-    if not colon:
+def import_name(path: str) -> Any:
+    """Returns the object of ``module:name``.
+
+    Args:
+      path: A module on the path of Python, a colon, and a name in this module.
+
+    Raises:
+      ImportError: If the module cannot be imported or does not have the name.
+
+    Examples:
+      >>> from mtljax.data.registry import import_name
+      >>> import_name("math:sqrt")(4)
+      2.0
+    """
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, ValueError, AttributeError) as error:
+        raise ImportError(str(error)) from error
+
+
+def find_loader(name: str) -> Callable[..., Dataset]:
+    """Returns the function of a registered name, or of ``module:function``.
+
+    Raises:
+      DataError: If the name is unknown, cannot be imported, or is not a function.
+    """
+    if ":" not in name:
         if name not in _BUILDERS:
             raise DataError(
                 f"Unknown data set {name!r}. Choose from {', '.join(_BUILDERS)}, or "
@@ -85,8 +109,8 @@ def _loader(name: str) -> Callable[..., Dataset]:
             )
         return _BUILDERS[name]
     try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, ValueError, AttributeError) as error:
+        found = import_name(name)
+    except ImportError as error:
         raise DataError(
             f"Data set {name!r} cannot be loaded: {error}. Give module:function, with "
             "the module on PYTHONPATH."
@@ -138,7 +162,7 @@ def load(
       >>> load("multidigits", train_size=50).train["left"].shape
       (50,)
     """
-    build = _loader(name)
+    build = find_loader(name)
     known = list(inspect.signature(build).parameters)
     unknown = sorted(set(options) - set(known))
     if unknown:

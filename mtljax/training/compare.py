@@ -13,6 +13,7 @@ FILES = ("metrics.jsonl", "results.jsonl")
 _LABELS = frozenset({"step", "kind", "seed", "seconds", "step_ms", "final"})
 _TEXTS = frozenset({"kind", "label"})  # texts that do not tell runs apart
 _AXES = frozenset({"lr", "scale", "interval"})  # numbers that do
+_DIAGNOSTICS = frozenset({"cosines", "task_weights", "weights"})
 _SHOWN = 6  # metrics of a table without a selection
 
 
@@ -144,13 +145,16 @@ def evaluations(run: Run) -> dict[Any, list[Row]]:
 
 
 def metric_names(runs: Sequence[Run]) -> list[str]:
-    """Returns the names of all metrics of the evaluations, in order of appearance."""
+    """Returns the names of all metrics of the evaluations, in order of appearance.
+
+    Cosines and task weights follow the other metrics.
+    """
     names: dict[str, None] = {}
     for run in runs:
         for rows in evaluations(run).values():
             for row in rows[-1:]:
                 names |= dict.fromkeys(scalars(row, run.task_names))
-    return list(names)
+    return sorted(names, key=lambda name: name.partition("/")[0] in _DIAGNOSTICS)
 
 
 def step_milliseconds(run: Run) -> list[float]:

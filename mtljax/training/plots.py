@@ -162,7 +162,8 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 def _draw(axis, steps, values, *, look, label, window) -> None:
     mean, sd = _band(smooth(np.asarray(values, np.float64), window))
-    axis.plot(steps, mean, label=label, linewidth=1.5, **look)
+    marker = "o" if len(steps) == 1 else None  # a line of one point is invisible
+    axis.plot(steps, mean, label=label, linewidth=1.5, marker=marker, **look)
     if sd is not None:
         low, high = mean - sd, mean + sd
         if axis.get_yscale() == "log":  # the band must stay positive

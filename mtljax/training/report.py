@@ -20,16 +20,22 @@ from mtljax.training.writers import writing
 _LOSSES = (("losses", "train"), ("losses", "eval"), ("test_losses", "eval"))
 _WEIGHTS = (("task_weights", "train"), ("weights", "train"), ("task_weights", "eval"))
 _COSINES = (("cosines", "train"), ("cosines", "eval"))
+_PLACES = {"losses": _LOSSES, "weights": _WEIGHTS, "cosines": _COSINES}
 
 _PAGE = string.Template("""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>$title</title><style>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport"
+  content="width=device-width, initial-scale=1"><title>$title</title><style>
 body { font-family: sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em;
   color: #222 }
 table { border-collapse: collapse; margin: 1em 0; display: block; overflow-x: auto }
-th, td { padding: .25em .7em; border-bottom: 1px solid #ddd; text-align: right }
-th:first-child, td:first-child { text-align: left }
-th { cursor: pointer; border-bottom: 2px solid #888 }
-img { max-width: 100% } code { background: #f2f2f2; padding: 0 .2em }
+th, td { padding: .25em .7em; border-bottom: 1px solid #ddd; text-align: left;
+  vertical-align: top }
+th { border-bottom: 2px solid #888; white-space: nowrap }
+.sortable th { cursor: pointer }
+.number { text-align: right; white-space: nowrap }
+td:not(.number) { overflow-wrap: anywhere; min-width: 8em }
+.figure { overflow-x: auto } code { background: #f2f2f2; padding: 0 .2em }
+h1, p, li { overflow-wrap: anywhere }
 </style></head><body>
 <h1>$title</h1>
 <p><code>$command</code></p>
@@ -119,7 +125,7 @@ def figure(
         return plots.tradeoff_scatter(
             points, xlabel=names[0], ylabel=names[1], better=(mode, mode)
         )
-    places = {"losses": _LOSSES, "weights": _WEIGHTS, "cosines": _COSINES}[kind]
+    places = _PLACES[kind]
     curves = _curves(runs, places)
     if not curves:
         fields = ", ".join(sorted({name for name, _ in places}))
@@ -193,15 +199,21 @@ def _section(title: str, content: str) -> str:
     return f"<h2>{html.escape(title)}</h2>\n{content}" if content else ""
 
 
-def _html_table(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
+def _html_table(
+    head: Sequence[Any], rows: Sequence[Sequence[Any]], first_number: int | None = None
+) -> str:
     def line(cells, tag):
-        texts = (f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells)
+        texts = []
+        for i, cell in enumerate(cells):
+            number = first_number is not None and i >= first_number
+            kind = ' class="number"' if number else ""
+            texts.append(f"<{tag}{kind}>{html.escape(str(cell))}</{tag}>")
         return f"<tr>{''.join(texts)}</tr>"
 
     body = "\n".join(line(row, "td") for row in rows)
+    kind = ' class="sortable"' if len(rows) > 1 else ""
     return (
-        f'<table class="sortable"><thead>{line(head, "th")}</thead>\n'
-        f"<tbody>{body}</tbody></table>"
+        f"<table{kind}><thead>{line(head, 'th')}</thead>\n<tbody>{body}</tbody></table>"
     )
 
 
@@ -211,30 +223,40 @@ def _environment(runs: Sequence[Run]) -> str:
         session = (run.header.get("sessions") or [run.header])[-1]
         versions = session.get("versions") or {}
         text = ", ".join(f"{name} {value}" for name, value in versions.items())
-        rows.append((text, session.get("device", ""), session.get("commit") or ""))
+        commit = (session.get("commit") or "")[:12]
+        rows.append((text, session.get("device", ""), commit))
     unique = list(dict.fromkeys(rows))
     return _html_table(("versions", "device", "commit"), unique)
 
 
 def _runs(runs: Sequence[Run]) -> str:
     cells, columns = compare.table(runs)
+    # A column without a value, such as the time of rows that were written at the end.
+    columns = [c for c in columns if any(row[c] for row in cells.values())]
     rows = [
         [name, *(format_cell(summarise(row[column])) for column in columns)]
         for name, row in cells.items()
     ]
-    return _html_table(("run", *columns), rows)
+    return _html_table(("run", *columns), rows, first_number=1)
 
 
 def _figures(runs: Sequence[Run]) -> list[str]:
     found = []
     for kind in ("losses", "weights", "cosines"):
-        try:
-            drawn = figure(runs, kind)
-        except ValueError:  # the rows do not contain it
+        curves = _curves(runs, _PLACES[kind])
+        if not any(len(curve.steps) > 1 for curve in curves.values()):
             continue
-        picture = base64.b64encode(_rendered(drawn, "png", dpi=90)).decode()
-        image = f'<img alt="{kind}" src="data:image/png;base64,{picture}">'
+        drawn = figure(runs, kind)
+        picture = base64.b64encode(_rendered(drawn, "png", dpi=140)).decode()
+        width = round(90 * drawn.get_figwidth())  # sharp on dense screens
+        image = (
+            f'<div class="figure"><img alt="{kind}" width="{width}" '
+            f'src="data:image/png;base64,{picture}"></div>'
+        )
         found.append(_section(kind.capitalize(), image))
+    if not found:
+        text = "No losses, weights or cosines at more than one step."
+        found.append(_section("Figures", f"<p>None. {text}</p>"))
     return found
 
 

@@ -51,7 +51,7 @@ from experiments.leaderboard.config import (
     check,
 )
 from mtljax import metrics, training
-from mtljax.data import Task
+from mtljax.data import DataError, Task
 
 ROOT = pathlib.Path(__file__).parents[2]
 RNG = np.random.default_rng(0)
@@ -820,6 +820,26 @@ def test_every_method_is_built_for_every_length(name):
 def test_options_that_cannot_be_run(change, message):
     with pytest.raises(ConfigError, match=message):
         check(dataclasses.replace(PRESETS["cpu"][1], **change))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_such:f", "--add no_such:f: No module named 'no_such'. Give module:f"),
+        ("math:squirt", "has no attribute 'squirt'. Give module:function"),
+        (":f", "--add :f: .*. Give module:function, with the module on PYTHONPATH"),
+        ("math:pi", "--add math:pi: it is not a function"),
+    ],
+)
+def test_methods_that_cannot_be_imported(name, message):
+    with pytest.raises(ConfigError, match=message):
+        options.external(name)
+
+
+def test_a_set_that_cannot_be_imported_is_named_as_a_set():
+    config = Config(sets=("math:squirt",), data_dir=pathlib.Path("nowhere"))
+    with pytest.raises(DataError, match="Data set 'math:squirt' cannot be loaded"):
+        problem.load(config, "math:squirt")
 
 
 # --- the queue ------------------------------------------------------------------------

@@ -46,6 +46,15 @@ def test_figures_are_written_without_pyplot(make, tmp_path):
     assert "matplotlib.pyplot" not in set(sys.modules) - before
 
 
+def test_a_curve_of_one_step_is_visible():
+    """A line through one point has no length, so the point has a marker."""
+    for steps, marker in (([7], "o"), ([7, 8], "None")):
+        values = np.ones((2, len(steps), 1))
+        figure = plots.loss_curves({"a": plots.Curve(steps, values)}, ["task"])
+        (line,) = figure.axes[0].get_lines()
+        assert line.get_marker() == marker
+
+
 def test_names_in_a_scatter_do_not_overlap():
     figure = scatter()
     figure.canvas.draw()
