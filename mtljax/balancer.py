@@ -324,6 +324,8 @@ def named(values: Any, balancer: Balancer | Sequence[str]) -> dict[str, Any]:
       >>> weights = jnp.array([1.0, 0.5])
       >>> {name: float(w) for name, w in mtljax.named(weights, balancer).items()}
       {'seg': 1.0, 'depth': 0.5}
+      >>> float(mtljax.named(weights, ["seg", "depth"])["depth"])
+      0.5
     """
     if isinstance(balancer, Balancer):
         name, names = balancer.name, balancer.names
