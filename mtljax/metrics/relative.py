@@ -80,13 +80,12 @@ def delta_m(
       a Bargaining Game <https://arxiv.org/abs/2202.01017>`_, 2022.
     """
     names = list(baseline) if isinstance(baseline, Mapping) else None
-    baseline = _vector("baseline", baseline, names)
-    _check_nonzero(baseline, names)
+    _check_nonzero(baseline)
     values = jnp.asarray(_vector("values", values, names))
     higher_is_better = _vector("higher_is_better", higher_is_better, names)
     if isinstance(groups, Mapping):
         groups = [groups[name] for name in _checked("groups", groups, names)]
-    baseline = jnp.asarray(baseline)
+    baseline = jnp.asarray(_vector("baseline", baseline, names))
     count = baseline.shape[-1]
     sign = _signs(higher_is_better, count)
     if values.shape[-1:] != (count,):
@@ -226,15 +225,18 @@ def _metric_weights(groups: Sequence[Any] | None, count: int) -> list[float]:
     return [1 / (len(tasks) * sizes[g]) for g in groups]
 
 
-def _check_nonzero(baseline: ArrayLike, names: Sequence[str] | None) -> None:
-    if isinstance(baseline, Tracer):
+def _check_nonzero(baseline: ArrayLike | Mapping[str, Any]) -> None:
+    entries: Mapping[Any, Any]
+    if isinstance(baseline, Mapping):
+        entries = baseline
+    elif isinstance(baseline, Tracer):
         return
-    with jax.ensure_compile_time_eval():  # constants stay concrete inside jit
-        values = jnp.ravel(jnp.asarray(baseline)).tolist()
-    zeros = [i for i, value in enumerate(values) if value == 0]
-    if zeros:
-        metric = zeros[0] if names is None else repr(names[zeros[0]])
-        raise ValueError(
-            f"The baseline of metric {metric} is zero, so a relative change is not "
-            "defined. Leave the metric out or report it in its own units."
-        )
+    else:
+        with jax.ensure_compile_time_eval():  # constants stay concrete inside jit
+            entries = dict(enumerate(jnp.ravel(jnp.asarray(baseline)).tolist()))
+    for metric, value in entries.items():
+        if not isinstance(value, Tracer) and float(value) == 0:
+            raise ValueError(
+                f"The baseline of metric {metric!r} is zero, so a relative change is "
+                "not defined. Leave the metric out or report it in its own units."
+            )

@@ -140,4 +140,4 @@ def test_errors_of_named_metrics():
     with pytest.raises(ValueError, match=r"higher_is_better .* have no names"):
         delta_m(VALUES, BASE, by_name(np.array(UP)))
     with pytest.raises(ValueError, match="baseline of metric 'err' is zero"):
-        delta_m(VALUES, {**base, "err": 0.0}, UP)
+        jax.jit(lambda v: delta_m(v, {**base, "err": 0.0}, UP))(VALUES)
