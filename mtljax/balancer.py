@@ -271,17 +271,25 @@ def task_names(name: str, num_tasks: Any) -> tuple[str, ...] | None:
     return names
 
 
-def task_vector(values: Any, names: Sequence[str] | None) -> Any:
+def task_vector(
+    values: Any, names: Sequence[str] | None, *, axis: int = 0, numpy: Any = jnp
+) -> Any:
     """Converts a dict by task to a vector in the order of the names.
 
     A list or tuple becomes an array. Any other value is returned unchanged.
+
+    Args:
+      values: A dict, or values in the order of the tasks.
+      names: Names of the tasks, or None.
+      axis: Axis of the tasks, if the entries of the dict are arrays.
+      numpy: ``jax.numpy``, or ``numpy`` for values on the host.
 
     Raises:
       ValueError: If a dict is given and the tasks have no names, or if the names
         differ.
     """
     if not isinstance(values, Mapping):
-        return jnp.asarray(values) if isinstance(values, list | tuple) else values
+        return numpy.asarray(values) if isinstance(values, list | tuple) else values
     if names is None:
         raise ValueError(
             f"a dict with the names {list(values)} was given, but the tasks have no "
@@ -293,15 +301,15 @@ def task_vector(values: Any, names: Sequence[str] | None) -> Any:
             f"the tasks are {list(names)}, but a dict with the names {list(values)} "
             "was given."
         )
-    return jnp.stack([jnp.asarray(values[name]) for name in names])
+    return numpy.stack([numpy.asarray(values[name]) for name in names], axis)
 
 
-def named(values: Any, balancer: Balancer) -> dict[str, Any]:
+def named(values: Any, balancer: Balancer | Sequence[str]) -> dict[str, Any]:
     """Returns a dict from the names of the tasks to the entries of an array.
 
     Args:
       values: Array of shape ``[T, ...]``, such as ``state.task_weights`` or the losses.
-      balancer: A balancer that was built with names.
+      balancer: A balancer that was built with names, or the names.
 
     Returns:
       A dict ``{name: values[i]}`` with T entries, in the order of the tasks.
@@ -316,18 +324,24 @@ def named(values: Any, balancer: Balancer) -> dict[str, Any]:
       >>> weights = jnp.array([1.0, 0.5])
       >>> {name: float(w) for name, w in mtljax.named(weights, balancer).items()}
       {'seg': 1.0, 'depth': 0.5}
+      >>> float(mtljax.named(weights, ["seg", "depth"])["depth"])
+      0.5
     """
-    if balancer.names is None:
+    if isinstance(balancer, Balancer):
+        name, names = balancer.name, balancer.names
+    else:
+        name, names = "the sequence of names", tuple(balancer)
+    if names is None:
         raise ValueError(
-            f"named: {balancer.name} was built without names of tasks. Pass a tuple of "
-            "names as num_tasks."
+            f"named: {name} was built without names of tasks. Pass a tuple of names as "
+            "num_tasks."
         )
-    if len(values) != len(balancer.names):
+    if len(values) != len(names):
         raise ValueError(
-            f"named: {balancer.name} has {len(balancer.names)} tasks, but "
-            f"{len(values)} values were given."
+            f"named: {name} has {len(names)} tasks, but {len(values)} values were "
+            "given."
         )
-    return dict(zip(balancer.names, values, strict=True))
+    return dict(zip(names, values, strict=True))
 
 
 def check_num_tasks(name: str, num_tasks: Any) -> int:

@@ -280,8 +280,8 @@ class Reuse(Balancer):
     Attributes:
       refresh: Function ``refresh(state, mask) -> bool`` that returns whether this step
         computes new weights.
-      keep: Function ``keep(state, *, losses, mask) -> (weights[T], state)`` for a step
-        that reuses the weights.
+      keep: Function for a step that reuses the weights, with the arguments of
+        ``weigh``. It reads the losses and the mask only.
       renew: Function for a step that computes new weights, with the arguments of
         ``weigh``. It returns ``(weights[T], state)``.
     """
@@ -295,11 +295,11 @@ class Reuse(Balancer):
 def reuse(balancer: Balancer, *, every: int) -> Balancer:
     """Computes the task weights every k steps and reuses them in between.
 
-    In the other steps :func:`mtljax.value_and_balanced_grad` skips the T backward
-    passes and runs one weighted pass. If a present task was absent at the last
-    computation, the weights are computed again. Reused weights of absent tasks are
-    zero. The other weights are scaled to the previous sum. Under ``vmap`` over the
-    state the passes are not skipped.
+    In the other steps :func:`mtljax.value_and_balanced_grad` runs the program of a step
+    with constant weights, without the T backward passes. If a present task was absent
+    at the last computation, the weights are computed again. Reused weights of absent
+    tasks are zero. The other weights are scaled to the previous sum. Under ``vmap``
+    over the state both programs run.
 
     Args:
       balancer: A balancer with task weights.
@@ -358,7 +358,8 @@ def reuse(balancer: Balancer, *, every: int) -> Balancer:
         new = choose_state(present.any(), new, state)
         return commit(healthy, weights, new, state)
 
-    def keep(state, *, losses=None, mask=None):
+    def keep(state, *, losses=None, mask=None, **unused):
+        del unused
         present = as_mask(name, num_tasks, mask)
         healthy = True
         if losses is not None:

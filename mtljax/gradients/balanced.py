@@ -5,7 +5,7 @@ gradients. :func:`value_and_balanced_grad` selects an engine that computes no mo
 this. All engines return the same update up to rounding.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from mtljax import placement
-from mtljax.balancer import check_choice, commit
+from mtljax.balancer import check_choice, commit, task_vector
 from mtljax.gradients.gramian import linearize_any
 from mtljax.gradients.labels import resolve_measure
 from mtljax.gradients.linearized import (
@@ -24,6 +24,7 @@ from mtljax.gradients.linearized import (
     linearize,
     make_options,
     own_weights,
+    present_tasks,
     split_leaves,
     unsplit,
 )
@@ -37,7 +38,7 @@ from mtljax.gradients.separate import (
     with_labels,
 )
 from mtljax.placement import Backward
-from mtljax.types import Heads, Params
+from mtljax.types import Heads, Losses, Mask, Params
 
 Engine: TypeAlias = Literal["auto", "losses", "stacked", "gramian"]
 
@@ -119,7 +120,9 @@ def value_and_balanced_grad(
         This is a different method with a lower cost, for balancers that read the
         Gramian. ``"representation"`` uses the gradients with respect to the
         representation of :func:`mtljax.through`. The T passes then run through the
-        heads, and one pass runs through the trunk. To use the gradients of some shared
+        heads, and one pass runs through the trunk. On one device, the Gramian is
+        computed from the products of the heads if that is less work than T gradients of
+        the representation. To use the gradients of some shared
         parameters, pass their paths as in :func:`label_params`, a function of the path,
         or a tree of booleans. The T passes then end at these parameters.
       micro_batches: M, see :func:`value_and_task_grads`. With ``engine="gramian"`` the
@@ -174,7 +177,6 @@ def value_and_balanced_grad(
       <https://arxiv.org/abs/2406.16232>`_, 2024, use it for the Gramian.
     """
     needs = getattr(balancer, "needs", "grads")
-    num_tasks = getattr(balancer, "num_tasks", None)
     name = getattr(balancer, "name", "the transformation")
     check_choice("value_and_balanced_grad", "heads", heads, Heads)
     if heads == "weighted" and getattr(balancer, "weigh", None) is None:
@@ -209,32 +211,19 @@ def value_and_balanced_grad(
     names = getattr(balancer, "names", None)
     if isinstance(task_losses, Separate):
         task_losses = ordered(task_losses, names)
-    setup = _Setup(task_losses, balancer, chosen, options, measure, micro_batches)
+    weigh = getattr(balancer, "weigh", None)
+    setup = _Setup(
+        task_losses, balancer, weigh, heads, chosen, options, measure, micro_batches
+    )
+    run = _reusing_step if hasattr(balancer, "keep") else _step
 
     def function(params, state, *args, mask=None, side=None, **kwargs):
         call = VectorLosses(task_losses, args, kwargs, names)
-        found = _forward(setup, call, params, mask)
-        losses, present = found.losses, found.region.mask
-        if num_tasks is not None and losses.shape[0] != num_tasks:
-            raise ValueError(
-                f"task_losses returns {losses.shape[0]} losses, but {name} was built "
-                f"with num_tasks={num_tasks}."
-            )
-        inputs = {"mask": present, **(side or {})}
-        ones = own_weights(losses, present)
-        if getattr(balancer, "weigh", None) is None:
-            _check_whole(found, name)
-            stacked = found.leaves.shared_tree(found.stacked())
-            transform = optax.with_extra_args_support(balancer)
-            update, new = transform.update(stacked, state, losses=losses, **inputs)
-            shared, own = jax.tree.leaves(update), found.own(ones)
-        else:
-            weights, new, cache = _weigh(setup, found, state, inputs)
-            of_own = ones if heads == "own" else weights
-            shared, own = found.gradients(weights, of_own, cache)
-        grad = found.leaves.gradient(shared, own)
+        found = run(setup, call, params, state, mask=mask, side=side or {})
+        losses, present = found.losses, found.mask
         seen = losses if present is None else jnp.where(present, losses, 0)
-        grad, state = commit(jnp.isfinite(seen).all(), grad, new, state)
+        healthy = jnp.isfinite(seen).all()
+        grad, state = commit(healthy, found.grad, found.state, state)
         grad = placement.constrain(grad, grad_shardings)
         losses = call.named(losses)
         return ((losses, found.aux) if has_aux else losses), grad, state
@@ -259,17 +248,100 @@ class _Setup(NamedTuple):
 
     task_losses: Any
     balancer: Any
+    weigh: Any
+    heads: Heads
     engine: str
     options: Options
     measure: Any
     micro_batches: int | None
 
 
+class _Step(NamedTuple):
+    """The result of a step before the state policy is applied."""
+
+    losses: Losses
+    aux: Any
+    mask: Mask | None  # tasks that are present on at least one device
+    grad: Any
+    state: Any
+
+
+def _step(
+    setup: _Setup,
+    call: VectorLosses,
+    params: Params,
+    state: Any,
+    *,
+    mask: Any,
+    side: dict[str, Any],
+) -> _Step:
+    """Computes the losses, the balanced gradient and the new state."""
+    balancer: Any = setup.balancer
+    found = _forward(setup, call, params, mask)
+    losses, present = found.losses, found.region.mask
+    name = getattr(balancer, "name", "the transformation")
+    num_tasks = getattr(balancer, "num_tasks", None)
+    if num_tasks is not None and losses.shape[0] != num_tasks:
+        raise ValueError(
+            f"task_losses returns {losses.shape[0]} losses, but {name} was built "
+            f"with num_tasks={num_tasks}."
+        )
+    inputs = {"mask": present, **side}
+    ones = own_weights(losses, present)
+    if setup.weigh is None:
+        _check_whole(found, name)
+        stacked = found.leaves.shared_tree(found.stacked())
+        transform = optax.with_extra_args_support(balancer)
+        update, new = transform.update(stacked, state, losses=losses, **inputs)
+        shared, own = jax.tree.leaves(update), found.own(ones)
+    else:
+        measured, cache = None, None
+        if setup.engine != "losses":
+            measured, cache = found.measured()
+        weights, new = setup.weigh(state, losses=losses, gramian=measured, **inputs)
+        of_own = ones if setup.heads == "own" else weights
+        shared, own = found.gradients(weights, of_own, cache)
+    grad = found.leaves.gradient(shared, own)
+    return _Step(losses, found.aux, present, grad, new)
+
+
+def _reusing_step(
+    setup: _Setup,
+    call: VectorLosses,
+    params: Params,
+    state: Any,
+    *,
+    mask: Any,
+    side: dict[str, Any],
+) -> _Step:
+    """Runs a complete step, or a step with the weights of an earlier one.
+
+    The second step is that of constant weights, with its own forward pass. A common
+    forward pass would keep what the T passes need, and would go through all heads once
+    more.
+    """
+    balancer: Any = setup.balancer
+    if isinstance(mask, Mapping) and call.names is None:
+        jax.eval_shape(call, params)  # sets the names
+    mask = task_vector(mask, call.names)
+    present = None
+    if mask is not None:
+        present = present_tasks(mask, balancer.num_tasks, setup.options, _NAME)
+    renew = setup._replace(weigh=balancer.renew)
+    keep = setup._replace(weigh=balancer.keep, engine="losses", measure=None)
+
+    def branch(setup):
+        return lambda state: _step(setup, call, params, state, mask=mask, side=side)
+
+    again = balancer.refresh(state, present)
+    return jax.lax.cond(again, branch(renew), branch(keep), state)
+
+
 def _forward(setup: _Setup, call: VectorLosses, params: Params, mask: Any) -> Any:
     """Runs the forward pass and prepares the gradients that the balancer needs."""
     task: Any = setup.task_losses
     options, measure = setup.options, setup.measure
-    weighs = getattr(setup.balancer, "weigh", None) is not None
+    weighs = setup.weigh is not None
     given = {"mask": mask, "name": _NAME}
     if setup.micro_batches is not None:
         wanted: Wanted = "losses" if setup.engine == "losses" else "rows"
@@ -302,32 +374,6 @@ def _forward(setup: _Setup, call: VectorLosses, params: Params, mask: Any) -> An
         setup.engine, call, params, options, measured=measured, **given
     )
     return scatter(found) if options.exchange == "scatter" else found
-
-
-def _weigh(setup: _Setup, found: Any, state: Any, inputs: Any) -> tuple[Any, Any, Any]:
-    """Returns task weights, the new state, and the gradients that were formed."""
-    balancer = setup.balancer
-    # A balancer that reuses its weights decides before the T passes are run.
-    keep, rule = (getattr(balancer, name, None) for name in ("keep", "renew"))
-    rule = rule or balancer.weigh
-
-    def fresh(state):
-        measured, cache = None, None
-        if setup.engine != "losses":
-            measured, cache = found.measured()
-        weights, new = rule(state, losses=found.losses, gramian=measured, **inputs)
-        return weights, new, cache
-
-    if keep is None:
-        return fresh(state)
-    # The T passes are inside the branch, so that steps with reused weights skip them.
-    weights, new = jax.lax.cond(
-        balancer.refresh(state, inputs["mask"]),
-        lambda state: fresh(state)[:2],
-        lambda state: keep(state, losses=found.losses, mask=inputs["mask"]),
-        state,
-    )
-    return weights, new, None
 
 
 def _check_measure(

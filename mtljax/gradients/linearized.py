@@ -300,6 +300,12 @@ class VectorLosses:
         return dict(zip(self.names, losses, strict=True))
 
 
+def present_tasks(mask: Any, num_tasks: int, options: Options, name: str) -> Mask:
+    """Returns the tasks that are present on at least one device of the mapped axes."""
+    mask = as_mask(name, num_tasks, mask)
+    return placement.total(mask.astype(jnp.int32), options.axes) > 0
+
+
 def make_region(local: Losses, mask: Any, options: Options, name: str) -> Region:
     """Averages the losses over the mapped axes.
 

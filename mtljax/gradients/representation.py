@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from mtljax import placement, stack
 from mtljax.balancer import task_vector
 from mtljax.gradients._pullback import pullback
+from mtljax.gradients.gramian import choose, linearize_uses
 from mtljax.gradients.linearized import (
     Leaves,
     Options,
@@ -79,6 +80,8 @@ class Represented(NamedTuple):
     aux: Any
     pull_heads: Callable[..., Any]  # of the losses -> (shared, own, representation)
     pull_trunk: Callable[..., Any]  # of the representation -> shared
+    of_representation: Callable[[Any], Losses]  # the heads
+    z: Any  # the representation
     split: tuple[str, ...]  # mapped axes over which the representation is split
     options: Options
 
@@ -92,6 +95,9 @@ class Represented(NamedTuple):
 
         Examples do not mix in a representation, so the Gramian is a sum over devices.
         """
+        products = self._of_products()
+        if products is not None:
+            return products, None
         region, num_tasks = self.region, self.losses.shape[0]
         basis = jnp.eye(num_tasks, dtype=region.local.dtype)
         basis = placement.cast(region.seeded(basis), placement.varying(region.local))
@@ -101,6 +107,26 @@ class Represented(NamedTuple):
         if region.local_mask is not None:
             rows = stack.select(rows, region.local_mask)
         return placement.total(stack.gramian(rows), self.split), None
+
+    def _of_products(self) -> Gramian | None:
+        """Returns the Gramian without T gradients of the representation.
+
+        The heads are a program whose only parameter is the representation. None if the
+        T gradients are less work, or if there are several devices: the products would
+        gather the cotangents of examples that are split over them.
+        """
+        alone = jax.device_count() == 1 and placement.plain((self.z, self.losses))
+        if self.options.axes or not alone:
+            return None
+        options = self.options._replace(has_aux=False, labels=None)
+        uses, passes = choose("auto", self.of_representation, self.z, options)
+        # A second evaluation of the heads would repeat their effects.
+        if uses is None or any(op.eqn.effects for op in uses.plan.program.ops):
+            return None
+        options = options._replace(passes=passes)
+        mask = self.region.local_mask
+        found = linearize_uses(uses, options, mask=mask, name="through")
+        return found.measured()[0]
 
     def local_gradients(self, weights: Weights, own: Weights) -> tuple[Any, Any]:
         """Returns this device's parts of both weighted gradients."""
@@ -162,7 +188,17 @@ def linearize_through(
     # axis too, that axis belongs to separate models.
     seen = placement.varying(z) - placement.varying(leaves.values)
     split = options.axes or tuple(sorted(seen))
-    return Represented(leaves, region, aux, pull_heads, pull_trunk, split, options)
+    return Represented(
+        leaves=leaves,
+        region=region,
+        aux=aux,
+        pull_heads=pull_heads,
+        pull_trunk=pull_trunk,
+        of_representation=lambda z: heads(shared, own, z)[0],
+        z=z,
+        split=split,
+        options=options,
+    )
 
 
 def _check_trunk(

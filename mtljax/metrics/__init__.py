@@ -1,7 +1,6 @@
 """Metrics: summaries, gradient conflict, calibration, regression, Pareto.
 
-All metrics are pure functions of arrays that run inside ``jit``. This subpackage
-imports jax and jaxtyping only.
+All metrics are pure functions of arrays that run inside ``jit``.
 """
 
 from mtljax.metrics.classification import accuracy, brier, ece, predictive_entropy

@@ -10,7 +10,8 @@ function              better          mean over         value
 ====================  ==============  ================  =====
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +19,15 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
+from mtljax.balancer import task_vector
+
 
 def delta_m(
-    values: Float[ArrayLike, "*batch metrics"],
-    baseline: Float[ArrayLike, " metrics"],
-    higher_is_better: Sequence[bool] | Bool[ArrayLike, " metrics"],
+    values: Float[ArrayLike, "*batch metrics"] | Mapping[str, Any],
+    baseline: Float[ArrayLike, " metrics"] | Mapping[str, Any],
+    higher_is_better: Sequence[bool] | Bool[ArrayLike, " metrics"] | Mapping[str, Any],
     *,
-    groups: Sequence[int] | None = None,
+    groups: Sequence[int | str] | Mapping[str, int | str] | None = None,
 ) -> Float[Array, "*batch"]:
     r"""Computes the mean relative drop against the baseline, in percent.
 
@@ -41,12 +44,15 @@ def delta_m(
     value ensures that a negative result is better for metrics that may be negative,
     such as rewards.
 
+    Every argument may be a dict by metric. If ``baseline`` is a dict, its order is the
+    order of the metrics.
+
     Args:
       values: Metrics of the multi-task model, shape ``[..., M]``, in any units.
       baseline: Metrics of the single-task models, shape ``[M]``, in the same units.
         They must not be zero.
       higher_is_better: Direction of every metric, shape ``[M]``.
-      groups: Index of the task of every metric, ``0 .. tasks-1``.
+      groups: Task of every metric, as an index ``0 .. tasks-1`` or a name.
 
     Returns:
       The drop in percent, one number per leading index of ``values``.
@@ -64,14 +70,22 @@ def delta_m(
       >>> nash = jnp.array([75.41, 93.66, 0.0129, 35.02])
       >>> round(float(delta_m(nash, single, [True, True, False, False])), 2)
       6.72
+      >>> delta_m({"err": 0.3, "acc": 0.6}, {"acc": 0.5, "err": 0.4},
+      ...         {"acc": True, "err": False}).round(2).item()
+      -22.5
 
     References:
       Maninis et al., `Attentive Single-Tasking of Multiple Tasks
       <https://arxiv.org/abs/1904.08918>`_, 2019; Navon et al., `Multi-Task Learning as
       a Bargaining Game <https://arxiv.org/abs/2202.01017>`_, 2022.
     """
+    names = list(baseline) if isinstance(baseline, Mapping) else None
     _check_nonzero(baseline)
-    values, baseline = jnp.asarray(values), jnp.asarray(baseline)
+    values = jnp.asarray(_vector("values", values, names))
+    higher_is_better = _vector("higher_is_better", higher_is_better, names)
+    if isinstance(groups, Mapping):
+        groups = [groups[name] for name in _checked("groups", groups, names)]
+    baseline = jnp.asarray(_vector("baseline", baseline, names))
     count = baseline.shape[-1]
     sign = _signs(higher_is_better, count)
     if values.shape[-1:] != (count,):
@@ -85,11 +99,11 @@ def delta_m(
 
 
 def delta_p(
-    values: Float[ArrayLike, "*batch metrics"],
-    baseline: Float[ArrayLike, " metrics"],
-    higher_is_better: Sequence[bool] | Bool[ArrayLike, " metrics"],
+    values: Float[ArrayLike, "*batch metrics"] | Mapping[str, Any],
+    baseline: Float[ArrayLike, " metrics"] | Mapping[str, Any],
+    higher_is_better: Sequence[bool] | Bool[ArrayLike, " metrics"] | Mapping[str, Any],
     *,
-    groups: Sequence[int],
+    groups: Sequence[int | str] | Mapping[str, int | str],
 ) -> Float[Array, "*batch"]:
     """Computes the mean relative gain per task against the baseline, in percent.
 
@@ -100,7 +114,7 @@ def delta_p(
       values: See :func:`delta_m`.
       baseline: See :func:`delta_m`.
       higher_is_better: See :func:`delta_m`.
-      groups: Index of the task of every metric, ``0 .. tasks-1``.
+      groups: See :func:`delta_m`.
 
     Returns:
       The gain in percent, one number per leading index of ``values``.
@@ -123,8 +137,8 @@ def delta_p(
 
 
 def mean_rank(
-    table: Float[ArrayLike, "methods metrics"],
-    higher_is_better: Sequence[bool] | Bool[ArrayLike, " metrics"],
+    table: Float[ArrayLike, "methods metrics"] | Mapping[str, Any],
+    higher_is_better: Sequence[bool] | Bool[ArrayLike, " metrics"] | Mapping[str, Any],
 ) -> Float[Array, " methods"]:
     """Computes the rank of every method (1 is best), averaged over metrics.
 
@@ -133,8 +147,9 @@ def mean_rank(
     single-task row is usually excluded.
 
     Args:
-      table: Metrics of every method, shape ``[methods, metrics]``.
-      higher_is_better: Direction of every metric, shape ``[metrics]``.
+      table: Metrics of every method, shape ``[methods, metrics]``, or a dict by metric
+        with entries of shape ``[methods]``.
+      higher_is_better: Direction of every metric, shape ``[metrics]``, or a dict.
 
     Returns:
       Mean ranks in ``[1, methods]``, shape ``[methods]``.
@@ -152,12 +167,34 @@ def mean_rank(
     References:
       Liu et al., `FAMO <https://arxiv.org/abs/2306.03792>`_, 2023 (MR in its tables).
     """
-    table = jnp.asarray(table)
+    names = list(table) if isinstance(table, Mapping) else None
+    table = jnp.asarray(_vector("table", table, names))
+    higher_is_better = _vector("higher_is_better", higher_is_better, names)
     loss = table * _signs(higher_is_better, table.shape[-1])[None]
     loss = jnp.where(jnp.isnan(loss), jnp.inf, loss)
     better = (loss[None] < loss[:, None]).sum(axis=1)
     tied = (loss[None] == loss[:, None]).sum(axis=1)  # includes the method itself
     return (2 * better + tied + 1).mean(axis=-1) / 2
+
+
+def _vector(argument: str, values: Any, names: Sequence[str] | None) -> Any:
+    """Converts a dict by metric to an array with the metrics on the last axis."""
+    if not isinstance(values, Mapping):
+        return values
+    return task_vector(values, _checked(argument, values, names), axis=-1)
+
+
+def _checked(
+    argument: str, values: Mapping[str, Any], names: Sequence[str] | None
+) -> Sequence[str]:
+    """Returns the names of the metrics. Raises if those of a dict differ."""
+    if names is None or set(values) != set(names):
+        known = "no names" if names is None else f"the names {list(names)}"
+        raise ValueError(
+            f"{argument} is a dict with the names {list(values)}, but the metrics have "
+            f"{known}."
+        )
+    return names
 
 
 def _signs(higher_is_better, count: int) -> Float[Array, " metrics"]:
@@ -171,9 +208,13 @@ def _signs(higher_is_better, count: int) -> Float[Array, " metrics"]:
     return jnp.where(higher, -1.0, 1.0)
 
 
-def _metric_weights(groups: Sequence[int] | None, count: int) -> list[float]:
+def _metric_weights(groups: Sequence[Any] | None, count: int) -> list[float]:
     """Returns the weights of the metrics: equal, or equal within equal tasks."""
-    groups = range(count) if groups is None else [int(g) for g in groups]
+    groups = range(count) if groups is None else list(groups)
+    if all(isinstance(group, str) for group in groups):
+        numbers = {name: i for i, name in enumerate(dict.fromkeys(groups))}
+        groups = [numbers[name] for name in groups]
+    groups = [int(group) for group in groups]
     tasks = set(groups)
     if len(groups) != count or tasks != set(range(len(tasks))):
         raise ValueError(
@@ -184,14 +225,18 @@ def _metric_weights(groups: Sequence[int] | None, count: int) -> list[float]:
     return [1 / (len(tasks) * sizes[g]) for g in groups]
 
 
-def _check_nonzero(baseline: ArrayLike) -> None:
-    if isinstance(baseline, Tracer):
+def _check_nonzero(baseline: ArrayLike | Mapping[str, Any]) -> None:
+    entries: Mapping[Any, Any]
+    if isinstance(baseline, Mapping):
+        entries = baseline
+    elif isinstance(baseline, Tracer):
         return
-    with jax.ensure_compile_time_eval():  # constants stay concrete inside jit
-        values = jnp.ravel(jnp.asarray(baseline)).tolist()
-    zeros = [i for i, value in enumerate(values) if value == 0]
-    if zeros:
-        raise ValueError(
-            f"The baseline of metric {zeros[0]} is zero, so a relative change is not "
-            "defined. Leave the metric out or report it in its own units."
-        )
+    else:
+        with jax.ensure_compile_time_eval():  # constants stay concrete inside jit
+            entries = dict(enumerate(jnp.ravel(jnp.asarray(baseline)).tolist()))
+    for metric, value in entries.items():
+        if not isinstance(value, Tracer) and float(value) == 0:
+            raise ValueError(
+                f"The baseline of metric {metric!r} is zero, so a relative change is "
+                "not defined. Leave the metric out or report it in its own units."
+            )

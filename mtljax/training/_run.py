@@ -288,6 +288,7 @@ class Run:
             n = min(limit, self._to_boundary())
             before = time.monotonic()
             state, metrics = self.engine.advance(state, self.done, n)
+            metrics = self._by_task(metrics, 1)
             elapsed = max(time.monotonic() - before, 1e-9)
             calls += 1  # the first call compiles, so its time predicts nothing
             fits = 8 if calls == 1 else int(CHUNK_SECONDS / elapsed * n)
@@ -300,6 +301,11 @@ class Run:
             self._check_params(state)
             self.save(state)
         return state
+
+    def _by_task(self, metrics: Mapping[str, Any], axis: int) -> dict[str, Any]:
+        """Converts dicts by task; ``axis`` is that of the seeds, if there are any."""
+        names = self.subject.task_names
+        return records.by_task(metrics, names, axis + self.subject.many)
 
     def _due(self) -> bool:
         every = None if self.evaluation is None else self.evaluation.every
@@ -363,6 +369,7 @@ class Run:
         if evaluation is None:
             return
         values = _hosts.fetch(dict(evaluation.function(state)))
+        values = self._by_task(values, 0)
         values = {name: np.asarray(v) for name, v in values.items()}
         self.write(self.done, "eval", values, final=final)
         select = evaluation.select

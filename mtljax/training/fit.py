@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Key, PyTree
 
@@ -84,7 +85,8 @@ def fit(
         each leaf has a leading axis ``[S]``. The state is copied and not donated.
       step: A pure function ``step(state, batch) -> (state, metrics)`` for *one* run.
         ``metrics`` is a dict of arrays. A non-finite entry of ``"losses"`` ``[T]``, if
-        present, stops the run. ``"task_weights"`` ``[T]``, if present, are shown.
+        present, stops the run. ``"task_weights"`` ``[T]``, if present, are shown. With
+        ``task_names``, a metric may be a dict by task. The rows contain the vector.
       data: A pytree of arrays ``[N, ...]`` that is stored on the device, or an iterator
         of batches. A run with a directory needs an iterator with Grain's methods
         ``get_state`` and ``set_state``.
@@ -94,7 +96,8 @@ def fit(
         seeds.
       seeds: Label of the rows, or S labels. With several labels the runs are vmapped. A
         label is a number or a dict, for example ``{"seed": 0, "lr": 0.1}``.
-      task_names: T names, for messages and plots.
+      task_names: T names, for messages and plots, for example ``balancer.names``. They
+        determine the order of metrics that are dicts by task.
       evaluation: Evaluation options.
       checkpointing: Storage options. With None, no files are written.
       logging: Options for rows and progress.
@@ -268,11 +271,14 @@ def _single(state: PyTree, num_seeds: int | None) -> PyTree:
 
 
 def _check_metrics(metrics: Any, task_names: Sequence[str] | None) -> None:
-    if not isinstance(metrics, Mapping) or any(
-        not hasattr(m, "shape") for m in metrics.values()
-    ):
+    values = list(metrics.values()) if isinstance(metrics, Mapping) else [None]
+    dicts = [value for value in values if isinstance(value, Mapping)]
+    arrays = [value for value in values if not isinstance(value, Mapping)]
+    arrays += [entry for value in dicts for entry in value.values()]
+    if not all(hasattr(array, "shape") for array in arrays):
         raise ValueError("The step must return (state, metrics), metrics a flat dict.")
-    losses = metrics.get("losses")
+    shapes = jax.tree.map(lambda x: np.empty(x.shape), dict(metrics))
+    losses = records.by_task(shapes, task_names).get("losses")
     if losses is not None and len(losses.shape) != 1:
         raise ValueError(f"metrics['losses'] has shape {losses.shape}; it must be [T].")
     if losses is not None and task_names and len(task_names) != losses.shape[0]:

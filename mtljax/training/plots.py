@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mtljax.balancer import task_vector
 from mtljax.extras import require
 
 # The "bright" and "muted" palettes of Paul Tol, interleaved, for colour-blind readers.
@@ -48,7 +49,8 @@ class Curve(NamedTuple):
     """Values over time of one method.
 
     ``steps`` has shape ``[P]``. ``values`` has shape ``[P]``, or ``[S, P]`` with seeds.
-    A last axis ``[..., K]`` is added for several values (tasks or pairs of tasks).
+    A last axis ``[..., K]`` is added for several values (tasks or pairs of tasks). They
+    may also be a dict of K such arrays by name.
     """
 
     steps: Any
@@ -173,9 +175,23 @@ def _draw(axis, steps, values, *, look, label, window) -> None:
         )
 
 
+def _named(
+    history: Mapping[str, Curve], names: Sequence[str] | None
+) -> tuple[dict[str, Curve], list[str]]:
+    """Returns the curves with values ``[..., K]``, and the K names."""
+    dicts = [c.values for c in history.values() if isinstance(c.values, Mapping)]
+    if names is None and not dicts:
+        raise ValueError("Pass the names, or curves whose values are dicts by name.")
+    names = list(dicts[0] if names is None else names)
+    return {
+        method: Curve(steps, task_vector(values, names, axis=-1, numpy=np))
+        for method, (steps, values) in history.items()
+    }, names
+
+
 def loss_curves(
     history: Mapping[str, Curve],
-    task_names: Sequence[str],
+    task_names: Sequence[str] | None = None,
     *,
     ylabel: str = "train loss",
     log: bool = True,
@@ -186,8 +202,9 @@ def loss_curves(
     """Draws one panel per task and one line per method, mean over seeds ± 1 sd.
 
     Args:
-      history: Curve of each method, with values ``[P, T]`` or ``[S, P, T]``.
-      task_names: T names.
+      history: Curve of each method, with values ``[P, T]`` or ``[S, P, T]``, or dicts
+        by task.
+      task_names: T names. By default those of the dicts.
       ylabel: Name of the values, with a unit if they have one.
       log: Whether the vertical axis is logarithmic.
       window: Points of a centred running mean. 1 draws the values unchanged.
@@ -197,6 +214,7 @@ def loss_curves(
     Returns:
       The figure.
     """
+    history, task_names = _named(history, task_names)
     names = list(methods or history)
     figure, axes = _figure(
         len(task_names), columns=3, width=3.3, height=3.0, legend=len(history) > 5
@@ -291,7 +309,7 @@ def _small_multiples(
 
 def weight_trajectories(
     history: Mapping[str, Curve],
-    task_names: Sequence[str],
+    task_names: Sequence[str] | None = None,
     *,
     normalise: bool = True,
     window: int = 1,
@@ -300,8 +318,9 @@ def weight_trajectories(
     """Draws the task weights over time, one panel per method, mean ± 1 sd.
 
     Args:
-      history: Curve of the weights of each method, ``[P, T]`` or ``[S, P, T]``.
-      task_names: T names.
+      history: Curve of the weights of each method, ``[P, T]`` or ``[S, P, T]``, or
+        dicts by task.
+      task_names: T names. By default those of the dicts.
       normalise: Whether to divide by the sum of the absolute weights. Without it,
         methods of different scales cannot be compared.
       window: Points of a centred running mean.
@@ -310,6 +329,7 @@ def weight_trajectories(
     Returns:
       The figure. A dashed line marks equal weights.
     """
+    history, task_names = _named(history, task_names)
     shares = {}
     for method, (steps, values) in history.items():
         array = np.asarray(values, np.float64)
@@ -329,7 +349,7 @@ def weight_trajectories(
 
 def cosine_over_time(
     history: Mapping[str, Curve],
-    pair_names: Sequence[str],
+    pair_names: Sequence[str] | None = None,
     *,
     window: int = 1,
     title: str | None = None,
@@ -337,14 +357,16 @@ def cosine_over_time(
     """Draws the cosine of each pair of task gradients over time, a panel per method.
 
     Args:
-      history: Curve of the cosines of each method, ``[P, K]`` or ``[S, P, K]``.
-      pair_names: K names, for example ``"seg · depth"``.
+      history: Curve of the cosines of each method, ``[P, K]`` or ``[S, P, K]``, or
+        dicts by pair.
+      pair_names: K names, for example ``"seg · depth"``. By default those of the dicts.
       window: Points of a centred running mean.
       title: Title above the figure.
 
     Returns:
       The figure. Below the dashed line at 0 the task gradients conflict.
     """
+    history, pair_names = _named(history, pair_names)
     return _small_multiples(
         history,
         pair_names,

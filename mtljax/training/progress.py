@@ -39,7 +39,7 @@ def describe(
 
     Args:
       metrics: Dict with ``losses`` ``[T]`` and optional ``task_weights`` ``[T]``, or
-        ``[S, T]`` with seeds.
+        ``[S, T]`` with seeds. A dict by task has its own names.
       task_names: T names. They are shown for at most four tasks.
 
     Returns:
@@ -58,12 +58,16 @@ def describe(
     ]:
         if name not in metrics:
             continue
-        values = _vector(metrics[name])
+        given, names = metrics[name], task_names
+        if isinstance(given, Mapping):
+            names = list(given)
+            given = np.stack([np.asarray(given[task]) for task in names], -1)
+        values = _vector(given)
         if len(values) > 4:
             low, high = format(values.min(), style), format(values.max(), style)
             text = f"{format(values.mean(), style)} ({low} to {high})"
         else:
-            names = task_names if len(task_names or ()) == len(values) else None
+            names = names if len(names or ()) == len(values) else None
             text = " ".join(
                 (f"{names[i]} " if names else "") + format(v, style)
                 for i, v in enumerate(values)

@@ -11,11 +11,13 @@ import os
 import pathlib
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+
+from mtljax.balancer import task_vector
 
 MAY_DIFFER = frozenset(
     {
@@ -74,6 +76,42 @@ def to_json(value: Any) -> Any:  # noqa: PLR0911 one return for each kind
     if isinstance(value, os.PathLike):
         return str(value)
     raise TypeError(f"A {type(value).__name__} cannot be written as JSON: {value!r}.")
+
+
+def by_task(
+    metrics: Mapping[str, Any], task_names: Sequence[str] | None, axis: int = 0
+) -> dict[str, Any]:
+    """Converts the metrics that are dicts by task to arrays.
+
+    Args:
+      metrics: Metrics on the host.
+      task_names: Names of the tasks, which determine the order.
+      axis: Axis of the tasks.
+
+    Returns:
+      The metrics. Those that are no dicts are unchanged.
+
+    Raises:
+      ValueError: If a metric is a dict and there are no names, or its names differ.
+
+    Examples:
+      >>> by_task({"losses": {"b": 2.0, "a": 1.0}}, ["a", "b"])["losses"]
+      array([1., 2.])
+    """
+    found = dict(metrics)
+    for name, value in metrics.items():
+        if not isinstance(value, Mapping):
+            continue
+        if not task_names:
+            raise ValueError(
+                f"Metric {name!r} is a dict by task. Pass task_names=, which determine "
+                "the order of the tasks."
+            )
+        try:
+            found[name] = task_vector(value, task_names, axis=axis, numpy=np)
+        except ValueError as error:
+            raise ValueError(f"Metric {name!r}: {error}") from None
+    return found
 
 
 def pack_bytes(value: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mtljax.gradients.linearized import VectorLosses
 from mtljax.trajectory import _trees as trees
 from mtljax.types import Gramian
 
@@ -23,7 +24,7 @@ def task_affinity(
 
     Args:
       task_losses: A function ``task_losses(params, batch)`` that returns the losses,
-        shape ``[K]``. It closes over the heads.
+        shape ``[K]``, or a dict by task. It closes over the heads.
       params: The shared parameters.
       batch: One batch.
       lr: η, the learning rate of the step of plain gradient descent.
@@ -48,7 +49,8 @@ def task_affinity(
     if not lr >= 0:
         raise ValueError(f"{name}: lr={lr!r} must be at least 0.")
     trees.check_params(name, params)
-    losses, pull = jax.vjp(lambda p: task_losses(p, batch), params)
+    named_losses = VectorLosses(task_losses, (batch,), {})
+    losses, pull = jax.vjp(named_losses, params)
     if losses.ndim != 1:
         raise ValueError(
             f"{name}: task_losses returned shape {losses.shape}; it must be [K]."
@@ -56,7 +58,7 @@ def task_affinity(
 
     def look(row):
         (gradient,) = pull(row)
-        return task_losses(trees.shifted(params, gradient, -lr), batch)
+        return named_losses(trees.shifted(params, gradient, -lr))
 
     after = jax.lax.map(look, jnp.eye(losses.shape[0], dtype=losses.dtype))
     return 1 - after / losses[None]

@@ -1,6 +1,6 @@
 """Gradient conflict: Gramians per layer, cosines, similarity to the sum."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mtljax import metrics, stack
-from mtljax.balancer import check_choice
+from mtljax.balancer import check_choice, task_vector
 from mtljax.gradients import value_and_task_grads
 from mtljax.trajectory import _trees as trees
 from mtljax.types import Grads, Gramian, Weights
@@ -148,7 +148,7 @@ def gradient_similarity(
     batches: Any,
     *,
     estimator: SimilarityEstimator = "naive",
-    weights: Weights | None = None,
+    weights: Weights | Mapping[str, Any] | None = None,
     confidence: float = 0.95,
 ) -> GradientSimilarity:
     r"""Measures the similarity of each task gradient to the sum, over many batches.
@@ -173,13 +173,13 @@ def gradient_similarity(
 
     Args:
       task_losses: A function ``task_losses(params, batch)`` that returns the losses,
-        shape ``[K]``.
+        shape ``[K]``, or a dict by task. The result has the order of the dict.
       params: The shared parameters.
       batches: Leaves ``[n, ...]``. For ``"split"``, consecutive pairs are the halves a
         and b. Therefore n must be even, and each entry has half the batch size.
       estimator: ``"naive"`` or ``"split"``, see above.
-      weights: Weights of the sum, by default ones. For a weighted step use those of
-        the balancer.
+      weights: Weights of the sum, shape ``[K]`` or a dict by task, by default ones.
+        For a weighted step use those of the balancer.
       confidence: Confidence of the interval, between 0 and 1.
 
     Returns:
@@ -212,14 +212,21 @@ def gradient_similarity(
             f"{name}: estimator='split' pairs half-batches, and needs an even number "
             f"of at least 4, not {count}."
         )
-    gradients = value_and_task_grads(task_losses)
+    values_and_rows = value_and_task_grads(task_losses)
+    names: tuple[str, ...] | None = None
+
+    def rows(batch):
+        nonlocal names
+        losses, found = values_and_rows(params, batch)
+        names = tuple(losses) if isinstance(losses, Mapping) else None
+        return found
 
     def gram(batch):
-        return stack.gramian(gradients(params, batch)[1])
+        return stack.gramian(rows(batch))
 
     def cross(pair):
         halves = [jax.tree.map(lambda x, i=i: x[i], pair) for i in (0, 1)]
-        product = stack.cross_gramian(*(gradients(params, h)[1] for h in halves))
+        product = stack.cross_gramian(*map(rows, halves))
         return (product + product.T) / 2
 
     if split:
@@ -228,7 +235,9 @@ def gradient_similarity(
     else:
         grams = jax.lax.map(gram, batches)
     samples, tasks = grams.shape[0], grams.shape[-1]
-    w = jnp.ones(tasks, grams.dtype) if weights is None else weights
+    w = jnp.ones(tasks, grams.dtype)
+    if weights is not None:
+        w = task_vector(weights, names)
     reach = jax.scipy.special.ndtri((1 + confidence) / 2)
     if split:
         total = grams.sum(0)

@@ -423,6 +423,48 @@ def test_reuse_skips_a_bad_step_and_computes_again():
         mtljax.reuse(mtljax.trimmed_mean(3), every=2)
 
 
+def products(jaxpr):
+    """Number of matrix products in a program, also in the programs inside it."""
+    found = 0
+    for eqn in jaxpr.eqns:
+        found += eqn.primitive.name == "dot_general"
+        for value in jax.tree.leaves(dict(eqn.params)):
+            inner = getattr(value, "jaxpr", value)
+            found += products(inner) if hasattr(inner, "eqns") else 0
+    return found
+
+
+def test_a_step_with_reused_weights_is_one_of_constant_weights():
+    params, batch, _, _ = problem()
+
+    def traced(balancer):
+        step = mtljax.value_and_balanced_grad(task_losses, balancer, labels=LABELS)
+        return jax.make_jaxpr(step)(params, balancer.init(params), *batch).jaxpr
+
+    jaxpr = traced(mtljax.reuse(mtljax.mgda(TASKS), every=2))
+    (cond,) = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "cond"]
+    reused, computed = cond.params["branches"]
+    assert products(reused.jaxpr) == products(traced(mtljax.linear(TASKS)))
+    assert products(reused.jaxpr) < products(computed.jaxpr)
+    assert products(jaxpr) == products(reused.jaxpr) + products(computed.jaxpr)
+
+
+def test_reuse_with_names_and_a_mask_of_names():
+    params, batch, _, _ = problem()
+    balancer = mtljax.reuse(mtljax.mgda(TASKS), every=2)
+    # The names are known from the losses only.
+    step = mtljax.value_and_balanced_grad(named_losses, balancer, labels=LABELS)
+    mask = dict(zip(NAMES, MASK, strict=True))
+    state = balancer.init(params)
+    losses, grad, state = step(params, state, *batch, mask=mask)
+    _, wanted = run(named_losses, mtljax.mgda(TASKS), mask=mask, labels=LABELS)
+    assert list(losses) == list(reversed(NAMES))
+    close(grad, wanted)
+    _, grad, state = step(params, state, *batch, mask=mask)
+    close(grad, wanted)
+    assert not state.seen[1]  # "normal", the second in the order of the losses
+
+
 def test_masked_task_means():
     labels = jnp.array([[1.0, jnp.nan, 0.0], [0.0, jnp.nan, jnp.nan]])
 
@@ -473,6 +515,111 @@ def test_skip_absent_is_an_optimizer_per_task():
 def flops(function, *args):
     cost = jax.jit(function).lower(*args).compile().cost_analysis()
     return (cost[0] if isinstance(cost, list) else cost)["flops"]
+
+
+def many_heads(kind, tasks=24, examples=32, width=16):
+    """A trunk with linear heads in one product, or with hidden layers of their own."""
+    shapes = {
+        "trunk": (width, width),
+        "heads": (width, tasks),
+        "x": (examples, width),
+        "y": (examples, tasks),
+        "hidden": (tasks, width, width),
+    }
+    keys = jax.random.split(jax.random.key(1), len(shapes))
+    trunk, heads, x, y, hidden = (
+        jax.random.normal(key, shape, jnp.float64)
+        for key, shape in zip(keys, shapes.values(), strict=True)
+    )
+    params = {"trunk": trunk, "heads": {"out": heads, "hidden": hidden}}
+
+    def together(p, z, x, y):
+        del x
+        return ((z @ p["heads"]["out"] - y) ** 2).mean(0)
+
+    def apart(p, z, x, y):
+        del x
+        layers = zip(p["heads"]["hidden"], p["heads"]["out"].T, y.T, strict=True)
+        return jnp.stack(
+            [((jnp.tanh(z @ h) @ v - t) ** 2).mean() for h, v, t in layers]
+        )
+
+    def batched(p, z, x, y):
+        del x
+        inside = jnp.tanh(jnp.einsum("nd,tdh->nth", z, p["heads"]["hidden"]))
+        return ((jnp.einsum("nth,ht->nt", inside, p["heads"]["out"]) - y) ** 2).mean(0)
+
+    losses = {"together": together, "apart": apart, "batched": batched}[kind]
+    return params, (x, y), lambda p, x, y: jnp.tanh(x @ p["trunk"]), losses
+
+
+@pytest.mark.parametrize("kind", ["together", "apart", "batched"])
+def test_many_tasks_measured_at_a_representation(kind):
+    params, batch, encode, losses = many_heads(kind)
+    tasks = batch[1].shape[1]
+    mask = jnp.arange(tasks) % 5 > 0
+    balancer = mtljax.mgda(tasks)
+    step = mtljax.value_and_balanced_grad(
+        mtljax.through(encode, losses),
+        balancer,
+        labels={"trunk": "shared", "heads": "own"},
+        measure="representation",
+    )
+    _, grad, state = jax.jit(step)(params, balancer.init(params), *batch, mask=mask)
+    z = encode(params, *batch)
+    rows = jax.jacrev(lambda z: losses(params, z, *batch))(z).reshape(tasks, -1)
+    weights, _ = balancer.weigh(
+        balancer.init(params), losses=None, gramian=rows @ rows.T, mask=mask
+    )
+    np.testing.assert_allclose(state.task_weights, weights, rtol=1e-6, atol=1e-9)
+
+    def weighted(trunk):
+        of_trunk = {**params, "trunk": trunk}
+        values = losses(params, encode(of_trunk, *batch), *batch)
+        return values @ weights
+
+    wanted = jax.grad(weighted)(params["trunk"])
+    np.testing.assert_allclose(grad["trunk"], wanted, rtol=1e-8, atol=1e-9)
+
+
+def test_flops_of_a_representation():
+    params, batch, encode, losses = many_heads("together", 40, 128, 128)
+    tasks = batch[1].shape[1]
+    task_losses = mtljax.through(encode, losses)
+
+    def step(balancer, **options):
+        labels = {"trunk": "shared", "heads": "own"}
+        function = mtljax.value_and_balanced_grad(
+            task_losses, balancer, labels=labels, **options
+        )
+        return flops(function, params, balancer.init(params), *batch)
+
+    def heads(params, z, *batch):
+        pull = jax.vjp(lambda z: losses(params, z, *batch), z)[1]
+        return jax.vmap(pull)(jnp.eye(tasks))
+
+    z = encode(params, *batch)
+    bound = step(mtljax.linear(tasks)) + flops(heads, params, z, *batch)
+    # Without a solver, whose iterations are not part of the passes.
+    measured = step(mtljax.imtl_g(tasks), measure="representation")
+    assert measured < 1.1 * bound
+
+
+def test_effects_of_the_heads_run_once():
+    params, batch, encode, losses = many_heads("together")
+    seen = []
+
+    def printing(p, z, x, y):
+        jax.debug.callback(lambda: seen.append(1))
+        return losses(p, z, x, y)
+
+    balancer = mtljax.mgda(batch[1].shape[1])
+    step = mtljax.value_and_balanced_grad(
+        mtljax.through(encode, printing), balancer, measure="representation"
+    )
+    jax.block_until_ready(jax.jit(step)(params, balancer.init(params), *batch))
+    jax.effects_barrier()
+    assert len(seen) == 1
 
 
 def test_separate_costs_one_pass_per_task():

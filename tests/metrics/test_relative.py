@@ -108,3 +108,36 @@ def test_mean_rank_ties_match_scipy():
 def test_nan_ranks_last_in_both_directions():
     table = jnp.array([[jnp.nan, jnp.nan], [1.0, 2.0], [2.0, 1.0]])
     np.testing.assert_array_equal(mean_rank(table, [True, False]), [3.0, 2.0, 1.0])
+
+
+NAMED = ("acc", "err", "iou")
+VALUES, BASE = jnp.array([[0.6, 0.3, 0.5], [0.4, 0.2, 0.7]]), jnp.array([0.5, 0.4, 0.6])
+UP = [True, False, True]
+
+
+def by_name(array, names=NAMED):
+    return {name: array[..., NAMED.index(name)] for name in names}
+
+
+def test_named_metrics_have_the_bits_of_unnamed_ones():
+    others = list(reversed(NAMED))  # the baseline determines the order
+    values, up = by_name(VALUES, others), by_name(np.array(UP), others)
+    base = by_name(BASE)
+    np.testing.assert_array_equal(delta_m(values, base, up), delta_m(VALUES, BASE, UP))
+    named = {"iou": "seg", "acc": "seg", "err": "depth"}
+    for groups in (named, ["seg", "depth", "seg"]):
+        np.testing.assert_array_equal(
+            delta_p(values, base, up, groups=groups),
+            delta_p(VALUES, BASE, UP, groups=[0, 1, 0]),
+        )
+    np.testing.assert_array_equal(mean_rank(by_name(VALUES), up), mean_rank(VALUES, UP))
+
+
+def test_errors_of_named_metrics():
+    base = by_name(BASE)
+    with pytest.raises(ValueError, match="values is a dict with the names"):
+        delta_m({"acc": 1.0}, base, UP)
+    with pytest.raises(ValueError, match=r"higher_is_better .* have no names"):
+        delta_m(VALUES, BASE, by_name(np.array(UP)))
+    with pytest.raises(ValueError, match="baseline of metric 'err' is zero"):
+        jax.jit(lambda v: delta_m(v, {**base, "err": 0.0}, UP))(VALUES)

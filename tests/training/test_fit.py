@@ -347,3 +347,60 @@ def test_a_loss_that_is_not_positive_stops_a_method_that_takes_logarithms():
         match=r"task 'b' became 0.0 in step 4, but the method takes the logarithm",
     ):
         run(positive_losses=True)
+
+
+def by_task(values):
+    return {"right": values[..., 1], "left": values[..., 0]}
+
+
+def named_step(state, batch):
+    """The toy step with metrics that are dicts by task, in another order."""
+    state, metrics = toy.step(state, batch)
+    return state, {name: by_task(values) for name, values in metrics.items()}
+
+
+def named_evaluation(evaluate):
+    def named(state):
+        values = evaluate(state)
+        return {**values, "val_losses": by_task(values["val_losses"])}
+
+    return named
+
+
+def rows_of(result):
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in result.rows]
+
+
+def test_metrics_by_task_have_the_rows_of_vectors():
+    evaluate = toy.make_eval()
+    named = toy.run(12, step=named_step, eval_fn=named_evaluation(evaluate))
+    assert rows_of(named) == rows_of(toy.run(12))
+    init_keys, order_keys = training.split_run_key(
+        jnp.stack([jax.random.key(s) for s in range(3)])
+    )
+    settings = {
+        "state": jax.vmap(toy.init)(init_keys),
+        "order_key": order_keys,
+        "seeds": [0, 1, 2],
+    }
+    evaluate = jax.vmap(evaluate)
+    named = toy.run(6, step=named_step, eval_fn=named_evaluation(evaluate), **settings)
+    assert rows_of(named) == rows_of(toy.run(6, eval_fn=evaluate, **settings))
+
+
+def test_metrics_by_task_need_their_names():
+    with pytest.raises(ValueError, match="is a dict by task"):
+        toy.run(4, step=named_step, task_names=None)
+    with pytest.raises(ValueError, match="Metric 'losses': the tasks are"):
+        toy.run(4, step=named_step, task_names=["left", "other"])
+    evaluate = named_evaluation(toy.make_eval())
+    with pytest.raises(ValueError, match="Metric 'val_losses': the tasks are"):
+        toy.run(6, eval_fn=evaluate, task_names=["left", "other"])
+
+    def damaged(state, batch):
+        state, metrics = named_step(state, batch)
+        metrics["losses"]["left"] = metrics["losses"]["left"] / (3 - state.step)
+        return state, metrics
+
+    with pytest.raises(training.NonFiniteLossError, match="task 'left' became inf"):
+        toy.run(6, step=damaged, eval_fn=None, eval_every=None, select=None)

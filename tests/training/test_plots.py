@@ -82,3 +82,29 @@ def test_a_method_keeps_its_colour():
 def test_curve_needs_the_metric():
     with pytest.raises(ValueError, match="No eval row has 'acc'"):
         plots.curve([{"kind": "train", "acc": 1, "step": 1}], "acc", "eval")
+
+
+def test_curves_by_task_have_their_names():
+    plain = {method: history()[method] for method in METHODS[:2]}
+
+    def lines(figure):
+        return [
+            (axis.get_title(), line.get_label(), np.asarray(line.get_ydata()).tolist())
+            for axis in figure.axes
+            for line in axis.get_lines()
+        ]
+
+    named = {
+        method: plots.Curve(
+            steps, {task: values[..., TASKS.index(task)] for task in reversed(TASKS)}
+        )
+        for method, (steps, values) in plain.items()
+    }
+    for draw in (plots.loss_curves, plots.weight_trajectories, plots.cosine_over_time):
+        assert lines(draw(named, TASKS)) == lines(draw(plain, TASKS))
+    titles = [axis.get_title() for axis in plots.loss_curves(named).axes]
+    assert titles == TASKS[::-1]
+    with pytest.raises(ValueError, match="Pass the names"):
+        plots.loss_curves(plain)
+    with pytest.raises(ValueError, match="the tasks are"):
+        plots.loss_curves(named, ["a", "b", "other"])

@@ -71,3 +71,8 @@ def test_a_narrow_terminal_wraps_and_cuts_nothing(monkeypatch):
     assert "…" not in shown
     lines = stream.getvalue().splitlines()
     assert max(len(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", x)) for x in lines) <= 110
+
+
+def test_a_dict_by_task_has_its_names():
+    losses = {"seg": [1.0, 3.0], "depth": [2.0, 4.0]}
+    assert describe({"losses": losses}) == "loss seg 2.00 depth 3.00"

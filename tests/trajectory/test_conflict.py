@@ -180,3 +180,28 @@ def test_mistakes_are_named(as_users):
         run(confidence=2)
     with pytest.raises(ValueError, match="must be \\[K\\]"):
         trajectory.task_affinity(lab.loss, lab.params(), lab.data(), lr=0.1)
+
+
+def test_named_tasks_have_the_bits_of_unnamed_ones():
+    key = jax.random.key(0)
+    p, grads = jnp.ones(3), jax.random.normal(key, (4, 2, 3))
+    weights = jnp.array([1.0, 2.0])
+
+    def losses(w, g):
+        return (g @ w) ** 2
+
+    def named(w, g):
+        return dict(zip(("seg", "depth"), losses(w, g), strict=True))
+
+    np.testing.assert_array_equal(
+        trajectory.task_affinity(named, p, grads[0], lr=0.1),
+        trajectory.task_affinity(losses, p, grads[0], lr=0.1),
+    )
+    for estimator in ("naive", "split"):
+        run = lambda f, w, e=estimator: trajectory.gradient_similarity(
+            f, p, grads, estimator=e, weights=w
+        )
+        found = run(named, {"depth": weights[1], "seg": weights[0]})
+        jax.tree.map(np.testing.assert_array_equal, found, run(losses, weights))
+    with pytest.raises(ValueError, match="the tasks are"):
+        trajectory.gradient_similarity(named, p, grads, weights={"other": 1.0})
