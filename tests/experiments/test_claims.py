@@ -346,7 +346,6 @@ def test_a_page_of_rows(tmp_path):
 
 AGAIN = "rows without a header; they are trained again with this protocol"
 OLDER = (
-    ("alternating/results/camvid/results.jsonl", AGAIN),
     ("forkmerge/results/results.jsonl", AGAIN),
     ("fs_mtl/results/results.jsonl", AGAIN),
     ("multidigits/results/results.jsonl", "the demo, which no claim cites"),
