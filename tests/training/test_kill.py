@@ -113,7 +113,9 @@ import resource, sys
 import jax, toy, jax.numpy as jnp
 from mtljax import training
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
-state = {"w": jax.random.normal(jax.random.key(0), (50_000,)), "n": jnp.int32(0)}
+w = jax.random.normal(jax.random.key(0), (20, 50_000))
+# Many arrays: the first failure closes the event loop that the others report to.
+state = {"w": list(w), "n": jnp.int32(0)}
 step = lambda s, b: ({**s, "n": s["n"] + 1}, {"losses": b["x"].mean()[None]})
 try:
     toy.run(20, state=state, step=step, task_names=None, eval_fn=None, select=None,
