@@ -399,24 +399,20 @@ def tradeoff_scatter(
       title: Title above the figure.
 
     Returns:
-      The figure. Each point has a label.
+      The figure, with one marker and colour per method.
     """
     names = list(methods or points)
-    figure, (axis,) = _figure(1, columns=1, width=6.2, height=4.6, legend=False)
-    centres, bars = {}, []
+    figure, (axis,) = _figure(1, columns=1, width=5.2, height=4.6, legend=True)
     for method, values in points.items():
         x, y = (np.atleast_1d(np.asarray(v, np.float64)) for v in values)
         sds = [v.std(ddof=1) if len(v) > 1 else 0.0 for v in (x, y)]
-        centre = centres[method] = (float(x.mean()), float(y.mean()))
-        for k in (0, 1):  # the ends of the two bars
-            ends = np.tile(centre, (2, 1))
-            ends[:, k] += (-sds[k], sds[k])
-            bars.append(ends)
         axis.errorbar(
             x.mean(),
             y.mean(),
             xerr=sds[0],
             yerr=sds[1],
+            label=method,
+            linestyle="none",
             marker=MARKERS[names.index(method) % len(MARKERS)],
             markersize=7,
             color=style(method, names)["color"],
@@ -446,78 +442,8 @@ def tradeoff_scatter(
     axis.set_ylabel(f"{ylabel}   (better {arrows[1]})")
     if title:
         axis.set_title(title)
-    lines = [(reference[0], None), (None, reference[1])] if reference else []
-    _place_labels(figure, axis, centres, bars, lines)
+    _legend(figure, axis, 99)
     return figure
-
-
-def _place_labels(figure, axis, centres, bars, lines) -> None:
-    """Places each name next to its point, at the nearest free position."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    FigureCanvasAgg(figure).draw()  # determines the layout and the pixel positions
-    renderer = figure.canvas.get_renderer()
-    scale = figure.dpi / 72
-    pixels = {m: axis.transData.transform(c) for m, c in centres.items()}
-    frame = axis.get_window_extent(renderer)
-    marks = [(x - 5 * scale, y - 5 * scale, x + 5 * scale, y + 5 * scale)
-             for x, y in pixels.values()]  # fmt: skip
-    soft = []  # areas that a name may overlap at a cost
-    for ends in bars:
-        (x0, y0), (x1, y1) = axis.transData.transform(ends)
-        soft.append((x0 - 1, y0 - 1, x1 + 1, y1 + 1))
-    for at_x, at_y in lines:
-        x, y = axis.transData.transform((at_x or 0.0, at_y or 0.0))
-        if at_x is None:
-            soft.append((frame.x0, y - 2, frame.x1, y + 2))
-        else:
-            soft.append((x - 2, frame.y0, x + 2, frame.y1))
-    taken = []
-    directions = [(1, 0.6), (1, -0.6), (-1, 0.6), (-1, -0.6), (0, 1), (0, -1), (1, 1.4),
-                  (1, -1.4), (-1, 1.4), (-1, -1.4)]  # fmt: skip
-    for method in sorted(centres, key=lambda m: -pixels[m][1]):
-        x, y = pixels[method]
-        text = axis.annotate(
-            method, centres[method], fontsize=8.5, color=INK, annotation_clip=False
-        )
-        extent = text.get_window_extent(renderer)
-        width, height = extent.width, extent.height
-        best = None
-        for reach in (7, 13, 20, 28, 38, 50):
-            for dx, dy in directions:
-                left = x + reach * scale * dx - (width if dx < 0 else 0)
-                left -= width / 2 if dx == 0 else 0
-                base = y + reach * scale * dy - height / 2
-                box = (left - 2, base - 1, left + width + 2, base + height + 1)
-                cost = 5 * sum(_overlap(box, other) for other in taken + marks)
-                cost += sum(_overlap(box, other) for other in soft)
-                inside = (frame.x0, frame.y0, frame.x1, frame.y1)
-                cost += (box[2] - box[0]) * (box[3] - box[1]) - _overlap(box, inside)
-                if best is None or cost < best[0] - 1e-6:
-                    best = (cost, box, (left - x, base - y), reach)
-            if best is not None and best[0] <= 1e-6:
-                break
-        assert best is not None
-        _, box, offset, reach = best
-        taken.append(box)
-        text.remove()
-        arrow = {"arrowstyle": "-", "color": "#AAAAAA", "linewidth": 0.7, "shrinkB": 3}
-        axis.annotate(
-            method,
-            centres[method],
-            xytext=(offset[0] / scale, offset[1] / scale),
-            textcoords="offset points",
-            va="bottom",
-            fontsize=8.5,
-            color=INK,
-            arrowprops=arrow if reach > 13 else None,
-        )
-
-
-def _overlap(a, b) -> float:
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    return max(0.0, width) * max(0.0, height)
 
 
 def save(figure: Any, path: str | pathlib.Path) -> pathlib.Path:
