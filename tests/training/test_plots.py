@@ -32,7 +32,7 @@ def scatter():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: plots.loss_curves(history(), TASKS, title="title", window=3),
+        lambda: plots.loss_curves(history(), TASKS, window=3),
         lambda: plots.weight_trajectories(history(), TASKS),
         lambda: plots.cosine_over_time(history(seeds=1), TASKS),
         scatter,
