@@ -17,7 +17,7 @@ from experiments.alternating.report import (
 )
 from experiments.alternating.train import inner_steps, row_of
 from experiments.common import figures as common
-from experiments.common.figures import legend, line, panels, series
+from experiments.common.figures import legend, line, panels
 from mtljax.training import plots
 
 # Methods of all figures with a line per method. The order fixes the colours.
@@ -56,7 +56,8 @@ def losses(results: Results):
     weights = np.array(list(columns.values())).T
     for name in _shown(rows):
         mine = _reported(rows[name])
-        steps, values = series(mine, "eval", lambda r: r["val_losses"] @ weights)
+        steps, values = plots.curve(mine, "val_losses", "eval")
+        values = values @ weights
         for k, column in enumerate(columns):
             label = row_of(name).label if k == 0 else None
             for place, x in enumerate((steps, steps * results.cost(name).backward)):
