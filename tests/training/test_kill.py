@@ -129,7 +129,7 @@ except training.TrainingError as error:
 def test_a_full_disk_is_one_sentence(tmp_path, limit, what):
     done = subprocess.run(
         [sys.executable, "-c", DISK, tmp_path, str(limit)],
-        capture_output=True, text=True, timeout=90, check=True,
+        capture_output=True, text=True, timeout=300, check=True,
         env={
             **ENV,
             "PYTHONPATH": f"{ENV['PYTHONPATH']}:{Path(__file__).parent}",
