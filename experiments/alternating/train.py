@@ -40,11 +40,10 @@ class State(NamedTuple):
 
 
 class Program(NamedTuple):
-    """A row on a problem: initial state, step and cost."""
+    """A row on a problem: initial state and step."""
 
     init: Callable[..., State]
     step: Callable[[State, Batch], tuple[State, dict[str, Array]]]
-    cost: Cost
 
 
 class Run(NamedTuple):
@@ -174,7 +173,7 @@ def make_program(problem: Problem, name: str) -> Program:
         seen = {"losses": losses}
         return state, seen if name == SINGLE_TASK else seen | measures(state)
 
-    return Program(init, step, cost_of(name, problem.num_tasks))
+    return Program(init, step)
 
 
 def cost_of(name: str, num_tasks: int) -> Cost:

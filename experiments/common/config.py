@@ -49,7 +49,6 @@ Rates = Annotated[tuple[float, ...], POSITIVE._replace(once=True)]
 """Distinct learning rates."""
 NotNegative = Annotated[float, Bounds(0, HUGE)]
 Share = Annotated[float, Bounds(0, 1)]
-Finite = Annotated[float, Bounds(-HUGE, HUGE)]
 
 
 @dataclasses.dataclass(frozen=True)

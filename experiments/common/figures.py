@@ -1,7 +1,7 @@
 """Panels, legends and lines with error bands for all figures."""
 
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -46,17 +46,6 @@ def line(axis: Any, x: Any, values: Any, look: Mapping[str, Any], **more: Any) -
     sd = values.std(0, ddof=1) if len(values) > 1 else np.zeros_like(mean)
     axis.plot(x, mean, linewidth=1.5, **look, **more)
     axis.fill_between(x, mean - sd, mean + sd, color=look["color"], alpha=0.13, lw=0)
-
-
-def series(
-    rows: Sequence[Mapping[str, Any]], kind: str, of: Callable[[Any], Any]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns steps ``[P]`` and values ``[seeds, P, ...]`` of the rows of a kind."""
-    mine = [row for row in rows if row["kind"] == kind]
-    steps = sorted({row["step"] for row in mine})
-    seeds = list(dict.fromkeys(row["seed"] for row in mine))
-    at = {(row["seed"], row["step"]): of(row) for row in mine}
-    return np.array(steps), np.array([[at[s, k] for k in steps] for s in seeds])
 
 
 def save(

@@ -47,13 +47,3 @@ def step_times(watches: Mapping[str, Stopwatch], rounds: int = 3) -> dict[str, f
         watch.measure()  # compiles the program, unless training compiled it
     times = [[watch.measure() for watch in watches.values()] for _ in range(rounds)]
     return dict(zip(watches, np.median(times, axis=0).tolist(), strict=True))
-
-
-def relative_time(
-    watch: Stopwatch, reference: Stopwatch, rounds: int = 3
-) -> tuple[float, float]:
-    """Returns the median milliseconds of a step and its median ratio to a reference."""
-    watch.measure()  # the first call may compile
-    pairs = [(watch.measure(), reference.measure()) for _ in range(rounds)]
-    mine, other = np.array(pairs).T
-    return float(np.median(mine)), float(np.median(mine / other))

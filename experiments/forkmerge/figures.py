@@ -10,7 +10,7 @@ import numpy as np
 from experiments.common import figures as common
 from experiments.common.figures import legend, panels
 from experiments.forkmerge.config import LABELS, Config
-from experiments.forkmerge.report import Pairs, Rows, interval_gains, of, pair_gains
+from experiments.forkmerge.report import Pairs, Rows, of, pair_gains
 from mtljax import forkmerge
 from mtljax.training import plots
 
@@ -87,37 +87,6 @@ def pairs_figure(pairs: Mapping[str, Pairs], domains: Sequence[str]) -> Any:
     return figure
 
 
-def intervals_figure(found: Mapping[int, np.ndarray], domains: Sequence[str]) -> Any:
-    """Draws the gain over Δt, one line per target and their mean (Figure 7)."""
-    figure, axes = panels(1, 1, 5.6, 3.2)
-    axis = axes[0, 0]
-    intervals = list(found)
-    gains = np.stack([found[i] for i in intervals])  # [Δt, seeds, targets]
-    for t, domain in enumerate(domains):
-        look = plots.style(domain, list(domains))
-        axis.plot(
-            intervals, gains[..., t].mean(1), label=domain, marker="o", ms=3, **look
-        )
-    means = gains.mean(2)
-    axis.errorbar(
-        intervals,
-        means.mean(1),
-        means.std(1, ddof=1) if means.shape[1] > 1 else None,
-        label="mean of targets ± sd",
-        color="black",
-        linewidth=2,
-        capsize=3,
-    )
-    axis.axhline(0, color="#777777", linewidth=1)
-    axis.set_xscale("log")
-    axis.set_xticks(intervals, [str(i) for i in intervals])
-    axis.minorticks_off()
-    axis.set_xlabel("Δt, steps between merges")
-    axis.set_ylabel("gain over STL, points (test)")
-    legend(figure, axes)
-    return figure
-
-
 def write(rows: Rows, kept: Rows, config: Config) -> list[pathlib.Path]:
     """Writes the figures that the rows allow. ``kept`` are the reported rows."""
     made = {}
@@ -125,7 +94,4 @@ def write(rows: Rows, kept: Rows, config: Config) -> list[pathlib.Path]:
         made["transfer"] = transfer_figure(transfer(rows, config), config.domains)
     if of(rows, part="pairs"):
         made["pairs"] = pairs_figure(pair_gains(kept, config), config.domains)
-    if of(rows, part="intervals"):
-        found = interval_gains(kept, config)
-        made["intervals"] = intervals_figure(found, config.domains)
     return common.save(made, config.out, config)

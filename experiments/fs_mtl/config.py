@@ -185,22 +185,6 @@ PRESETS = {
             out=pathlib.Path("results/fs_mtl-gpu"),
         ),
     ),
-    "lenet": (
-        "LeNet on 20,000 full-size canvases per data set: an accelerator, or hours.",
-        Config(
-            sets=("multi_fashion", "multi_mnist", "multi_fashion_mnist"),
-            train_size=20000,
-            val_size=2000,
-            test_size=10000,
-            together=False,
-            model="lenet",
-            batch_size=128,
-            epochs=50,
-            rhos=(0.5,),
-            probe_batches=32,
-            out=pathlib.Path("results/fs_mtl-lenet"),
-        ),
-    ),
     "paper": (
         "The three data sets as in the paper, ResNet-18, 200 epochs: an accelerator.",
         Config(

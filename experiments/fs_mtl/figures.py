@@ -1,7 +1,7 @@
 """Draws the figures from the rows."""
 
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -48,18 +48,9 @@ def _by_method(runs: Runs) -> dict[str, list[Entry]]:
     for entry in runs.rows:
         if entry.method != STL:
             loss = entry.method in ("linear", "random_loss_weighting")
-            found.setdefault("LS, RLW" if loss else _base(entry), []).append(entry)
+            base = entry._replace(variant="plain").label
+            found.setdefault("LS, RLW" if loss else base, []).append(entry)
     return found
-
-
-def _base(entry: Entry) -> str:
-    return entry._replace(variant="plain").label
-
-
-def _series(rows: Sequence[Mapping[str, Any]], field: str):
-    """Returns steps and values ``[S, P]`` of an evaluation metric."""
-    curve = plots.curve(rows, field, "eval")
-    return np.asarray(curve.steps), np.asarray(curve.values)
 
 
 def _curves(
@@ -69,7 +60,6 @@ def _curves(
     xlabel: str,
     x_of: Callable[[np.ndarray, Entry], np.ndarray],
     *,
-    factor: float = 100.0,
     reference: Mapping[str, Mapping[int, float]] | None = None,
     limits: tuple[float, float] | None = None,
 ):
@@ -80,10 +70,10 @@ def _curves(
         for entry in group:
             if not any(field in row for row in runs.rows[entry]):
                 continue
-            steps, values = _series(runs.rows[entry], field)
+            steps, values = plots.curve(runs.rows[entry], field, "eval")
             colour, dash = _look(entry)
             look = {"color": colour, "linestyle": dash}
-            line(axis, x_of(steps, entry), factor * values, look, label=entry.label)
+            line(axis, x_of(steps, entry), 100 * values, look, label=entry.label)
         for variant, points in (reference or {}).items():
             axis.plot(
                 list(points), list(points.values()), color=FAMILY[variant][0],
@@ -116,17 +106,16 @@ def accuracy_over_cost(runs: Runs):
     )  # fmt: skip
 
 
-def conflict(config: Config, runs: Runs, kind: str):
+def conflict(config: Config, runs: Runs):
     """Draws the percentage of probe batches in conflict."""
-    same = kind == "inter_loss" and runs.name == "multi_mnist"
     inside = {
         variant: {e: p for e, p in points.items() if e <= config.epochs}
         for variant, points in paper.CONFLICT.items()
     }
     return _curves(
-        runs, f"probe_{kind}", f"{kind.replace('_', '-')} conflict, %", "epoch",
+        runs, "probe_inter_loss", "inter-loss conflict, %", "epoch",
         lambda steps, _: steps / runs.steps_per_epoch,
-        reference=inside if same else None,
+        reference=inside if runs.name == "multi_mnist" else None,
         limits=(-3, 145),  # space for the legend
     )  # fmt: skip
 
@@ -136,6 +125,6 @@ def write(config: Config, runs: Runs) -> list[pathlib.Path]:
     made: dict[str, Any] = {
         "accuracy_over_epochs": accuracy_over_epochs(runs),
         "accuracy_over_cost": accuracy_over_cost(runs),
+        "conflict_inter_loss": conflict(config, runs),
     }
-    made["conflict_inter_loss"] = conflict(config, runs, "inter_loss")
     return figures.save(made, set_folder(config, runs.name), config)

@@ -26,13 +26,6 @@ class Cell(NamedTuple):
     sd: float | None  # of the average
 
 
-TABLE_5 = {
-    "ERM": (68.84, 91.54, 0.0309, 33.50, 44.14),
-    "direct": (68.93, 91.41, 0.0130, 31.37, 6.43),
-    "split": (73.77, 93.12, 0.0129, 27.44, 0.67),
-}
-"""Table 5, MGDA on Cityscapes: mIoU, pixel accuracy, abs. and rel. error, Δm."""
-
 CONFLICT = {
     "plain": {0: 47, 25: 42, 50: 45, 100: 48, 200: 53},
     "split": {0: 47, 25: 10, 50: 8, 100: 3, 200: 1},

@@ -183,13 +183,6 @@ def beside_paper(runs: Runs) -> str:
     return markdown(head, body)
 
 
-def table_5() -> str:
-    """Formats the paper's direct and split results. Ours are in the cautions."""
-    head = ["MGDA, Cityscapes", "mIoU", "pixel acc", "abs err", "rel err", "Δm"]
-    found = paper.TABLE_5.items()
-    return markdown(head, [[name, *(f"{v:g}" for v in row)] for name, row in found])
-
-
 def _pairs(runs: Runs, one: str, two: str) -> np.ndarray | None:
     """Returns differences in points of accuracy, paired by seed."""
     groups = lines(runs)
@@ -254,29 +247,14 @@ def caution_2(config: Config, runs: Runs) -> str:
 
 def conflict_table(runs: Runs) -> str:
     """Formats the percentage of probe batches in conflict over epochs."""
-    epochs = sorted(
-        {
-            row["step"] // runs.steps_per_epoch
-            for rows in runs.rows.values()
-            for row in rows
-            if "probe_inter_loss" in row
-        }
-    )
+    shares = conflict_shares(runs)
+    epochs = sorted({epoch for found in shares.values() for epoch in found})
     if not epochs:
         return ""
-    body = []
-    for entry, rows in runs.rows.items():
-        cells = []
-        for epoch in epochs:
-            values = [
-                100 * row["probe_inter_loss"]
-                for row in rows
-                if "probe_inter_loss" in row
-                and row["step"] // runs.steps_per_epoch == epoch
-            ]
-            cells.append(pm(values, 0) if values else "-")
-        if entry.method != STL:
-            body.append([entry.label, *cells])
+    body = [
+        [label, *(pm(found[e], 0) if e in found else "-" for e in epochs)]
+        for label, found in shares.items()
+    ]
     head = ["<g₁, g₂> < 0, % of batches", *(f"epoch {e}" for e in epochs)]
     return markdown(head, body)
 
@@ -406,8 +384,6 @@ def write(config: Config, runs: Runs, command: str, notes: str) -> pathlib.Path:
         beside_paper(runs),
         "Levels differ by construction (another re-creation of the data, another "
         "network and length where the preset says so): compare the gains.",
-        "## Table 5 of the paper",
-        table_5(),
         "## Caution 1: is it the split, at equal radius?",
         caution_1(config, runs),
         "For a linear balancer split and direct are the same numbers (F-LS has no "

@@ -291,34 +291,11 @@ def write_summary(
 
 
 def write_plots(values: Values, config: Config, data: str) -> list[pathlib.Path]:
-    """Δm of all rows; reward and temperature of the agents over time."""
+    """Δm of all rows."""
     if not config.plots:
         return []
-    made = {
-        "rows": rows_figure({label_of(m): d for m, d in values.delta.items()}),
-    }
-    agents = {}
-    for method, choice in values.choices.items():
-        if ROWS[method].loss == "igb_v2":
-            mine = [row for row in values.rows[method] if row.get("lr") == choice.lr]
-            agents[label_of(method)] = agent_curve(mine)
-    if agents:
-        made["agent"] = plots.loss_curves(
-            agents,
-            ["reward", "entropy temperature"],
-            ylabel="",
-            log=False,
-            window=5,
-            methods=[label_of(method) for method in values.choices],
-        )
+    made = {"rows": rows_figure({label_of(m): d for m, d in values.delta.items()})}
     return figures.save(made, train.folder(config, data), config)
-
-
-def agent_curve(rows: Rows) -> plots.Curve:
-    """Returns reward and temperature ``[seeds, points, 2]``."""
-    steps, reward = plots.curve(rows, "reward")
-    _, temperature = plots.curve(rows, "temperature")
-    return plots.Curve(steps, np.stack([reward, temperature], -1))
 
 
 def rows_figure(values: Mapping[str, Any]) -> Any:

@@ -6,11 +6,9 @@ import numpy as np
 
 from experiments.common import figures as common
 from experiments.common.figures import legend, panels
-from experiments.trajectories import analysis
 from experiments.trajectories.analysis import FACTOR_NAMES, FACTORS, Group, Groups
 from experiments.trajectories.config import SUM, Config
 from experiments.trajectories.data import COPY, DOMAIN, NOISY, OTHER, TARGET
-from mtljax.training import plots
 
 LOOKS = {
     (TARGET,): ("alone", "#222222", "o"),
@@ -27,7 +25,6 @@ def write(config: Config, groups: Groups) -> list[pathlib.Path]:
     made = {
         "gap": gap_figure(groups),
         "factors": factor_figure(groups),
-        "optimisers": optimiser_figure(config, groups),
     }
     return common.save(made, config.out, config)
 
@@ -116,41 +113,4 @@ def factor_figure(groups: Groups):
         low = min(float(np.nanmin(m.of(factor, TARGET))) for m, _ in rows)
         axis.set_yscale("log" if low > 0 else "symlog")
     legend(figure, axes, 4)
-    return figure
-
-
-def optimiser_figure(config: Config, groups: Groups):
-    """Draws Figure 4: change of the score against the change of each factor."""
-    rows = analysis.optimiser_rows(config, groups)
-    if not rows:
-        return None
-    methods = list(dict.fromkeys(row.method for row in rows))
-    sets = list(dict.fromkeys((row.setting, row.tasks) for row in rows))
-    names = ("min_loss", *FACTORS)
-    figure, axes = panels(1, len(names), 3.3, 3.4)
-    for axis, name in zip(axes.flat, names, strict=True):
-        axis.axhline(0, color="#777777", linewidth=0.8)
-        axis.axvline(0, color="#777777", linewidth=0.8)
-        for row in rows:
-            marker = plots.MARKERS[sets.index((row.setting, row.tasks))]
-            setting, tasks = row.setting, row.tasks
-            axis.plot(
-                row.change[name],
-                row.change["score"],
-                marker,
-                color=plots.PALETTE[methods.index(row.method)],
-                markersize=7,
-                fillstyle="full" if row.significant else "none",
-                linestyle="none",
-                label=f"{row.method}, {setting} ({len(tasks)} tasks)",
-            )
-        axis.set_xscale("symlog", linthresh=2)
-        axis.set_xlabel(f"change of {FACTOR_NAMES[name]}, %")
-    axes[0, 0].set_ylabel("change of the score, %")
-    legend(figure, axes, 3)
-    figure.suptitle(
-        "Against the plain sum; filled: the change of the score is significant. "
-        "A factor explains a method whose points are all upper left or lower right.",
-        fontsize=9.5,
-    )
     return figure

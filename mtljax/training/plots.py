@@ -80,10 +80,7 @@ def curve(rows: Sequence[Mapping[str, Any]], name: str, kind: str = "train") -> 
     found: dict[Any, dict[int, Any]] = {}
     for row in rows:
         if row.get("kind") == kind and name in row:
-            label = tuple(
-                (k, v) for k, v in row.items() if k in ("seed",) and v is not None
-            )
-            found.setdefault(label, {})[row["step"]] = row[name]
+            found.setdefault(row.get("seed"), {})[row["step"]] = row[name]
     if not found:
         raise ValueError(f"No {kind} row has {name!r}.")
     steps = sorted(set.intersection(*(set(f) for f in found.values())))
@@ -91,17 +88,13 @@ def curve(rows: Sequence[Mapping[str, Any]], name: str, kind: str = "train") -> 
     return Curve(np.asarray(steps), np.asarray(values, np.float64))
 
 
-def style(
-    method: str, methods: Sequence[str], reference: str | None = None
-) -> dict[str, Any]:
+def style(method: str, methods: Sequence[str]) -> dict[str, Any]:
     """Returns colour and dash of a method, by its position in ``methods``.
 
     Examples:
       >>> style("b", ["a", "b"])
       {'color': '#EE6677', 'linestyle': '-'}
     """
-    if method == reference:
-        return {"color": "black", "linestyle": "-"}
     i = list(methods).index(method)
     n = len(PALETTE)
     # In the second half of a long list, neighbours differ in the dash as well.
@@ -197,7 +190,6 @@ def loss_curves(
     log: bool = True,
     window: int = 1,
     methods: Sequence[str] | None = None,
-    title: str | None = None,
 ) -> Any:
     """Draws one panel per task and one line per method, mean over seeds ± 1 sd.
 
@@ -209,7 +201,6 @@ def loss_curves(
       log: Whether the vertical axis is logarithmic.
       window: Points of a centred running mean. 1 draws the values unchanged.
       methods: All methods of the report, which determine the colours.
-      title: Title above the figure.
 
     Returns:
       The figure.
@@ -233,8 +224,6 @@ def loss_curves(
         _steps_axis(axis)
     axes[0].set_ylabel(ylabel)
     _legend(figure, axes[0], len(history))
-    if title:
-        figure.suptitle(title)
     return figure
 
 
@@ -274,8 +263,7 @@ def _small_multiples(
     *,
     ylabel: str,
     window: int,
-    level: float | None,
-    title: str | None,
+    level: float,
 ) -> Any:
     """Draws one panel per method with K lines, all panels on one scale."""
     figure, axes = _figure(
@@ -284,8 +272,7 @@ def _small_multiples(
     for i, (axis, (method, (steps, values))) in enumerate(
         zip(axes, history.items(), strict=True)
     ):
-        if level is not None:
-            axis.axhline(level, color="#777777", linewidth=1.0, linestyle=(0, (4, 3)))
+        axis.axhline(level, color="#777777", linewidth=1.0, linestyle=(0, (4, 3)))
         for k, name in enumerate(line_names):
             look = {"color": PALETTE[k % len(PALETTE)], "linestyle": "-"}
             column = np.asarray(values)[..., k]
@@ -302,8 +289,6 @@ def _small_multiples(
     for axis in axes:
         axis.set_ylim(low - pad, high + pad)
     _legend(figure, axes[0], 99)
-    if title:
-        figure.suptitle(title)
     return figure
 
 
@@ -311,20 +296,18 @@ def weight_trajectories(
     history: Mapping[str, Curve],
     task_names: Sequence[str] | None = None,
     *,
-    normalise: bool = True,
     window: int = 1,
-    title: str | None = None,
 ) -> Any:
     """Draws the task weights over time, one panel per method, mean ± 1 sd.
+
+    Weights are divided by the sum of their absolute values, because methods have
+    different scales.
 
     Args:
       history: Curve of the weights of each method, ``[P, T]`` or ``[S, P, T]``, or
         dicts by task.
       task_names: T names. By default those of the dicts.
-      normalise: Whether to divide by the sum of the absolute weights. Without it,
-        methods of different scales cannot be compared.
       window: Points of a centred running mean.
-      title: Title above the figure.
 
     Returns:
       The figure. A dashed line marks equal weights.
@@ -333,26 +316,20 @@ def weight_trajectories(
     shares = {}
     for method, (steps, values) in history.items():
         array = np.asarray(values, np.float64)
-        if normalise:
-            total = np.abs(array).sum(-1, keepdims=True)
-            array = array / np.where(total > 0, total, 1.0)
-        shares[method] = Curve(steps, array)
+        total = np.abs(array).sum(-1, keepdims=True)
+        shares[method] = Curve(steps, array / np.where(total > 0, total, 1.0))
     return _small_multiples(
         shares,
         task_names,
-        ylabel="share of the weights" if normalise else "task weight",
+        ylabel="share of the weights",
         window=window,
-        level=1.0 / len(task_names) if normalise else None,
-        title=title,
+        level=1.0 / len(task_names),
     )
 
 
 def cosine_over_time(
     history: Mapping[str, Curve],
     pair_names: Sequence[str] | None = None,
-    *,
-    window: int = 1,
-    title: str | None = None,
 ) -> Any:
     """Draws the cosine of each pair of task gradients over time, a panel per method.
 
@@ -360,8 +337,6 @@ def cosine_over_time(
       history: Curve of the cosines of each method, ``[P, K]`` or ``[S, P, K]``, or
         dicts by pair.
       pair_names: K names, for example ``"seg · depth"``. By default those of the dicts.
-      window: Points of a centred running mean.
-      title: Title above the figure.
 
     Returns:
       The figure. Below the dashed line at 0 the task gradients conflict.
@@ -371,9 +346,8 @@ def cosine_over_time(
         history,
         pair_names,
         ylabel="cosine of gradients",
-        window=window,
+        window=1,
         level=0.0,
-        title=title,
     )
 
 
@@ -385,7 +359,6 @@ def tradeoff_scatter(
     reference: tuple[float, float] | None = None,
     better: tuple[str, str] = ("max", "max"),
     methods: Sequence[str] | None = None,
-    title: str | None = None,
 ) -> Any:
     """Draws two metrics, with one point per method: mean over seeds and ± 1 sd.
 
@@ -396,27 +369,22 @@ def tradeoff_scatter(
       reference: The two single-task results, drawn as dashed lines.
       better: Better direction of each axis, ``"max"`` or ``"min"``.
       methods: All methods of the report, which determine the colours.
-      title: Title above the figure.
 
     Returns:
-      The figure. Each point has a label.
+      The figure, with one marker and colour per method.
     """
     names = list(methods or points)
-    figure, (axis,) = _figure(1, columns=1, width=6.2, height=4.6, legend=False)
-    centres, bars = {}, []
+    figure, (axis,) = _figure(1, columns=1, width=5.2, height=4.6, legend=True)
     for method, values in points.items():
         x, y = (np.atleast_1d(np.asarray(v, np.float64)) for v in values)
         sds = [v.std(ddof=1) if len(v) > 1 else 0.0 for v in (x, y)]
-        centre = centres[method] = (float(x.mean()), float(y.mean()))
-        for k in (0, 1):  # the ends of the two bars
-            ends = np.tile(centre, (2, 1))
-            ends[:, k] += (-sds[k], sds[k])
-            bars.append(ends)
         axis.errorbar(
             x.mean(),
             y.mean(),
             xerr=sds[0],
             yerr=sds[1],
+            label=method,
+            linestyle="none",
             marker=MARKERS[names.index(method) % len(MARKERS)],
             markersize=7,
             color=style(method, names)["color"],
@@ -444,80 +412,8 @@ def tradeoff_scatter(
     arrows = [{"max": "→", "min": "←"}[better[0]], {"max": "→", "min": "←"}[better[1]]]
     axis.set_xlabel(f"{xlabel}   (better {arrows[0]})")
     axis.set_ylabel(f"{ylabel}   (better {arrows[1]})")
-    if title:
-        axis.set_title(title)
-    lines = [(reference[0], None), (None, reference[1])] if reference else []
-    _place_labels(figure, axis, centres, bars, lines)
+    _legend(figure, axis, 99)
     return figure
-
-
-def _place_labels(figure, axis, centres, bars, lines) -> None:
-    """Places each name next to its point, at the nearest free position."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    FigureCanvasAgg(figure).draw()  # determines the layout and the pixel positions
-    renderer = figure.canvas.get_renderer()
-    scale = figure.dpi / 72
-    pixels = {m: axis.transData.transform(c) for m, c in centres.items()}
-    frame = axis.get_window_extent(renderer)
-    marks = [(x - 5 * scale, y - 5 * scale, x + 5 * scale, y + 5 * scale)
-             for x, y in pixels.values()]  # fmt: skip
-    soft = []  # areas that a name may overlap at a cost
-    for ends in bars:
-        (x0, y0), (x1, y1) = axis.transData.transform(ends)
-        soft.append((x0 - 1, y0 - 1, x1 + 1, y1 + 1))
-    for at_x, at_y in lines:
-        x, y = axis.transData.transform((at_x or 0.0, at_y or 0.0))
-        if at_x is None:
-            soft.append((frame.x0, y - 2, frame.x1, y + 2))
-        else:
-            soft.append((x - 2, frame.y0, x + 2, frame.y1))
-    taken = []
-    directions = [(1, 0.6), (1, -0.6), (-1, 0.6), (-1, -0.6), (0, 1), (0, -1), (1, 1.4),
-                  (1, -1.4), (-1, 1.4), (-1, -1.4)]  # fmt: skip
-    for method in sorted(centres, key=lambda m: -pixels[m][1]):
-        x, y = pixels[method]
-        text = axis.annotate(
-            method, centres[method], fontsize=8.5, color=INK, annotation_clip=False
-        )
-        extent = text.get_window_extent(renderer)
-        width, height = extent.width, extent.height
-        best = None
-        for reach in (7, 13, 20, 28, 38, 50):
-            for dx, dy in directions:
-                left = x + reach * scale * dx - (width if dx < 0 else 0)
-                left -= width / 2 if dx == 0 else 0
-                base = y + reach * scale * dy - height / 2
-                box = (left - 2, base - 1, left + width + 2, base + height + 1)
-                cost = 5 * sum(_overlap(box, other) for other in taken + marks)
-                cost += sum(_overlap(box, other) for other in soft)
-                inside = (frame.x0, frame.y0, frame.x1, frame.y1)
-                cost += (box[2] - box[0]) * (box[3] - box[1]) - _overlap(box, inside)
-                if best is None or cost < best[0] - 1e-6:
-                    best = (cost, box, (left - x, base - y), reach)
-            if best is not None and best[0] <= 1e-6:
-                break
-        assert best is not None
-        _, box, offset, reach = best
-        taken.append(box)
-        text.remove()
-        arrow = {"arrowstyle": "-", "color": "#AAAAAA", "linewidth": 0.7, "shrinkB": 3}
-        axis.annotate(
-            method,
-            centres[method],
-            xytext=(offset[0] / scale, offset[1] / scale),
-            textcoords="offset points",
-            va="bottom",
-            fontsize=8.5,
-            color=INK,
-            arrowprops=arrow if reach > 13 else None,
-        )
-
-
-def _overlap(a, b) -> float:
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    return max(0.0, width) * max(0.0, height)
 
 
 def save(figure: Any, path: str | pathlib.Path) -> pathlib.Path:

@@ -185,14 +185,20 @@ def git_commit(directory: str | None = None) -> str | None:
       checkout.
     """
     where = directory or str(pathlib.Path(__file__).parent)
-    run = functools.partial(
-        subprocess.run, cwd=where, capture_output=True, text=True, timeout=10
-    )
+
+    def run(*words: str):
+        # Without optional locks, git does not write the index of the user. A run that
+        # is killed or finds a full disk would leave its lock behind.
+        command = ["git", "--no-optional-locks", *words]
+        return subprocess.run(
+            command, cwd=where, capture_output=True, text=True, timeout=10, check=False
+        )
+
     try:
-        head = run(["git", "rev-parse", "HEAD"])
+        head = run("rev-parse", "HEAD")
         if head.returncode != 0:
             return None
-        status = run(["git", "status", "--porcelain", "--untracked-files=no"])
+        status = run("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.TimeoutExpired):
         return None
     return head.stdout.strip() + ("+changes" if status.stdout.strip() else "")

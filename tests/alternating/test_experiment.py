@@ -335,7 +335,7 @@ def test_smoke_and_resume(tmp_path):
     for metric in ("delta_m", "val_score_area", "distance_same_rate"):
         assert all(np.isfinite(row[metric]) for row in joint)
     assert "| alternating, states per task |" in (folder / "table.md").read_text()
-    assert {p.stem for p in folder.glob("*.png")} == {"losses", "rates", "exploration"}
+    assert {p.stem for p in folder.glob("*.png")} == {"losses", "rates"}
     for option in ("resume", "report_only"):
         later = dataclasses.replace(config, **{option: True})
         command.main(later, "smoke")

@@ -9,7 +9,7 @@ import pytest
 
 from experiments.common import claims
 from experiments.trajectories import __main__ as command
-from experiments.trajectories import analysis, data, model, report, train
+from experiments.trajectories import analysis, data, figures, model, report, train
 from experiments.trajectories.config import PRESETS, Config, Scale
 from mtljax.data import write_idx
 
@@ -152,8 +152,6 @@ def test_the_smoke_preset_writes_everything_and_resumes(files, tmp_path, capsys)
     table = (config.out / "table.md").read_text()
     for part in ("Table 1", "Figure 4", "pcgrad", "`the command`", "sunglasses"):
         assert part in table
-    png = (config.out / "optimisers.png").read_bytes()
-    assert png[:8] == b"\x89PNG\r\n\x1a\n"
     # The numbers of the files are those of the rows.
     groups = analysis.group(runs)
     key = ("cmu_faces", ("pose",), "linear")
@@ -269,6 +267,13 @@ def made_up(worst_is_flattest):
 
 def text(lines):
     return "\n".join(report.make_table(Config(), analysis.group(lines)))
+
+
+def test_figures_of_rows(tmp_path):
+    groups = analysis.group(made_up(True))
+    written = figures.write(Config(out=tmp_path), groups)
+    assert {path.stem for path in written} == {"gap", "factors"}
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in written)
 
 
 @pytest.mark.parametrize("truth", [True, False])

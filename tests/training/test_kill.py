@@ -113,7 +113,9 @@ import resource, sys
 import jax, toy, jax.numpy as jnp
 from mtljax import training
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
-state = {"w": jax.random.normal(jax.random.key(0), (50_000,)), "n": jnp.int32(0)}
+w = jax.random.normal(jax.random.key(0), (20, 50_000))
+# Many arrays: the first failure closes the event loop that the others report to.
+state = {"w": list(w), "n": jnp.int32(0)}
 step = lambda s, b: ({**s, "n": s["n"] + 1}, {"losses": b["x"].mean()[None]})
 try:
     toy.run(20, state=state, step=step, task_names=None, eval_fn=None, select=None,
@@ -127,7 +129,7 @@ except training.TrainingError as error:
 def test_a_full_disk_is_one_sentence(tmp_path, limit, what):
     done = subprocess.run(
         [sys.executable, "-c", DISK, tmp_path, str(limit)],
-        capture_output=True, text=True, timeout=90, check=True,
+        capture_output=True, text=True, timeout=300, check=True,
         env={
             **ENV,
             "PYTHONPATH": f"{ENV['PYTHONPATH']}:{Path(__file__).parent}",

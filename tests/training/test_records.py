@@ -1,6 +1,8 @@
 import dataclasses
 import enum
+import os
 import pathlib
+import subprocess
 import typing
 
 import jax.numpy as jnp
@@ -53,6 +55,22 @@ def test_differences_name_absent_fields():
 def test_bytes_round_trip():
     for value in [b"\x00\xff", {"next_index": 5}, None]:
         assert records.unpack_bytes(records.pack_bytes(value)) == value
+
+
+def test_git_commit_does_not_write_the_index(tmp_path):
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
+    file = tmp_path / "file"
+    file.write_text("1")
+    for words in (["init", "-q"], ["add", "file"], ["commit", "-q", "-m", "one"]):
+        subprocess.run([*git, *words], check=True, capture_output=True)
+    os.utime(file, (1, 1))  # git status would store the new time
+    index = tmp_path / ".git" / "index"
+    before = index.read_bytes()
+    assert len(records.git_commit(str(tmp_path))) == 40
+    assert index.read_bytes() == before
+    file.write_text("2")
+    records.git_commit.cache_clear()
+    assert records.git_commit(str(tmp_path)).endswith("+changes")
 
 
 def test_git_commit_outside_a_checkout(tmp_path):

@@ -32,13 +32,3 @@ def test_rich_table():
     text = console.file.getvalue()
     assert "0.7 ± 0.0" in text
     assert "0.200" in text
-
-
-def test_rows_at_best_takes_each_seeds_own_step():
-    rows = [
-        {"kind": "eval", "seed": s, "step": t, "val": v}
-        for s, vals in enumerate([[3, 1, 2], [1, 1, None]])
-        for t, v in enumerate(vals)
-    ]
-    assert [r["step"] for r in tables.rows_at_best(rows, "val")] == [1, 0]
-    assert [r["step"] for r in tables.rows_at_best(rows, "val", "max")] == [0, 0]
