@@ -4,7 +4,7 @@ Every other method has its default options.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +105,7 @@ def external(name: str) -> Callable[..., mtljax.Balancer]:
         ) from error
     if not callable(found):
         raise ConfigError(f"--add {name}: it is not a function.")
-    return found
+    return cast(Callable[..., mtljax.Balancer], found)
 
 
 def balancer(
