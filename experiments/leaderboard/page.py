@@ -8,6 +8,7 @@ import numpy as np
 
 from experiments.common import report as common
 from experiments.common.board import number
+from experiments.common.statistics import wilcoxon
 from experiments.leaderboard import reference
 from experiments.leaderboard.config import (
     EQUAL,
@@ -16,6 +17,7 @@ from experiments.leaderboard.config import (
     ORACLE,
     PLANTED,
     SINGLE,
+    STATIC,
     USELESS,
     Config,
 )
@@ -37,7 +39,7 @@ from experiments.leaderboard.report import (
 )
 
 Table = Sequence[Mapping[str, Any]]
-TUNE = "Tune the learning rate and one set of task weights first"
+TUNE = "Tune the learning rate of equal weights first"
 LIMITS = """\
 The leaderboard does not show: results on images of natural size, dense prediction or
 large networks; results with other optimizers than Adam; results of methods whose own
@@ -66,16 +68,17 @@ def winners(table: Table, reference: str) -> list[Mapping[str, Any]]:
 def answer(values: Values, table: Table) -> str:
     """The answer to "which method should I use?", by a fixed rule.
 
-    The rule is: the methods that beat static weights with as many tries, if there are
-    any; static weights, if there are none; and no decision if the sets are too few for
-    any method to pass the test.
+    The rule is: the methods that beat both equal weights and static weights with as
+    many tries, if there are any; equal weights, if there are none; and no decision if
+    the sets are too few for any method to pass the test.
     """
     methods, sets = methods_of(table), len(values.sets)
     if not values.sets:
         return "No set is complete yet, so there is no answer."
     if not methods:
         return "No method runs on all sets, so there is no answer."
-    best = winners(table, "static")
+    equal = {entry["row"] for entry in winners(table, "equal")}
+    best = [entry for entry in winners(table, "static") if entry["row"] in equal]
     of = f"{counted(len(methods), 'method')} on {counted(sets, 'set')}"
     if best:
         listed = ", ".join(
@@ -84,19 +87,19 @@ def answer(values: Values, table: Table) -> str:
             for e in best
         )
         return (
-            f"Try {listed}: {len(best)} of {of} beat static weights that were tuned "
-            "with the same number of tries."
+            f"Try {listed}: {len(best)} of {of} beat equal weights and static weights "
+            "that were tuned with the same number of tries."
         )
     if smallest_p(sets, len(methods)) >= LEVEL:
         need = next(n for n in range(sets, 99) if smallest_p(n, len(methods)) < LEVEL)
         return (
             f"{TUNE}. {counted(sets, 'set')} cannot show that any of "
-            f"{counted(len(methods), 'method')} is better than static weights: the "
+            f"{counted(len(methods), 'method')} is better than equal weights: the "
             f"test needs at least {need} sets."
         )
     return (
-        f"{TUNE}: none of {of} is shown to be better than static weights that were "
-        "tuned with the same number of tries."
+        f"{TUNE}: none of {of} is shown to be better than both equal weights and "
+        "static weights that were tuned with the same number of tries."
     )
 
 
@@ -117,6 +120,7 @@ def conclusions(values: Values, table: Table) -> list[str]:
             if least >= LEVEL
             else ""
         ),
+        *_random_weights(values),
         *_within(values, methods),
         *_seeds(values),
     ]
@@ -141,6 +145,19 @@ def conclusions(values: Values, table: Table) -> list[str]:
             f"The first places differ: {places}. No single order is a ranking."
         )
     return found
+
+
+def _random_weights(values: Values) -> list[str]:
+    """Whether static weights drawn at random are better than equal weights."""
+    if not {EQUAL, STATIC} <= values.deltas.keys():
+        return []
+    differences = (values.deltas[STATIC] - values.deltas[EQUAL]).mean(1)
+    p = wilcoxon(differences)
+    return [
+        f"The static weights with the same number of tries are drawn at random. They "
+        f"differ from equal weights by {differences.mean():+.1f} Δm points "
+        f"(p = {_p(p)})."
+    ]
 
 
 def _within(values: Values, methods: Table) -> list[str]:

@@ -226,12 +226,12 @@ def test_sentences_follow_from_the_tests():
     assert found[0].startswith("On these 8 sets, 1 of 2 methods beat equal weights")
     assert "1 beat static weights" in found[0]
     assert page.answer(values, table) == (
-        "Try DWA (step time x1.5): 1 of 2 methods on 8 sets beat static weights that "
-        "were tuned with the same number of tries."
+        "Try DWA (step time x1.5): 1 of 2 methods on 8 sets beat equal weights and "
+        "static weights that were tuned with the same number of tries."
     )
     # Without noise, both methods differ from equal weights on each set.
-    assert "1 method beat equal weights on at least one set, and 1 lose" in found[1]
-    assert "The most sets are won by DWA: 8, and 0 lost." in found[1]
+    assert "1 method beat equal weights on at least one set, and 1 lose" in found[2]
+    assert "The most sets are won by DWA: 8, and 0 lost." in found[2]
     found = page.checks(board, values, table)
     assert any("`linear` and equal weights are equal bit by bit" in x for x in found)
     # Nothing is better than itself.
@@ -240,9 +240,19 @@ def test_sentences_follow_from_the_tests():
     table = report.entries(board, values, {})
     assert ", 0 of 2 methods beat equal weights" in page.conclusions(values, table)[0]
     assert page.answer(values, table) == (
-        f"{page.TUNE}: none of 2 methods on 8 sets is shown to be better than static "
-        "weights that were tuned with the same number of tries."
+        f"{page.TUNE}: none of 2 methods on 8 sets is shown to be better than both "
+        "equal weights and static weights that were tuned with the same number of "
+        "tries."
     )
+    # A method that beats only random static weights is not recommended.
+    worse = {EQUAL: 1.0, STATIC: 1.5, "dwa": 1.0, "pcgrad": 1.0}
+    board, values = values_of(made_up(worse, sets=8, noise=0.01), tuple(worse))
+    table = report.entries(board, values, {})
+    assert page.answer(values, table).startswith(f"{page.TUNE}: none of 2 methods")
+    found = page.conclusions(values, table)
+    assert "2 beat static weights" in found[0]
+    assert "differ from equal weights by +" in found[1]
+    assert "(p = 0.0078)" in found[1]
     # The first places by mean and by median differ.
     mixed = {EQUAL: 1.0, STATIC: 1.0, "dwa": 0.99}
     mixed["mgda"] = lambda i: 0.2 if i == 0 else 1.1
@@ -256,7 +266,7 @@ def test_few_sets_cannot_decide():
     board, values = values_of(made_up(FACTORS))
     table = report.entries(board, values, {})
     assert page.answer(values, table) == (
-        f"{page.TUNE}. 6 sets cannot show that any of 2 methods is better than static "
+        f"{page.TUNE}. 6 sets cannot show that any of 2 methods is better than equal "
         "weights: the test needs at least 7 sets."
     )
     assert "would have p = 0.062." in page.conclusions(values, table)[0]
