@@ -4,7 +4,8 @@
 (forward pass, gradients, weights, SGD) with all rules, with the backward pass of
 ``jax.vjp``, and without one rule at a time. Steps of contenders alternate. The ratio is
 the median of paired rounds. A rule is kept if a step of one model takes at least 10 %
-longer without it. The command writes ``benchmarks/results/rules.json`` and
+longer without it. ``--models`` keeps the rows of other models. The command writes
+``benchmarks/results/rules.json`` and
 ``rules.md``.
 """
 
@@ -136,7 +137,8 @@ def table(results: dict[str, Any]) -> str:
     ]
     for case, found in results["cases"].items():
         cells = [f"{found[names[0]]['ms']:.3g}"]
-        cells += [f"{found[name]['ratio']:.2f}" for name in names[1:]]
+        ratios = [found.get(name, {}).get("ratio") for name in names[1:]]
+        cells += ["" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
         lines.append(f"| {case} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
