@@ -5,8 +5,7 @@
 ``jax.vjp``, and without one rule at a time. Steps of contenders alternate. The ratio is
 the median of paired rounds. A rule is kept if a step of one model takes at least 10 %
 longer without it. ``--models`` keeps the rows of other models. The command writes
-``benchmarks/results/rules.json`` and
-``rules.md``.
+``benchmarks/results/rules.json`` and ``rules.md``.
 """
 
 import argparse
