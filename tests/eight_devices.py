@@ -28,9 +28,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 @functools.cache
 def measure(module: str, timeout: int = 900) -> dict[str, Any]:
     """The result of every case of a module, which is run once."""
+    flags = os.environ.get("XLA_FLAGS", "")
     env = {
         **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",

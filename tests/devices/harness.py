@@ -48,8 +48,9 @@ def environment(devices: int = DEVICES) -> dict[str, str]:
     env = dict(os.environ)
     # Programs for eight devices are not worth the space of the cache.
     env.pop("JAX_COMPILATION_CACHE_DIR", None)
+    flags = env.get("XLA_FLAGS", "")
     return env | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
     }

@@ -13,9 +13,10 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 @pytest.mark.deep
 def test_eight_devices_give_the_numbers_of_one():
+    flags = os.environ.get("XLA_FLAGS", "")
     env = {
         **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
     }

@@ -23,7 +23,8 @@ import time
 import traceback
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+FLAG = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}"
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 import jax
 import mesh_toy
