@@ -111,6 +111,8 @@ class Config(common.Common):
     """Do not train. Write tables and figures of the finished runs."""
 
 
+# Of the rates 0.001, 0.003 and 0.01, the second had the best validation accuracy of LS.
+# At 0.001 and 10 epochs, all lines were far from convergence.
 CPU = Config(
     methods=("cagrad",),
     variants=("plain", "split", "direct"),
@@ -125,9 +127,10 @@ CPU = Config(
     model="lenet",
     kernels=(5, 3),
     batch_size=128,
-    epochs=10,
+    lr=3e-3,
+    epochs=30,
     longer=4,
-    rhos=(0.5, 1.0, 2.0),
+    rhos=(0.25, 0.5, 1.0),
     checkpoint_every=10,
     out=pathlib.Path("results/fs_mtl-cpu"),
 )
@@ -158,17 +161,16 @@ PRESETS = {
         ),
     ),
     "cpu": (
-        "Half an hour of 2 idle CPU cores: 10,000 MultiMNIST canvases at half the size "
-        "and a LeNet, 5 seeds.",
+        "An hour of 2 idle CPU cores: 10,000 MultiMNIST canvases at half the size and a "
+        "LeNet, 5 seeds.",
         CPU,
     ),
     "large": (
-        "Hours of 2 CPU cores: the same for 30 epochs, with single tasks.",
+        "Hours of 2 CPU cores: the same with single tasks and all orders of CAGrad.",
         dataclasses.replace(
             CPU,
             ablations=("cagrad",),
             controls=CONTROLS,
-            epochs=30,
             out=pathlib.Path("results/fs_mtl-large"),
         ),
     ),
