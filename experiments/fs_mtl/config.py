@@ -161,7 +161,7 @@ PRESETS = {
         ),
     ),
     "cpu": (
-        "An hour of 2 idle CPU cores: 10,000 MultiMNIST canvases at half the size and a "
+        "An hour of 2 idle CPU cores: 10,000 MultiMNIST canvases at half the size, "
         "LeNet, 5 seeds.",
         CPU,
     ),

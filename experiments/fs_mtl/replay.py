@@ -1,16 +1,19 @@
-"""The committed line of equal weights, trained again."""
+"""A committed line of equal weights, trained again for the epochs of the F-lines."""
 
+import dataclasses
 from typing import Any
 
 from experiments.fs_mtl import problem, report, train
 from experiments.fs_mtl.config import PRESETS, Config, Entry, seed_groups
 
-CONFIG, RESULTS = PRESETS["cpu"][1], "results.jsonl"
-KEYS, LINES = ("entry", "seed", "column"), 30
+CONFIG = dataclasses.replace(PRESETS["cpu"][1], seeds=1, longer=1)
+RESULTS, LINES = "results.jsonl", 2
+KEYS = ("entry", "seed", "column")
+DERIVED = ("late", "plain_intra_conflict")  # of all seeds
 
 
 def rows(config: Config) -> list[dict[str, Any]]:
-    """Its reported lines, at all three lengths."""
+    """Its reported lines, of the first seed."""
     entry, name = Entry("linear", "plain"), "multi_mnist"
     subject = problem.make_problem(config, problem.load(config, name))
     probe, score = train.make_probe(config, subject), train.make_score(subject)

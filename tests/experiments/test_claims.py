@@ -347,9 +347,7 @@ def test_a_page_of_rows(tmp_path):
 AGAIN = "rows without a header; they are trained again with this protocol"
 OLDER = (
     ("forkmerge/results/results.jsonl", AGAIN),
-    ("fs_mtl/results/results.jsonl", AGAIN),
     ("multidigits/results/results.jsonl", "the demo, which no claim cites"),
-    ("trajectories/results/results.jsonl", AGAIN),
 )
 """Files that are older than headers, and why they are kept."""
 
@@ -548,7 +546,7 @@ def test_every_erratum_has_a_source():
 def test_the_make_target_replays_every_experiment():
     makefile = (EXPERIMENTS.parent / "Makefile").read_text("utf-8")
     assert "experiments.common.replay" in makefile
-    assert set(results.PAPERS) <= set(replay.NAMES + replay.OLDER)
+    assert set(results.PAPERS) <= set(replay.NAMES)
 
 
 def test_fields_of_claims_are_documented():
