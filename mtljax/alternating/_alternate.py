@@ -293,14 +293,15 @@ def alternate(
     with the learning rate η, the mean change of θ over the orders is, to second order
     in η, ``−η Σ_t g_t + (η²/2) ∇ Σ_{s<t} <g_s, g_t>``. The first term is a joint step
     on the *sum* of the losses. The second term favours points where the gradients
-    agree. Therefore compare with the sum of the losses at the same η, or with their
-    mean at T η. With per-task states, Adam is invariant to the scale of each loss (up
-    to Adam's ε), so it does not minimise the sum of the losses.
+    agree. Therefore compare alternating steps with a joint step on the sum of the
+    losses at the same η, or on their mean at T η. With per-task states, Adam is
+    invariant to the scale of each loss (up to Adam's ε), so it does not minimise the
+    sum of the losses.
 
     This is our implementation of the idea of arXiv 2109.11678. The text of the paper
     was not available. Alternation, task-wise states and random grouping follow its
     abstract. The state of a group, the frequency of regrouping, the order and the
-    counters are inferred and are therefore options.
+    counters are our choices and are therefore options.
 
     Own parameters that take no part in a step do not change, and neither does their
     optimizer state. With the zero gradients of an inactive head, Adam would continue to

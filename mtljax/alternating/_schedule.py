@@ -142,7 +142,7 @@ def group_order(
     """Returns the order in which groups step.
 
     ``losses`` are the last observed losses, infinite for tasks without one. The value
-    of a group is the mean of its members. This choice is inferred, because no source
+    of a group is the mean of its members. This is our choice, because no source
     specifies it.
     """
     groups = members.shape[0]

@@ -31,9 +31,9 @@ def adult(
 
     The tasks are whether the income is above 50,000 dollars, whether a person was never
     married, and whether the person has a college degree. Columns that reveal a task are
-    no features: education and its years, marital status and relationship. Numbers are
-    standardised, and texts become one column per value. Both use the training split
-    only. A value that does not occur there has no column.
+    not used as features: education and its years, marital status and relationship.
+    Numbers are standardised, and texts become one column per value. Both use the
+    training split only. A value that does not occur there has no column.
 
     Args:
       data_dir: Folder that contains ``adult/adult.data.gz`` and

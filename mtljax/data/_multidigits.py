@@ -51,9 +51,9 @@ def multidigits(
     - ``left``, ``right``: Class 0 to 9 of the digit at the top left and bottom right.
     - ``ink``: Ink of the left digit minus ink of the right one, before the overlay, in
       units of one black pixel. A digit has 19.5 ± 2.2 of them. The target has mean 0
-      and variance 9 and is not standardised on purpose. A squared error then starts at
-      four times a cross-entropy of ``log(10) = 2.3``, so that the tasks differ in
-      scale.
+      and variance 9.6 and is not standardised on purpose. A squared error then starts
+      at about four times the initial cross-entropy, ``log(10) = 2.3``, so that the
+      tasks differ in scale.
 
     Args:
       seed: Seed of the pairs and the offsets. The division of digits is fixed.

@@ -65,19 +65,22 @@ def _check_targets(where: str, task: Task, array: np.ndarray) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Images with one target per task, in memory, as NumPy arrays.
+    """Inputs with one target per task, in memory, as NumPy arrays.
 
     Attributes:
       name: Name of the data set.
       tasks: Tasks, in order.
-      input_shape: Shape ``(H, W, C)`` of one image.
-      train: ``{"image": [N, H, W, C], task name: [N]}``. The images are uint8.
+      input_shape: Shape ``(H, W, C)`` of one input.
+      train: ``{"image": [N, H, W, C], task name: [N]}``. The key of the inputs is
+        ``"image"`` for all kinds of data. Images are uint8. The features of a table
+        are float32 of shape ``[N, features, 1, 1]``.
       val: Split for model selection, may be empty (``N = 0``).
       test: Split for reported numbers.
       image_max: Largest possible value of a pixel, see :func:`to_float`.
-      origin: Source of the examples of each split. ``"source"`` ``[N, 2]`` contains the
-        indices of the two source images. ``"corner"`` ``[N, 2, 2]`` contains the (row,
-        column) of the top-left corner of each on the canvas.
+      origin: Source of the examples of each split, documented by each data set. If an
+        example shows two images on a canvas, ``"source"`` ``[N, 2]`` contains their
+        indices, and ``"corner"`` ``[N, 2, 2]`` the (row, column) of their top-left
+        corners.
       notes: Information about the sources, for readers of a result.
 
     Raises:

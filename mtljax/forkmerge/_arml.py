@@ -41,9 +41,10 @@ def arml(
 
     The update is ``d = g_m + Σ_{k≠m} α_k g_k`` for the main task m, with ``α_k = 1``
     initially. Every N steps, ``α <- Π(α − β ∇_α ‖g_m − Σ_k α_k g_k‖²)``. Π is the
-    projection onto ``α ≥ 0, Σ α_k = K`` for K auxiliary tasks. The weighted likelihood
-    of the auxiliary tasks is a prior. The method minimises the distance between its
-    score function and that of the main task.
+    projection onto ``α ≥ 0, Σ α_k = K`` for K auxiliary tasks. The paper uses the
+    weighted likelihood of the auxiliary tasks as a prior of the parameters. The method
+    minimises the distance between the score function (the gradient of the logarithm)
+    of this prior and that of the likelihood of the main task.
 
     The method follows the authors' released code for semi-supervised learning. Its β
     and N are the defaults. There are three differences:

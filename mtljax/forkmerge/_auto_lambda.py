@@ -122,9 +122,10 @@ def auto_lambda(
       An :class:`AutoLambda` with the functions ``init() -> state`` and ``update(state,
       params, opt_state, train, validation) -> state``. ``train`` and ``validation``
       are tuples of the further arguments of ``task_losses`` for a training and a
-      validation batch. Then step the model on ``Σ λ_i L_i`` of the training batch with
-      ``state.weights``. An update costs as much as :func:`hypergradient`. If a loss or
-      a gradient is not finite, the state is unchanged.
+      validation batch. After an update, train the model on ``Σ λ_i L_i`` of the
+      training batch with λ from ``state.weights``. An update costs as much as
+      :func:`hypergradient`. If a loss or a gradient is not finite, the state is
+      unchanged.
 
     Raises:
       ValueError: If ``primary`` is not the index of a task, or if ``learning_rate`` is

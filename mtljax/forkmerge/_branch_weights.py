@@ -127,8 +127,9 @@ def nested_topk(
 
     This is the recipe of the released code. Its ranking trains every pair of the target
     and an auxiliary task for a short time (:func:`rank_auxiliaries`). ``topk=(0, K)``
-    is :func:`target_vs_all`. The defaults are those of the code for DomainNet. The code
-    uses ``(0, 1, 2)`` and ``share=False`` on NYUv2, and ``share=True`` on DomainNet.
+    with K auxiliary tasks is :func:`target_vs_all`. On DomainNet the code uses the
+    default of ``topk`` with ``share=True``, and on NYUv2 ``(0, 1, 2)`` with
+    ``share=False``.
 
     Args:
       num_tasks: T.
@@ -201,7 +202,7 @@ def custom(weights: Numbers) -> BranchWeights:
 def rank_auxiliaries(
     scores: Numbers, num_tasks: int, *, target: int = 0, direction: str = "max"
 ) -> tuple[int, ...]:
-    """Ranks auxiliary tasks by the score of the branch with the target and the task.
+    """Ranks auxiliary tasks by the score of their branch with the target.
 
     Args:
       scores: Validation scores ``[T]`` of the branches of :func:`target_plus_each`

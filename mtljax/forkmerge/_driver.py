@@ -134,8 +134,8 @@ class ForkMerge:
     them from the host. :meth:`advance` performs one training step, including the merge
     if it is due. Use it in ``scan`` and with :func:`mtljax.training.fit`.
 
-    For several targets or seeds, write a function that builds the driver from its
-    branch weights and calls these methods, and map it with ``jax.vmap`` or
+    For several targets or seeds, write a function that takes the branch weights,
+    builds the driver and calls these methods. Map this function with ``jax.vmap`` or
     ``jax.lax.map``.
 
     Args:
@@ -147,7 +147,7 @@ class ForkMerge:
         on DomainNet and 10 epochs on NYUv2.
       training: Options for training the branches, see :class:`BranchTraining`. If it
         contains a mesh, :meth:`init` places the branches on the mesh.
-      method: Search of the merge weights, see :func:`search_merge`, or a
+      method: Search method for the merge weights, see :func:`search_merge`, or a
         :class:`Search`.
       direction: ``"max"`` if a large score is good, ``"min"`` if a small one is.
       refresh: Function that is applied to every candidate, see :func:`search_merge`.

@@ -1,4 +1,4 @@
-"""Searches the merge weights Λ that maximise a validation score."""
+"""Searches for the merge weights Λ that maximise a validation score."""
 
 import dataclasses
 import functools
@@ -265,7 +265,7 @@ def search_merge(
     initial: Any = None,
     refresh: Callable[[Any], Any] | None = None,
 ) -> SearchResult:
-    """Searches the convex combination of branches with the best validation score.
+    """Searches for the convex combination of branches with the best score.
 
     The search is ``Λ* = argmax_{Λ ∈ simplex} P̂(Σ_b Λ_b θ^b)`` over a finite set of
     candidates. The set always contains every single branch. On the searched set, the

@@ -2,6 +2,7 @@
 
 Two conventions are in use, with opposite signs and different averages. Their values
 cannot be compared. For the same row of NYUv2 (equal weights, MTAN) they are:
+
 ====================  ==============  ================  =====
 function              better          mean over         value
 ====================  ==============  ================  =====
@@ -40,9 +41,9 @@ def delta_m(
     metrics (on NYUv2, 5 of 9 metrics are of the normals). With ``groups`` the result is
     the mean over tasks of the mean over the metrics of each task.
 
-    The sources divide by :math:`S_k`, which is positive in their tables. The absolute
-    value ensures that a negative result is better for metrics that may be negative,
-    such as rewards.
+    The sources divide by :math:`S_k`, which is positive in their tables. With the
+    absolute value, a lower result is also better for metrics that may be negative, such
+    as rewards.
 
     Every argument may be a dict by metric. If ``baseline`` is a dict, its order is the
     order of the metrics.

@@ -198,13 +198,14 @@ def value_and_flat_grad(
     The function performs one step of FS-MTL. It calls :func:`sam_task_grads` and
     applies :func:`flat_split` to the shared parameters. Own parameters receive their
     SAM gradient. The interface is that of :func:`mtljax.value_and_balanced_grad`. For
-    ``rho=0`` the results are identical to those of that function.
+    ``rho=0`` the results are identical to those of that function. In the table, X is
+    the method of ``balancer``.
 
     ===========================  ====================================================
     published method             options
     ===========================  ====================================================
     F-X (FS-MTL)                 the defaults
-    its "direct" ablation        ``mode="direct"``
+    "direct" ablation of F-X     ``mode="direct"``
     G-SAM                        ``mode="direct", perturb="global"``
     SAMO-X                       ``mode="direct", perturb="samo", key=...``
     F-LS (SAM of every loss)     ``balancer=mtljax.linear(T)``

@@ -185,9 +185,6 @@ def sam_task_grads(
       For a quadratic loss with Hessian H, ``h = H ε``. Here ``H_1 = diag(2, 0)`` and
       ``ε_1 = (0.1, 0)``.
 
-    Examples:
-      On a quadratic ``h = H ε``; here ``H_1 = diag(2, 0)``, ``ε_1 = (0.1, 0)``.
-
       >>> import jax.numpy as jnp
       >>> def task_losses(params):
       ...     return jnp.stack([params["w"][0] ** 2, params["w"] @ jnp.ones(2)])

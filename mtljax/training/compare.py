@@ -44,8 +44,8 @@ def find_runs(paths: Iterable[str | pathlib.Path]) -> list[Run]:
         ``results.jsonl`` (of an experiment), such files, or folders of such folders.
 
     Returns:
-      One run for each file. Rows of a file that differ in a text, such as the method,
-      or in the learning rate are runs of their own. Seeds are not.
+      The runs. Rows of one file belong to different runs if they differ in a text, such
+      as the method, or in the learning rate. The seeds of a run are not separated.
 
     Raises:
       FileNotFoundError: If a path does not exist or contains no run.

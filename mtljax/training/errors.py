@@ -29,7 +29,7 @@ class NonFiniteLossError(TrainingError):
 
 
 class NonPositiveLossError(NonFiniteLossError):
-    """A loss became zero or negative, but the method takes its logarithm."""
+    """A loss became zero or negative, but the method requires positive losses."""
 
 
 class CheckpointError(TrainingError):

@@ -283,7 +283,7 @@ def make_host_chunk(
     seeds: bool = False,
     placement: Placement | None = None,
 ) -> Callable[..., tuple[Any, Metrics, Order]]:
-    """The function of :func:`make_chunk` as a host loop over a compiled step.
+    """Builds the function of :func:`make_chunk` as a host loop over a compiled step.
 
     On CPU, XLA runs a convolution inside a loop many times slower than outside, unless
     its axes are in the order images, pixels, channels. The convolutions of ``jax.grad``

@@ -331,7 +331,7 @@ def cosine_over_time(
     history: Mapping[str, Curve],
     pair_names: Sequence[str] | None = None,
 ) -> Any:
-    """Draws the cosine of each pair of task gradients over time, a panel per method.
+    """Draws the cosine of each pair of task gradients over time, per method.
 
     Args:
       history: Curve of the cosines of each method, ``[P, K]`` or ``[S, P, K]``, or

@@ -277,8 +277,8 @@ def _kendall(x: Array, y: Array) -> Array:
 def check_comparable(left: Mapping[str, Any], right: Mapping[str, Any]) -> None:
     """Raises an error unless two trajectories were measured with equal settings.
 
-    Sharpness with another radius, covariance with another batch size, and measurements
-    on other examples are different quantities.
+    Values are not comparable if the radius of the sharpness, the batch size of the
+    covariance or the measured examples differ.
 
     Args:
       left: Settings of one trajectory: ``probe.config()``, or any mapping.

@@ -100,11 +100,13 @@ def gradient_covariance_trace(
     .. math:: \mathrm{tr}\,Σ = \frac{G_B - G_L}{A_B/B - A_L/L}, \quad
               A_Z = \frac{N - Z}{N - 1}
 
-    Here :math:`L = nB` examples are sampled without replacement from N. Both estimates
-    are unbiased for the quantities of the whole population (divided by N, and not by
-    N − 1). The estimate of the squared norm can be negative and is returned unchanged.
-    The noise scale, a ratio with this denominator, is then NaN. The paper calls the
-    trace "coherence". A lower value means more coherent gradients.
+    Here :math:`G_B` is the mean squared norm of the n batch gradients, and :math:`G_L`
+    is the squared norm of their mean. The :math:`L = nB` examples are sampled without
+    replacement from N. The estimates of the trace and of the squared norm of the
+    gradient are unbiased for the whole population (divided by N, and not by N − 1).
+    The estimate of the squared norm can be negative and is returned unchanged. The
+    noise scale, a ratio with this denominator, is then NaN. The paper calls the trace
+    "coherence". A lower value means more coherent gradients.
 
     Args:
       loss: ``loss(params, batch) -> ()``, a mean over the batch.

@@ -43,17 +43,18 @@ def fisher_trace(
     - ``"per_example"`` samples one label per example and is unbiased.
     - ``"batch"`` multiplies the squared norm of the gradient of a batch with sampled
       labels by B. It is also unbiased, because scores have the mean zero. It needs no
-      per-example gradient, but has a relative deviation of about √(2/rank) per batch.
+      per-example gradient, but the value of a batch has a relative standard deviation
+      of about √(2/r), where r is the effective rank of F.
     - ``"exact"`` sums over all classes and has no label noise. For dense outputs it
       sums over positions, which are independent given x.
 
-    The source specifies neither the estimator nor the treatment of regression. The
-    Gaussian of unit variance and the sum over positions are inferred.
+    Mueller et al. specify neither the estimator nor the treatment of regression. The
+    Gaussian of unit variance and the sum over positions are our choices.
 
     Args:
       model: A function ``model(params, inputs) -> outputs`` in evaluation mode, with
-        leaves ``[B, ...]``. The outputs are logits with classes last, logits, or
-        means, see ``output``. Examples must not interact.
+        leaves ``[B, ...]``. The outputs are the parameters of ``output``: logits with
+        classes last, logits, or means. Examples must not interact.
       params: Parameters to differentiate with respect to.
       inputs: Leaves ``[N, ...]``.
       key: Random key of the labels. Not needed for ``"exact"``.

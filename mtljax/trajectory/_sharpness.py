@@ -82,9 +82,9 @@ def worst_case_sharpness(
     and projection. If progress stalls, the step is halved and the iterate is reset to
     the best point. The result is a lower bound of the maximum. A weight of exactly 0
     cannot change. For small ρ the value is :math:`ρ ⟨|θ|, |∇L^B|⟩`. It depends on ρ, so
-    compare values with equal ρ only. The paper specifies the quantity but not the
-    solver. This is the solver of the work that the paper cites, except that the iterate
-    is also reset.
+    compare values with equal ρ only. Mueller et al. specify the quantity but not the
+    solver. The solver is that of Andriushchenko et al., which they cite, except that
+    the iterate is also reset.
 
     Args:
       loss: ``loss(params, batch) -> ()``, a mean over the batch.
