@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"mtljax: {error}", file=sys.stderr)
         return MISSING
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         print(f"mtljax: {error}", file=sys.stderr)
         return ERROR
     return 0

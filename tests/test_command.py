@@ -158,6 +158,14 @@ def test_report_is_self_contained(runs, tmp_path, capsys):
     assert file.stat().st_size < 2e6
 
 
+def test_report_to_a_folder_is_one_sentence(runs, tmp_path, capsys):
+    assert main(["report", str(runs), "-o", str(tmp_path)]) == 2
+    output = capsys.readouterr()
+    assert not output.out
+    assert output.err.startswith("mtljax: ")
+    assert output.err.endswith(" cannot be written: Is a directory.\n")
+
+
 def png_width(link):
     """Pixels of a PNG file, from its first chunk."""
     content = base64.b64decode(link.partition("base64,")[2])
