@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument(
         "--format", choices=("table", "markdown", "json", "csv"), default="table"
     )
-    new = command("show", _show, "Prints the documentation of one method.")
+    new = command("show", _show, "Prints the documentation of one method or wrapper.")
     new.add_argument("name", help="name or acronym, for example cagrad or Nash-MTL")
 
     runs = "folders of runs (with metrics.jsonl or results.jsonl), or folders of these"
@@ -174,19 +174,23 @@ def _wrapped(rows: Sequence[dict[str, str]]) -> str:
 
 
 def _show(options: Any) -> None:
-    method = mtljax.get_method(options.name)
-    signature = inspect.signature(method.factory)
+    found = WRAPPERS.get(options.name) or mtljax.get_method(options.name)
+    signature = inspect.signature(found.factory)
     plain = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
     text = signature.replace(parameters=plain, return_annotation=signature.empty)
-    arxiv = method.source[:4].isdigit()
-    source = f"https://arxiv.org/abs/{method.source}" if arxiv else method.source
-    print(f"{method.name}{text}\n")
-    print(f"{method.label}, {method.family}")
-    print(f"reads   {method_reads(method)}")
-    print(f"cost    {method.cost}")
-    print(f"state   {method.state}")
+    arxiv = found.source[:4].isdigit()
+    source = f"https://arxiv.org/abs/{found.source}" if arxiv else found.source
+    print(f"{found.name}{text}\n")
+    if isinstance(found, Method):
+        print(f"{found.label}, {found.family}")
+        print(f"reads   {method_reads(found)}")
+        print(f"cost    {found.cost}")
+        print(f"state   {found.state}")
+    else:
+        print(f"{found.label}, wrapper")
+        print(f"wraps   {found.needs}")
     print(f"source  {source}\n")
-    print(_plain(inspect.getdoc(method.factory) or ""))
+    print(_plain(inspect.getdoc(found.factory) or ""))
 
 
 def _plain(text: str) -> str:

@@ -297,9 +297,10 @@ def reuse(balancer: Balancer, *, every: int) -> Balancer:
 
     In the other steps :func:`mtljax.value_and_balanced_grad` runs the program of a step
     with constant weights, without the T backward passes. If a present task was absent
-    at the last computation, the weights are computed again. Reused weights of absent
-    tasks are zero. The other weights are scaled to the previous sum. Under ``vmap``
-    over the state both programs run.
+    at the last computation, the weights are computed again. This does not change the
+    steps of the later computations. Reused weights of absent tasks are zero. The other
+    weights are scaled to the previous sum. Under ``vmap`` over the state both programs
+    run.
 
     Args:
       balancer: A balancer with task weights.

@@ -158,6 +158,19 @@ def test_report_is_self_contained(runs, tmp_path, capsys):
     assert file.stat().st_size < 2e6
 
 
+def test_wrappers_are_shown(capsys):
+    assert main(["show", "compose"]) == 0
+    output = capsys.readouterr().out
+    assert output.startswith("compose(")
+    assert "A ∘ B, wrapper" in output
+
+
+def test_a_metric_that_a_figure_does_not_show_is_an_error(runs, tmp_path, capsys):
+    out = str(tmp_path / "n.png")
+    assert main(["plot", str(runs), "--metric", "loss", "-o", out]) == 2
+    assert capsys.readouterr().err == "mtljax: --metric requires --kind tradeoff.\n"
+
+
 def test_report_to_a_folder_is_one_sentence(runs, tmp_path, capsys):
     assert main(["report", str(runs), "-o", str(tmp_path)]) == 2
     output = capsys.readouterr()

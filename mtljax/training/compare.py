@@ -193,7 +193,7 @@ def table(
     """
     known = metric_names(runs)
     if not known:
-        raise ValueError("The rows contain no metric that is a number.")
+        raise ValueError("The runs contain no row with a metric that is a number.")
     for name in metrics or ():
         if name not in known:
             raise ValueError(f"No run has the metric {name!r}. Known: {_list(known)}.")

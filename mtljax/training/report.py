@@ -116,6 +116,8 @@ def figure(
     require("mtljax plot", "train", "matplotlib")
     from mtljax.training import plots
 
+    if metrics and kind != "tradeoff":
+        raise ValueError("--metric requires --kind tradeoff.")
     if kind == "tradeoff":
         names = list(metrics or compare.metric_names(runs)[:2])
         if len(names) != 2:
