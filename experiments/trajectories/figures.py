@@ -44,27 +44,32 @@ def binned(loss: np.ndarray, values: np.ndarray, per_decade: int = 4):
     return np.array(found).T
 
 
-def _against_loss(axis, mine: Group, name: str, look, factor: float = 1.0) -> None:
+def _against_loss(
+    axis, mine: Group, name: str, look, factor: float = 1.0, *, log: bool = False
+) -> None:
+    """Draws checkpoints, means and two standard deviations; geometric ones if log."""
     label, colour, marker = look
     loss, values = mine.of("train_loss", TARGET), factor * mine.of(name, TARGET)
     axis.plot(
         loss.ravel(), values.ravel(), marker, color=colour, alpha=0.22, markersize=3.5,
         linestyle="none", markeredgewidth=0,
     )  # fmt: skip
-    centre, mean, sd = binned(loss, values)
+    centre, mean, sd = binned(loss, np.log(values) if log else values)
+    ends = np.stack([mean, mean - 2 * np.nan_to_num(sd), mean + 2 * np.nan_to_num(sd)])
+    mean, low, high = np.exp(ends) if log else ends
     axis.errorbar(
-        centre, mean, yerr=2 * np.nan_to_num(sd), color=colour, marker=marker,
+        centre, mean, yerr=(mean - low, high - mean), color=colour, marker=marker,
         markersize=5, capsize=2, linewidth=1.6, elinewidth=1.0, label=label,
     )  # fmt: skip
 
 
-def _loss_axis(axis) -> None:
+def _loss_axis(axis, ticks: tuple[float, ...] = (1.0, 3.0)) -> None:
     """Sets a logarithmic axis with few ticks. Training progresses to the right."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_xscale("log")
     axis.invert_xaxis()
-    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    axis.xaxis.set_major_locator(LogLocator(subs=ticks))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axis.xaxis.set_minor_formatter(NullFormatter())
 
@@ -104,13 +109,13 @@ def factor_figure(groups: Groups):
     figure, axes = panels(1, 3, 3.9, 3.4)
     units = {"sharpness": "sharpness, nats", "covariance": "covariance trace"}
     for axis, factor in zip(axes.flat, FACTORS, strict=True):
+        # Signed estimates are unchanged. A negative estimate is shown below zero.
+        log = min(float(np.nanmin(m.of(factor, TARGET))) for m, _ in rows) > 0
         for mine, look in rows:
-            _against_loss(axis, mine, factor, look)
-        _loss_axis(axis)
+            _against_loss(axis, mine, factor, look, log=log)
+        _loss_axis(axis, (1.0,))
         axis.set_xlabel("own-task training loss, nats")
         axis.set_ylabel(units.get(factor, FACTOR_NAMES[factor]))
-        # Signed estimates are unchanged. A negative estimate is shown below zero.
-        low = min(float(np.nanmin(m.of(factor, TARGET))) for m, _ in rows)
-        axis.set_yscale("log" if low > 0 else "symlog")
+        axis.set_yscale("log" if log else "symlog")
     legend(figure, axes, 4)
     return figure
