@@ -360,7 +360,7 @@ def test_every_experiment_names_a_committed_row_to_replay():
         folder = ROOT / "experiments" / name / "results"
         head, rows = report.read_rows(folder / module.RESULTS)
         assert head["kind"] in ("about", "header")
-        assert head["config"]["seeds"] == module.CONFIG.seeds
+        assert head["config"]["seeds"] >= module.CONFIG.seeds  # the first ones
         labels = {tuple(str(row.get(key)) for key in module.KEYS) for row in rows}
         assert len(labels) == len(rows) >= module.LINES > 0
 
