@@ -161,8 +161,8 @@ PRESETS = {
         ),
     ),
     "cpu": (
-        "An hour of 2 idle CPU cores: 10,000 MultiMNIST canvases at half the size, "
-        "LeNet, 5 seeds.",
+        "About 90 minutes of one CPU core: 10,000 MultiMNIST canvases at half the "
+        "size, LeNet, 5 seeds.",
         CPU,
     ),
     "large": (

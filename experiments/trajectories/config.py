@@ -145,7 +145,7 @@ PRESETS = {
         ),
     ),
     "cpu": (
-        "About an hour of 2 idle CPU cores: halves of FashionMNIST, LeNet, 5 seeds.",
+        "About two hours of one CPU core: halves of FashionMNIST, LeNet, 5 seeds.",
         Config(seeds=5),
     ),
     "large": (
