@@ -53,9 +53,9 @@ def train_all(
     found = problem.make_problem(config)
     evaluate = problem.make_evaluate(found)
 
-    def finish(method: str, rates: Sequence[float], **more: Any):
+    def finish(method: str, rates: Sequence[float], *, measure=evaluate, **more: Any):
         begun = time.perf_counter()
-        job = train.make_job(config, found, evaluate, method, rates, **more)
+        job = train.make_job(config, found, measure, method, rates, **more)
         made = train.Run(config, job).finish()
         rows.extend(made)
         say(f"{LABELS[method]}, {job.name}: {time.perf_counter() - begun:.0f} s")
@@ -85,6 +85,11 @@ def train_all(
     if "intervals" in config.parts:
         for interval in config.intervals:
             finish("forkmerge", tuned["stl"], part="intervals", interval=interval)
+        yield rows, False
+    if "analysis" in config.parts:
+        cosines = problem.make_evaluate(found, cosines=True)
+        rates = tuned["stl"]
+        finish("lambda_grid", rates, part="analysis", measure=cosines)
         yield rows, False
     if "table" in config.parts:
         for method in joint:

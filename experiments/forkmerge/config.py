@@ -9,7 +9,7 @@ from experiments.common.config import Bounds, ConfigError, NotNegative, Rates, W
 from experiments.common.problem import check_data
 from mtljax.data import DIGIT_DOMAINS, DOMAINNET_DOMAINS
 
-Part = Literal["table", "pairs", "intervals"]
+Part = Literal["table", "pairs", "intervals", "analysis"]
 DOMAINS = {"digits": DIGIT_DOMAINS, "domainnet": DOMAINNET_DOMAINS}
 LABELS = {
     "stl": "target only (STL)",
@@ -38,9 +38,10 @@ class Config(common.Tuned):
     data: str = "digits"
     """Digits from five sources, DomainNet as prepared by tensorflow-datasets, or your
     own module:function, which takes domain=."""
-    parts: tuple[Part, ...] = ("table", "pairs", "intervals")
+    parts: tuple[Part, ...] = ("table", "pairs", "intervals", "analysis")
     """table: every method with all auxiliaries; pairs: EW and ForkMerge with one
-    auxiliary at a time; intervals: ForkMerge at several Δt."""
+    auxiliary at a time; intervals: ForkMerge at several Δt; analysis: one auxiliary at
+    several weights, with gradient cosines."""
     domains: tuple[str, ...] = DIGIT_DOMAINS
     """Tasks. Each is the target of separate runs, with the others as auxiliary
     tasks."""
@@ -88,8 +89,8 @@ class Config(common.Tuned):
     keep: int = 3
     """Number of branches of forkmerge_each after the first merge."""
     lambdas: Rates = (0.0625, 0.25, 1.0, 4.0)
-    """Auxiliary weights of the grid search. The grid also shows transfer gain and
-    discrepancy."""
+    """Auxiliary weights of the grid search and of the part "analysis". The grid also
+    shows transfer gain and discrepancy."""
     ol_aux_lr: float = 1e-4
     """Step size β of OL-AUX."""
     arml_lr: float = 0.05

@@ -1,5 +1,6 @@
 """Draws the figures from the rows."""
 
+import itertools
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ import numpy as np
 from experiments.common import figures as common
 from experiments.common.figures import legend, panels
 from experiments.forkmerge.config import LABELS, Config
-from experiments.forkmerge.report import Pairs, Rows, of, pair_gains
+from experiments.forkmerge.report import MEASURES, Pairs, Rows, of, pair_gains
 from mtljax import forkmerge
 from mtljax.training import plots
 
@@ -87,6 +88,34 @@ def pairs_figure(pairs: Mapping[str, Pairs], domains: Sequence[str]) -> Any:
     return figure
 
 
+def analysis_figure(points: Rows, config: Config) -> Any:
+    """Draws the gain over cosine and over discrepancy (Figures 2 and 3).
+
+    A point is the mean of a pair and a weight over the seeds.
+    """
+    figure, axes = panels(1, 2, 3.8, 3.0)
+    axes = axes[0]
+    last = of(points, column="last")
+    pairs = sorted({(point["target"], point["aux"]) for point in last})
+    names = [f"λ = {x:g}" for x in config.lambdas]
+
+    def mean(name, pair, field):
+        mine = of(last, row=name, target=pair[0], aux=pair[1])
+        return float(np.mean([point[field] for point in mine]))
+
+    for axis, (measure, text) in zip(axes, MEASURES.items(), strict=True):
+        for name, marker in zip(names, itertools.cycle("osD^v")):
+            look = plots.style(name, names) | {"linestyle": "none", "marker": marker}
+            x = [mean(name, pair, measure) for pair in pairs]
+            y = [mean(name, pair, "gain") for pair in pairs]
+            axis.plot(x, y, label=name, ms=4, **look)
+        axis.axhline(0, color="#777777", linewidth=1)
+        axis.set_xlabel(text)
+    axes[0].set_ylabel("transfer gain, points")
+    legend(figure, axes)
+    return figure
+
+
 def write(rows: Rows, kept: Rows, config: Config) -> list[pathlib.Path]:
     """Writes the figures that the rows allow. ``kept`` are the reported rows."""
     made = {}
@@ -94,4 +123,6 @@ def write(rows: Rows, kept: Rows, config: Config) -> list[pathlib.Path]:
         made["transfer"] = transfer_figure(transfer(rows, config), config.domains)
     if of(rows, part="pairs"):
         made["pairs"] = pairs_figure(pair_gains(kept, config), config.domains)
+    if points := of(kept, part="points"):
+        made["analysis"] = analysis_figure(points, config)
     return common.save(made, config.out, config)

@@ -13,12 +13,15 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+import mtljax
 from experiments.common import problem as common
 from experiments.common.config import ConfigError
 from experiments.forkmerge.config import Config
-from mtljax import data, forkmerge, models
+from mtljax import data, forkmerge, metrics, models
 
 Split = Mapping[str, Array]
+COSINES = 32
+"""Pairs of batches of the mean gradient cosine."""
 POOL = 4
 """Upper bound of the pool size, relative to the training set of one seed."""
 
@@ -94,6 +97,27 @@ class Problem(NamedTuple):
         variables = (state.params, state.batch_stats)
         logits, _ = self.logits(variables, domain, split["image"][domain], train=False)
         return logits, split["label"][domain], split["mask"][domain]
+
+    def cosine(self, state: State, train: Split) -> Float[Array, ""]:
+        """Returns the mean cosine of the trunk's gradients of the first two tasks."""
+        order = state.order[:2]
+
+        def one(key):
+            take = lambda domain, key: self.batch(
+                state, domain, key, train, self.batch_size
+            )
+            batches = jax.vmap(take)(order, jax.random.split(key))
+
+            def losses(trunk):
+                params = state.params | {"trunk": trunk}
+                return self.task_losses(params, state.batch_stats, order, batches)[0]
+
+            _, gramian = mtljax.task_gramian(losses)(state.params["trunk"])
+            return metrics.cosine_matrix(gramian)[0, 1]
+
+        # Training takes its keys from the number of a step, which is never this large.
+        key = jax.random.fold_in(state.key, 2**31 - 1)
+        return jax.lax.map(one, jax.random.split(key, COSINES)).mean()
 
     def accuracy(self, state: State, split: Split) -> Float[Array, ""]:
         """Returns the accuracy on the target of a run."""
@@ -217,16 +241,21 @@ def over_runs(measure: Callable[..., dict[str, Array]], *sets: Any) -> Evaluate:
     return lambda states: run(states, *sets)
 
 
-def make_evaluate(problem: Problem) -> Evaluate:
-    """Returns accuracies and discrepancy of runs, each on its target."""
+def make_evaluate(problem: Problem, *, cosines: bool = False) -> Evaluate:
+    """Returns accuracies and discrepancy of runs, each on its target.
 
-    def measure(state, val, test):
+    With ``cosines`` also the mean cosine of the gradients of the first two tasks.
+    """
+
+    def measure(state, train, val, test):
         logits, labels, mask = problem.target_logits(state, test)
         right = (logits.argmax(-1) == labels) & mask
-        return {
+        found = {
             "val": problem.accuracy(state, val),
             "test": right.sum() / mask.sum(),
             "csd": forkmerge.confidence_score_discrepancy(logits, mask),
         }
+        return found | ({"cosine": problem.cosine(state, train)} if cosines else {})
 
-    return over_runs(measure, problem.splits["val"], problem.splits["test"])
+    splits = problem.splits
+    return over_runs(measure, splits["train"], splits["val"], splits["test"])

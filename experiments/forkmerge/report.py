@@ -56,7 +56,10 @@ def chosen(rows: Rows) -> list[dict[str, Any]]:
 
 
 def reported(rows: Rows) -> list[dict[str, Any]]:
-    """Returns the rows of the tables, with one learning rate, step and λ per run."""
+    """Returns the rows of the tables, with one learning rate, step and λ per run.
+
+    The points of the analysis follow, with all λ.
+    """
     kept: list[dict[str, Any]] = []
     for part in ("table", "pairs", "intervals"):
         for method in LABELS:
@@ -64,7 +67,7 @@ def reported(rows: Rows) -> list[dict[str, Any]]:
             for interval in sorted({row.get("interval", 0) for row in mine}):
                 same = [r for r in mine if r.get("interval", 0) == interval]
                 kept += chosen(same)
-    return kept
+    return kept + transfer_points(rows)
 
 
 def values_of(
@@ -231,6 +234,92 @@ def intervals_text(found: Mapping[int, np.ndarray], config: Config) -> str:
     return Report(columns, table, digits).markdown(head="Δt")
 
 
+def transfer_points(rows: Rows) -> list[dict[str, Any]]:
+    """Returns gain, discrepancy and cosine of each pair, weight and seed, twice.
+
+    The gain over STL at the same rate and the discrepancy are those of the column: at
+    the last step, or at the step that validation selects. The cosine is the mean over
+    the evaluations of the run.
+    """
+    mine = of(rows, part="analysis")
+    rates = {row["lr"] for row in mine}
+    stl = [r for r in of(rows, part="table", method="stl") if r["lr"] in rates]
+    alone = select(stl, "val", run=RUN)
+    found = select(mine, "val", run=(*RUN, "lambda"))
+    cosines: dict[Any, list[float]] = {}
+    for row in mine:
+        cosines.setdefault(_place(row), []).append(row["cosine"])
+    points = []
+    for column in ("chosen", "last"):
+        at, base = (
+            getattr(choice, "rows" if column == "chosen" else "last")
+            for choice in (found, alone)
+        )
+        scores = {(row["target"], row["seed"]): row["test"] for row in base}
+        for row in at:
+            gain = row["test"] - scores[row["target"], row["seed"]]
+            points.append(
+                {
+                    "part": "points",
+                    "row": f"λ = {row['lambda']:g}",
+                    "column": column,
+                    **{k: row[k] for k in (*RUN, "lr", "lambda")},
+                    "gain": 100 * gain,
+                    "discrepancy": row["csd"],
+                    "cosine": float(np.mean(cosines[_place(row)])),
+                }
+            )
+    return points
+
+
+def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[k] for k in (*RUN, "lambda"))
+
+
+MEASURES = {
+    "cosine": "gradient cosine",
+    "discrepancy": "confidence score discrepancy",
+}
+"""Fields of the points that may predict the gain."""
+
+
+def correlations(points: Rows) -> list[dict[str, Any]]:
+    """Returns Spearman's coefficients with the gain over all points of each seed."""
+    from scipy import stats
+
+    lines = []
+    for column in ("chosen", "last"):
+        for seed in sorted({point["seed"] for point in points}):
+            mine = of(points, column=column, seed=seed)
+            line = {
+                "part": "analysis",
+                "row": "pairs and weights",
+                "column": column,
+                "seed": seed,
+            }
+            gains = [point["gain"] for point in mine]
+            for measure in MEASURES:
+                values = [point[measure] for point in mine]
+                found = None  # undefined for constants
+                if len(set(values)) > 1 and len(set(gains)) > 1:
+                    found = float(stats.spearmanr(values, gains).statistic)
+                line[f"spearman_{measure}_gain"] = found
+            lines.append(line)
+    return lines
+
+
+def correlations_text(points: Rows) -> str:
+    """Formats the coefficients as a Markdown table."""
+    pairs = {}
+    for column in ("last", "chosen"):
+        lines = of(correlations(points), column=column)
+        for measure, text in MEASURES.items():
+            values = [line[f"spearman_{measure}_gain"] for line in lines]
+            if None not in values:
+                pairs[f"{text}, {column} step"] = np.zeros(len(values)), values
+    return comparison_table(pairs, head="Spearman's coefficient with the gain")
+
+
 def sections(kept: Rows, config: Config) -> list[str]:
     """Returns the sections of ``table.md``. ``kept`` are the reported rows."""
     size = config.train_size or "all"
@@ -266,6 +355,19 @@ def sections(kept: Rows, config: Config) -> list[str]:
             intervals_text(interval_gains(kept, config), config),
             "Gain over STL with the same seed at the last step, in points.",
         ]
+    points = of(kept, part="points")
+    if points:
+        runs = len(of(points, column="last", seed=points[0]["seed"]))
+        parts += [
+            "## Which measure predicts the gain?",
+            correlations_text(points),
+            f"Spearman's coefficient over {runs} runs with one auxiliary task (all "
+            f"pairs, λ = {', '.join(f'{x:g}' for x in config.lambdas)}), computed for "
+            "each seed. The cosine is that of the gradients of target and auxiliary "
+            "loss with respect to the trunk, averaged over batches and over the "
+            "evaluations of a run. The discrepancy is measured on the target's test "
+            "examples. All runs: `analysis.png`.",
+        ]
     return parts
 
 
@@ -278,14 +380,16 @@ def write_table(kept: Rows, config: Config, command: str) -> pathlib.Path:
 def result_lines(kept: Rows) -> Iterator[dict[str, Any]]:
     """A line for each reported run at the chosen and at the last step.
 
-    Runs of the table's Δt are among those of the intervals too.
+    Runs of the table's Δt are among those of the intervals too. The points of the
+    analysis and their coefficients follow.
     """
     more = [
         {**row, "part": "intervals"}
         for row in of(kept, part="table", method="forkmerge")
         if of(kept, part="intervals")
     ]
-    for row in [*kept, *more]:
+    points = of(kept, part="points")
+    for row in [*(row for row in kept if row["part"] != "points"), *more]:
         label = row["label"]
         if row["part"] == "intervals":
             label = f"Δt = {row['interval']}"
@@ -293,6 +397,8 @@ def result_lines(kept: Rows) -> Iterator[dict[str, Any]]:
             accuracy = None if score is None else 100 * score
             found = {"row": label, "column": column, "test_accuracy": accuracy}
             yield rounded(found | dict(row))
+    for line in [*points, *correlations(points)]:
+        yield rounded(line)
 
 
 def write_rows(

@@ -31,6 +31,8 @@ MAY_DIFFER = (
 )
 BRANCHES = "branches.json"
 """File with the branches that are kept after pruning."""
+ONE_AUXILIARY = ("pairs", "analysis")
+"""Parts of runs with one auxiliary task at a time."""
 MERGED = ("alone_x2", "forkmerge", "forkmerge_each")
 """Rows that fork and merge."""
 
@@ -185,7 +187,7 @@ def runs_of(
     found = []
     for target in config.domains:
         others = [name for name in config.domains if name != target]
-        for aux in others if part == "pairs" else ("all",):
+        for aux in others if part in ONE_AUXILIARY else ("all",):
             for seed in config.seed_range:
                 for lr in rates:
                     run = {
@@ -211,7 +213,7 @@ def make_job(
     part: str = "table",
     interval: int | None = None,
 ) -> Job:
-    """Builds a job on domains, with all auxiliaries or one (part ``"pairs"``)."""
+    """Builds a job on domains, with all auxiliaries or one (``ONE_AUXILIARY``)."""
     interval = interval or config.interval
     runs = runs_of(config, part, method, rates, interval)
     steps = config.steps * (2 if method == "stl_2x" else 1)
@@ -263,7 +265,8 @@ def make_job(
         )
 
     each = tuple({"lambda": x} for x in config.lambdas)
-    name = {"table": method, "pairs": f"pairs_{method}"}.get(part, f"every_{interval}")
+    prefixes = {"table": "", "pairs": "pairs_", "analysis": "analysis_"}
+    name = f"{prefixes[part]}{method}" if part in prefixes else f"every_{interval}"
     if set(rates) - set(config.lrs):
         name += "_at_" + "_".join(f"{rate:g}" for rate in rates)
     return Job(

@@ -415,6 +415,42 @@ def test_gains_of_pairs_and_their_significance():
     assert "| 2 |" in report.pairs_text({"ew": found}, 4).splitlines()[2]
 
 
+def test_what_predicts_the_gain_over_pairs_and_weights():
+    # Spearman by hand: the ranks 2, 1, 4, 3 of 1, 2, 3, 4 give 1 - 6 * 4 / 60 = 0.6.
+    gains, cosines = (0.01, 0.02, 0.03, 0.04), (0.2, -0.1, 0.9, 0.5)
+    places = [(aux, lam) for aux in ("mnist", "semeion") for lam in (0.5, 1.0)]
+    rows = [row("stl", 1, 0.9, 0.4), row("stl", 2, 0.1, 0.5)]
+    rows += [row("stl", 2, 0.99, 0.9, lr=0.3)]  # a rate of no other run
+    for (aux, lam), gain, cosine in zip(places, gains, cosines, strict=True):
+        where = {"part": "analysis", "aux": aux, "lambda": lam}
+        # The cosine is the mean of both evaluations, gain and discrepancy are not.
+        more = {"csd": 0.9 - gain, "cosine": cosine + 1, **where}
+        rows.append(row("lambda_grid", 1, 0.8, 0.4 - gain, **more))
+        more = {"csd": 0.5 - 10 * gain, "cosine": cosine - 1, **where}
+        rows.append(row("lambda_grid", 2, 0.1, 0.5 + gain, **more))
+    points = report.transfer_points(rows)
+    last = report.of(points, column="last")
+    np.testing.assert_allclose([p["gain"] for p in last], [1, 2, 3, 4], atol=1e-9)
+    np.testing.assert_allclose([p["cosine"] for p in last], cosines, atol=1e-12)
+    chosen, at_end = report.correlations(points)
+    assert (chosen["column"], at_end["column"]) == ("chosen", "last")
+    np.testing.assert_allclose(at_end["spearman_cosine_gain"], 0.6)
+    np.testing.assert_allclose(at_end["spearman_discrepancy_gain"], -1.0)
+    np.testing.assert_allclose(chosen["spearman_cosine_gain"], -0.6)
+    np.testing.assert_allclose(chosen["spearman_discrepancy_gain"], 1.0)
+    lines = list(report.result_lines(points))
+    assert [line["row"] for line in lines[-2:]] == ["pairs and weights"] * 2
+
+
+def test_the_cosine_of_equal_and_of_different_batches(folder, tmp_path):
+    found = problem.make_problem(small(folder, tmp_path / "run", seeds=1))
+    # With one example a domain, both batches are equal.
+    for rows, low, high in ((jnp.zeros((2, 1), int), 0.9999, 1.0001), ((), -1, 0.99)):
+        state = found.init(jax.random.key(0), jnp.array([0, 0]), rows, jnp.array(0.1))
+        cosine = float(found.cosine(state, found.splits["train"]))
+        assert low <= cosine <= high
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
