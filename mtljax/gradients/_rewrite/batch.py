@@ -18,12 +18,10 @@ from jaxtyping import Array
 from mtljax.gradients._primitives import (
     DOT,
     ELEMENTWISE,
-    REORDERS,
     RESHAPE,
     TRANSPOSE,
 )
-from mtljax.gradients._program import Flat, Op, Ref, apply, flatten, needed
-from mtljax.gradients._rewrite.once import once
+from mtljax.gradients._program import Op, apply, flatten, needed
 
 
 class Value(NamedTuple):
@@ -52,36 +50,14 @@ def batch(function: Callable[[Any], Any], rows: Any, in_axes: Any, out_axes: Any
     # A pullback also returns gradients that are not used, so skip their operations.
     ops = needed(program.ops, program.outputs)
     env = {ref: Value(x, None) for ref, x in program.constants.items()}
-    shared = _read_twice(program._replace(ops=ops))
-
-    def add(refs, values):
-        for ref, value in zip(refs, values, strict=True):
-            stored = ref in shared and value.axis is not None
-            env[ref] = value._replace(array=once(value.array)) if stored else value
-
-    add(program.inputs, map(Value, leaves, axes))
+    env |= zip(program.inputs, map(Value, leaves, axes), strict=True)
     for op in ops:
-        add(op.outs, _run(op, [env[ref] for ref in op.ins]))
+        env |= zip(op.outs, _run(op, [env[ref] for ref in op.ins]), strict=True)
     found = [
         _moved(env[ref], axis, num_tasks)
         for ref, axis in zip(program.outputs, jax.tree.leaves(out_axes), strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(shape), found)
-
-
-def _read_twice(program: Flat) -> set[Ref]:
-    """Returns the results that an elementwise operation computes, and the inputs.
-
-    A contraction reads a result in another shape than the caller. The result may also
-    be a factor of the next product.
-    """
-    results, found = set(program.outputs), set(program.inputs)
-    for op in reversed(program.ops):
-        if op.primitive in REORDERS:
-            results.update(op.ins if results.intersection(op.outs) else ())
-        elif op.primitive in ELEMENTWISE:
-            found.update(op.outs)
-    return found & results
 
 
 def _run(op: Op, values: list[Value]) -> list[Value]:
