@@ -20,10 +20,14 @@ TASKS = {"digits": 21, "faces": 5, "camvid": 12, "tox21": 12, "school": 139}
 
 
 class Row(NamedTuple):
-    """A row of the table: ``options`` of ``mtljax.alternating.alternate`` with Adam."""
+    """A row of the table: ``options`` of ``mtljax.alternating.alternate`` with Adam.
+
+    With a ``balancer``, a name in ``mtljax.METHODS``, the row is a joint step instead.
+    """
 
     label: str
     options: tuple[tuple[str, Any], ...] = ()
+    balancer: str | None = None
 
     @property
     def groups(self) -> int:
@@ -45,9 +49,13 @@ ROWS: dict[str, Row] = {
         f"groups_{g}": _row(f"G = {g}, slot", groups=g, state="slot")
         for g in (2, 3, 4, 6, 12, 35)
     },
+    "uncertainty": Row("UW", balancer="uncertainty"),
+    "pcgrad": Row("PCGrad", balancer="pcgrad"),
+    "cagrad": Row("CAGrad", balancer="cagrad"),
 }
 _ALTERNATING = ("joint", "alternating", "alternating:shared")
 TABLE = (*_ALTERNATING, "adatask", "groups_2", "groups_4")
+_BALANCERS = ("uncertainty", "pcgrad", "cagrad")
 SCALED_ROWS = ("joint", "alternating", "alternating:shared", "adatask")
 
 
@@ -125,16 +133,18 @@ _SCALES = (1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0, 1e3)
 CPU = Config(
     seeds=5,
     tox21=Setting(hidden=(32,), steps=1000, eval_every=50, seeds=10),
-    faces=Setting(steps=1000, eval_every=50, scales=_SCALES),
+    faces=Setting(
+        rows=(*TABLE, *_BALANCERS), steps=1000, eval_every=50, scales=_SCALES
+    ),
     school=Setting(
-        rows=(*_ALTERNATING, "groups_4", "groups_12"),
+        rows=(*_ALTERNATING, "groups_4", "groups_12", *_BALANCERS),
         hidden=(32,),
         steps=300,
         batch_size=8,
         eval_every=20,
     ),
     camvid=Setting(
-        rows=(*_ALTERNATING, "groups_2", "groups_4"),
+        rows=(*_ALTERNATING, "groups_2", "groups_4", *_BALANCERS),
         steps=240,
         batch_size=4,
         eval_every=20,

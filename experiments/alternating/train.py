@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+import mtljax
 from experiments.alternating.config import ROWS, SINGLE_TASK, Config, Row
 from experiments.alternating.problem import Batch, Problem
 from experiments.common import runs as common
+from experiments.common.runs import LABELS
 from mtljax import training
 from mtljax.alternating import Cost, alternate
 
@@ -110,9 +112,16 @@ class _Mover:
             **dict(self.row.options),
         )
 
+    def balancer(self, key: Array) -> mtljax.Balancer:
+        method = mtljax.METHODS[self.row.balancer or ""]
+        return method.build(self.problem.num_tasks, key=key)
+
     def init(self, params: Any, key: Array, lr: Array) -> Any:
         if self.single:
             return optax.adam(lr).init(params)
+        if self.row.balancer:
+            shared = mtljax.shared_params(params, LABELS)
+            return self.balancer(key).init(shared), optax.adam(lr).init(params)
         return self.alternating(lr, key).init(params)
 
     def factor(self, state: State, task: Any) -> Array:
@@ -124,6 +133,9 @@ class _Mover:
         batch = self.problem.split(batch, state.split)
         if self.single:
             return self._alone(state, batch)
+        everyone = jnp.arange(self.problem.num_tasks)
+        if self.row.balancer:
+            return self._balanced(state, batch, self.factor(state, everyone))
 
         def loss(params, task, batch):
             found = self.problem.task_loss(params, task, batch)
@@ -133,8 +145,19 @@ class _Mover:
         losses, params, optimizer = steps.step(
             loss, state.params, state.optimizer, batch
         )
-        everyone = jnp.arange(self.problem.num_tasks)
         return losses / self.factor(state, everyone), params, optimizer
+
+    def _balanced(self, state: State, batch: Batch, factors: Array):
+        def losses(params):
+            return factors * self.problem.task_losses(params, batch)
+
+        weighting, adam = state.optimizer
+        balancer = self.balancer(self.unused)
+        step = mtljax.value_and_balanced_grad(losses, balancer, labels=LABELS)
+        values, grad, weighting = step(state.params, weighting)
+        updates, adam = optax.adam(state.lr).update(grad, adam, state.params)
+        params: Any = optax.apply_updates(state.params, updates)
+        return values / factors, params, (weighting, adam)
 
     def _alone(self, state: State, batch: Batch):
         def loss(params):
@@ -180,13 +203,19 @@ def cost_of(name: str, num_tasks: int) -> Cost:
     """Returns the passes per batch."""
     if name == SINGLE_TASK:
         return Cost(1, 1, 1)
-    options, key = dict(row_of(name).options), jax.random.key(0)
+    row, key = row_of(name), jax.random.key(0)
+    if row.balancer:
+        joint = mtljax.METHODS[row.balancer].family == "loss balancing"
+        return Cost(1, 1 if joint else num_tasks, 1)
+    options = dict(row.options)
     return alternate(optax.sgd(0.0), num_tasks, key=key, **options).cost
 
 
 def inner_steps(name: str, num_tasks: int) -> int:
     """Returns the total rate of a batch in units of eta."""
     options = dict(row_of(name).options)
+    if row_of(name).balancer:
+        return 1
     # With state="per_task" the displacements of T optimizers are added.
     if options.get("state") == "per_task":
         return num_tasks

@@ -321,6 +321,25 @@ def test_a_factor_scales_the_last_loss_only_and_is_not_shown(name):
     np.testing.assert_array_equal(factors, [1] * 20 + [1000])
 
 
+def test_a_balancer_of_equal_weights_is_the_joint_row(monkeypatch):
+    """Adam divides by the size of gradients, so the sum and the mean are one row."""
+    found = problem.make_problem(configured("digits", steps=5), "digits")
+    monkeypatch.setitem(ROWS, "linear", ROWS["pcgrad"]._replace(balancer="linear"))
+    params = jax.jit(found.init)(jax.random.key(0))
+    ends = []
+    for name in ("joint", "linear"):
+        program = train.make_program(found, name)
+        state = program.init(params, jax.random.key(1), 0.01)
+        step = jax.jit(program.step)
+        for i in range(5):
+            batch = {k: v[64 * i : 64 * i + 64] for k, v in found.train.items()}
+            state, seen = step(state, batch)
+        ends.append((state.params, seen["losses"]))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), *ends
+    )
+
+
 @pytest.mark.deep
 def test_smoke_and_resume(tmp_path):
     config = dataclasses.replace(SMOKE, out=tmp_path, plots=True)
