@@ -152,6 +152,7 @@ def claim_lines(config: Config, lines: Sequence[Mapping[str, Any]]) -> list[Line
             made = [
                 *_target_lines(config, mine),
                 *_explained_lines(config, mine),
+                *_conflict_lines(config, mine),
             ]
             found += [{**about, **line} for line in made]
     return found
@@ -206,6 +207,33 @@ def _explained_lines(config: Config, groups: Groups) -> list[Line]:
             about = {"row": "optimizers and factors", "method": method}
             explains = int(all(sign < 0 for sign in signs))
             lines.append({**about, "factor": factor, "explains": explains})
+    return lines
+
+
+def _conflict_lines(config: Config, groups: Groups) -> list[Line]:
+    """Spearman's coefficients with gradient similarity for each seed, K partialled out.
+
+    A point is a task in a set. Sharpness and score are relative to those of the task
+    alone, because tasks differ in both.
+    """
+    sizes, similarity, changes = [], [], []
+    for multi, task, single in compared(groups):
+        mine, alone = (aggregates(config, found, task) for found in (multi, single))
+        sizes.append(len(multi.tasks))
+        similarity.append(mine["similarity"])
+        ratio = np.log(mine["sharpness"]) - np.log(alone["sharpness"])
+        changes.append({"sharpness": ratio, "score": mine["score"] - alone["score"]})
+    if len(set(sizes)) < 2:
+        return []
+    lines = []
+    for i, seed in enumerate(next(iter(groups.values())).seeds):
+        x = [values[i] for values in similarity]
+        line: Line = {"row": "task sets", "seed": seed}
+        for name in ("sharpness", "score"):
+            y = [change[name][i] for change in changes]
+            found = trajectory.rank_correlation(x, y, covariate=sizes)
+            line[f"partial_spearman_{name}"] = float(found.partial)
+        lines.append(line)
     return lines
 
 

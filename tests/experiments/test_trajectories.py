@@ -1,6 +1,7 @@
 """The trajectory experiment: its data, its files, what it says and to whom."""
 
 import dataclasses
+import itertools
 import json
 import sys
 
@@ -382,6 +383,33 @@ def test_an_optimiser_is_explained_by_the_signs_of_all_its_changes():
     for x in lines[3:]:  # one task is better and sharper
         x["sharpness"] = [None, *([[0.3, 0.3, 0.5]] * 2)]
     assert explained() == {**wanted, "sharpness": 0}
+
+
+def test_conflict_is_correlated_at_equal_numbers_of_tasks():
+    """Where each change is a function of the similarity, the coefficient is 1 or -1."""
+    sets = [*itertools.combinations(FACES, 1), *itertools.combinations(FACES, 2), FACES]
+    lines = []
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        for tasks in sets:
+            similarity = rng.uniform(0.2, 0.9, len(tasks))
+            change = similarity if len(tasks) > 1 else np.zeros(1)
+            level = np.array([0.1 * FACES.index(task) for task in tasks])
+            rows = lambda values: [None, *[values.tolist()] * 2]
+            found = line(tasks, seed=seed, score=0.5, sharpness=1.0)
+            found |= {"setting": "cmu_faces", "similarity": rows(similarity)}
+            # Tasks differ in score and in sharpness, which must not matter.
+            found |= {"test_score": [(0.3 + level + 0.1 * change).tolist()] * 3}
+            found |= {"sharpness": rows(np.exp(10 * level - change))}
+            lines.append(found)
+    made = [x for x in analysis.claim_lines(Config(), lines) if x["row"] == "task sets"]
+    assert [x["seed"] for x in made] == [0, 1, 2]
+    for x in made:
+        np.testing.assert_allclose(x["partial_spearman_score"], 1, atol=1e-3)
+        np.testing.assert_allclose(x["partial_spearman_sharpness"], -1, atol=1e-3)
+    found = claims_of(lines)
+    names = ("conflict-raises-factors", "conflict-not-predictive")
+    assert [found[name].evidence.n for name in names] == [3, 3]
 
 
 def test_first_passages():
