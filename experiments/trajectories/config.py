@@ -151,6 +151,7 @@ PRESETS = {
             settings=("fashion_mtl", "cmu_faces"),
             methods=("mgda", "pcgrad", "gradnorm"),
             seeds=5,
+            cmu_faces=Scale(lrs=(0.003, 0.01, 0.03)),
         ),
     ),
     "large": (
