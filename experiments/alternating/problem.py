@@ -40,7 +40,6 @@ class Problem:
     judge: Callable[[Any, Batch], tuple[Array, Array]]  # losses, metrics to maximise
     judge_alone: Callable[..., tuple[Array, Array]]  # for a single-task network
     by_seed: bool  # whether each seed has a split
-    dataset: Any  # the first split
 
     @property
     def num_tasks(self) -> int:
@@ -392,5 +391,4 @@ def make_problem(config: Config, name: str) -> Problem:
         judge=parts.judge,
         judge_alone=parts.judge_alone,
         by_seed=name in ("faces", "school"),
-        dataset=arrays.dataset,
     )

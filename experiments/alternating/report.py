@@ -364,12 +364,6 @@ def write(
         parts += [title, scale_table(results.scales, results.problem.columns)]
     lines = [{"set": name, **line} for line in result_lines(results)]
     return [
-        common.write_rows(
-            folder / "results.jsonl",
-            config,
-            lines,
-            data={name: results.problem.dataset},
-            set=name,
-        ),
+        common.write_rows(folder / "results.jsonl", config, lines, set=name),
         common.write_table(folder / "table.md", parts),
     ]

@@ -13,19 +13,18 @@ def main(config: Config, command: str) -> None:
     check(config)
     # Imported here, so that --help and mistyped options respond immediately.
     from experiments.common.report import Screen
-    from experiments.forkmerge import problem, report
+    from experiments.forkmerge import report
 
     screen = Screen()
     screen.say(
         f"{len(config.domains)} targets x {config.seeds} seeds, {config.steps} steps "
         f"each; writing to {config.out}"
     )
-    data = {name: problem.read(config, name) for name in config.domains}
     kept, written = [], []
     for rows, last in train_all(config, screen.say):
         kept = report.reported(rows)
         written = [
-            report.write_rows(kept, config, data),
+            report.write_rows(kept, config),
             report.write_table(kept, config, command),
         ]
         if config.plots and last:

@@ -401,12 +401,9 @@ def result_lines(kept: Rows) -> Iterator[dict[str, Any]]:
         yield rounded(line)
 
 
-def write_rows(
-    rows: Rows, config: Config, data: Mapping[str, Any] | None = None
-) -> pathlib.Path:
+def write_rows(rows: Rows, config: Config) -> pathlib.Path:
     """``results.jsonl``: first what made them, then the lines of reported runs."""
-    path = config.out / "results.jsonl"
-    return common.write_rows(path, config, result_lines(rows), data=data)
+    return common.write_rows(config.out / "results.jsonl", config, result_lines(rows))
 
 
 def rounded(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def run_set(config: Config, name: str, command: str, clock: "Clock") -> None:
     prepare(config, folders)
     epoch = train.steps_per_epoch(config, next(iter(benches.values())).problem)
     run = Runner(config, name, benches, epoch)
-    runs = report.Runs(name, names, {}, {}, epoch, splits.dataset)
+    runs = report.Runs(name, names, {}, {}, epoch)
     radii: dict[str, float] = {}
     for entry in todo:
         clock.next(entry.label)

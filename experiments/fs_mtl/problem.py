@@ -32,7 +32,6 @@ class Splits(NamedTuple):
     tasks: tuple[data.Task, ...]
     image_max: int
     notes: str
-    dataset: data.Dataset  # as it was read
 
 
 class Problem(NamedTuple):
@@ -41,7 +40,6 @@ class Problem(NamedTuple):
     names: tuple[str, ...]
     init: Callable[[Array], models.Variables]
     task_losses: Callable[..., Any]  # (params, batch_stats, batch) -> losses, stats
-    losses: Callable[..., Any]  # (params, batch_stats, batch) -> losses, in evaluation
     logits: Callable[..., Any]  # (params, batch_stats, images) -> {task: logits}
     train: Batch
     val: Batch
@@ -82,15 +80,8 @@ def load(config: Config, name: str) -> Splits:
         kept = {task.name: split[task.name] for task in tasks}
         return {"image": shrink(split["image"], config.shrink), **kept}
 
-    return Splits(
-        arrays(found.train),
-        arrays(found.val),
-        arrays(found.test),
-        tasks,
-        found.image_max,
-        found.notes,
-        found,
-    )
+    train, val, test = (arrays(getattr(found, part)) for part in data.SPLITS)
+    return Splits(train, val, test, tasks, found.image_max, found.notes)
 
 
 def make_problem(config: Config, splits: Splits, task: int | None = None) -> Problem:
@@ -116,10 +107,6 @@ def make_problem(config: Config, splits: Splits, task: int | None = None) -> Pro
         outputs, stats = apply(params, batch_stats, batch["image"], train=True)
         return cross_entropies(outputs, batch), stats
 
-    def losses(params, batch_stats, batch):
-        outputs, _ = apply(params, batch_stats, batch["image"], train=False)
-        return cross_entropies(outputs, batch)
-
     def logits(params, batch_stats, images):
         return apply(params, batch_stats, images, train=False)[0]
 
@@ -132,7 +119,6 @@ def make_problem(config: Config, splits: Splits, task: int | None = None) -> Pro
         names,
         jax.jit(lambda key: model.init(key, example)),
         task_losses,
-        losses,
         logits,
         train,
         taken(splits.val),

@@ -33,7 +33,6 @@ class Runs(NamedTuple):
     rows: dict[Entry, Rows]
     radii: dict[Entry, dict[float | None, Rows]]  # all that were tried
     steps_per_epoch: int
-    dataset: Any = None  # for the digests of the header
 
 
 def choose_radius(found: Mapping[Entry, Rows]) -> tuple[Choice, Rows]:
@@ -429,8 +428,7 @@ def result_lines(runs: Runs) -> list[dict[str, Any]]:
 def write_rows(config: Config, runs: Runs) -> pathlib.Path:
     """Writes ``<set>/results.jsonl`` with one line per entry and seed."""
     path = set_folder(config, runs.name) / "results.jsonl"
-    found = {} if runs.dataset is None else {runs.name: runs.dataset}
-    return common.write_rows(path, config, result_lines(runs), data=found)
+    return common.write_rows(path, config, result_lines(runs))
 
 
 def summary(runs: Runs) -> list[str]:

@@ -253,7 +253,6 @@ def write(
             folder / "results.jsonl",
             config,
             claim_lines(values, problem, times),
-            data={problem.name: problem.dataset},
             signal_r2=signal.tolist(),
         ),
         common.write_table(folder / "table.md", parts),

@@ -13,7 +13,6 @@ def main(config: Config, command: str) -> None:
 
     screen = Screen()
     problems = {name: data.load(config, name) for name in config.settings}
-    sets = {name: problem.dataset() for name, problem in problems.items()}
     lines = []
     written = []
     for name, problem in problems.items():
@@ -47,7 +46,7 @@ def main(config: Config, command: str) -> None:
                     lr=lr,
                     edge=lr == choice.lr and choice.edge is not None,
                 )
-                written = report.write(config, lines, command, sets)
+                written = report.write(config, lines, command)
     screen.finish(written)
 
 

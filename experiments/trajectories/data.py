@@ -42,20 +42,6 @@ class Problem:
         """Name of the folder for the files of this setting."""
         return re.sub("[/:]", "-", self.name)
 
-    def dataset(self) -> data.Dataset:
-        """The same arrays by the names of the tasks."""
-        splits = (
-            {"image": split["image"]}
-            | {name: split["label"][:, i] for i, name in enumerate(self.tasks)}
-            for split in (self.train, self.val, self.test)
-        )
-        tasks = tuple(
-            data.Task(name, "classification", count)
-            for name, count in zip(self.tasks, self.classes, strict=True)
-        )
-        shape = self.train["image"].shape[1:]
-        return data.Dataset(self.name, tasks, shape, *splits, image_max=self.image_max)
-
     def select(self, names: tuple[str, ...]) -> "Problem":
         """Returns the same images with a subset of the tasks."""
         at = [self.tasks.index(name) for name in names]

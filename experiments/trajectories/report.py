@@ -16,10 +16,7 @@ from experiments.trajectories.config import Config
 
 
 def write(
-    config: Config,
-    lines: Sequence[Mapping[str, Any]],
-    command: str,
-    data: Mapping[str, Any] | None = None,
+    config: Config, lines: Sequence[Mapping[str, Any]], command: str
 ) -> list[pathlib.Path]:
     """Writes ``results.jsonl``, ``table.md`` and the figures."""
     blocks = analysis.blocks(lines)
@@ -33,7 +30,6 @@ def write(
             config.out / "results.jsonl",
             config,
             [*lines, *analysis.claim_lines(config, lines)],
-            data=data,
             command=command,
         ),
         common.write_table(config.out / "table.md", parts),
