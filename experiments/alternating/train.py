@@ -56,10 +56,6 @@ class Run(NamedTuple):
     task: int = -1  # task of a single-task network
     scale: float = 1.0
 
-    def label(self) -> dict[str, Any]:
-        """Returns the fields that identify this run in the rows."""
-        return self._asdict()
-
 
 def row_of(name: str) -> Row:
     """Returns the row with a given name."""
@@ -244,11 +240,10 @@ def initial_state(problem: Problem, program: Program, runs: Sequence[Run]):
     columns = [
         jnp.array([getattr(r, f) for r in runs]) for f in ("lr", "task", "scale")
     ]
-    first = min(run.seed for run in runs)
-    splits = jnp.array([(run.seed - first) * problem.by_seed for run in runs])
+    splits = common.splits_of([run.seed for run in runs], problem.by_seed)
     start = jax.jit(jax.vmap(program.init))
     state = start(params, keys.method, *columns)
-    return state._replace(split=splits.astype(jnp.int32)), keys.order
+    return state._replace(split=splits), keys.order
 
 
 class Evaluator:
@@ -282,8 +277,8 @@ def run_row(
       call, or an empty list if that run is not finished.
     """
     setting = config.setting(problem.name)
-    beyond = [f"{rate:g}" for rate in rates if rate not in setting.lrs]
-    last = "-".join([name.replace(":", "-"), *([study] if study else []), *beyond])
+    parts = [name.replace(":", "-"), study, *common.beyond(rates, setting.lrs)]
+    last = "-".join(filter(None, parts))
     folder = config.out / problem.folder / "runs" / last
     if config.report_only:
         return common.finished(folder, setting.steps)
@@ -292,12 +287,16 @@ def run_row(
     state, order_keys = initial_state(problem, program, runs)
     about = dataclasses.replace(setting, rows=(), scales=())
     plan = common.Plan(
+        state=state,
+        step=program.step,
+        data=problem.train,
+        order=order_keys,
         steps=setting.steps,
         batch_size=setting.batch_size,
         eval_every=setting.eval_every,
         log_every=config.log_every,
         evaluate=evaluator.of(name),
-        labels=[run.label() for run in runs],
+        labels=[run._asdict() for run in runs],
         folder=folder,
         about={
             "set": problem.name,
@@ -306,14 +305,7 @@ def run_row(
         },
         title=f"{problem.name} {name} {study}".strip(),
     )
-    return common.train(
-        config,
-        plan,
-        state=state,
-        step=program.step,
-        data=problem.train,
-        order=order_keys,
-    ).rows
+    return common.train(config, plan)
 
 
 def make_train(config: Config, problem: Problem, name: str):

@@ -54,9 +54,26 @@ def chosen_tasks(tasks: Sequence[int | None], count: int) -> Array:
     )
 
 
-class Plan(NamedTuple):
-    """Settings for training, evaluating and storing the runs of a row."""
+class Run(NamedTuple):
+    """One entry of the vmapped axis: a seed, a learning rate, a task of a baseline."""
 
+    seed: int
+    lr: float
+    task: int | None = None
+
+    def label(self, names: Sequence[str]) -> dict[str, Any]:
+        """Returns the fields that identify this run in the rows."""
+        task = "all" if self.task is None else names[self.task]
+        return {"seed": self.seed, "lr": self.lr, "task": task}
+
+
+class Plan(NamedTuple):
+    """Stacked runs of a row, and the settings to train, evaluate and store them."""
+
+    state: Any  # stacked initial states
+    step: Callable[..., Any]  # step function of one run
+    data: Any  # arrays from which the batches are taken
+    order: Array  # keys of the data order, one per run
     steps: int
     batch_size: int
     eval_every: int
@@ -74,40 +91,28 @@ class Plan(NamedTuple):
     positive_losses: bool = False
 
 
-def train(
-    config: Common,
-    plan: Plan,
-    *,
-    state: Any,
-    step: Callable[..., Any],
-    data: Any,
-    order: Array,
-) -> training.FitResult:
+def train(config: Common, plan: Plan) -> list[dict[str, Any]]:
     """Trains stacked runs or resumes them. The files are written to ``plan.folder``.
 
     Args:
       config: Configuration, with the flags to resume or to overwrite.
-      plan: Settings of the runs.
-      state: Stacked initial states.
-      step: Step function of one run.
-      data: Arrays from which the batches are taken.
-      order: Keys of the data order, one per run.
+      plan: The runs.
 
     Returns:
-      The final states and the rows.
+      The rows.
 
     Raises:
       Interrupted: If a signal stopped the runs.
     """
     result = training.fit(
-        state,
-        step,
-        data,
+        plan.state,
+        plan.step,
+        plan.data,
         num_steps=plan.steps,
         batch_size=plan.batch_size,
-        order_key=order,
+        order_key=plan.order,
         seeds=plan.labels,
-        task_names=None if plan.task_names is None else list(plan.task_names),
+        task_names=plan.task_names,
         evaluation=training.Evaluation(
             plan.evaluate,
             every=plan.eval_every,
@@ -132,7 +137,17 @@ def train(
     )
     if result.interrupted:
         raise Interrupted
-    return result
+    return result.rows
+
+
+def beyond(rates: Sequence[float], grid: Sequence[float]) -> list[str]:
+    """Returns the rates that are not in the grid, for the name of a folder."""
+    return [f"{rate:g}" for rate in rates if rate not in grid]
+
+
+def splits_of(seeds: Sequence[int], by_seed: bool) -> Array:
+    """Returns the number of the split of each run, 0 if all seeds share one."""
+    return jnp.array([(seed - min(seeds)) * by_seed for seed in seeds], jnp.int32)
 
 
 def prepare(config: Common, folders: Iterable[pathlib.Path], extra=()) -> None:

@@ -67,10 +67,9 @@ class Runner(NamedTuple):
                 program = train.make_program(
                     config, bench.problem, entry, bench.probe, bench.score
                 )
-            result = train.run_entry(
+            rows += train.run_entry(
                 config, bench.problem, entry, program, seeds=seeds, folder=folder
             )
-            rows += result.rows
         return rows
 
 

@@ -23,7 +23,7 @@ def rows(config: Config) -> list[dict[str, Any]]:
         folder = entry.folder(config, name, seeds)
         found += train.run_entry(
             config, subject, entry, program, seeds=seeds, folder=folder
-        ).rows
+        )
     epoch = train.steps_per_epoch(config, subject)
     lengths = report.at_lengths(config, entry, found, epoch)
     return report.result_lines(report.Runs(name, subject.names, lengths, {}, epoch))

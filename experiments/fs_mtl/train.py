@@ -198,11 +198,15 @@ def run_entry(
     *,
     seeds: list[int],
     folder: pathlib.Path,
-) -> training.FitResult:
+) -> list[dict[str, Any]]:
     """Trains or resumes an entry. A finished entry is only read."""
     state, order_keys = initial_state(program, seeds)
     epoch = steps_per_epoch(config, problem)
     plan = common.Plan(
+        state=state,
+        step=program.step,
+        data=problem.train,
+        order=order_keys,
         steps=epochs_of(config, entry) * epoch,
         batch_size=config.batch_size,
         eval_every=config.eval_every * epoch,
@@ -216,11 +220,4 @@ def run_entry(
         may_differ=MAY_DIFFER,
         checkpoint_every=config.checkpoint_every * epoch,
     )
-    return common.train(
-        config,
-        plan,
-        state=state,
-        step=program.step,
-        data=problem.train,
-        order=order_keys,
-    )
+    return common.train(config, plan)

@@ -75,22 +75,6 @@ class Program(NamedTuple):
     positive_losses: bool
 
 
-class Run(NamedTuple):
-    """One entry of the vmapped axis: a seed, and the task of a baseline."""
-
-    seed: int
-    task: int | None
-    lr: float
-
-    def label(self, names: list[str]) -> dict[str, Any]:
-        """Returns the fields that identify this run in the rows."""
-        return {
-            "seed": self.seed,
-            "lr": self.lr,
-            "task": "all" if self.task is None else names[self.task],
-        }
-
-
 def build_model(name: str, settings: Training, dataset: data.Dataset) -> models.Model:
     """Builds a message-passing network for molecules, or an MLP for tables."""
     heads = {task.name: task.size for task in dataset.tasks}
@@ -365,19 +349,20 @@ def make_program(config: Config, problem: Problem, method: str) -> Program:
 
 def runs_of(
     config: Config, problem: Problem, method: str, rates: Sequence[float]
-) -> list[Run]:
+) -> list[common.Run]:
     """The vmapped axis: seeds, learning rates, and tasks for the baselines."""
     tasks = range(problem.dataset.num_tasks) if method == SINGLE_TASK else (None,)
     seeds = config.seed_range
-    return [Run(seed, task, lr) for task in tasks for lr in rates for seed in seeds]
+    return [common.Run(s, lr, t) for t in tasks for lr in rates for s in seeds]
 
 
-def initial_state(problem: Problem, method: str, program: Program, runs: Sequence[Run]):
+def initial_state(
+    problem: Problem, method: str, program: Program, runs: Sequence[common.Run]
+):
     """Returns the stacked states of all runs of a row, and their data-order keys."""
     keys = common.keys_of(run.seed for run in runs)
     params = problem.init_models(keys.model)
-    first = min(run.seed for run in runs)
-    splits = jnp.array([(run.seed - first) * problem.by_seed for run in runs])
+    splits = common.splits_of([run.seed for run in runs], problem.by_seed)
     constants = common.chosen_tasks(
         [run.task for run in runs], problem.dataset.num_tasks
     )
@@ -397,7 +382,7 @@ def run_method(
     program = make_program(config, problem, method)
     runs = runs_of(config, problem, method, rates)
     state, order_keys = initial_state(problem, method, program, runs)
-    beyond = [f"{rate:g}" for rate in rates if rate not in settings.lrs]
+    beyond = common.beyond(rates, settings.lrs)
     about = {
         "data": problem.name,
         "method": method,
@@ -405,6 +390,10 @@ def run_method(
         "training": settings,
     }
     plan = common.Plan(
+        state=state,
+        step=program.step,
+        data=problem.train,
+        order=order_keys,
         steps=settings.steps,
         batch_size=settings.batch_size,
         eval_every=settings.eval_every,
@@ -422,14 +411,7 @@ def run_method(
         checkpoint_every=max(1, settings.steps // 4),
         positive_losses=program.positive_losses,
     )
-    return common.train(
-        config,
-        plan,
-        state=state,
-        step=program.step,
-        data=problem.train,
-        order=order_keys,
-    ).rows
+    return common.train(config, plan)
 
 
 def run_times(

@@ -22,7 +22,7 @@ def main(config: Config, command: str) -> None:
     )
     methods = (SINGLE_TASK, *config.methods)
     programs = {m: train.make_program(config, problem, m) for m in methods}
-    rows = {m: train.run_method(config, problem, m, programs[m]).rows for m in methods}
+    rows = {m: train.run_method(config, problem, m, programs[m]) for m in methods}
     programs.pop(SINGLE_TASK)
     times = {}
     if config.time_steps:

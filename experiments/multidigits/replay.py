@@ -14,5 +14,5 @@ def rows(config: Config) -> list[dict[str, Any]]:
     """Returns the reported lines of the row."""
     problem = train.make_problem(config)
     program = train.make_program(config, problem, "linear")
-    found = train.run_method(config, problem, "linear", program).rows
+    found = train.run_method(config, problem, "linear", program)
     return [{"method": "linear", **row} for row in select(found).rows]

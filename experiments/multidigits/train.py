@@ -55,19 +55,6 @@ class Program(NamedTuple):
     positive_losses: bool
 
 
-class Run(NamedTuple):
-    """One entry of the vmapped axis: a seed, a learning rate, a task of a baseline."""
-
-    seed: int
-    lr: float
-    task: int | None
-
-    def label(self, names: list[str]) -> dict[str, Any]:
-        """Returns the fields that identify this run in the rows."""
-        task = "all" if self.task is None else names[self.task]
-        return {"seed": self.seed, "lr": self.lr, "task": task}
-
-
 def make_problem(config: Config) -> Problem:
     """Loads the data and binds model, losses and metrics."""
     options: dict[str, Any] = {"train_size": config.train_size}
@@ -218,15 +205,11 @@ def make_program(config: Config, problem: Problem, method: str) -> Program:
     return Program(init, step, example.positive_losses)
 
 
-def runs_of(config: Config, problem: Problem, method: str) -> list[Run]:
+def runs_of(config: Config, problem: Problem, method: str) -> list[common.Run]:
     """Builds the vmapped axis: seeds x learning rates, and tasks for the baselines."""
     tasks = range(len(problem.dataset.tasks)) if method == SINGLE_TASK else (None,)
-    return [
-        Run(s, lr, task)
-        for task in tasks
-        for lr in config.lrs
-        for s in config.seed_range
-    ]
+    seeds = config.seed_range
+    return [common.Run(s, r, t) for t in tasks for r in config.lrs for s in seeds]
 
 
 def initial_state(config: Config, problem: Problem, method: str, program: Program):
@@ -289,11 +272,15 @@ def make_train(
 
 def run_method(
     config: Config, problem: Problem, method: str, program: Program
-) -> training.FitResult:
+) -> list[dict[str, Any]]:
     """Trains all runs of a method. Files are written under ``config.out``."""
     state, order_keys = initial_state(config, problem, method, program)
     names = [task.name for task in problem.dataset.tasks]
     plan = common.Plan(
+        state=state,
+        step=program.step,
+        data=problem.train,
+        order=order_keys,
         steps=config.steps,
         batch_size=config.batch_size,
         eval_every=config.eval_every,
@@ -308,11 +295,4 @@ def run_method(
         select="val_score",
         positive_losses=program.positive_losses,
     )
-    return common.train(
-        config,
-        plan,
-        state=state,
-        step=program.step,
-        data=problem.train,
-        order=order_keys,
-    )
+    return common.train(config, plan)

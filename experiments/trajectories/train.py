@@ -22,7 +22,7 @@ from experiments.trajectories.data import (
 )
 from experiments.trajectories.measure import probe_set
 from experiments.trajectories.model import Functions
-from mtljax import stack, training
+from mtljax import stack
 
 Batch = Mapping[str, Array]
 
@@ -119,10 +119,9 @@ def run_row(
     groups = [runs] if config.together else [[run] for run in runs]
     found = []
     for group in groups:
-        result = run_group(
+        found += run_group(
             config, scale, problem, functions, row, runs=group, measured=measured
         )
-        found += result.rows
     return found
 
 
@@ -135,7 +134,7 @@ def run_group(
     *,
     runs: list[tuple[int, float]],
     measured: bool,
-) -> training.FitResult:
+) -> list[dict[str, Any]]:
     """Trains runs of a row, pairs of seed and learning rate, together by vmap."""
     keys = common.keys_of(seed for seed, _ in runs)
     train = on_device(problem.train)
@@ -171,6 +170,10 @@ def run_group(
         parts.append(f"seed_{runs[0][0]}")
         title += f", seed {runs[0][0]}"
     plan = common.Plan(
+        state=state,
+        step=step,
+        data=train,
+        order=keys.order,
         steps=scale.steps,
         batch_size=scale.batch_size,
         eval_every=scale.eval_every,
@@ -184,9 +187,7 @@ def run_group(
         eval_at_start=measured,
         checkpoint_every=scale.steps,
     )
-    return common.train(
-        config, plan, state=state, step=step, data=train, order=keys.order
-    )
+    return common.train(config, plan)
 
 
 def rows_of(config: Config, problem: Problem) -> list[Row]:
