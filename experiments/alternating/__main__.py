@@ -1,7 +1,7 @@
 """``python -m experiments.alternating [smoke|cpu|large|gpu] --data-dir DIR``."""
 
-from experiments.alternating.config import PRESETS, SINGLE_TASK, Config, check
-from experiments.common import cli as common
+from experiments.alternating.config import SINGLE_TASK, Config, check
+from experiments.common.cli import make_cli
 
 
 def run_set(config: Config, problem, command: str, screen) -> None:
@@ -66,17 +66,7 @@ def main(config: Config, command: str) -> None:
         run_set(config, make_problem(config, name), command, screen)
 
 
-def cli() -> None:
-    """Reads the command line."""
-    common.run(
-        main,
-        PRESETS,
-        "alternating",
-        "Joint, alternating and grouped optimizer steps on tasks of different kinds, "
-        "at matched learning rates.",
-        default="cpu",
-    )
-
+cli = make_cli(main, "alternating", default="cpu")
 
 if __name__ == "__main__":
     cli()

@@ -4,9 +4,11 @@ The exit status is 0 after success and 1 after an error of the run or its data. 
 after an invalid option, and 130 or 143 after a signal.
 """
 
+import functools
+import importlib
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from experiments.common.config import ConfigError
@@ -14,22 +16,18 @@ from experiments.common.runs import Interrupted
 from mtljax.training.cli import run_cli
 
 
-def run(
-    main: Callable[[Any, str], object],
-    presets: Mapping[str, tuple[str, Any]],
-    name: str,
-    description: str,
-    default: str | None = None,
-) -> None:
-    """Reads the command line and calls ``main(config, command)``.
+def make_cli(
+    main: Callable[[Any, str], object], name: str, default: str | None = None
+) -> Callable[[], None]:
+    """Returns the command of an experiment, which calls ``main(config, command)``.
 
-    An error is printed as one sentence. With ``MTLJAX_TRACEBACK=1`` it is raised.
+    Its presets are those of ``experiments.NAME.config``, and the description is the
+    docstring of the package. An error is printed as one sentence. With
+    ``MTLJAX_TRACEBACK=1`` it is raised.
 
     Args:
       main: Runs the experiment.
-      presets: Descriptions and configurations by name.
       name: Name of the package in ``experiments``.
-      description: Text for ``--help``.
       default: Preset that is used if the command names none. With None, the command
         shows the help instead.
     """
@@ -45,11 +43,12 @@ def run(
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
 
-    run_cli(
+    return functools.partial(
+        run_cli,
         guarded,
-        presets,
+        importlib.import_module(f"experiments.{name}.config").PRESETS,
         prog=f"python -m experiments.{name}",
-        description=description
+        description=str(importlib.import_module(f"experiments.{name}").__doc__)
         + (f" Without a preset, `{default}` runs." if default else ""),
         default=default,
     )

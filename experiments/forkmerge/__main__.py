@@ -4,8 +4,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from experiments.common import cli as common
-from experiments.forkmerge.config import LABELS, PRESETS, Config, check
+from experiments.common.cli import make_cli
+from experiments.forkmerge.config import LABELS, Config, check
 
 
 def main(config: Config, command: str) -> None:
@@ -97,17 +97,7 @@ def train_all(
     yield rows, True
 
 
-def cli() -> None:
-    """Reads the command line."""
-    common.run(
-        main,
-        PRESETS,
-        "forkmerge",
-        "ForkMerge and other methods for learning from auxiliary tasks, on digits of "
-        "five domains.",
-        default="cpu",
-    )
-
+cli = make_cli(main, "forkmerge", default="cpu")
 
 if __name__ == "__main__":
     cli()

@@ -3,9 +3,8 @@
 import time
 from typing import Any, NamedTuple
 
-from experiments.common import cli as common
+from experiments.common.cli import make_cli
 from experiments.fs_mtl.config import (
-    PRESETS,
     Config,
     Entry,
     check,
@@ -170,16 +169,7 @@ def main(config: Config, command: str) -> None:
         run_set(config, name, command, clock)
 
 
-def cli() -> None:
-    """Reads the command line."""
-    common.run(
-        main,
-        PRESETS,
-        "fs_mtl",
-        "Sharpness-aware multi-task learning: balancers with and without SAM, in each "
-        "order of the two, and controls without a balancer.",
-    )
-
+cli = make_cli(main, "fs_mtl")
 
 if __name__ == "__main__":
     cli()

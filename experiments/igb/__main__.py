@@ -1,7 +1,7 @@
 """``python -m experiments.igb [smoke|cpu|...] --data-dir DIR [--field value]``."""
 
-from experiments.common import cli as common
-from experiments.igb.config import PRESETS, SINGLE_TASK, Config, check
+from experiments.common.cli import make_cli
+from experiments.igb.config import SINGLE_TASK, Config, check
 
 
 def main(config: Config, command: str) -> None:
@@ -54,17 +54,7 @@ def run_problem(config: Config, problem, command: str, screen):
     return values
 
 
-def cli() -> None:
-    """Reads the command line."""
-    common.run(
-        main,
-        PRESETS,
-        "igb",
-        "Improvable gap balancing and other methods, on molecules and on tables with "
-        "several targets.",
-        default="cpu",
-    )
-
+cli = make_cli(main, "igb", default="cpu")
 
 if __name__ == "__main__":
     cli()

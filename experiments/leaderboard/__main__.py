@@ -3,8 +3,8 @@
 import os
 import sys
 
-from experiments.common import cli as common
-from experiments.leaderboard.config import PRESETS, Config, check, folder_name
+from experiments.common.cli import make_cli
+from experiments.leaderboard.config import Config, check, folder_name
 
 ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
 
@@ -99,16 +99,7 @@ def use_cache(config: Config) -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
 
 
-def cli() -> None:
-    """Reads the command line."""
-    common.run(
-        main,
-        PRESETS,
-        "leaderboard",
-        "Compares every balancer with tuned equal and static weights on small sets.",
-        default="cpu",
-    )
-
+cli = make_cli(main, "leaderboard", default="cpu")
 
 if __name__ == "__main__":
     cli()

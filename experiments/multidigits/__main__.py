@@ -1,7 +1,7 @@
 """``python -m experiments.multidigits [smoke|demo|full] [--field value ...]``."""
 
-from experiments.common import cli as common
-from experiments.multidigits.config import PRESETS, SINGLE_TASK, Config, check
+from experiments.common.cli import make_cli
+from experiments.multidigits.config import SINGLE_TASK, Config, check
 
 
 def main(config: Config, command: str) -> None:
@@ -40,17 +40,7 @@ def main(config: Config, command: str) -> None:
     screen.finish(written)
 
 
-def cli() -> None:
-    """Reads the command line."""
-    common.run(
-        main,
-        PRESETS,
-        "multidigits",
-        "Compares single-task baselines with multi-task methods on overlaid real "
-        "digits or on your own data set.",
-        default="demo",
-    )
-
+cli = make_cli(main, "multidigits", default="demo")
 
 if __name__ == "__main__":
     cli()

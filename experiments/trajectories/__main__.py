@@ -1,7 +1,7 @@
 """``python -m experiments.trajectories [smoke|cpu|...] --data-dir DIR``."""
 
-from experiments.common import cli as common
-from experiments.trajectories.config import PRESETS, Config, check
+from experiments.common.cli import make_cli
+from experiments.trajectories.config import Config, check
 
 
 def main(config: Config, command: str) -> None:
@@ -50,17 +50,7 @@ def main(config: Config, command: str) -> None:
     screen.finish(written)
 
 
-def cli() -> None:
-    """Reads the command line."""
-    common.run(
-        main,
-        PRESETS,
-        "trajectories",
-        "The effect of joint training on each task's trajectory, and whether it "
-        "explains transfer.",
-        default="cpu",
-    )
-
+cli = make_cli(main, "trajectories", default="cpu")
 
 if __name__ == "__main__":
     cli()
