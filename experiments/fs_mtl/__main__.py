@@ -1,16 +1,10 @@
 """``python -m experiments.fs_mtl [smoke|cpu|...] [--field value ...]``."""
 
+import functools
 import time
-from typing import Any, NamedTuple
 
 from experiments.common.cli import make_cli
-from experiments.fs_mtl.config import (
-    Config,
-    Entry,
-    check,
-    entries,
-    seed_groups,
-)
+from experiments.fs_mtl.config import Config, Entry, check, entries, seed_groups
 
 
 def say(text: str) -> None:
@@ -18,74 +12,55 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-class Bench(NamedTuple):
-    """Compiled functions that all entries of a data set share."""
+def make_runner(config: Config, name: str, splits, epoch: int):
+    """Returns a function that runs an entry of a data set, or reads its files.
 
-    problem: Any
-    probe: Any
-    score: Any
-
-
-def make_benches(config: Config, splits: Any, wanted: set[int | None]):
-    """Builds one bench for the multi-task entries and one per single task."""
+    It returns the rows of all seeds, or None if they are not finished.
+    """
+    from experiments.common import runs
     from experiments.fs_mtl import problem, train
 
-    def make(task: int | None) -> Bench:
+    @functools.cache
+    def bench(task: int | None):  # compiled functions that several entries share
         subject = problem.make_problem(config, splits, task)
         probe = train.make_probe(config, subject) if task is None else None
-        return Bench(subject, probe, train.make_score(subject))
+        return subject, probe, train.make_score(subject)
 
-    return {task: make(task) for task in wanted}
-
-
-class Runner(NamedTuple):
-    """Runs the entries of one data set, or reads their files."""
-
-    config: Config
-    name: str
-    benches: dict[int | None, Bench]
-    epoch: int  # its steps
-
-    def __call__(self, entry: Entry):
-        """Rows of all seeds; None if they are not finished."""
-        from experiments.common import runs
-        from experiments.fs_mtl import train
-
-        config, bench = self.config, self.benches[entry.task]
+    def run(entry: Entry):
         program, rows = None, []
         for seeds in seed_groups(config):
-            folder = entry.folder(config, self.name, seeds)
+            folder = entry.folder(config, name, seeds)
             if config.report_only:
-                steps = train.epochs_of(config, entry) * self.epoch
+                steps = train.epochs_of(config, entry) * epoch
                 found = runs.finished(folder, steps)
                 if not found:
                     return None
-                rows += found
-                continue
-            if program is None:  # one compilation for all seeds
-                program = train.make_program(
-                    config, bench.problem, entry, bench.probe, bench.score
+            else:
+                subject, probe, score = bench(entry.task)
+                if program is None:  # one compilation for all seeds
+                    program = train.make_program(config, subject, entry, probe, score)
+                found = train.run_entry(
+                    config, subject, entry, program, seeds=seeds, folder=folder
                 )
-            rows += train.run_entry(
-                config, bench.problem, entry, program, seeds=seeds, folder=folder
-            )
+            rows += found
         return rows
+
+    return run
 
 
 def with_radii(config: Config, entry: Entry, chosen: dict[str, float]) -> list[Entry]:
     """An entry at the radii that are tried: that of the F-line, if there is one."""
     if entry.variant == "plain":
         return [entry]
-    split = entry.variant == "split"
-    rhos = config.rhos if split or entry.method not in chosen else None
-    found = (chosen[entry.method],) if rhos is None else rhos
-    return [entry._replace(rho=rho) for rho in found]
+    if entry.variant != "split" and entry.method in chosen:
+        return [entry._replace(rho=chosen[entry.method])]
+    return [entry._replace(rho=rho) for rho in config.rhos]
 
 
 def run_set(config: Config, name: str, command: str, clock: "Clock") -> None:
     """Trains and reports one data set; the report is written after every line."""
     from experiments.common.runs import prepare
-    from experiments.fs_mtl import problem, report, train
+    from experiments.fs_mtl import figures, problem, report, train
 
     splits = problem.load(config, name)
     names = tuple(task.name for task in splits.tasks)
@@ -94,16 +69,15 @@ def run_set(config: Config, name: str, command: str, clock: "Clock") -> None:
         f"{', '.join(names)}; {splits.notes}"
     )
     todo = entries(config)
-    benches = make_benches(config, splits, {entry.task for entry in todo})
     folders = [
         one.folder(config, name, seeds)
         for entry in todo
         for one in with_radii(config, entry, {})
         for seeds in seed_groups(config)
     ]
+    epoch = train.steps_per_epoch(config, splits)
     prepare(config, folders)
-    epoch = train.steps_per_epoch(config, next(iter(benches.values())).problem)
-    run = Runner(config, name, benches, epoch)
+    run = make_runner(config, name, splits, epoch)
     runs = report.Runs(name, names, {}, {}, epoch)
     radii: dict[str, float] = {}
     for entry in todo:
@@ -124,17 +98,10 @@ def run_set(config: Config, name: str, command: str, clock: "Clock") -> None:
         if not config.report_only:
             report.write(config, runs, command, splits.notes)
             report.write_rows(config, runs)
-    publish(config, runs, command, splits.notes)
-
-
-def publish(config: Config, runs: Any, command: str, notes: str) -> None:
-    """Writes tables, rows and figures of a data set."""
-    from experiments.fs_mtl import figures, report
-
     if not runs.rows:
-        say(f"{runs.name}: no finished run in {config.out}")
+        say(f"{name}: no finished run in {config.out}")
         return
-    written = [report.write(config, runs, command, notes)]
+    written = [report.write(config, runs, command, splits.notes)]
     written.append(report.write_rows(config, runs))
     if config.plots:
         written += figures.write(config, runs)

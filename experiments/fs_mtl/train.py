@@ -13,7 +13,7 @@ import mtljax
 from experiments.common import runs as common
 from experiments.common.config import check_batch
 from experiments.fs_mtl.config import NATIVE, STL, Config, Entry
-from experiments.fs_mtl.problem import LABELS, Batch, Problem, scores
+from experiments.fs_mtl.problem import LABELS, Batch, Problem, Splits, scores
 from mtljax import sharpness, training
 
 MAY_DIFFER = (
@@ -178,7 +178,7 @@ def initial_state(program: Program, seeds: list[int]) -> tuple[State, Array]:
     return common.stack([program.init(key) for key in init_keys]), order_keys
 
 
-def steps_per_epoch(config: Config, problem: Problem) -> int:
+def steps_per_epoch(config: Config, problem: Problem | Splits) -> int:
     """Returns the number of complete batches in the training canvases."""
     size = len(problem.train["image"])
     check_batch("batch_size", config.batch_size, size)
