@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -124,8 +125,11 @@ class Drivers:
 
     def prune(
         self, state: forkmerge.ForkMergeState, *, keep: int
-    ) -> tuple["Drivers", forkmerge.ForkMergeState]:
-        """Keeps the best branches of each run, equally many in all runs."""
+    ) -> tuple["Drivers", forkmerge.ForkMergeState, list[tuple[int, ...]]]:
+        """Keeps the best branches of each run, equally many in all runs.
+
+        The third result has the positions of the branches that are kept.
+        """
         info = state.info
         kept = forkmerge.prune_groups(
             info.weights,
@@ -135,7 +139,7 @@ class Drivers:
             keep=keep,
         )
         select = lambda d, s, rows: d.select(s, rows)
-        return self.restrict(kept), self.over(select, state, jnp.array(kept))
+        return self.restrict(kept), self.over(select, state, jnp.array(kept)), kept
 
     def restrict(self, kept: Any) -> "Drivers":
         """Returns drivers with a subset of the branches."""
@@ -184,23 +188,16 @@ def runs_of(
     config: Config, part: str, method: str, rates: Sequence[float], interval: int
 ) -> list[dict[str, Any]]:
     """Returns the G runs of a method as dictionaries of their identifying fields."""
-    found = []
-    for target in config.domains:
-        others = [name for name in config.domains if name != target]
-        for aux in others if part in ONE_AUXILIARY else ("all",):
-            for seed in config.seed_range:
-                for lr in rates:
-                    run = {
-                        "part": part,
-                        "method": method,
-                        "target": target,
-                        "aux": aux,
-                        "seed": seed,
-                        "lr": lr,
-                    }
-                    more = {"interval": interval} if method in MERGED else {}
-                    found.append(run | more)
-    return found
+    auxiliaries = config.domains if part in ONE_AUXILIARY else ("all",)
+    runs = itertools.product(config.domains, auxiliaries, config.seed_range, rates)
+    names, more = ("target", "aux", "seed", "lr"), {}
+    if method in MERGED:
+        more["interval"] = interval
+    return [
+        {"part": part, "method": method, **dict(zip(names, run, strict=True)), **more}
+        for run in runs
+        if run[0] != run[1]
+    ]
 
 
 def make_job(
@@ -232,7 +229,9 @@ def make_job(
     sizes = np.asarray(problem.splits["train"]["size"])
     sets = {s: training_rows(sizes, config.train_size, s) for s in config.seed_range}
     rows = jax.tree.map(lambda *x: np.stack(x), *(sets[run["seed"]] for run in runs))
-    states = jax.jit(jax.vmap(problem.init))(keys_of(runs), orders, rows, lrs_of(runs))
+    keys = jnp.stack([jax.random.key(run["seed"]) for run in runs])
+    lrs = np.array([run["lr"] for run in runs], np.float32)
+    states = jax.jit(jax.vmap(problem.init))(keys, orders, rows, lrs)
     tasks = orders.shape[1]
     if method in JOINT:
         step, first = joint_step(config, problem, method, tasks)
@@ -285,29 +284,6 @@ def make_job(
     )
 
 
-def keys_of(runs: list[dict[str, Any]]) -> Array:
-    return jnp.stack([jax.random.key(run["seed"]) for run in runs])
-
-
-def lrs_of(runs: list[dict[str, Any]]) -> np.ndarray:
-    return np.array([run["lr"] for run in runs], np.float32)
-
-
-def same(config: Config) -> Callable[[dict[str, Any]], None]:
-    """Returns a check that rejects a run of another configuration."""
-    identity = training.to_json(config)
-
-    def check(meta: dict[str, Any]) -> None:
-        free = {*training.MAY_DIFFER, *MAY_DIFFER}
-        found = records.differences(meta["config"], identity, free)
-        if found:
-            raise training.ConfigMismatchError(
-                f"The run to resume has another configuration: {'; '.join(found)}."
-            )
-
-    return check
-
-
 class Run:
     """A job in progress, with its state, rows and files."""
 
@@ -349,9 +325,19 @@ class Run:
         if step > self.driver.interval and kept.exists():
             self.driver = self.driver.restrict(json.loads(kept.read_text()))
         target = jax.eval_shape(self.fresh)
-        found = self._saver.restore(target, step, check=same(self.config))
+        found = self._saver.restore(target, step, check=self._check)
         self.rows = found.meta["rows"]
         return found.state
+
+    def _check(self, meta: dict[str, Any]) -> None:
+        """Rejects a run of another configuration."""
+        free = {*training.MAY_DIFFER, *MAY_DIFFER}
+        config = training.to_json(self.config)
+        found = records.differences(meta["config"], config, free)
+        if found:
+            raise training.ConfigMismatchError(
+                f"The run to resume has another configuration: {'; '.join(found)}."
+            )
 
     def _save(self, state: forkmerge.ForkMergeState) -> None:
         meta = {"config": self.config, "rows": self.rows}
@@ -390,9 +376,7 @@ class Run:
 
         if self.job.keep is not None and step_of(state) <= interval:
             state = run(state, min(interval, config.steps))
-            before = self.driver
-            self.driver, state = self.driver.prune(state, keep=self.job.keep)
-            kept = positions(before.branch_weights, self.driver.branch_weights)
+            self.driver, state, kept = self.driver.prune(state, keep=self.job.keep)
             # A checkpoint may not have been written yet.
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / BRANCHES).write_text(json.dumps(kept))
@@ -408,11 +392,3 @@ class Run:
                 row = {**run, **branch, "step": step, **numbers, **extra}
                 # As read back from the file, where a non-finite score is None.
                 self.rows.append(training.to_json(row))
-
-
-def positions(before: Array, after: Array) -> list[list[int]]:
-    """Returns the positions in ``before`` ``[G, B, T]`` of the rows of ``after``."""
-    return [
-        [old.tolist().index(row) for row in new.tolist()]
-        for old, new in zip(np.asarray(before), np.asarray(after), strict=True)
-    ]

@@ -11,15 +11,11 @@ from jaxtyping import Array
 
 from experiments.common import problem as common
 from experiments.common.config import ConfigError
-from experiments.common.runs import LABELS, on_device
+from experiments.common.runs import on_device
 from experiments.fs_mtl.config import Config
 from mtljax import data, metrics, models
 
-__all__ = ["LABELS", "Batch", "Problem", "Splits", "load", "make_problem", "scores"]
-
 Batch = Mapping[str, Array]
-
-
 OVERLAYS = ("multidigits", "multi_mnist", "multi_fashion", "multi_fashion_mnist")
 
 

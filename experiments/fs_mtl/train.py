@@ -12,8 +12,9 @@ from jaxtyping import Array, Int
 import mtljax
 from experiments.common import runs as common
 from experiments.common.config import check_batch
+from experiments.common.runs import LABELS
 from experiments.fs_mtl.config import NATIVE, STL, Config, Entry
-from experiments.fs_mtl.problem import LABELS, Batch, Problem, Splits, scores
+from experiments.fs_mtl.problem import Batch, Problem, Splits, scores
 from mtljax import sharpness, training
 
 MAY_DIFFER = (
