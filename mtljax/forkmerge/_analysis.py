@@ -15,8 +15,8 @@ from mtljax.forkmerge._checks import (
     Direction,
     Numbers,
     check_positive,
-    check_validation,
     count_branches,
+    score_args,
     sign_of,
 )
 from mtljax.forkmerge._merge import Rules, merge_leaves
@@ -196,9 +196,7 @@ def ternary_map(
     count = count_branches(name, corners)
     if count != 3:
         raise ValueError(f"{name}: a triangle has 3 corners, not {count}.")
-    if validation is not None:
-        check_validation(name, validation)
-    args = () if validation is None else (validation,)
+    args = score_args(name, validation)
     weights = jnp.array(simplex_points(3, levels))
     triangle = jnp.array([[0.0, 0.0], [1.0, 0.0], [0.5, math.sqrt(0.75)]])
 
@@ -251,9 +249,7 @@ def one_step_transfer(
       (1.0, [0.0, 0.4])
     """
     sign = sign_of("one_step_transfer", direction)
-    if validation is not None:
-        check_validation("one_step_transfer", validation)
-    args = () if validation is None else (validation,)
+    args = score_args("one_step_transfer", validation)
     found, back = jax.vjp(losses, params)
     if jnp.shape(found) != (2,):
         raise ValueError(

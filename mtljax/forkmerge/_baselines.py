@@ -15,7 +15,7 @@ from mtljax.forkmerge._checks import (
     Direction,
     Numbers,
     check_target,
-    check_validation,
+    score_args,
     sign_of,
 )
 from mtljax.forkmerge._realise import Realisation
@@ -144,8 +144,7 @@ def grid_search(
       ([1.0, 1.0], [-5.0, -2.0, -2.0, -1.0])
     """
     sign = sign_of("grid_search", direction)
-    if validation is not None:
-        check_validation("grid_search", validation)
+    args = score_args("grid_search", validation)
     candidates = jnp.asarray(candidates)
     if candidates.ndim != 2:
         raise ValueError(
@@ -163,7 +162,6 @@ def grid_search(
         strategy=strategy,
         mesh=mesh,
     )
-    args = () if validation is None else (validation,)
     scores = jax.lax.map(lambda s: validate(score, s, args), states)
     signed = sign * scores
     index = jnp.argmax(jnp.where(jnp.isnan(signed), -jnp.inf, signed))

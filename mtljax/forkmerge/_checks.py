@@ -86,6 +86,14 @@ def as_merge_weights(name: str, weights: Numbers, num_branches: int) -> Array:
     return found
 
 
+def score_args(name: str, validation: Any) -> tuple[Any, ...]:
+    """Returns the further arguments of a score, after checking the validation set."""
+    if validation is None:
+        return ()
+    check_validation(name, validation)
+    return (validation,)
+
+
 def check_validation(name: str, validation: Any) -> None:
     """Raises an error if the validation set contains no example."""
     leaves = jax.tree_util.tree_leaves_with_path(validation)

@@ -24,7 +24,7 @@ from mtljax.forkmerge._checks import (
     Direction,
     check_positive,
     check_target,
-    check_validation,
+    score_args,
 )
 from mtljax.forkmerge._merge import (
     Head,
@@ -335,8 +335,8 @@ class ForkMerge:
         Returns:
           The state, and the scores of shape ``[B]``. The cost is B validation passes.
         """
-        self._check("evaluate", validation)
-        return self._jit_evaluate(state, validation)
+        args = score_args("ForkMerge.evaluate", validation)
+        return self._jit_evaluate(state, args)
 
     def merge(
         self, state: ForkMergeState, validation: Any = None, report: Any = None
@@ -354,8 +354,8 @@ class ForkMerge:
           :func:`search_merge`, two more passes with ``report``, and B more passes
           unless ``merge_source="last"``.
         """
-        self._check("merge", validation, report)
-        return self._jit_merge(state, validation, report)
+        args, report = self._score_args("merge", validation, report)
+        return self._jit_merge(state, args, report)
 
     def advance(
         self,
@@ -382,20 +382,20 @@ class ForkMerge:
         Returns:
           The state, and the metrics with leaves ``[B, ...]``.
         """
-        self._check("advance", validation, report)
+        args, report = self._score_args("advance", validation, report)
         batches = jax.tree.map(lambda x: jnp.asarray(x)[None], batch)
         state, metrics = self._train(state, batches, data)
         metrics = jax.tree.map(lambda m: jnp.squeeze(m, 1), metrics)
         if self._source.evaluate_every is not None:
             state = lax.cond(
                 state.step % self._source.evaluate_every == 0,
-                lambda s: self._evaluate(s, validation)[0],
+                lambda s: self._evaluate(s, args)[0],
                 lambda s: s,
                 state,
             )
         state = lax.cond(
             state.step % self.interval == 0,
-            lambda s: self._merge(s, validation, report)[0],
+            lambda s: self._merge(s, args, report)[0],
             lambda s: s,
             state,
         )
@@ -543,10 +543,8 @@ class ForkMerge:
     def _jit_merge(self):
         return jax.jit(self._merge)
 
-    def _check(self, what: str, *sets: Any) -> None:
-        for found in sets:
-            if found is not None:
-                check_validation(f"ForkMerge.{what}", found)
+    def _score_args(self, what: str, *sets: Any) -> list[tuple[Any, ...]]:
+        return [score_args(f"ForkMerge.{what}", found) for found in sets]
 
     def _train(self, state: ForkMergeState, batches: Any, data: Any):
         training = self.training
@@ -566,9 +564,8 @@ class ForkMerge:
         steps = jax.tree.leaves(batches)[0].shape[0]
         return state._replace(branches=branches, step=state.step + steps), metrics
 
-    def _evaluate(self, state: ForkMergeState, validation: Any):
+    def _evaluate(self, state: ForkMergeState, args: tuple[Any, ...]):
         search = self._search
-        args = () if validation is None else (validation,)
         score = lambda s: search.sign * validate(self.score, s, args)
         if self.training.strategy == "map":
             scores = lax.map(score, state.branches)
@@ -583,26 +580,27 @@ class ForkMerge:
             )
         return state, search.sign * scores
 
-    def _merge(self, state: ForkMergeState, validation: Any, report: Any):
+    def _merge(
+        self, state: ForkMergeState, args: tuple[Any, ...], report: tuple[Any, ...]
+    ):
         search = self._search
         source = state.branches
         if self._remembers:
-            state, _ = self._evaluate(state, validation)
+            state, _ = self._evaluate(state, args)
             source = overlay(source, state.snapshots, search.rules, "merge")
         key = None
         if search.search.method == "random":
             key = jax.random.fold_in(state.key, state.step)
             key = jax.random.fold_in(key, 2**31 - 1)  # not used for sampled tasks
-        args = () if validation is None else (validation,)
         inputs = Inputs(source, args, key, self.branch_weights, state.initial)
         found = run_search(search, inputs)
         held_out = single = jnp.full((), jnp.nan, found.score.dtype)
-        if report is not None:
-            held_out = validate(self.score, found.state, (report,))
+        if report:
+            held_out = validate(self.score, found.state, report)
             at = jnp.argmax(search.sign * found.branch_scores)
             alone = jax.nn.one_hot(at, self.num_branches)
             alone = merged_state(search, inputs, alone)
-            single = validate(self.score, alone, (report,))
+            single = validate(self.score, alone, report)
         gap = search.sign * (found.score - held_out)
         info = MergeInfo(
             found.weights, found.branch_scores, found.score, held_out, single, gap

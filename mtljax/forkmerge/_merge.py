@@ -265,40 +265,31 @@ def refork(
 def refork_leaves(branches: Any, merged: Any, rules: Rules) -> Any:
     """Applies :func:`refork` with hashable rules."""
     count_branches("refork", branches)
-    leaves, treedef = jax.tree.flatten(branches)
-    kinds = plan("refork", branches, rules)
-    new = treedef.flatten_up_to(merged)
-    return jax.tree.unflatten(
-        treedef,
-        [
-            x if policy == "keep" else jnp.broadcast_to(m[None], x.shape)
-            for x, m, (policy, _) in zip(leaves, new, kinds, strict=True)
-        ],
-    )
+
+    def leaf(policy, x, m):
+        return x if policy == "keep" else jnp.broadcast_to(m[None], x.shape)
+
+    return _map("refork", rules, leaf, branches, merged)
 
 
 def keep_only(tree: Any, rules: Rules, policy: Policy) -> Any:
     """Keeps the leaves of one policy and replaces others by ``optax.MaskedNode()``."""
-    leaves, treedef = jax.tree.flatten(tree)
-    kinds = plan("keep_only", tree, rules)
-    return jax.tree.unflatten(
-        treedef,
-        [
-            x if kind == policy else optax.MaskedNode()
-            for x, (kind, _) in zip(leaves, kinds, strict=True)
-        ],
-    )
+
+    def leaf(kind, x):
+        return x if kind == policy else optax.MaskedNode()
+
+    return _map("keep_only", rules, leaf, tree)
 
 
 def overlay(tree: Any, kept: Any, rules: Rules, policy: Policy) -> Any:
     """Returns ``tree`` with the leaves of one policy taken from ``kept``."""
+    leaf = lambda kind, x, k: k if kind == policy else x
+    return _map("overlay", rules, leaf, tree, kept)
+
+
+def _map(name: str, rules: Rules, function: Any, tree: Any, *others: Any) -> Any:
+    """Applies ``function(policy, *leaves)`` to the leaves of trees."""
     leaves, treedef = jax.tree.flatten(tree)
-    kinds = plan("overlay", tree, rules)
-    other = treedef.flatten_up_to(kept)
-    return jax.tree.unflatten(
-        treedef,
-        [
-            k if kind == policy else x
-            for x, k, (kind, _) in zip(leaves, other, kinds, strict=True)
-        ],
-    )
+    policies = [policy for policy, _ in plan(name, tree, rules)]
+    rest = map(treedef.flatten_up_to, others)
+    return treedef.unflatten(map(function, policies, leaves, *rest))

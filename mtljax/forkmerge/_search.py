@@ -20,6 +20,7 @@ from mtljax.forkmerge._checks import (
     check_positive,
     check_validation,
     count_branches,
+    score_args,
     sign_of,
 )
 from mtljax.forkmerge._merge import Head, Policy, Rules, make_rules, merge_leaves
@@ -337,13 +338,12 @@ def search_merge(
         raise ValueError(
             f"{name}: method='random' samples candidates at random and needs key=."
         )
-    if validation is not None:
-        check_validation(name, validation)
+    args = score_args(name, validation)
     if branch_weights is not None:
         branch_weights = check_branch_weights(name, branch_weights, num_branches)
     inputs = Inputs(
         jax.tree.map(jnp.asarray, branches),
-        () if validation is None else (validation,),
+        args,
         key,
         branch_weights,
         initial,
