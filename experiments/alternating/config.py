@@ -205,11 +205,7 @@ PRESETS = {
 
 
 def check_groups(name: str, rows: tuple[str, ...], tasks: int) -> None:
-    """Checks that no row has more groups than tasks.
-
-    Raises:
-      ConfigError: If a row has too many groups.
-    """
+    """Raises a :class:`ConfigError` if a row has more groups than tasks."""
     for row in rows:
         if ROWS[row].groups > tasks:
             raise ConfigError(
@@ -219,11 +215,7 @@ def check_groups(name: str, rows: tuple[str, ...], tasks: int) -> None:
 
 
 def check(config: Config) -> None:
-    """Validates the configuration before any data are read.
-
-    Raises:
-      ConfigError: If an option is invalid. The message names the option.
-    """
+    """Raises a :class:`ConfigError` that names the option if one is invalid."""
     common.check_common(config)
     common.check_some("sets", config.sets)
     check_data("sets", config.sets, (*SETS, *data.available()))

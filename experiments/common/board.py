@@ -10,14 +10,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from experiments.common.claims import ROOT
+from experiments.common.report import markdown
 
 FOLDER = ROOT / "leaderboard" / "results"
 PAGE = "leaderboard/results/LEADERBOARD.md"
 SHOWN = ("equal weights", "equal weights, other seeds", "static-5", "static-25")
 """Controls that the short table has in addition to the methods."""
 HEAD = (
-    "| row | Δm % [95 %] | sets better / worse than equal weights | p | step time |",
-    "|:--|--:|--:|--:|--:|",
+    "row",
+    "Δm % [95 %]",
+    "sets better / worse than equal weights",
+    "p",
+    "step time",
 )
 
 
@@ -47,17 +51,16 @@ def number(value: float | None) -> str:
     return f"{shown:+.1f}" if shown else "0.0"
 
 
-def line(entry: Mapping[str, Any], name: str) -> str:
+def line(entry: Mapping[str, Any], name: str) -> list[str]:
     """Formats a row of the short table."""
     equal, ratio = entry.get("equal"), entry.get("step_ratio")
-    cells = [
+    return [
         name,
         f"{number(entry['delta_m'])} [{number(entry['low'])}, {number(entry['high'])}]",
         f"{equal['better']} / {equal['worse']}" if equal else "",
         f"{equal['adjusted']:.2g}" if equal else "",
         f"x{ratio:.2g}" if ratio else "",
     ]
-    return "| " + " | ".join(cells) + " |"
 
 
 def summary(
@@ -89,8 +92,7 @@ def summary(
         "",
         *(f"- {text}" for text in found["conclusions"]),
         "",
-        *HEAD,
-        *(line(entry, name(entry)) for entry in rows),
+        *markdown(HEAD, [line(entry, name(entry)) for entry in rows]).split("\n"),
         "",
         "Δm is the change of the test error against single-task networks, mean over "
         f"{len(found['sets'])} sets ({', '.join(found['sets'])}); lower is better. "

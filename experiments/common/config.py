@@ -102,8 +102,7 @@ def option(name: str) -> str:
 def check_common(config: Common) -> None:
     """Checks each field by its type, and rejects flags that exclude each other.
 
-    Raises:
-      ConfigError: If a check fails. The message names the option.
+    A :class:`ConfigError` names the option, also in all other checks.
     """
     check_fields(config)
     if config.seed_range.stop - 1 > INT32:
@@ -117,11 +116,7 @@ def check_common(config: Common) -> None:
 
 
 def check_fields(config: Any, prefix: str = "") -> None:
-    """Checks the fields of a dataclass and of nested dataclasses by type.
-
-    Raises:
-      ConfigError: If a check fails. The message names the option.
-    """
+    """Checks the fields of a dataclass and of nested dataclasses by type."""
     hints = typing.get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):
         name = f"{prefix}{field.name}"
@@ -152,8 +147,8 @@ def _check_tuple(name: str, inner: Any, value: Any, bounds: Bounds | None) -> No
         inner = typing.get_args(inner)[0]
     if inner in (int, float) and not value and not (bounds and bounds.empty):
         raise ConfigError(f"{option(name)} is empty. Give at least one number.")
-    if bounds and bounds.once and len(set(value)) < len(value):
-        raise ConfigError(f"{option(name)} must name each value once, not {value}.")
+    if bounds and bounds.once:
+        check_distinct(name, value)
 
 
 def _check_number(name: str, kind: type, value: Any, bounds: Bounds | None) -> None:
@@ -174,12 +169,15 @@ def _check_number(name: str, kind: type, value: Any, bounds: Bounds | None) -> N
     raise ConfigError(f"{option(name)} must be {wanted}, not {shown}.")
 
 
-def check_names(field: str, names: Sequence[str], known: Iterable[str]) -> None:
-    """Checks that all names are known and distinct.
+def check_distinct(field: str, values: Sequence[Any]) -> None:
+    """Raises a :class:`ConfigError` if a value occurs twice."""
+    if len(set(values)) < len(values):
+        shown = ", ".join(map(str, values))
+        raise ConfigError(f"{option(field)} must name each value once, not {shown}.")
 
-    Raises:
-      ConfigError: If a name is unknown or repeated.
-    """
+
+def check_names(field: str, names: Sequence[str], known: Iterable[str]) -> None:
+    """Raises a :class:`ConfigError` if a name is unknown or repeated."""
     known = tuple(known)
     for name in names:
         if name not in known:
@@ -187,28 +185,17 @@ def check_names(field: str, names: Sequence[str], known: Iterable[str]) -> None:
                 f"{option(field)}: unknown name {name!r}. Choose from "
                 f"{', '.join(known)}."
             )
-    if len(set(names)) < len(names):
-        raise ConfigError(
-            f"{option(field)} must name each value once, not {', '.join(names)}."
-        )
+    check_distinct(field, names)
 
 
 def check_some(field: str, names: Sequence[Any]) -> None:
-    """Checks that a list is not empty.
-
-    Raises:
-      ConfigError: If the list is empty.
-    """
+    """Raises a :class:`ConfigError` if the list is empty."""
     if not names:
         raise ConfigError(f"{option(field)} is empty. Give at least one name.")
 
 
 def check_methods(field: str, names: Sequence[str]) -> None:
-    """Checks that all names are methods of mtljax, and that they are distinct.
-
-    Raises:
-      ConfigError: If a name is unknown or repeated.
-    """
+    """Raises a :class:`ConfigError` if a name is no method of mtljax, or repeated."""
     import mtljax
 
     for name in names:
@@ -216,18 +203,11 @@ def check_methods(field: str, names: Sequence[str]) -> None:
             mtljax.get_method(name)
         except ValueError as error:
             raise ConfigError(f"{option(field)}: {error}") from None
-    if len(set(names)) < len(names):
-        raise ConfigError(
-            f"{option(field)} must name each value once, not {', '.join(names)}."
-        )
+    check_distinct(field, names)
 
 
 def check_batch(field: str, batch_size: int, examples: int) -> None:
-    """Checks that a batch is not larger than the training data.
-
-    Raises:
-      ConfigError: If the batch size exceeds the number of training examples.
-    """
+    """Raises a :class:`ConfigError` if a batch is larger than the training data."""
     if batch_size > examples:
         raise ConfigError(
             f"{option(field)} {batch_size} is more than the {examples} training "

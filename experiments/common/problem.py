@@ -81,9 +81,8 @@ def known_labels(task: data.Task, target: Any) -> Any:
 def check_labels(found: data.Dataset) -> None:
     """Checks that every task has labels to learn and to score.
 
-    Raises:
-      ConfigError: If a split has no label of a task, or a column of the training
-        labels is constant.
+    A :class:`ConfigError` says that a split has no label of a task, or that a column of
+    the training labels is constant.
     """
     for task, part in itertools.product(found.tasks, data.SPLITS):
         target = np.asarray(getattr(found, part)[task.name])
@@ -127,10 +126,9 @@ def shared_examples(found: data.Dataset) -> dict[str, int]:
 
 
 def check_data(field: str, names: tuple[str, ...], known: tuple[str, ...]) -> None:
-    """Checks names of data sets. A ``module:function`` is checked when it is loaded.
+    """Raises a :class:`ConfigError` with the known data sets if one is unknown.
 
-    Raises:
-      ConfigError: If a name is unknown. The message lists the known names.
+    A ``module:function`` is checked when it is loaded.
     """
     for name in names:
         base = name.partition("/")[0]

@@ -109,22 +109,6 @@ def select_each(rows: Rows, by: str = "task", **options: Any) -> list[dict[str, 
     ]
 
 
-def claim_lines(choice: Choice, label: str) -> list[dict[str, Any]]:
-    """The chosen and the last evaluations as claims read them, see :mod:`claims`.
-
-    Examples:
-      >>> choice = Choice([{"seed": 0}], [{"seed": 0}], 0.1, "high", 0.0)
-      >>> claim_lines(choice, "sum")[0]
-      {'row': 'sum', 'column': 'chosen', 'edge': 'high', 'late': 0.0, 'seed': 0}
-    """
-    about = {"edge": choice.edge, "late": choice.late}
-    return [
-        {"row": label, "column": column, **about, **row}
-        for column, rows in (("chosen", choice.rows), ("last", choice.last))
-        for row in rows
-    ]
-
-
 def search(
     train: Callable[[Sequence[float]], Mapping[str, Rows]],
     choose: Callable[[Rows], Choice],

@@ -80,20 +80,6 @@ def paired(
     return Paired(mean, sd, n, p, mean - half, mean + half)
 
 
-def _adjust(p: Any, factors: Any, ascending: bool) -> np.ndarray:
-    p = np.asarray(p, np.float64)
-    order = np.argsort(p, kind="stable")
-    scaled = p[order] * factors
-    run = (
-        np.maximum.accumulate(scaled)
-        if ascending
-        else np.minimum.accumulate(scaled[::-1])[::-1]
-    )
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum(run, 1.0)
-    return adjusted
-
-
 def holm(p: Any) -> np.ndarray:
     """Returns adjusted p-values ``[m]`` that control the family-wise error rate.
 
@@ -101,7 +87,12 @@ def holm(p: Any) -> np.ndarray:
       >>> holm([0.01, 0.04, 0.03]).round(2).tolist()
       [0.03, 0.06, 0.06]
     """
-    return _adjust(p, np.arange(len(p), 0, -1), ascending=True)
+    p = np.asarray(p, np.float64)
+    order = np.argsort(p, kind="stable")
+    scaled = p[order] * np.arange(len(p), 0, -1)
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(np.maximum.accumulate(scaled), 1.0)
+    return adjusted
 
 
 def benjamini_hochberg(p: Any) -> np.ndarray:
@@ -111,7 +102,9 @@ def benjamini_hochberg(p: Any) -> np.ndarray:
       >>> benjamini_hochberg([0.01, 0.04, 0.03]).round(2).tolist()
       [0.03, 0.04, 0.04]
     """
-    return _adjust(p, len(p) / np.arange(1, len(p) + 1), ascending=False)
+    from scipy import stats
+
+    return np.asarray(stats.false_discovery_control(p) if len(p) else p, np.float64)
 
 
 def comparison_table(

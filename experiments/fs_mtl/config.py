@@ -280,11 +280,7 @@ def entries(config: Config) -> list[Entry]:
 
 
 def check(config: Config) -> None:
-    """Validates the configuration before any data are read.
-
-    Raises:
-      ConfigError: If an option is invalid. The message names the option.
-    """
+    """Raises a :class:`ConfigError` that names the option if one is invalid."""
     common.check_common(config)
     common.check_names("methods", config.methods, (*BALANCERS, NATIVE))
     common.check_names("ablations", config.ablations, config.methods)

@@ -290,11 +290,7 @@ PRESETS = {
 
 
 def check(config: Config) -> None:
-    """Validates the configuration before any data are read.
-
-    Raises:
-      ConfigError: If an option is invalid. The message names the option.
-    """
+    """Raises a :class:`ConfigError` that names the option if one is invalid."""
     common.check_common(config)
     common.check_some("data", config.data)
     check_data("data", config.data, data.available())

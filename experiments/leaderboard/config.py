@@ -195,23 +195,14 @@ PRESETS = {
 
 
 def check(config: Config) -> None:
-    """Validates the configuration before any data are read.
-
-    Raises:
-      ConfigError: If an option is invalid. The message names the option.
-    """
+    """Raises a :class:`ConfigError` that names the option if one is invalid."""
     common.check_common(config)
     common.check_some("sets", config.sets)
     common.check_some("methods", [*config.methods, *config.add])
     for field in ("sets", "cost_sets"):
         names = [name for name in getattr(config, field) if ":" not in name]
         common.check_names(field, names, SETS)
-        if len({folder_name(n) for n in getattr(config, field)}) < len(
-            getattr(config, field)
-        ):
-            raise common.ConfigError(
-                f"{common.option(field)} must name each value once."
-            )
+        common.check_distinct(field, [*map(folder_name, getattr(config, field))])
     groups = ("all", "classics")
     single = [name for name in config.methods if name not in groups]
     common.check_names("methods", single, (*groups, *mtljax.METHODS))
@@ -221,8 +212,7 @@ def check(config: Config) -> None:
                 f"--add: {name!r} is not module:function. Methods of the library are "
                 "named with --methods."
             )
-    if len(set(config.add)) < len(config.add):
-        raise common.ConfigError("--add must name each value once.")
+    common.check_distinct("add", config.add)
     if config.steps % config.eval_every or config.steps < 2 * config.eval_every:
         raise common.ConfigError(
             f"--steps {config.steps} must be a multiple of --eval-every "

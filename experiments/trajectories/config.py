@@ -224,11 +224,7 @@ PRESETS = {
 
 
 def check(config: Config) -> None:
-    """Validates the configuration before any data are read.
-
-    Raises:
-      ConfigError: If an option is invalid. The message names the option.
-    """
+    """Raises a :class:`ConfigError` that names the option if one is invalid."""
     common.check_common(config)
     common.check_methods("methods", config.methods)
     common.check_some("settings", config.settings)

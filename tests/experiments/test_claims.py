@@ -20,7 +20,7 @@ from experiments.common.claims import (
     verdict,
 )
 from experiments.common.config import Common, ConfigError
-from experiments.common.selection import Choice, claim_lines, edge_notes, select
+from experiments.common.selection import Choice, edge_notes, select
 from mtljax.data import MISSING, DataError, Dataset, Task, checksum, load
 
 EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
@@ -435,6 +435,16 @@ def test_a_void_label_column_is_refused():
     some = np.where(np.arange(40) % 2, MISSING, 1)
     with pytest.raises(ConfigError, match="'left' has one label only"):
         problem.check_labels(toy(left=some))
+
+
+def claim_lines(choice, label):
+    """The chosen and the last evaluations, as the experiments write them."""
+    about = {"row": label, "edge": choice.edge, "late": choice.late}
+    return [
+        {**about, "column": column, **row}
+        for column, rows in (("chosen", choice.rows), ("last", choice.last))
+        for row in rows
+    ]
 
 
 def test_a_row_at_the_end_of_its_grid_is_marked_and_contradicts_nothing():
