@@ -1,12 +1,12 @@
 """``python -m experiments.alternating [smoke|cpu|large|gpu] --data-dir DIR``."""
 
-from experiments.alternating.config import SINGLE_TASK, Config, check
+from experiments.alternating.config import SCALED_ROWS, SINGLE_TASK, Config, check
 from experiments.common.cli import make_cli
 
 
 def run_set(config: Config, problem, command: str, screen) -> None:
     """Trains all rows of a data set and writes the comparison."""
-    from experiments.alternating import figures, report, studies, train
+    from experiments.alternating import figures, report, train
     from experiments.common.selection import search, select
 
     name = problem.name
@@ -43,8 +43,7 @@ def run_set(config: Config, problem, command: str, screen) -> None:
 
     results, table, written = write({})
     if setting.scales:
-        scales = studies.scale(config, problem, rows, evaluator)
-        results, table, written = write(scales)
+        results, table, written = write(scale_study(config, problem, rows, evaluator))
     left = [row for row in names if row not in rows]
     if left:
         screen.say(f"{name}: not finished: {', '.join(left)}")
@@ -52,6 +51,22 @@ def run_set(config: Config, problem, command: str, screen) -> None:
     title = f"{name}, test, mean ± sd over {seeds} seeds"
     screen.show(table, title, exclude=["single task"])
     screen.finish(written)
+
+
+def scale_study(config: Config, problem, rows, evaluator):
+    """Multiplies the last task's loss by each factor, at the rate selected for 1."""
+    from experiments.alternating import report, train
+
+    scales, seeds = config.setting(problem.name).scales, config.seeds_of(problem.name)
+    found = {}
+    for name in SCALED_ROWS:
+        if name in rows:
+            lr = report.chosen_rate(rows[name])
+            runs = [train.Run(s, lr, scale=factor) for factor in scales for s in seeds]
+            found[name] = train.run_row(
+                config, problem, name, evaluator, runs=runs, study="scale"
+            )
+    return {name: rows for name, rows in found.items() if rows}
 
 
 def main(config: Config, command: str) -> None:

@@ -49,9 +49,9 @@ def digits(config: Config) -> Arrays:
     return _make(found, split, (*tasks, "ink"))
 
 
-def by_seed(config: Config, name: str, make: Callable[[int], Arrays]) -> Arrays:
+def by_seed(config: Config, name: str, make: Callable[..., Arrays]) -> Arrays:
     """Stacks one split per seed. Longer splits lose their first examples."""
-    sets = [make(seed) for seed in config.seeds_of(name)]
+    sets = [make(config, seed) for seed in config.seeds_of(name)]
 
     def stack(*arrays):
         count = min(map(len, arrays))
@@ -62,13 +62,8 @@ def by_seed(config: Config, name: str, make: Callable[[int], Arrays]) -> Arrays:
     return Arrays(sets[0].tasks, train, val, test, sets[0].dataset)
 
 
-def faces(config: Config) -> Arrays:
-    """Person, pose, expression, sunglasses and reconstruction, at half resolution."""
-    return by_seed(config, "faces", lambda seed: faces_of(config, seed))
-
-
 def faces_of(config: Config, seed: int) -> Arrays:
-    """Returns the split of a seed."""
+    """Person, pose, expression, sunglasses and reconstruction, at half resolution."""
     found = common.load(config, "cmu_faces", persons="mixed", seed=seed)
 
     def split(arrays, part):
@@ -123,13 +118,8 @@ def tox21(config: Config) -> Arrays:
     return _make(found, split)
 
 
-def school(config: Config) -> Arrays:
-    """Loads exam scores, with one task per school."""
-    return by_seed(config, "school", lambda seed: school_of(config, seed))
-
-
 def school_of(config: Config, seed: int) -> Arrays:
-    """The split of a seed.
+    """Exam scores, with one task per school.
 
     An example of the training split contains one pupil of each school. Pupils of small
     schools therefore occur more often. Each school has its own order of pupils.
@@ -165,15 +155,12 @@ def named(config: Config, name: str) -> Arrays:
     return _make(found, split)
 
 
-_MAKE = {
-    "digits": digits,
-    "faces": faces,
-    "camvid": camvid,
-    "tox21": tox21,
-    "school": school,
-}
+_BY_SEED = {"faces": faces_of, "school": school_of}  # a split for every seed
+_MAKE = {"digits": digits, "camvid": camvid, "tox21": tox21}
 
 
 def load(name: str, config: Config) -> Arrays:
     """Loads a data set by name."""
+    if name in _BY_SEED:
+        return by_seed(config, name, _BY_SEED[name])
     return _MAKE[name](config) if name in _MAKE else named(config, name)

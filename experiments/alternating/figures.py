@@ -44,18 +44,14 @@ def _look(name: str) -> dict[str, Any]:
     return {"color": plots.PALETTE[SHOWN.index(name) % len(plots.PALETTE)]}
 
 
-def _reported(rows: Rows) -> list[Mapping[str, Any]]:
-    rate = chosen_rate(rows)
-    return [row for row in rows if row["lr"] == rate]
-
-
 def losses(results: Results):
     """Draws validation losses against batches and against backward passes."""
     rows, columns = results.rows, results.problem.columns
     figure, axes = panels(2, len(columns), width=max(3.0, 6.0 / len(columns)))
     weights = np.array(list(columns.values())).T
     for name in _shown(rows):
-        mine = _reported(rows[name])
+        rate = chosen_rate(rows[name])
+        mine = [row for row in rows[name] if row["lr"] == rate]
         steps, values = plots.curve(mine, "val_losses", "eval")
         values = values @ weights
         for k, column in enumerate(columns):

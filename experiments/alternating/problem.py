@@ -270,12 +270,6 @@ def _school(arrays: data.Arrays, hidden: tuple[int, ...]) -> Parts:
         out = stack.one(params, batch["x"][:, task])[:, 0]
         return jnp.square(out - batch["y"][:, task]).mean()
 
-    def task_losses(params, batch):
-        def one(row, task):
-            return task_loss({"trunk": params["trunk"], "heads": row}, task, batch)
-
-        return jax.vmap(one)(params["heads"], jnp.arange(count))
-
     def judge_alone(params, task, batch):
         mine = batch["pupils"][task]
         out = stack.one(params, batch["x"][jnp.maximum(mine, 0)])[:, 0]
@@ -283,17 +277,17 @@ def _school(arrays: data.Arrays, hidden: tuple[int, ...]) -> Parts:
         loss = mean_known(error, mine != data.MISSING)
         return loss, 1 - loss / batch["y"].var()
 
-    def judge(params, batch):
-        def one(row, task):
-            return judge_alone({"trunk": params["trunk"], "heads": row}, task, batch)
+    def over_tasks(function):
+        def every(params, batch):
+            one = lambda row, task: function(params | {"heads": row}, task, batch)
+            return jax.vmap(one)(params["heads"], jnp.arange(count))
 
-        return jax.vmap(one)(params["heads"], jnp.arange(count))
+        return every
 
     pupils = (arrays.test["pupils"][:, 0] != data.MISSING).sum(1)
     columns = {"explained variance": pupils / pupils.sum()}
-    return Parts(
-        columns, stack.init, task_loss, task_losses, judge, judge_alone, SHARES
-    )
+    losses, judge = over_tasks(task_loss), over_tasks(judge_alone)
+    return Parts(columns, stack.init, task_loss, losses, judge, judge_alone, SHARES)
 
 
 def _named(arrays: data.Arrays, hidden: tuple[int, ...]) -> Parts:
@@ -378,17 +372,11 @@ def make_problem(config: Config, name: str) -> Problem:
     )
     parts = _MAKE.get(name, _named)(arrays, setting.hidden)
     return Problem(
+        **parts._asdict(),
         name=name,
         tasks=arrays.tasks,
-        columns=parts.columns,
         stacked=parts.labels is SHARES,
-        labels=parts.labels,
-        init=parts.init,
         train=on_device(arrays.train),
         splits={"val": on_device(arrays.val), "test": on_device(arrays.test)},
-        task_loss=parts.task_loss,
-        task_losses=parts.task_losses,
-        judge=parts.judge,
-        judge_alone=parts.judge_alone,
         by_seed=name in ("faces", "school"),
     )

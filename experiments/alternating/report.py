@@ -34,6 +34,13 @@ class Results(NamedTuple):
         """Returns the passes per batch of a row."""
         return cost_of(name, self.problem.num_tasks)
 
+    def delta_m(self, chosen: Rows) -> np.ndarray:
+        """Δm of reported evaluations ``[seeds]`` against single-task networks."""
+        columns = self.problem.columns
+        alone = columns_of(columns, chosen_rows(self.rows[SINGLE_TASK])).mean(0)
+        values, better = columns_of(columns, chosen), [True] * len(columns)
+        return np.asarray(metrics.delta_m(values, alone, better))
+
 
 def chosen_rows(rows: Rows, last_step: float = math.inf) -> list[dict[str, Any]]:
     """Returns the reported evaluation per seed, ignoring steps after ``last_step``."""
@@ -71,17 +78,11 @@ def last_rows(rows: Rows) -> list[dict[str, Any]]:
     return [row for choice in choices for row in choice.last]
 
 
-def averages(results: Results, name: str) -> np.ndarray:
-    """Mean of the columns on the test split ``[seeds]``, at the chosen step."""
-    return columns_of(results.problem.columns, chosen_rows(results.rows[name])).mean(1)
-
-
 def make_report(results: Results) -> Report:
     """Reports metrics at equal batches, and their mean at equal backward passes."""
     rows, columns = results.rows, results.problem.columns
     names = [name for name in rows if name != SINGLE_TASK]
     budget = results.steps * min(results.cost(name).backward for name in names)
-    baseline = columns_of(columns, chosen_rows(rows[SINGLE_TASK])).mean(0)
     table = {}
     for name, found in rows.items():
         chosen = chosen_rows(found)
@@ -90,7 +91,7 @@ def make_report(results: Results) -> Report:
         row["average"] = values.mean(1)
         row["average, last step"] = columns_of(columns, last_rows(found)).mean(1)
         if name != SINGLE_TASK:
-            row["Δm %"] = metrics.delta_m(values, baseline, [True] * len(baseline))
+            row["Δm %"] = results.delta_m(chosen)
             cost = results.cost(name)
             early = chosen_rows(found, budget / cost.backward)
             if early:
@@ -114,16 +115,9 @@ Pair = tuple[np.ndarray, np.ndarray]
 
 def quality(results: Results) -> dict[str, Pair]:
     """Δm of pairs of rows ``[seeds]``, and the slope of Δm over groups."""
-    rows, columns = results.rows, results.problem.columns
-    baseline = columns_of(columns, chosen_rows(rows[SINGLE_TASK])).mean(0)
-    better = [True] * len(baseline)
-    delta = {
-        name: np.asarray(
-            metrics.delta_m(columns_of(columns, chosen_rows(found)), baseline, better)
-        )
-        for name, found in rows.items()
-        if name != SINGLE_TASK
-    }
+    rows = results.rows
+    names = [name for name in rows if name != SINGLE_TASK]
+    delta = {name: results.delta_m(chosen_rows(rows[name])) for name in names}
     pairs = [
         ("alternating", "joint"),
         ("alternating", "alternating:shared"),
@@ -258,14 +252,14 @@ def scale_table(study: Mapping[str, Rows], columns: Columns) -> str:
     factors = sorted({row["scale"] for found in study.values() for row in found})
     shown: dict[str, dict[str, Any]] = {}
     for name, found in study.items():
+        scaled, others = {}, {}
+        for factor in factors:
+            at = chosen_rows([r for r in found if r["scale"] == factor])
+            values = columns_of(columns, at)
+            scaled[f"{factor:g}"] = values[:, -1:].mean(1)
+            others[f"{factor:g}"] = values[:, :-1].mean(1)
         label = row_of(name).label
-        for part, pick in (("scaled", slice(-1, None)), ("others", slice(-1))):
-            row = shown.setdefault(f"{label}: {part}", {})
-            for factor in factors:
-                at = [r for r in found if r["scale"] == factor]
-                row[f"{factor:g}"] = columns_of(columns, chosen_rows(at))[:, pick].mean(
-                    1
-                )
+        shown |= {f"{label}: scaled": scaled, f"{label}: others": others}
     return tables.markdown_table(shown, {f"{f:g}": "" for f in factors})
 
 
@@ -274,19 +268,13 @@ def seed_values(results: Results) -> dict[str, dict[str, np.ndarray]]:
     if not {"joint", "alternating"} <= set(results.rows):
         return {}
     pairs = {"val_score_area": tolerance(results)}
-    names = {
-        "at one rate": "distance_same_rate",
-        "against a step of equal length": "distance_same_length",
-        "at equal training loss": "distance_same_loss",
+    names = ("distance_same_rate", "distance_same_length", "distance_same_loss")
+    for name, (joint, other) in zip(names, exploration(results).values(), strict=True):
+        pairs[name] = np.exp(joint), np.exp(other)
+    found = {
+        row_of(name).label: {metric: pair[i] for metric, pair in pairs.items()}
+        for i, name in enumerate(("joint", "alternating"))
     }
-    for name, logs in exploration(results).items():
-        joint, other = logs
-        pairs[names[name]] = np.exp(joint), np.exp(other)
-    labels = [row_of(name).label for name in ("joint", "alternating")]
-    found: dict[str, dict[str, np.ndarray]] = {label: {} for label in labels}
-    for metric, pair in pairs.items():
-        for label, values in zip(labels, pair, strict=True):
-            found[label][metric] = values
     # At one rate of Adam the mean of the losses is the sum: a row of that name.
     found["mean"] = {"distance_same_rate": pairs["distance_same_rate"][0]}
     return found
@@ -294,13 +282,8 @@ def seed_values(results: Results) -> dict[str, dict[str, np.ndarray]]:
 
 def result_lines(results: Results) -> list[dict[str, Any]]:
     """Lines by row, seed and column; single-task networks have one for each task."""
-    rows, columns = results.rows, results.problem.columns
+    rows = results.rows
     alone = chosen_rows(rows[SINGLE_TASK])
-    baseline = columns_of(columns, alone).mean(0)
-    better = [True] * len(baseline)
-    delta = lambda at: np.asarray(
-        metrics.delta_m(columns_of(columns, at), baseline, better)
-    )
     values = seed_values(results) if len(alone) > results.problem.num_tasks else {}
     joint = rows.get("joint")
     lines: list[dict[str, Any]] = [
@@ -311,15 +294,14 @@ def result_lines(results: Results) -> list[dict[str, Any]]:
             continue
         label, choice = row_of(name).label, select(found)
         about = {"edge": choice.edge, "late": choice.late, "method": name}
-        for column in ("chosen", "last"):
-            at = choice.rows if column == "chosen" else choice.last
-            gain = 0 * delta(at)
-            if joint is not None:
-                base = select(joint)
-                gain = delta(base.rows if column == "chosen" else base.last) - delta(at)
+        base = choice if joint is None else select(joint)
+        columns = {"chosen": (choice.rows, base.rows), "last": (choice.last, base.last)}
+        for column, (at, compared) in columns.items():
+            delta = results.delta_m(at)
+            gain = results.delta_m(compared) - delta
             for i, row in enumerate(at):
                 more = {metric: v[i] for metric, v in values.get(label, {}).items()}
-                more |= {"delta_m": delta(at)[i], "gain_over_joint": gain[i]}
+                more |= {"delta_m": delta[i], "gain_over_joint": gain[i]}
                 lines.append({"row": label, "column": column, **row, **about, **more})
     for i, value in enumerate(values.get("mean", {}).get("distance_same_rate", ())):
         seed = sorted({row["seed"] for row in alone})[i]
@@ -327,7 +309,7 @@ def result_lines(results: Results) -> list[dict[str, Any]]:
     for name, found in results.scales.items():
         for scale in dict.fromkeys(row["scale"] for row in found):
             for row in chosen_rows([r for r in found if r["scale"] == scale]):
-                r2 = float(columns_of(columns, [row])[0, -1])
+                r2 = float(columns_of(results.problem.columns, [row])[0, -1])
                 about = {"study": "scales", "row": row_of(name).label, "image_r2": r2}
                 lines.append({**about, **row})
     return lines

@@ -256,7 +256,7 @@ def test_molecules_and_pupils_are_on_one_side():
         for s in (arrays.train, arrays.val, arrays.test)
     ]
     assert all(len(m) > 900 for m in molecules)
-    arrays = data.school(configured("school", folder))
+    arrays = data.load("school", configured("school", folder))
     assert arrays.train["y"].shape[1] == SMOKE.seeds
     arrays = data.school_of(configured("school", folder), 0)
     rounds = arrays.train["y"][:, 0]
