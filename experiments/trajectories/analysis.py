@@ -102,6 +102,16 @@ def first_passage(found: Group, task: str, level: float) -> np.ndarray:
 Pair = tuple[np.ndarray, np.ndarray]
 
 
+def target_rows(groups: Groups) -> dict[str, Group]:
+    """Returns the target of FashionMTL alone and in pairs, trained with the sum."""
+    found = {}
+    for (setting, tasks, method), mine in groups.items():
+        if setting == "fashion_mtl" and method == SUM and len(tasks) <= 2:
+            others = [task for task in tasks if task != TARGET]
+            found[f"+ {others[0]}" if others else "alone"] = mine
+    return found
+
+
 def target_differences(config: Config, groups: Groups) -> dict[str, dict[str, Pair]]:
     """Quantity -> comparison -> the target alone and in another row, ``[S]`` each."""
     alone = baseline_of(groups, "fashion_mtl", TARGET)
@@ -109,11 +119,11 @@ def target_differences(config: Config, groups: Groups) -> dict[str, dict[str, Pa
         return {}
     base = aggregates(config, alone, TARGET)
     found: dict[str, dict[str, Pair]] = {}
-    for (setting, tasks, method), mine in groups.items():
-        if setting != "fashion_mtl" or method != SUM or len(tasks) != 2:
+    for mine in target_rows(groups).values():
+        if mine is alone:
             continue
-        name, values = " + ".join(tasks), aggregates(config, mine, TARGET)
-        label = f"{name} - {TARGET}"
+        values = aggregates(config, mine, TARGET)
+        label = f"{' + '.join(mine.tasks)} - {TARGET}"
         points = {"test accuracy, points": (100 * base["score"], 100 * values["score"])}
         first, last = (100 * g.of("test_score", TARGET)[:, -1] for g in (alone, mine))
         points["test accuracy at the last step, points"] = first, last
@@ -164,9 +174,7 @@ def _target_lines(config: Config, groups: Groups) -> list[Line]:
     Where a training loss was never reached, those at the end of the run.
     """
     lines = []
-    for (setting, tasks, method), mine in groups.items():
-        if setting != "fashion_mtl" or method != SUM or len(tasks) > 2:
-            continue
+    for row, mine in target_rows(groups).items():
         values = aggregates(config, mine, TARGET)
         metrics = {
             "test_accuracy": 100 * values["score"],
@@ -178,8 +186,6 @@ def _target_lines(config: Config, groups: Groups) -> list[Line]:
         for level in LEVELS:
             at = passage(mine, TARGET, level, "test_score")
             metrics[f"test_at_loss_{level:g}"] = 100 * at
-        others = [task for task in tasks if task != TARGET]
-        row = f"+ {others[0]}" if others else "alone"
         for i, seed in enumerate(mine.seeds):
             numbers = {name: float(found[i]) for name, found in metrics.items()}
             lines.append({"row": row, "seed": seed, **numbers})
@@ -199,14 +205,10 @@ def _explained_lines(config: Config, groups: Groups) -> list[Line]:
         about["others"] = ", ".join(row.others)
         for factor, found in agreements([row]).items():
             lines.append({**about, "factor": factor, "explains": int(found.agree)})
-    rows = optimiser_rows(config, groups)
-    for method in dict.fromkeys(row.method for row in rows):
-        changes = [row.change for row in rows if row.method == method]
-        for factor in ("min_loss", *FACTORS):
-            signs = [np.sign(c["score"]) * np.sign(c[factor]) for c in changes]
-            about = {"row": "optimizers and factors", "method": method}
-            explains = int(all(sign < 0 for sign in signs))
-            lines.append({**about, "factor": factor, "explains": explains})
+    found = explained(optimiser_rows(config, groups))
+    for (method, factor), explains in found.items():
+        about = {"row": "optimizers and factors", "method": method}
+        lines.append({**about, "factor": factor, "explains": int(explains)})
     return lines
 
 
@@ -371,6 +373,19 @@ def optimiser_rows(config: Config, groups: Groups) -> list[OptimiserRow]:
     return rows
 
 
+def explained(rows: Sequence[OptimiserRow]) -> dict[tuple[str, str], bool]:
+    """Whether a factor has the opposite sign of the score in all rows of a method."""
+    return {
+        (method, factor): all(
+            np.sign(row.change["score"]) * np.sign(row.change[factor]) < 0
+            for row in rows
+            if row.method == method
+        )
+        for method in dict.fromkeys(row.method for row in rows)
+        for factor in ("min_loss", *FACTORS)
+    }
+
+
 class Scatter(NamedTuple):
     """Figures 5 and 6 of one target, with one point for each set that contains it."""
 
@@ -418,10 +433,6 @@ def correlations(found: Scatter) -> dict[str, trajectory.RankCorrelation]:
 
 def flattest(config: Config, groups: Groups) -> list[tuple[str, dict[str, np.ndarray]]]:
     """Returns the FashionMTL target in the rows of Figure 1, worst score first."""
-    rows = []
-    for (setting, tasks, method), mine in groups.items():
-        if setting == "fashion_mtl" and method == SUM and len(tasks) <= 2:
-            others = [task for task in tasks if task != TARGET]
-            name = f"+ {others[0]}" if others else "alone"
-            rows.append((name, aggregates(config, mine, TARGET)))
+    found = target_rows(groups).items()
+    rows = [(name, aggregates(config, mine, TARGET)) for name, mine in found]
     return sorted(rows, key=lambda row: float(row[1]["score"].mean()))

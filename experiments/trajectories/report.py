@@ -5,8 +5,6 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from experiments.common import report as common
 from experiments.common.report import pm
 from experiments.common.statistics import comparison_table
@@ -63,43 +61,37 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def make_table(config: Config, groups: Groups) -> list[str]:
-    """All tables of a learning rate, as markdown."""
-    found = [
-        ("The target of FashionMTL", _flattest(config, groups)),
-        ("What other tasks change for the target", _differences(config, groups)),
-        ("Table 1: transfer, and what the factors did", _transfer(config, groups)),
-        (
-            "Figure 1 in words: the gap at equal own-task training loss",
-            _gaps(config, groups),
-        ),
-        (
-            "Figure 4: other optimizers against the plain sum, % change",
-            _optimisers(config, groups),
-        ),
+    """All tables of a learning rate for which there are rows, as markdown."""
+    tables = (
+        ("The target of FashionMTL", _flattest),
+        ("What other tasks change for the target", _differences),
+        ("Table 1: transfer, and what the factors did", _transfer),
+        ("Figure 1 in words: the gap at equal own-task training loss", _gaps),
+        ("Figure 4: other optimizers against the plain sum, % change", _optimisers),
         (
             "Figures 5 and 6: similarity to the sum, at fixed numbers of tasks",
-            _correlations(config, groups),
+            _correlations,
         ),
-        ("Runs", _runs(groups)),
-    ]
-    shown = [(title, text) for title, text in found if text != "Not run."]
-    return [part for title, text in shown for part in (f"## {title}", text)]
+        ("Runs", _runs),
+    )
+    found = [(title, table(config, groups)) for title, table in tables]
+    return [part for title, text in found if text for part in (f"## {title}", text)]
 
 
 def _differences(config: Config, groups: Groups) -> str:
     if config.seeds < 2:
-        return "Not run."
+        return ""
     tables = [
         comparison_table(pairs, digits=3, head=quantity)
         for quantity, pairs in analysis.target_differences(config, groups).items()
     ]
-    return "\n\n".join(tables) or "Not run."
+    return "\n\n".join(tables)
 
 
 def _flattest(config: Config, groups: Groups) -> str:
     rows = analysis.flattest(config, groups)
     if len(rows) < 2:
-        return "Not run."
+        return ""
     lines = [
         [
             name,
@@ -123,7 +115,7 @@ def _flattest(config: Config, groups: Groups) -> str:
 def _transfer(config: Config, groups: Groups) -> str:
     rows = analysis.transfer_rows(config, groups)
     if not rows:
-        return "Not run."
+        return ""
     lines = [
         [
             row.setting,
@@ -156,13 +148,13 @@ def _gaps(config: Config, groups: Groups) -> str:
     for row in analysis.transfer_rows(config, groups):
         name = f"{row.setting}, {row.task} with {', '.join(row.others)}"
         lines.append(f"- {name}: {row.gap.describe()}")
-    return "\n".join(lines) or "Not run."
+    return "\n".join(lines)
 
 
 def _optimisers(config: Config, groups: Groups) -> str:
     rows = analysis.optimiser_rows(config, groups)
     if not rows:
-        return "Not run."
+        return ""
     names = ("min_loss", *FACTORS)
     lines = [
         [
@@ -175,13 +167,11 @@ def _optimisers(config: Config, groups: Groups) -> str:
         for row in rows
     ]
     head = ["set", "task", "method", "score", *(FACTOR_NAMES[n] for n in names)]
-    verdicts = []
-    for method in dict.fromkeys(row.method for row in rows):
-        for factor in names:
-            mine = [r.change for r in rows if r.method == method]
-            signs = [np.sign(c["score"]) * np.sign(c[factor]) for c in mine]
-            if all(s < 0 for s in signs):
-                verdicts.append(f"{method} by {FACTOR_NAMES[factor]}")
+    verdicts = [
+        f"{method} by {FACTOR_NAMES[factor]}"
+        for (method, factor), explains in analysis.explained(rows).items()
+        if explains
+    ]
     text = (
         f"explained in all its points: {', '.join(verdicts)}"
         if verdicts
@@ -216,7 +206,7 @@ def _correlations(config: Config, groups: Groups) -> str:
                 ]
             )
     if not lines:
-        return "Not run."
+        return ""
     head = ["target", "similarity with", "sets", "Spearman", "95 %", "Kendall"]
     text = markdown([*head, "partial on K", "within K"], lines)
     return (
@@ -228,7 +218,7 @@ def _coefficient(value: Any) -> str:
     return f"{float(value):+.2f}" if math.isfinite(float(value)) else "-"
 
 
-def _runs(groups: Groups) -> str:
+def _runs(_: Config, groups: Groups) -> str:
     lines = [
         [
             g.setting,

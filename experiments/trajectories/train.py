@@ -113,40 +113,17 @@ def run_row(
     lrs: tuple[float, ...],
     measured: bool,
 ) -> list[dict[str, Any]]:
-    """Trains a row: all learning rates on the tuning seeds, or all seeds, measured."""
+    """Trains a row: all learning rates on the tuning seeds, or all seeds, measured.
+
+    The runs are trained together by vmap, or one after the other.
+    """
     seeds = config.seed_range if measured else TUNING_SEEDS
     runs = [(seed, lr) for lr in lrs for seed in seeds]
-    groups = [runs] if config.together else [[run] for run in runs]
-    found = []
-    for group in groups:
-        found += run_group(
-            config, scale, problem, functions, row, runs=group, measured=measured
-        )
-    return found
-
-
-def run_group(
-    config: Config,
-    scale: Scale,
-    problem: Problem,
-    functions: Functions,
-    row: Row,
-    *,
-    runs: list[tuple[int, float]],
-    measured: bool,
-) -> list[dict[str, Any]]:
-    """Trains runs of a row, pairs of seed and learning rate, together by vmap."""
-    keys = common.keys_of(seed for seed, _ in runs)
     train = on_device(problem.train)
     # The name of a task seeds its head, so that it starts equally in all sets.
     ids = jnp.array([zlib.crc32(task.encode()) for task in row.tasks], jnp.uint32)
-    classes = jnp.array(problem.classes)
-    first = train["image"][:1]
-    variables = [functions.init(k, first, ids, classes) for k in keys.model]
-    params, stats = common.stack(variables)
+    classes, first = jnp.array(problem.classes), train["image"][:1]
     init, step = make_step(functions, row, careful=not measured)
-    rates = jnp.array([lr for _, lr in runs])
-    state = jax.vmap(init)(params, stats, keys.method, rates)
     splits = {"val": on_device(problem.val)}
     if measured:
         splits["train"] = on_device(problem.train, scale.eval_size)
@@ -155,48 +132,55 @@ def run_group(
     def evaluate(state: State):
         return functions.evaluate(state.params, state.batch_stats, splits)
 
-    probed = None
+    probed = evaluate
     if measured:
         probed = functions.probe.on(probe_set(problem)).beside(
             evaluate,
             params=lambda s: (s.params, s.batch_stats),
             step=lambda s: s.step,
         )
-    lrs = sorted({lr for _, lr in runs})
-    part, title = "runs" if measured else "tuning", f"{problem.name}: {row.label}"
-    title += "" if measured else ", learning rates"
-    parts = ["-".join([part, *(f"{lr:g}" for lr in lrs)]), row.folder]
-    if not config.together:
-        parts.append(f"seed_{runs[0][0]}")
-        title += f", seed {runs[0][0]}"
-    plan = common.Plan(
-        state=state,
-        step=step,
-        data=train,
-        order=keys.order,
-        steps=scale.steps,
-        batch_size=scale.batch_size,
-        eval_every=scale.eval_every,
-        log_every=scale.eval_every,
-        evaluate=probed or evaluate,
-        labels=[{"seed": seed, "lr": lr} for seed, lr in runs],
-        folder=config.out.joinpath(problem.folder, *parts),
-        about={"row": row, "scale": scale, "model": config.model, "lrs": lrs},
-        title=title,
-        task_names=row.tasks,
-        eval_at_start=measured,
-        checkpoint_every=scale.steps,
-    )
-    return common.train(config, plan)
+    found = []
+    for group in [runs] if config.together else [[run] for run in runs]:
+        keys = common.keys_of(seed for seed, _ in group)
+        variables = [functions.init(k, first, ids, classes) for k in keys.model]
+        params, stats = common.stack(variables)
+        rates = sorted({lr for _, lr in group})
+        part, title = "runs" if measured else "tuning", f"{problem.name}: {row.label}"
+        title += "" if measured else ", learning rates"
+        parts = ["-".join([part, *(f"{lr:g}" for lr in rates)]), row.folder]
+        if not config.together:
+            parts.append(f"seed_{group[0][0]}")
+            title += f", seed {group[0][0]}"
+        plan = common.Plan(
+            state=jax.vmap(init)(
+                params, stats, keys.method, jnp.array([lr for _, lr in group])
+            ),
+            step=step,
+            data=train,
+            order=keys.order,
+            steps=scale.steps,
+            batch_size=scale.batch_size,
+            eval_every=scale.eval_every,
+            log_every=scale.eval_every,
+            evaluate=probed,
+            labels=[{"seed": seed, "lr": lr} for seed, lr in group],
+            folder=config.out.joinpath(problem.folder, *parts),
+            about={"row": row, "scale": scale, "model": config.model, "lrs": rates},
+            title=title,
+            task_names=row.tasks,
+            eval_at_start=measured,
+            checkpoint_every=scale.steps,
+        )
+        found += common.train(config, plan)
+    return found
 
 
 def rows_of(config: Config, problem: Problem) -> list[Row]:
     """Returns single tasks, sets of tasks, then other optimizers on some sets."""
-    rows = [Row(tasks) for tasks in single_tasks(problem)]
-    rows += [Row(tasks) for tasks in task_sets(config, problem)]
-    wanted = [*task_sets(config, problem)]
+    sets = task_sets(config, problem)
+    rows = [Row(tasks) for tasks in [*single_tasks(problem), *sets]]
     for tasks in optimiser_sets(problem):
-        if tasks in wanted:
+        if tasks in sets:
             rows += [Row(tasks, method) for method in config.methods]
     return rows
 
@@ -209,17 +193,9 @@ def choose_rate(
     def tuned(rates):
         found = []
         for tasks in single_tasks(problem):
-            row, chosen = Row(tasks), problem.select(tasks)
-            result = run_row(
-                config,
-                scale,
-                chosen,
-                functions_of(tasks),
-                row,
-                lrs=tuple(rates),
-                measured=False,
-            )
-            found += [{**r, "task": tasks[0]} for r in result]
+            run = (problem.select(tasks), functions_of(tasks), Row(tasks))
+            rows = run_row(config, scale, *run, lrs=tuple(rates), measured=False)
+            found += [{**r, "task": tasks[0]} for r in rows]
         return {"alone": found}
 
     def choose(rows):
@@ -247,7 +223,8 @@ def run_at(
     return lines_of(problem, row, result, about, edge)
 
 
-FACTORS = {
+COLUMNS = {
+    **{name: name for name in ("train_loss", "train_score", "val_score", "test_score")},
     "sharpness": "probe_sharpness",
     "covariance": "probe_covariance_trace",
     "square_norm": "probe_covariance_square_norm",
@@ -259,8 +236,6 @@ FACTORS = {
     "split_high": "probe_similarity_high",
 }
 """Names in the results and in the rows of a run."""
-
-METRICS = ("train_loss", "train_score", "val_score", "test_score")
 
 
 def lines_of(problem, row, rows, about, at_edge) -> list[dict[str, Any]]:
@@ -281,9 +256,7 @@ def lines_of(problem, row, rows, about, at_edge) -> list[dict[str, Any]]:
             "nonfinite": [r.get("probe_nonfinite") for r in mine],
             "measured": about,
         }
-        for name in METRICS:
-            line[name] = [rounded(r[name]) for r in mine]
-        for name, key in FACTORS.items():
+        for name, key in COLUMNS.items():
             line[name] = [rounded(r.get(key)) for r in mine]
         lines.append(line)
     return lines
