@@ -79,6 +79,16 @@ def pm(values: Any, digits: int = 2) -> str:
     return tables.format_cell(tables.summarise(values), digits)
 
 
+def chance(p: float) -> str:
+    """Formats a p-value with two digits.
+
+    Examples:
+      >>> [chance(p) for p in (0.0571, 3e-7, 1.0)]
+      ['0.057', '< 0.0001', '1']
+    """
+    return f"{p:.2g}" if p >= 1e-4 else "< 0.0001"
+
+
 @dataclasses.dataclass
 class Screen:
     """Terminal output. Long lines and wide tables are not truncated in a pipe."""

@@ -24,7 +24,7 @@ from experiments.common.claims import (
     load_claims,
 )
 from experiments.common.provenance import SCHEMA
-from experiments.common.report import markdown, read_rows
+from experiments.common.report import chance, markdown, read_rows
 
 PAPERS = ("alternating", "trajectories", "igb", "fs_mtl", "forkmerge")
 PAGE = ROOT / "RESULTS.md"
@@ -97,16 +97,6 @@ def effect(decision: Decision) -> str:
         values = [math.exp(x) for x in values]
     mean, low, high = map(number, values)
     return f"{mean} [{low}, {high}]"
-
-
-def chance(p: float) -> str:
-    """A p-value with two digits.
-
-    Examples:
-      >>> [chance(p) for p in (0.0571, 3e-7, 1.0)]
-      ['0.057', '< 0.0001', '1']
-    """
-    return f"{p:.2g}" if p >= 1e-4 else "< 0.0001"
 
 
 def papers_number(decision: Decision) -> str:

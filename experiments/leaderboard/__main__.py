@@ -40,7 +40,7 @@ def main(config: Config, command: str) -> None:
         f"{config.steps} steps each; writing to {config.out}"
     )
     if left and not config.report_only:
-        run_all(config, screen)
+        run_all(config)
     if config.train_only:
         return
     written, conclusions = report.write(config, command)
@@ -50,19 +50,19 @@ def main(config: Config, command: str) -> None:
     screen.finish(written)
 
 
-def run_all(config: Config, screen) -> None:
+def run_all(config: Config) -> None:
     """Trains in this process, and in ``config.jobs - 1`` further ones."""
     import multiprocessing
 
     one_thread()
     context = multiprocessing.get_context("spawn")
     helpers = [
-        context.Process(target=help_out, args=(config, os.getpid()), daemon=True)
+        context.Process(target=run_one, args=(config, os.getpid()), daemon=True)
         for _ in range(config.jobs - 1)
     ]
     for process in helpers:
         process.start()
-    run_one(config, screen)
+    run_one(config)
     for process in helpers:
         process.join()
 
@@ -74,29 +74,20 @@ def one_thread() -> None:
         os.environ["XLA_FLAGS"] = f"{flags} {ONE_THREAD}".strip()
 
 
-def run_one(config: Config, screen, parent: int | None = None) -> None:
-    """Trains jobs in this process until none is left."""
-    from experiments.leaderboard import queue
-
-    use_cache(config)
-    for job, seconds in queue.work(config, parent):
-        screen.say(f"{folder_name(job.set)} {job.row}: {seconds:.1f} s")
-
-
-def help_out(config: Config, parent: int) -> None:
-    """A further process. It ends when its parent does."""
-    from experiments.common.report import Screen
-
-    run_one(config, Screen(), parent)
-
-
-def use_cache(config: Config) -> None:
-    """Keeps compiled programs, so that a resumed run does not compile again."""
+def run_one(config: Config, parent: int | None = None) -> None:
+    """Trains jobs in this process until none is left, or its parent ends."""
     import jax
 
+    from experiments.common.report import Screen
+    from experiments.leaderboard import queue
+
+    # Compiled programs are kept, so that a resumed run does not compile again.
     if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
         folder = config.out / "compiled"
         jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
+    screen = Screen()
+    for job, seconds in queue.work(config, parent):
+        screen.say(f"{folder_name(job.set)} {job.row}: {seconds:.1f} s")
 
 
 cli = make_cli(main, "leaderboard", default="cpu")

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from experiments.common import figures as common
+from experiments.common.report import chance
 from experiments.common.statistics import holm, nemenyi_distance, wilcoxon
 from experiments.leaderboard.config import NULL, SINGLE, STATIC, WIDE, Config
 from experiments.leaderboard.report import (
@@ -21,6 +22,7 @@ from experiments.leaderboard.report import (
     Values,
     counted,
     kind_of,
+    methods_of,
     ranked_rows,
     seed_spread,
     smallest_p,
@@ -53,10 +55,6 @@ def family_of(entry: Mapping[str, Any]) -> str:
 
 def _look(entry: Mapping[str, Any]) -> dict[str, str]:
     return LOOKS[family_of(entry)]
-
-
-def _color(entry: Mapping[str, Any]) -> str:
-    return _look(entry)["color"]
 
 
 def _families(axis: Any, shown: Table) -> None:
@@ -166,7 +164,7 @@ def delta(values: Values, table: Table) -> Any:
     pad = 0.08 * (high - low) + 0.5
     low, high = low - pad, high + pad
     for i, e in enumerate(shown):
-        color = _color(e)
+        color = _look(e)["color"]
         a, b = max(e["low"], low), min(e["high"], high)
         axis.plot([a, b], [i, i], color=color, lw=1.2)
         for end, limit, mark in ((e["low"], low, "<"), (e["high"], high, ">")):
@@ -418,7 +416,7 @@ def seeds(values: Values) -> Any:
     names = list(spread)[::-1]
     figure, axes = common.panels(1, 1, width=6.4, height=1.5 + 0.3 * len(names))
     axis = axes[0, 0]
-    methods = sum(kind_of(row) in ("method", "external") for row in values.deltas)
+    methods = len(methods_of(values))
     count = next(iter(values.deltas.values())).shape[1]
     tops = [max(one.within, one.between, one.noise) for one in spread.values()]
     tiny = 1e-3 * max(tops, default=1.0) or 1e-3
@@ -445,8 +443,8 @@ def seeds(values: Values) -> Any:
     ticks = [t for t in ticks if low <= t <= high]
     axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
     axis.minorticks_off()
-    chance = lambda p: "< 0.0001" if p < 1e-4 else f"= {p:.2g}"
-    labels = [f"{name} (p {chance(spread[name].p)})" for name in names]
+    equals = {name: "" if spread[name].p < 1e-4 else "= " for name in names}
+    labels = [f"{name} (p {equals[name]}{chance(spread[name].p)})" for name in names]
     axis.set_yticks(range(len(names)), labels, fontsize=SMALL)
     axis.set_ylim(-0.6, len(names) - 0.4)
     axis.set_xlabel("standard deviation in Δm points")

@@ -8,6 +8,7 @@ import numpy as np
 
 from experiments.common import report as common
 from experiments.common.board import number
+from experiments.common.report import chance
 from experiments.common.statistics import wilcoxon
 from experiments.leaderboard import reference
 from experiments.leaderboard.config import (
@@ -132,7 +133,7 @@ def conclusions(values: Values, table: Table) -> list[str]:
         )
     p = friedman_p(values)
     if math.isfinite(p):
-        found.append(f"Friedman's test over all ranked rows has p = {_p(p)}.")
+        found.append(f"Friedman's test over all ranked rows has p = {chance(p)}.")
     best = {
         "mean rank": min(methods, key=lambda e: e["rank"]),
         "mean Δm": min(methods, key=lambda e: e["delta_m"]),
@@ -156,7 +157,7 @@ def _random_weights(values: Values) -> list[str]:
     return [
         f"The static weights with the same number of tries are drawn at random. They "
         f"differ from equal weights by {differences.mean():+.1f} Δm points "
-        f"(p = {_p(p)})."
+        f"(p = {chance(p)})."
     ]
 
 
@@ -289,30 +290,20 @@ def notes(result: Result, config: Config) -> list[str]:
         for name, reason in result.references.items()
         if isinstance(reason, str)
     ]
-    floors = [
-        f"{name} {task}"
-        for name in values.sets
-        for task, error, mine in zip(
-            board.about[name]["tasks"],
-            average(board.cells[name][SINGLE].chosen, 0),
-            board.about[name]["counted"],
-            strict=True,
-        )
-        if mine and error < FLOOR
-    ]
+    floors, excluded = [], []
+    for name in values.sets:
+        about, cell = board.about[name], board.cells[name][SINGLE]
+        each = (about["tasks"], about["counted"], average(cell.chosen, 0))
+        for task, mine, error in zip(*each, strict=True):
+            if not mine:
+                excluded.append(f"{name} {task}")
+            elif error < FLOOR:
+                floors.append(f"{name} {task}")
     if floors:
         found.append(
             f"The denominator is {FLOOR} where the single-task error is smaller: "
             f"{', '.join(floors)}."
         )
-    excluded = [
-        f"{name} {task}"
-        for name in values.sets
-        for task, mine in zip(
-            board.about[name]["tasks"], board.about[name]["counted"], strict=True
-        )
-        if not mine
-    ]
     if excluded:
         found.append(f"Trained but not averaged: {', '.join(excluded)}.")
     for row in values.deltas:
@@ -336,10 +327,6 @@ def notes(result: Result, config: Config) -> list[str]:
 
 
 # --- tables ---------------------------------------------------------------------------
-
-
-def _p(value: float) -> str:
-    return f"{value:.2g}" if value >= 1e-4 else "< 0.0001"
 
 
 KINDS = {
@@ -372,7 +359,7 @@ the first task and has no rank. *Planted* rows check the comparison."""
 
 def _versus(entry: Mapping[str, Any], name: str) -> list[str]:
     c = entry.get(name)
-    return [f"{c['better']} / {c['worse']}", _p(c["adjusted"])] if c else ["", ""]
+    return [f"{c['better']} / {c['worse']}", chance(c["adjusted"])] if c else ["", ""]
 
 
 def main_line(entry: Mapping[str, Any]) -> list[str]:

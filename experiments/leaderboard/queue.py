@@ -67,11 +67,7 @@ def open_folder(config: Config) -> None:
     path, head = config.out / "about.json", config.out / "header.json"
     reading = config.report_only or bool(config.recheck)
     if config.overwrite and config.out.is_dir():
-        for name in (
-            "about.json",
-            "results.jsonl.gz",
-            "leaderboard.json",
-        ):
+        for name in ("about.json", "results.jsonl.gz", "leaderboard.json"):
             (config.out / name).unlink(missing_ok=True)
         for folder in config.out.glob("*/*/"):
             if (folder / ".lock").is_file() or (folder / "rows.jsonl").is_file():
@@ -145,13 +141,18 @@ def grid(config: Config, job: Job) -> tuple[float, ...] | None:
     If equal weights select an end of the grid, they extend it, and all rows of the set
     start from the longer grid. The result is None while equal weights are not finished.
     """
-    if job.row == EQUAL:
-        return config.lrs
     equal = Job(job.set, EQUAL)
-    if not equal.done(config.out):
+    if job.row != EQUAL and not equal.done(config.out):
         return None
-    found = {row["lr"] for row in read_rows(config.out, [equal]) if "lr" in row}
-    return tuple(sorted(found)) or config.lrs
+    return offered(config, job, read_rows(config.out, [equal]))
+
+
+def offered(
+    config: Config, job: Job, equal: Sequence[Mapping[str, Any]]
+) -> tuple[float, ...]:
+    """The learning rates of a row, from the lines of equal weights."""
+    found = {line["lr"] for line in equal if "lr" in line}
+    return config.lrs if job.row == EQUAL else tuple(sorted(found)) or config.lrs
 
 
 def train_job(config: Config, job: Job, rates: Sequence[float]) -> float:

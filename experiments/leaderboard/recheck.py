@@ -31,12 +31,6 @@ class Finding(NamedTuple):
     job: Job
     difference: float  # largest difference of a number, infinite if lines differ
 
-    def __str__(self) -> str:
-        """One line for the screen."""
-        return (
-            f"{self.job.set} {self.job.row}: largest difference {self.difference:.2g}"
-        )
-
 
 def finished(config: Config) -> dict[Job, Lines]:
     """Lines of the finished jobs with rows, from the jobs or from the packed rows."""
@@ -73,15 +67,6 @@ def compare(old: Lines, new: Lines) -> float:
     return max(difference(one, other) for one, other in zip(old, plain, strict=True))
 
 
-def rates_of(lines: Mapping[Job, Lines], job: Job, config: Config) -> tuple[float, ...]:
-    """The rates that the row was offered first, as :func:`queue.grid` finds them."""
-    equal = Job(job.set, queue.EQUAL)
-    if job == equal:
-        return config.lrs
-    found = {line["lr"] for line in lines.get(equal, ()) if "lr" in line}
-    return tuple(sorted(found)) or config.lrs
-
-
 def recheck(config: Config, say: Any) -> list[Finding]:
     """Trains ``config.recheck`` finished cells again, in a temporary folder.
 
@@ -101,10 +86,12 @@ def recheck(config: Config, say: Any) -> list[Finding]:
                 raise ConfigError(
                     f"--recheck: the data of {job.set} are not those of the rows."
                 )
-            rates = rates_of(lines, job, config)
+            equal = lines.get(Job(job.set, queue.EQUAL), ())
+            rates = queue.offered(config, job, equal)
             new = train.train_row(fresh, on, job.row, rates)
             found.append(Finding(job, compare(old, new)))
-            say(str(found[-1]))
+            worst = found[-1].difference
+            say(f"{job.set} {job.row}: largest difference {worst:.2g}")
     return found
 
 

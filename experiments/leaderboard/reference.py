@@ -6,7 +6,6 @@ little signal to compare methods.
 """
 
 import json
-import pathlib
 import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -132,17 +131,13 @@ def reference(on: Problem) -> dict[str, Any]:
     The scores are means over seeds.
     """
     metrics = [metric_of(task) for task in on.tasks]
-    seeds = range(len(on.parts["train"].x))
-    found = np.array(
-        [
-            [
-                task_scores(metric, parts_of(on, s, t))
-                for t, metric in enumerate(metrics)
-            ]
-            for s in seeds
-        ]
-    )
-    constant, linear = np.nanmean(found, 0).T
+
+    def scores(seed: int) -> list[tuple[float, float]]:
+        parts = [parts_of(on, seed, task) for task in range(on.num_tasks)]
+        return [task_scores(*pair) for pair in zip(metrics, parts, strict=True)]
+
+    found = [scores(seed) for seed in range(len(on.parts["train"].x))]
+    constant, linear = np.nanmean(np.array(found), 0).T
     return {
         "data": on.digest,
         "metrics": metrics,
@@ -154,15 +149,9 @@ def reference(on: Problem) -> dict[str, Any]:
 
 def gain(found: Mapping[str, Any]) -> float:
     """Gain of the linear model in units of :data:`GAIN`, mean over the tasks."""
-    each = [
-        (linear - constant) / GAIN[metric]
-        for metric, constant, linear, counted in zip(
-            *(found[name] for name in ("metrics", "constant", "linear", "counted")),
-            strict=True,
-        )
-        if counted
-    ]
-    return float(np.mean(each))
+    units = np.array([GAIN[metric] for metric in found["metrics"]])
+    each = (np.array(found["linear"]) - np.array(found["constant"])) / units
+    return float(each[np.array(found["counted"], bool)].mean())
 
 
 def networks(found: Mapping[str, Any], errors: np.ndarray) -> list[float]:
@@ -206,7 +195,7 @@ def cached(config: Config, about: Mapping[str, Any]) -> dict[str, Any] | str:
       The reference, or the reason why there is none.
     """
     name = about["set"]
-    path = path_of(config.out, name)
+    path = config.out / folder_name(name) / "reference.json"
     if path.is_file():
         found = json.loads(path.read_text("utf-8"))
         if found["data"] == about["data"]:
@@ -220,11 +209,6 @@ def cached(config: Config, about: Mapping[str, Any]) -> dict[str, Any] | str:
     found = training.to_json(reference(on))
     queue.save(path, found)
     return found
-
-
-def path_of(out: pathlib.Path, name: str) -> pathlib.Path:
-    """File of the reference of a set."""
-    return out / folder_name(name) / "reference.json"
 
 
 def check_sets(config: Config, say: Any) -> list[str]:

@@ -20,6 +20,7 @@ from experiments.common import problem as problems
 from experiments.common import provenance
 from experiments.common.selection import Choice, select
 from experiments.common.statistics import (
+    Friedman,
     bootstrap_sets,
     friedman,
     holm,
@@ -297,20 +298,26 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
+def of_kind(values: Values, *kinds: str) -> list[str]:
+    """Rows of some kinds."""
+    return [row for row in values.deltas if kind_of(row) in kinds]
+
+
+def methods_of(values: Values) -> list[str]:
+    """Rows that are compared: methods of the library, and external ones."""
+    return of_kind(values, "method", "external")
+
+
 def ranked_rows(values: Values) -> list[str]:
     """Rows with a rank: methods, external ones and the controls with weights."""
-    return [
-        row
-        for row in values.deltas
-        if kind_of(row) in ("method", "external") or row in (EQUAL, NULL, STATIC, WIDE)
-    ]
+    ranked = (*methods_of(values), EQUAL, NULL, STATIC, WIDE)
+    return [row for row in values.deltas if row in ranked]
 
 
 def families(values: Values) -> list[list[str]]:
     """Rows whose tests are corrected together."""
-    kinds = (("method", "external"), ("auxiliary",), ("planted",))
-    found = [[r for r in values.deltas if kind_of(r) in kind] for kind in kinds]
-    return [family for family in found if family]
+    others = (of_kind(values, kind) for kind in ("auxiliary", "planted"))
+    return [family for family in (methods_of(values), *others) if family]
 
 
 class Comparison(NamedTuple):
@@ -388,8 +395,7 @@ def group_values(values: Values, row: str) -> dict[str, np.ndarray]:
 
 def detectable(values: Values) -> float:
     """Smallest difference of Δm to equal weights that these sets can show."""
-    methods = [row for row in values.deltas if kind_of(row) in ("method", "external")]
-    sets = len(values.sets)
+    methods, sets = methods_of(values), len(values.sets)
     if EQUAL not in values.deltas or sets < 2 or not methods:
         return math.nan
     base = values.deltas[EQUAL].mean(1)
@@ -429,7 +435,7 @@ class Spread(NamedTuple):
 
 def seed_spread(values: Values) -> dict[str, Spread]:
     """Compares the differences between methods with those between seeds, by set."""
-    methods = [row for row in values.deltas if kind_of(row) in ("method", "external")]
+    methods = methods_of(values)
     if len(methods) < 2 or values.deltas[methods[0]].shape[1] < 2:
         return {}
     deltas = np.stack([values.deltas[row] for row in methods], 2)  # sets, seeds, rows
@@ -455,22 +461,24 @@ def _blocks_p(scores: np.ndarray) -> float:
     return 1.0 if equal else friedman(scores, maximise=False).p
 
 
+def _friedman(values: Values) -> Friedman:
+    """Friedman's test of the mean Δm over seeds of all ranked rows."""
+    scores = [values.deltas[row].mean(1) for row in ranked_rows(values)]
+    return friedman(np.stack(scores, 1), maximise=False)
+
+
 def ranks_of(values: Values) -> dict[str, float]:
     """Mean rank over sets of the mean Δm over seeds. Ties share a rank."""
     rows = ranked_rows(values)
     if not rows or not values.sets:
         return {}
-    scores = np.stack([values.deltas[row].mean(1) for row in rows], 1)
-    return dict(zip(rows, friedman(scores, maximise=False).ranks, strict=True))
+    return dict(zip(rows, _friedman(values).ranks, strict=True))
 
 
 def friedman_p(values: Values) -> float:
     """p of Friedman's test over all ranked rows."""
-    rows = ranked_rows(values)
-    if len(rows) < 2 or len(values.sets) < 2:
-        return math.nan
-    scores = np.stack([values.deltas[row].mean(1) for row in rows], 1)
-    return friedman(scores, maximise=False).p
+    enough = len(ranked_rows(values)) > 1 and len(values.sets) > 1
+    return _friedman(values).p if enough else math.nan
 
 
 def entries(
@@ -596,17 +604,9 @@ def result_of(
     """Computes all numbers of the report from the lines of the finished jobs."""
     board = make_board(lines)
     values = values_of(board, config.rows)
-    return Result(
-        board=board,
-        values=values,
-        table=entries(board, values, costs),
-        done=(
-            sum(line.get("kind") == "job" for line in lines),
-            len(queue.jobs(config)),
-        ),
-        costs=costs,
-        references=references,
-    )
+    done = sum(line.get("kind") == "job" for line in lines)
+    table, jobs = entries(board, values, costs), len(queue.jobs(config))
+    return Result(board, values, table, (done, jobs), costs, references)
 
 
 def references_of(
@@ -636,23 +636,22 @@ def write(config: Config, command: str) -> tuple[list[pathlib.Path], str]:
     old = read_json(config.out / "leaderboard.json")
     references = references_of(config, lines) if fresh else old.get("references", {})
     result = result_of(config, lines, costs_of(config, old), references)
-    board, values = result.board, result.values
-    for name, about in board.about.items():
+    for name, about in result.board.about.items():
         problems.LOADED[name] = {"digest": about["data"], "shared": {}}
     head = {} if fresh else read_json(config.out / "header.json")
     head = head or provenance.header(config, command=command)
     folder = config.report_to or config.out
     drawn = figures.write(config, result)
     queue.write(folder / "header.json", to_text(head))
-    queue.write(folder / "leaderboard.json", to_text(as_json(result)))
+    said = as_json(result)
+    queue.write(folder / "leaderboard.json", to_text(said))
     text = page.text(result, config, head, [path.stem for path in drawn])
     queue.write(folder / "LEADERBOARD.md", text)
     data = pack(lines)
     (folder / packed.name).write_bytes(data)
     names = (packed.name, "header.json", "leaderboard.json", "LEADERBOARD.md")
-    found = [page.answer(values, result.table), *page.conclusions(values, result.table)]
-    found += page.checks(board, values, result.table)
-    found += page.reference_check(result)
+    found = [said["answer"], *page.conclusions(result.values, result.table)]
+    found += said["checks"]
     return [*(folder / name for name in names), *drawn], "\n".join(found)
 
 
