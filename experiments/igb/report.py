@@ -54,25 +54,24 @@ def factors(names: Sequence[str], data: str) -> np.ndarray:
 def baseline(rows: Rows, names: Sequence[str]) -> dict[str, np.ndarray]:
     """Returns mean single-task errors over seeds, each at its best validation step."""
     best = select_each(rows, maximise=False)
-    found = {}
-    for part in ("val_mae", "test_mae"):
+
+    def errors(part: str) -> np.ndarray:
         each = [
-            np.mean([row[part][i] for row in best if row["task"] == name])
-            for i, name in enumerate(names)
+            [r[part][i] for r in best if r["task"] == n] for i, n in enumerate(names)
         ]
-        found[part] = np.array(each)
-    return found
+        return np.array([np.mean(values) for values in each])
+
+    return {part: errors(part) for part in ("val_mae", "test_mae")}
 
 
 def any_choice(rows: Rows) -> Choice:
     """The rate by the mean logarithm of the errors: needs no baseline."""
-    scored = []
-    for row in rows:
-        if row.get("kind") == "eval":
-            alone = row["task"] != "all"
-            errors = [row["val_score"]] if alone else row["val_mae"]
-            value = math.nan if None in errors else float(np.mean(np.log(errors)))
-            scored.append({**row, "val_log": value})
+
+    def score(row: Mapping[str, Any]) -> float:
+        errors = row["val_mae"] if row["task"] == "all" else [row["val_score"]]
+        return math.nan if None in errors else float(np.mean(np.log(errors)))
+
+    scored = [{**r, "val_log": score(r)} for r in rows if r.get("kind") == "eval"]
     return select(scored, "val_log", maximise=False, run=("task", "seed"))
 
 
@@ -224,6 +223,8 @@ def write(
     folder = train.folder(config, problem.name)
     signal = np.asarray(problem.signal)
     marks = {label_of(m): choice for m, choice in values.choices.items()}
+    deltas = {label_of(m): delta for m, delta in values.delta.items()}
+    drawn = rows_figure(deltas) if config.plots else None
     parts = [
         f"# {problem.name}: {len(table.rows)} rows, {config.seeds} seeds, "
         f"{problem.settings.steps} steps",
@@ -256,7 +257,7 @@ def write(
             signal_r2=signal.tolist(),
         ),
         common.write_table(folder / "table.md", parts),
-        *write_plots(values, config, problem.name),
+        *figures.save({"rows": drawn}, folder, config),
     ]
 
 
@@ -264,17 +265,12 @@ def write_summary(
     found: Mapping[str, Values], config: Config, command: str
 ) -> pathlib.Path:
     """``summary.md``: the differences of the mean over all data sets."""
-    shared = set.intersection(*(set(values.delta) for values in found.values()))
-    mean = {
-        method: np.mean([values.delta[method] for values in found.values()], 0)
-        for method in shared
-    }
-    rows = {
-        label_of(m): {name: values.delta[m] for name, values in found.items()}
-        | {"mean": mean[m]}
-        for m in ROWS
-        if m in mean
-    }
+    mean, rows = {}, {}
+    for m in ROWS:
+        if all(m in values.delta for values in found.values()):
+            each = {name: values.delta[m] for name, values in found.items()}
+            mean[m] = np.mean(list(each.values()), 0)
+            rows[label_of(m)] = each | {"mean": mean[m]}
     columns: dict[str, Literal["min", "max", ""]] = dict.fromkeys(
         [*found, "mean"], "min"
     )
@@ -287,14 +283,6 @@ def write_summary(
         differences(mean),
     ]
     return common.write_table(config.out / "summary.md", parts)
-
-
-def write_plots(values: Values, config: Config, data: str) -> list[pathlib.Path]:
-    """Δm of all rows."""
-    if not config.plots:
-        return []
-    made = {"rows": rows_figure({label_of(m): d for m, d in values.delta.items()})}
-    return figures.save(made, train.folder(config, data), config)
 
 
 def rows_figure(values: Mapping[str, Any]) -> Any:

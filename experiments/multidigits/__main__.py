@@ -9,7 +9,6 @@ def main(config: Config, command: str) -> None:
     check(config)
     # Imported here, so that --help and mistyped options respond immediately.
     from experiments.common.report import Screen
-    from experiments.common.timing import step_times
     from experiments.multidigits import report, train
 
     screen = Screen()
@@ -26,15 +25,11 @@ def main(config: Config, command: str) -> None:
     programs.pop(SINGLE_TASK)
     times = {}
     if config.time_steps:
-        times = step_times(
-            {m: train.stopwatch(config, problem, m, p) for m, p in programs.items()}
-        )
+        times = train.step_times(config, problem, programs)
     table = report.make_report(rows, problem.columns, names, times)
-    written = [
-        report.write_rows(rows, times, config),
-        report.write_table(table, rows, config, command),
-        *report.write_plots(rows, table, names, config),
-    ]
+    written = report.write(rows, times, table, config, command)
+    if config.plots:
+        written += report.write_plots(rows, table, names, config)
     title = f"{config.data}, test, mean ± sd over {config.seeds} seeds"
     screen.show(table, title, exclude=["single task"])
     screen.finish(written)

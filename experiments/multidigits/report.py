@@ -16,6 +16,8 @@ from experiments.multidigits.config import SINGLE_TASK, Config
 from mtljax import metrics
 from mtljax.training import plots
 
+Rows = Sequence[Mapping[str, Any]]
+
 
 def label_of(method: str) -> str:
     """Returns the name of a method in the tables."""
@@ -29,7 +31,7 @@ def better(column: str) -> Literal["min", "max"]:
 
 def values_of(
     method: str,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Rows,
     columns: Mapping[str, int],
     names: Sequence[str],
 ) -> dict[str, list[float]]:
@@ -44,7 +46,7 @@ def values_of(
 
 
 def make_report(
-    rows: Mapping[str, Sequence[Mapping[str, Any]]],
+    rows: Mapping[str, Rows],
     columns: Mapping[str, int],
     names: Sequence[str],
     times: Mapping[str, float],
@@ -88,13 +90,19 @@ def make_report(
     return Report(directions, {k: table[k] for k in order}, digits)
 
 
-def write_table(
+def write(
+    rows: Mapping[str, Rows],
+    times: Mapping[str, float],
     report: Report,
-    rows: Mapping[str, Sequence[Mapping[str, Any]]],
     config: Config,
     command: str,
-) -> pathlib.Path:
-    """Writes ``table.md``: the command, the table and the versions."""
+) -> list[pathlib.Path]:
+    """Writes ``results.jsonl``, with one line per reported run, and ``table.md``."""
+    lines = [
+        {"method": method, **row, "step_ms": times.get(method)}
+        for method, found in rows.items()
+        for row in select_each(found)
+    ]
     choices = {label_of(m): select(r) for m, r in rows.items() if m != SINGLE_TASK}
     parts = [
         f"# {config.data}: {len(report.rows)} rows, {config.seeds} seeds",
@@ -106,32 +114,19 @@ def write_table(
         "tasks. Mean rank is among the multi-task rows. Bold is the best of these.",
         " ".join(edge_notes(choices)),
     ]
-    return common.write_table(config.out / "table.md", parts)
-
-
-def write_rows(
-    rows: Mapping[str, Sequence[Mapping[str, Any]]],
-    times: Mapping[str, float],
-    config: Config,
-) -> pathlib.Path:
-    """Writes ``results.jsonl`` with one line per method and reported run."""
-    lines = [
-        {"method": method, **row, "step_ms": times.get(method)}
-        for method, found in rows.items()
-        for row in select_each(found)
+    return [
+        common.write_rows(config.out / "results.jsonl", config, lines),
+        common.write_table(config.out / "table.md", parts),
     ]
-    return common.write_rows(config.out / "results.jsonl", config, lines)
 
 
 def write_plots(
-    rows: Mapping[str, Sequence[Mapping[str, Any]]],
+    rows: Mapping[str, Rows],
     report: Report,
     names: Sequence[str],
     config: Config,
 ) -> list[pathlib.Path]:
     """Draws loss curves, weights, cosines and the trade-off of the first two tasks."""
-    if not config.plots:
-        return []
     labels = {m: label_of(m) for m in rows if m != SINGLE_TASK}
     shown = {
         labels[m]: [row for row in rows[m] if row.get("lr") == select(rows[m]).lr]

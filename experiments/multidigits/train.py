@@ -10,10 +10,10 @@ from jaxtyping import Array, Float, Int
 
 import mtljax
 from experiments.common import runs as common
+from experiments.common import timing
 from experiments.common.config import check_batch
 from experiments.common.problem import LOWER, Scorer, load, model_of
 from experiments.common.runs import LABELS
-from experiments.common.timing import Stopwatch
 from experiments.multidigits.config import SINGLE_TASK, Config
 from mtljax import data, metrics, models, training
 
@@ -37,7 +37,6 @@ class Problem(NamedTuple):
 
     dataset: data.Dataset
     init_model: Callable[[Array], models.Variables]
-    init_models: Callable[[Array], models.Variables]  # several keys, compiled once
     train: Batch
     task_losses: Callable[..., Any]
     evaluate: Callable[[State], dict[str, Array]]
@@ -119,26 +118,9 @@ def make_problem(config: Config) -> Problem:
         return jitted(state.params, state.batch_stats, state.constants, splits, probe)
 
     image = data.to_float(train["image"][:1], dataset.image_max)
-
-    def init_model(key):
-        return model.init(key, image)
-
-    init_one = jax.jit(init_model)  # one small program for any number of runs
-
-    stacked = jax.jit(common.stack)
-
-    def init_models(keys):
-        return stacked([init_one(k) for k in keys])
-
-    return Problem(
-        dataset,
-        init_model,
-        init_models,
-        train,
-        task_losses,
-        evaluate_states,
-        columns,
-    )
+    # One small program for any number of runs.
+    init_model = jax.jit(lambda key: model.init(key, image))
+    return Problem(dataset, init_model, train, task_losses, evaluate_states, columns)
 
 
 def make_program(config: Config, problem: Problem, method: str) -> Program:
@@ -151,9 +133,6 @@ def make_program(config: Config, problem: Problem, method: str) -> Program:
     )
     optimizer = optax.chain(clip, optax.scale_by_adam())
 
-    def shared(params):
-        return mtljax.shared_params(params, LABELS)
-
     def balancer_of(constants, key):
         if method == SINGLE_TASK:
             return mtljax.linear(num_tasks, weights=constants)
@@ -161,11 +140,12 @@ def make_program(config: Config, problem: Problem, method: str) -> Program:
 
     def init(variables, key, lr, constants):
         params, batch_stats = variables
+        shared = mtljax.shared_params(params, LABELS)
         return State(
             params=params,
             batch_stats=batch_stats,
             opt_state=optimizer.init(params),
-            balancer=balancer_of(constants, key).init(shared(params)),
+            balancer=balancer_of(constants, key).init(shared),
             lr=lr,
             constants=constants,
             step=jnp.int32(0),
@@ -190,14 +170,12 @@ def make_program(config: Config, problem: Problem, method: str) -> Program:
         if balancer.observe is not None:
             after, _ = problem.task_losses(params, batch_stats, batch)
             balancer_state = mtljax.observe(balancer, balancer_state, losses=after)
-        new = State(
-            params,
-            batch_stats,
-            opt_state,
-            balancer_state,
-            state.lr,
-            state.constants,
-            state.step + 1,
+        new = state._replace(
+            params=params,
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+            balancer=balancer_state,
+            step=state.step + 1,
         )
         return new, {"losses": losses, "task_weights": balancer_state.task_weights}
 
@@ -216,7 +194,7 @@ def initial_state(config: Config, problem: Problem, method: str, program: Progra
     """Returns the stacked states of all runs of a method, and their data-order keys."""
     runs = runs_of(config, problem, method)
     keys = common.keys_of(run.seed for run in runs)
-    variables = problem.init_models(keys.model)
+    variables = jax.jit(common.stack)([problem.init_model(k) for k in keys.model])
     constants = common.chosen_tasks(
         [run.task for run in runs], len(problem.dataset.tasks)
     )
@@ -225,19 +203,17 @@ def initial_state(config: Config, problem: Problem, method: str, program: Progra
     return state, keys.order
 
 
-def stopwatch(
-    config: Config, problem: Problem, method: str, program: Program
-) -> Stopwatch:
-    """Measures the steps of a method from its initial state."""
-    state, order = initial_state(config, problem, method, program)
-    return Stopwatch(
-        program.step,
-        state,
-        problem.train,
-        order,
-        batch_size=config.batch_size,
-        steps=config.time_steps,
-    )
+def step_times(
+    config: Config, problem: Problem, programs: Mapping[str, Program]
+) -> dict[str, float]:
+    """Measures the milliseconds of a step of each method from its initial state."""
+    sizes = {"batch_size": config.batch_size, "steps": config.time_steps}
+    watches = {}
+    for method, program in programs.items():
+        state, order = initial_state(config, problem, method, program)
+        run = (program.step, state, problem.train, order)
+        watches[method] = timing.stopwatch(*run, **sizes)
+    return timing.step_times(watches)
 
 
 def make_train(
