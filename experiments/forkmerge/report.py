@@ -94,20 +94,23 @@ def values_of(
     )
 
 
+def by_method(rows: Rows) -> dict[str, list[Mapping[str, Any]]]:
+    """Returns the rows of the table by method."""
+    found = {method: of(rows, part="table", method=method) for method in LABELS}
+    return {method: mine for method, mine in found.items() if mine}
+
+
 def make_report(rows: Rows, config: Config) -> Report:
     """The table of all methods, from reported rows."""
     targets = config.domains
-    found = {m: of(rows, part="table", method=m) for m in LABELS}
-    found = {method: mine for method, mine in found.items() if mine}
-    values = {m: values_of(mine, config) for m, mine in found.items()}
-    alone = values["stl"]
+    found = by_method(rows)
+    alone = values_of(found["stl"], config)
     table = {}
-    for method, scores in values.items():
+    for method, mine in found.items():
+        scores = values_of(mine, config)
         row: dict[str, Any] = dict(zip(targets, scores.T, strict=True))
         row["average"] = scores.mean(1)
-        row["at the chosen step"] = values_of(
-            found[method], config, column="test"
-        ).mean(1)
+        row["at the chosen step"] = values_of(mine, config, column="test").mean(1)
         if method != "stl":
             if alone.mean(0).all():  # otherwise a relative gain is undefined
                 # The paper prints gains, for which higher is better.
@@ -117,7 +120,7 @@ def make_report(rows: Rows, config: Config) -> Report:
             row["targets worse than STL"] = float(
                 (scores.mean(0) < alone.mean(0)).sum()
             )
-        row["learning rate"] = found[method][0]["lr"]
+        row["learning rate"] = mine[0]["lr"]
         table[LABELS[method]] = row
     columns: dict[str, Any] = dict.fromkeys(
         [*targets, "average", "at the chosen step", "gain % over STL"], "max"
@@ -130,8 +133,7 @@ def make_report(rows: Rows, config: Config) -> Report:
 
 def gains_text(rows: Rows, config: Config) -> str:
     """Paired differences of the mean over targets, at the last step."""
-    found = {m: of(rows, part="table", method=m) for m in LABELS}
-    values = {m: values_of(x, config).mean(1) for m, x in found.items() if x}
+    values = {m: values_of(x, config).mean(1) for m, x in by_method(rows).items()}
     pairs = [("forkmerge", control) for control in CONTROLS]
     pairs += [("alone_x2", "stl"), ("ew", "stl"), ("forkmerge_each", "forkmerge")]
     return comparison_table(
@@ -206,29 +208,20 @@ def pairs_text(pairs: Mapping[str, Pairs], seeds: int) -> str:
     return common.markdown(head, lines)
 
 
-def interval_gains(rows: Rows, config: Config) -> dict[int, np.ndarray]:
-    """Returns the gain of ForkMerge over STL for each Δt, ``[seeds, targets]``."""
+def intervals_text(rows: Rows, config: Config) -> str:
+    """Formats the gain of ForkMerge over STL for each Δt as a Markdown table."""
+    targets, table = config.domains, {}
     alone = values_of(of(rows, part="table", method="stl"), config)
-    found = {}
-    for part in ("intervals", "table"):
-        for row in of(rows, part=part, method="forkmerge"):
-            interval = row["interval"]
-            mine = of(rows, part=part, method="forkmerge", interval=interval)
-            if interval not in found:
-                found[interval] = values_of(mine, config) - alone
-    return dict(sorted(found.items()))
-
-
-def intervals_text(found: Mapping[int, np.ndarray], config: Config) -> str:
-    """Formats the gains for each Δt as a Markdown table."""
-    targets = config.domains
-    table = {
-        f"{interval} ({-(-config.steps // interval)} merges)": {
+    mine = of(rows, method="forkmerge")
+    found = {r["interval"]: r["part"] for r in mine if r["part"] == "table"}
+    found |= {r["interval"]: r["part"] for r in mine if r["part"] == "intervals"}
+    for interval, part in sorted(found.items()):
+        same = of(mine, part=part, interval=interval)
+        gains = values_of(same, config) - alone
+        table[f"{interval} ({-(-config.steps // interval)} merges)"] = {
             **dict(zip(targets, gains.T, strict=True)),
             "mean of targets": gains.mean(1),
         }
-        for interval, gains in found.items()
-    }
     columns: dict[str, Any] = dict.fromkeys([*targets, "mean of targets"], "max")
     digits = dict.fromkeys(columns, 2)
     return Report(columns, table, digits).markdown(head="Δt")
@@ -352,7 +345,7 @@ def sections(kept: Rows, config: Config) -> list[str]:
     if of(kept, part="intervals") and of(kept, part="table", method="forkmerge"):
         parts += [
             "## Steps between merges, ForkMerge with two branches",
-            intervals_text(interval_gains(kept, config), config),
+            intervals_text(kept, config),
             "Gain over STL with the same seed at the last step, in points.",
         ]
     points = of(kept, part="points")

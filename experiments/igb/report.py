@@ -55,13 +55,13 @@ def baseline(rows: Rows, names: Sequence[str]) -> dict[str, np.ndarray]:
     """Returns mean single-task errors over seeds, each at its best validation step."""
     best = select_each(rows, maximise=False)
 
-    def errors(part: str) -> np.ndarray:
-        each = [
-            [r[part][i] for r in best if r["task"] == n] for i, n in enumerate(names)
-        ]
-        return np.array([np.mean(values) for values in each])
+    def mean(part: str, i: int) -> Any:
+        return np.mean([row[part][i] for row in best if row["task"] == names[i]])
 
-    return {part: errors(part) for part in ("val_mae", "test_mae")}
+    return {
+        part: np.array([mean(part, i) for i in range(len(names))])
+        for part in ("val_mae", "test_mae")
+    }
 
 
 def any_choice(rows: Rows) -> Choice:
