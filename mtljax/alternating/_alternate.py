@@ -220,19 +220,18 @@ def _plan(rule: Rule, state: AlternatingState) -> tuple[Plan, Int[Array, " group
     return make_plan(rule.rounds, state.key, state.batch, losses, state.order)
 
 
+CARRIED = ("shared", "rows", "owned", "balancer", "losses", "counts", "active")
+"""Fields of the state that the inner steps change."""
+
+
 def _carry(params: Params, state: AlternatingState, batch_stats: Any) -> Carry:
     """Returns the initial carry of the inner steps of a batch."""
+    state = state._replace(active=jnp.zeros_like(state.active))
     return Carry(
         params=jax.tree.map(jnp.asarray, params),
-        shared=state.shared,
-        rows=state.rows,
-        owned=state.owned,
-        balancer=state.balancer,
-        losses=state.losses,
         seen=state.losses,
-        counts=state.counts,
-        active=jnp.zeros_like(state.active),
         batch_stats=batch_stats,
+        **{name: getattr(state, name) for name in CARRIED},
     )
 
 
@@ -250,19 +249,8 @@ def _step(run: Run, state: AlternatingState) -> tuple[Carry, Any, AlternatingSta
             steps,
         )
     params, decay = decay_once(run, carry.params, state.decay, carry.active)
-    state = AlternatingState(
-        key=state.key,
-        batch=state.batch + 1,
-        order=order,
-        shared=carry.shared,
-        rows=carry.rows,
-        owned=carry.owned,
-        balancer=carry.balancer,
-        decay=decay,
-        losses=carry.losses,
-        counts=carry.counts,
-        active=carry.active,
-    )
+    carried = {name: getattr(carry, name) for name in CARRIED}
+    state = state._replace(batch=state.batch + 1, order=order, decay=decay, **carried)
     return carry, params, state
 
 

@@ -187,6 +187,13 @@ def _add(tree: Any, other: Any) -> Any:
     return jax.tree.map(jnp.add, tree, other)
 
 
+def _optimize(run: Run, grad: Any, held: Any, shared: Any, value: Array):
+    """Returns the updates of the shared parameters, and the new wide state."""
+    optimizer, held = run.rule.optimizer, states.widen(run.rule.optimizer, shared, held)
+    grad = run.parts.shared(grad)
+    return states.step(optimizer, grad, held, shared, batch=run.number, value=value)
+
+
 def _together(run: Run, group: Group, view: Any, carry: Carry, at: Any) -> Outcome:
     """Performs one optimizer step with one gradient of the group."""
     slot, number = at
@@ -204,14 +211,8 @@ def _together(run: Run, group: Group, view: Any, carry: Carry, at: Any) -> Outco
     held = states.read(carry.shared, index)
     grad = _clip(rule, grad, view)
     shared = parts.shared(carry.params)
-    updates, new = states.step(
-        rule.optimizer,
-        parts.shared(grad),
-        states.widen(rule.optimizer, shared, held),
-        shared,
-        batch=run.number,
-        value=group.total(losses, rule.mean),
-    )
+    value = group.total(losses, rule.mean)
+    updates, new = _optimize(run, grad, held, shared, value)
     keep = _healthy(run, group.present, losses, grad, updates, new)
     new = states.narrow(new, held, run.draw(ROUNDING, number))
     healthy = jnp.broadcast_to(keep, group.present.shape)
@@ -272,14 +273,7 @@ def _side_by_side(run: Run, group: Group, view: Any, carry: Carry, at: Any) -> O
         grad = _clip(rule, grad, view)
         task, here = group.tasks[member], group.present[member]
         held = states.read(slots, task)
-        updates, new = states.step(
-            rule.optimizer,
-            parts.shared(grad),
-            states.widen(rule.optimizer, shared, held),
-            shared,
-            batch=run.number,
-            value=jnp.where(here, loss, 0),
-        )
+        updates, new = _optimize(run, grad, held, shared, jnp.where(here, loss, 0))
         healthy = _healthy(run, here, loss, grad, updates, new)
         keep = healthy if group.full else healthy & here
         folded = None if key is None else jax.random.fold_in(key, member)
