@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 from experiments.common.provenance import header
 from mtljax import training
 from mtljax.training import tables
+from mtljax.training.tables import markdown
 
 
 class Report(NamedTuple):
@@ -42,21 +43,6 @@ def read_rows(path: pathlib.Path) -> tuple[dict[str, Any], list[dict[str, Any]]]
     lines = path.read_text(encoding="utf-8").splitlines()
     head, *rows = (json.loads(line) for line in lines)
     return head, rows
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]], left: int = 1) -> str:
-    """Formats a table. The first ``left`` columns are aligned to the left.
-
-    Examples:
-      >>> print(markdown(["a", "b"], [["x", 1]]))
-      | a | b |
-      |:--|--:|
-      | x | 1 |
-    """
-    rule = "|:--" * left + "|--:" * (len(head) - left) + "|"
-    lines = [head, *rows]
-    text = ["| " + " | ".join(map(str, line)) + " |" for line in lines]
-    return "\n".join([text[0], rule, *text[1:]])
 
 
 def versions() -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from mtljax.training.records import flatten
-from mtljax.training.tables import markdown_table
+from mtljax.training.tables import markdown, markdown_table
 from mtljax.training.writers import Row, read_jsonl
 
 FILES = ("metrics.jsonl", "results.jsonl")
@@ -247,11 +247,11 @@ def comparison(
     differ = config_differences(runs)
     if differ:
         head = ["configuration", *(run.name for run in runs)]
-        lines = ["| " + " | ".join(head) + " |", "|:--" * len(head) + "|"]
-        for name, values in differ.items():
-            shown = ["" if v is None else str(v) for v in values]
-            lines.append("| " + " | ".join([name, *shown]) + " |")
-        parts.append("\n".join(lines))
+        lines = [
+            [name, *("" if v is None else v for v in values)]
+            for name, values in differ.items()
+        ]
+        parts.append(markdown(head, lines, left=len(head)))
     return "\n\n".join(parts)
 
 

@@ -17,7 +17,7 @@ from mtljax.training import checkpoint as checkpoints
 from mtljax.training._feeds import Resident, Streamed, placement_of
 from mtljax.training._options import Checkpointing, Evaluation, Execution, Logging
 from mtljax.training._run import FitResult, Run, Subject, label_of
-from mtljax.training._signals import Patient, Signals
+from mtljax.training._signals import Patient
 from mtljax.training.errors import RunExistsError
 from mtljax.training.progress import Progress
 from mtljax.training.run_dir import holds_run, lock_run, remove_run, set_rows_aside
@@ -189,7 +189,12 @@ def fit(
                 folder = pathlib.Path(checkpointing.directory) / "tensorboard"
                 writers.append(TensorBoardWriter(folder))
         if run.open_writers(writers, stack):
-            state = _drive(run, state, signals)
+            if run.resumed is None and evaluation is not None and evaluation.at_start:
+                run.evaluate(state, final=False)
+                run.save(state)
+            state = run.train(state, signals)
+            if signals.number is not None:
+                run.say_interrupted(signals)
         stack.close()  # so that errors in closing are raised before the result
         return run.result(state, signals)
 
@@ -234,18 +239,6 @@ def _open_run(
         checkpoints.Checkpointer(folder / "checkpoints").clean()
 
     _hosts.on_main(tidy)
-    return state
-
-
-def _drive(run: Run, state: PyTree, signals: Signals) -> PyTree:
-    evaluation = run.evaluation
-    fresh = run.done == 0 and run.resumed is None
-    if fresh and evaluation is not None and evaluation.at_start:
-        run.evaluate(state, final=False)
-        run.save(state)
-    state = run.train(state, signals)
-    if signals.number is not None:
-        run.say_interrupted(signals)
     return state
 
 

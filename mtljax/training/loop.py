@@ -16,6 +16,7 @@ from jax import lax
 from jax.extend.core.primitives import conv_general_dilated_p
 from jaxtyping import Array, Int, Key, PyTree
 
+from mtljax.training._digest import tree_spec
 from mtljax.training._hosts import Placement, place
 
 Metrics: TypeAlias = Any  # a dict of arrays (or a tree of them)
@@ -125,15 +126,7 @@ def check_step(step: Step, state: PyTree, batch: PyTree) -> PyTree:
     """
     new, metrics = jax.eval_shape(step, state, batch)
     old = jax.eval_shape(lambda s: s, state)
-    describe = lambda leaf: f"{leaf.dtype}{list(leaf.shape)}"
-    before = {
-        jax.tree_util.keystr(path): describe(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(old)
-    }
-    after = {
-        jax.tree_util.keystr(path): describe(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(new)
-    }
+    before, after = tree_spec(old), tree_spec(new)
     for path in [*before, *after]:
         if before.get(path) != after.get(path):
             raise ValueError(

@@ -129,14 +129,6 @@ def _legend(figure, axis, count: int) -> None:
             axis.legend(handles, labels)
 
 
-def _band(values: Any) -> tuple[np.ndarray, np.ndarray | None]:
-    """Returns mean and standard deviation over the leading axis of ``[S, P]``."""
-    array = np.asarray(values, np.float64)
-    if array.ndim == 1 or array.shape[0] == 1:
-        return array.reshape(array.shape[-1]), None
-    return array.mean(0), array.std(0, ddof=1)
-
-
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
     """Computes a centred running mean over the last axis, shorter at both ends.
 
@@ -156,10 +148,12 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def _draw(axis, steps, values, *, look, label, window) -> None:
-    mean, sd = _band(smooth(np.asarray(values, np.float64), window))
+    seeds = np.atleast_2d(smooth(np.asarray(values, np.float64), window))
+    mean = seeds.mean(0)
     marker = "o" if len(steps) == 1 else None  # a line of one point is invisible
     axis.plot(steps, mean, label=label, linewidth=1.5, marker=marker, **look)
-    if sd is not None:
+    if len(seeds) > 1:
+        sd = seeds.std(0, ddof=1)
         low, high = mean - sd, mean + sd
         if axis.get_yscale() == "log":  # the band must stay positive
             low = np.maximum(low, mean**2 / high)
@@ -409,7 +403,7 @@ def tradeoff_scatter(
             color="#777777",
             fontsize=8,
         )
-    arrows = [{"max": "→", "min": "←"}[better[0]], {"max": "→", "min": "←"}[better[1]]]
+    arrows = [{"max": "→", "min": "←"}[direction] for direction in better]
     axis.set_xlabel(f"{xlabel}   (better {arrows[0]})")
     axis.set_ylabel(f"{ylabel}   (better {arrows[1]})")
     _legend(figure, axis, 99)

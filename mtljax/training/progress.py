@@ -22,16 +22,6 @@ def format_seconds(seconds: float) -> str:
     return f"{hour}:{minute:02d}:{second:02d}" if hour else f"{minute}:{second:02d}"
 
 
-def _vector(value: Any) -> np.ndarray:
-    """Converts a metric of shape ``[T]``, ``[S, T]`` or ``[]`` to ``[T]``."""
-    array = np.asarray(value, np.float64)
-    return (
-        np.atleast_1d(array.reshape(-1, array.shape[-1]).mean(0))
-        if array.ndim
-        else (array.reshape(1))
-    )
-
-
 def describe(
     metrics: Mapping[str, Any], task_names: Sequence[str] | None = None
 ) -> str:
@@ -62,7 +52,8 @@ def describe(
         if isinstance(given, Mapping):
             names = list(given)
             given = np.stack([np.asarray(given[task]) for task in names], -1)
-        values = _vector(given)
+        values = np.atleast_1d(np.asarray(given, np.float64))
+        values = values.reshape(-1, values.shape[-1]).mean(0)  # over the seeds
         if len(values) > 4:
             low, high = format(values.min(), style), format(values.max(), style)
             text = f"{format(values.mean(), style)} ({low} to {high})"

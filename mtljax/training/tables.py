@@ -1,7 +1,7 @@
 """Tables of results with mean and spread over seeds."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -84,6 +84,28 @@ def _title(column: str, better: str) -> str:
     return column + {"min": " ↓", "max": " ↑", "": ""}[better]
 
 
+def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]], left: int = 1) -> str:
+    """Formats a Markdown table.
+
+    Args:
+      head: Titles of the columns.
+      rows: Cells of the other lines.
+      left: Number of columns that are aligned to the left. Others are to the right.
+
+    Returns:
+      The table, with lines joined by newlines.
+
+    Examples:
+      >>> print(markdown(["a", "b"], [["x", 1]]))
+      | a | b |
+      |:--|--:|
+      | x | 1 |
+    """
+    rule = "|:--" * left + "|--:" * (len(head) - left) + "|"
+    text = ["| " + " | ".join(map(str, line)) + " |" for line in [head, *rows]]
+    return "\n".join([text[0], rule, *text[1:]])
+
+
 def markdown_table(
     rows: Mapping[str, Mapping[str, Any]],
     columns: Mapping[str, Literal["min", "max", ""]],
@@ -113,11 +135,11 @@ def markdown_table(
       | pcgrad | **0.80 ± 0.14** |
     """
     titles = [head, *(_title(c, better) for c, better in columns.items())]
-    lines = ["| " + " | ".join(titles) + " |", "|:--" + "|--:" * len(columns) + "|"]
-    for name, cells in _cells(rows, columns, digits, exclude):
-        texts = [f"**{text}**" if best else text for text, best in cells]
-        lines.append("| " + " | ".join([name, *texts]) + " |")
-    return "\n".join(lines)
+    body = [
+        [name, *(f"**{text}**" if best else text for text, best in cells)]
+        for name, cells in _cells(rows, columns, digits, exclude)
+    ]
+    return markdown(titles, body)
 
 
 def rich_table(

@@ -202,7 +202,8 @@ class JsonlWriter:
         """
         if resume_step is not None and (seal is not None or self.path.exists()):
             rows = sealed_rows(self.path, seal) if seal else read_jsonl(self.path)[1]
-            self.rows = [r for r in rows if keeps(r, resume_step)]
+            rows = [row for row in rows if not row.get("final")]
+            self.rows = [row for row in rows if row.get("step", 0) <= resume_step]
         self._sealer = _Sealer(self.rows)
         first = {"kind": "header", **to_json(header)}
         with writing(self.path):
@@ -286,11 +287,6 @@ class MemoryWriter:
 
     def close(self) -> None:
         """Does nothing."""
-
-
-def keeps(row: Mapping[str, Any], resume_step: int) -> bool:
-    """Returns whether a run that resumes after ``resume_step`` keeps this row."""
-    return row.get("step", 0) <= resume_step and not row.get("final")
 
 
 class TensorBoardWriter:
