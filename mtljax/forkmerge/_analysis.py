@@ -11,14 +11,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from mtljax.balancer import check_choice
-from mtljax.forkmerge._checks import (
-    Direction,
-    Numbers,
-    check_positive,
-    count_branches,
-    score_args,
-    sign_of,
-)
+from mtljax.forkmerge import _checks as checks
+from mtljax.forkmerge._checks import Direction, Numbers
 from mtljax.forkmerge._merge import Rules, merge_leaves
 from mtljax.forkmerge._search import Evaluation, simplex_points, validate
 from mtljax.types import Losses
@@ -66,7 +60,7 @@ def transfer_gain(
       >>> transfer_gain([0.7, 0.5], 0.6).tolist()
       [0.1, -0.1]
     """
-    sign = sign_of("transfer_gain", direction)
+    sign = checks.sign_of("transfer_gain", direction)
     return sign * (jnp.asarray(scores) - jnp.asarray(baseline))
 
 
@@ -192,11 +186,11 @@ def ternary_map(
     """
     name = "ternary_map"
     check_choice(name, "evaluation", evaluation, Evaluation)
-    check_positive(name, "levels", levels)
-    count = count_branches(name, corners)
+    checks.positive(name, "levels", levels)
+    count = checks.count_branches(name, corners)
     if count != 3:
         raise ValueError(f"{name}: a triangle has 3 corners, not {count}.")
-    args = score_args(name, validation)
+    args = checks.score_args(name, validation)
     weights = jnp.array(simplex_points(3, levels))
     triangle = jnp.array([[0.0, 0.0], [1.0, 0.0], [0.5, math.sqrt(0.75)]])
 
@@ -248,8 +242,8 @@ def one_step_transfer(
       >>> float(found.cosine), found.gains.tolist()
       (1.0, [0.0, 0.4])
     """
-    sign = sign_of("one_step_transfer", direction)
-    args = score_args("one_step_transfer", validation)
+    sign = checks.sign_of("one_step_transfer", direction)
+    args = checks.score_args("one_step_transfer", validation)
     found, back = jax.vjp(losses, params)
     if jnp.shape(found) != (2,):
         raise ValueError(

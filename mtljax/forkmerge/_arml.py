@@ -13,7 +13,7 @@ from mtljax.balancer import (
     check_number,
     from_weights,
 )
-from mtljax.forkmerge._checks import check_target
+from mtljax.forkmerge import _checks as checks
 from mtljax.solvers import project_simplex
 from mtljax.types import Scale, Weights
 
@@ -85,7 +85,7 @@ def arml(
       <https://arxiv.org/abs/2010.08244>`_, 2020.
     """
     check_num_tasks("arml", num_tasks)
-    check_target("arml", num_tasks, main)
+    checks.task_index("arml", num_tasks, main)
     if num_tasks < 2:
         raise ValueError(
             "arml: with num_tasks=1 there is no auxiliary task. Use at least 2 tasks."

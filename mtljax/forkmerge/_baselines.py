@@ -10,14 +10,9 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from mtljax.forkmerge import _checks as checks
 from mtljax.forkmerge._branches import BranchStep, Strategy, fork, train_branches
-from mtljax.forkmerge._checks import (
-    Direction,
-    Numbers,
-    check_target,
-    score_args,
-    sign_of,
-)
+from mtljax.forkmerge._checks import Direction, Numbers
 from mtljax.forkmerge._realise import Realisation
 from mtljax.forkmerge._search import validate
 
@@ -58,7 +53,7 @@ def post_train(
       Jiang et al., `ForkMerge: Mitigating Negative Transfer in Auxiliary-Task Learning
       <https://arxiv.org/abs/2301.12618>`_, 2023, which uses this baseline.
     """
-    check_target("post_train", num_tasks, target)
+    checks.task_index("post_train", num_tasks, target)
     if isinstance(joint_steps, bool) or joint_steps < 0:
         raise ValueError(
             f"post_train: joint_steps must not be negative, not {joint_steps!r}."
@@ -143,8 +138,8 @@ def grid_search(
       >>> found.weights.tolist(), found.scores.tolist()
       ([1.0, 1.0], [-5.0, -2.0, -2.0, -1.0])
     """
-    sign = sign_of("grid_search", direction)
-    args = score_args("grid_search", validation)
+    sign = checks.sign_of("grid_search", direction)
+    args = checks.score_args("grid_search", validation)
     candidates = jnp.asarray(candidates)
     if candidates.ndim != 2:
         raise ValueError(

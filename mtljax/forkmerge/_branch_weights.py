@@ -6,14 +6,15 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from mtljax.forkmerge._checks import BranchWeights, Numbers, check_target, sign_of
+from mtljax.forkmerge import _checks as checks
+from mtljax.forkmerge._checks import BranchWeights, Numbers
 
 
 def _rows(
     name: str, num_tasks: int, target: int, groups: Sequence[Any], share: bool
 ) -> BranchWeights:
     """Returns one row per group, with 1 for the target and each of its tasks."""
-    check_target(name, num_tasks, target)
+    checks.task_index(name, num_tasks, target)
     rows = []
     for group in groups:
         row = [0.0] * num_tasks
@@ -149,7 +150,7 @@ def nested_topk(
       >>> nested_topk(4, [2, 3, 1], topk=(0, 1, 2)).tolist()
       [[1.0, 0.0, 0.0, 0.0], [1.0, 0.0, 1.0, 0.0], [1.0, 0.0, 1.0, 1.0]]
     """
-    check_target("nested_topk", num_tasks, target)
+    checks.task_index("nested_topk", num_tasks, target)
     ranking = [int(task) for task in ranking]
     others = set(_auxiliaries(num_tasks, target))
     if len(set(ranking)) != len(ranking) or not set(ranking) <= others:
@@ -223,8 +224,8 @@ def rank_auxiliaries(
       >>> rank_auxiliaries([0.5, 0.1, 0.9, 0.4], 4)
       (2, 3, 1)
     """
-    check_target("rank_auxiliaries", num_tasks, target)
-    sign = sign_of("rank_auxiliaries", direction)
+    checks.task_index("rank_auxiliaries", num_tasks, target)
+    sign = checks.sign_of("rank_auxiliaries", direction)
     found = jnp.asarray(scores, jnp.float32)
     if found.shape != (num_tasks,):
         raise ValueError(

@@ -11,12 +11,8 @@ from jax.typing import ArrayLike
 
 from mtljax import stack
 from mtljax.balancer import check_choice
-from mtljax.forkmerge._checks import (
-    Numbers,
-    check_branch_weights,
-    check_positive,
-    count_branches,
-)
+from mtljax.forkmerge import _checks as checks
+from mtljax.forkmerge._checks import Numbers
 from mtljax.forkmerge._realise import Realisation, draw_task
 
 Strategy: TypeAlias = Literal["auto", "vmap", "map", "shard"]
@@ -43,7 +39,7 @@ def branch_mesh(num_branches: int, devices: Sequence[Any] | None = None) -> Mesh
       >>> branch_mesh(1).shape["branch"]
       1
     """
-    check_positive("branch_mesh", "num_branches", num_branches)
+    checks.positive("branch_mesh", "num_branches", num_branches)
     found = list(jax.devices() if devices is None else devices)
     if num_branches > len(found):
         raise ValueError(
@@ -79,7 +75,7 @@ def fork(state: Any, num_branches: int, *, mesh: Mesh | None = None) -> Any:
       >>> forkmerge.fork({"w": jnp.arange(2.0)}, 3)["w"].tolist()
       [[0.0, 1.0], [0.0, 1.0], [0.0, 1.0]]
     """
-    check_positive("fork", "num_branches", num_branches)
+    checks.positive("fork", "num_branches", num_branches)
     if not jax.tree.leaves(state):
         raise ValueError("fork: the train state is an empty tree.")
 
@@ -226,8 +222,8 @@ def train_branches(
     name = "train_branches"
     check_choice(name, "realisation", realisation, Realisation)
     check_choice(name, "strategy", strategy, Strategy)
-    num_branches = count_branches(name, branches)
-    weights = check_branch_weights(name, branch_weights, num_branches)
+    num_branches = checks.count_branches(name, branches)
+    weights = checks.branch_weights(name, branch_weights, num_branches)
     _check_batches(batches, num_branches, per_branch)
     if realisation == "sample" and key is None:
         raise ValueError(

@@ -16,7 +16,7 @@ Numbers: TypeAlias = ArrayLike | Sequence[Any]  # an array, or lists of numbers
 BranchWeights: TypeAlias = Float[Array, "branches tasks"]
 
 
-def check_positive(name: str, argument: str, value: Any) -> None:
+def positive(name: str, argument: str, value: Any) -> None:
     """Raises an error unless ``value`` is a positive integer."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(
@@ -24,9 +24,9 @@ def check_positive(name: str, argument: str, value: Any) -> None:
         )
 
 
-def check_target(name: str, num_tasks: int, target: Any) -> None:
+def task_index(name: str, num_tasks: int, target: Any) -> None:
     """Raises an error unless ``target`` is the index of a task."""
-    check_positive(name, "num_tasks", num_tasks)
+    positive(name, "num_tasks", num_tasks)
     whole = isinstance(target, int) and not isinstance(target, bool)
     if not (whole and 0 <= target < num_tasks):
         raise ValueError(
@@ -64,7 +64,7 @@ def count_branches(name: str, branches: Any) -> int:
     return count
 
 
-def check_branch_weights(name: str, branch_weights: Any, num_branches: int) -> Array:
+def branch_weights(name: str, branch_weights: Any, num_branches: int) -> Array:
     """Returns the weights as an array ``[num_branches, T]``."""
     found = jnp.asarray(branch_weights)
     if found.ndim != 2 or found.shape[0] != num_branches:
@@ -75,7 +75,7 @@ def check_branch_weights(name: str, branch_weights: Any, num_branches: int) -> A
     return found
 
 
-def as_merge_weights(name: str, weights: Numbers, num_branches: int) -> Array:
+def merge_weights(name: str, weights: Numbers, num_branches: int) -> Array:
     """Returns Λ as an array ``[num_branches]``."""
     found = jnp.asarray(weights)
     if found.shape != (num_branches,):
@@ -90,11 +90,11 @@ def score_args(name: str, validation: Any) -> tuple[Any, ...]:
     """Returns the further arguments of a score, after checking the validation set."""
     if validation is None:
         return ()
-    check_validation(name, validation)
+    validation_set(name, validation)
     return (validation,)
 
 
-def check_validation(name: str, validation: Any) -> None:
+def validation_set(name: str, validation: Any) -> None:
     """Raises an error if the validation set contains no example."""
     leaves = jax.tree_util.tree_leaves_with_path(validation)
     if not leaves:

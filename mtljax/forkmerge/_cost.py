@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple
 
-from mtljax.forkmerge._checks import check_positive
+from mtljax.forkmerge import _checks as checks
 from mtljax.forkmerge._search import Method, Search
 
 
@@ -36,7 +36,7 @@ def merge_passes(
       >>> [merge_passes(b, method="simplex") for b in (2, 3, 4, 6)]
       [6, 21, 56, 252]
     """
-    check_positive("merge_passes", "num_branches", num_branches)
+    checks.positive("merge_passes", "num_branches", num_branches)
     search = method if isinstance(method, Search) else Search(method)
     method = search.method
     if method == "auto":
@@ -88,7 +88,7 @@ def forkmerge_cost(
         ("num_steps", num_steps),
         ("interval", interval),
     ):
-        check_positive("forkmerge_cost", argument, value)
+        checks.positive("forkmerge_cost", argument, value)
     later = num_branches if pruned_to is None else pruned_to
     first = min(interval, num_steps)
     steps = num_branches * first + later * (num_steps - first)

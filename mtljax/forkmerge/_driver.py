@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from mtljax.balancer import check_choice
+from mtljax.forkmerge import _checks as checks
 from mtljax.forkmerge._branches import (
     BranchStep,
     Strategy,
@@ -20,12 +21,7 @@ from mtljax.forkmerge._branches import (
     take_branches,
     train_branches,
 )
-from mtljax.forkmerge._checks import (
-    Direction,
-    check_positive,
-    check_target,
-    score_args,
-)
+from mtljax.forkmerge._checks import Direction
 from mtljax.forkmerge._merge import (
     Head,
     Policy,
@@ -199,7 +195,7 @@ class ForkMerge:
         name = "ForkMerge"
         weights = jnp.asarray(self.branch_weights)
         object.__setattr__(self, "branch_weights", weights)
-        check_positive(name, "interval", self.interval)
+        checks.positive(name, "interval", self.interval)
         check_choice(name, "realisation", self.training.realisation, Realisation)
         check_choice(name, "strategy", self.training.strategy, Strategy)
         check_choice(name, "merge_source", self._source.source, MergeSource)
@@ -211,7 +207,7 @@ class ForkMerge:
             )
         every = self._source.evaluate_every
         if every is not None:
-            check_positive(name, "evaluate_every", every)
+            checks.positive(name, "evaluate_every", every)
             if self._source.source == "last":
                 raise ValueError(
                     f"{name}: evaluate_every={every} is only used with "
@@ -335,7 +331,7 @@ class ForkMerge:
         Returns:
           The state, and the scores of shape ``[B]``. The cost is B validation passes.
         """
-        args = score_args("ForkMerge.evaluate", validation)
+        args = checks.score_args("ForkMerge.evaluate", validation)
         return self._jit_evaluate(state, args)
 
     def merge(
@@ -438,9 +434,9 @@ class ForkMerge:
         Returns:
           The state after ``num_steps`` steps.
         """
-        check_positive("ForkMerge.run", "num_steps", num_steps)
+        checks.positive("ForkMerge.run", "num_steps", num_steps)
         if chunk is not None:
-            check_positive("ForkMerge.run", "chunk", chunk)
+            checks.positive("ForkMerge.run", "chunk", chunk)
         every = self._source.evaluate_every
         periods = [p for p in (self.interval, every, chunk) if p]
         while True:
@@ -490,7 +486,7 @@ class ForkMerge:
                 "ForkMerge.prune: there was no merge yet. Prune after the first merge."
             )
         info = state.info
-        check_target("ForkMerge.prune", self.branch_weights.shape[-1], target)
+        checks.task_index("ForkMerge.prune", self.branch_weights.shape[-1], target)
         kept = prune(
             info.weights,
             info.branch_scores,
@@ -544,7 +540,7 @@ class ForkMerge:
         return jax.jit(self._merge)
 
     def _score_args(self, what: str, *sets: Any) -> list[tuple[Any, ...]]:
-        return [score_args(f"ForkMerge.{what}", found) for found in sets]
+        return [checks.score_args(f"ForkMerge.{what}", found) for found in sets]
 
     def _train(self, state: ForkMergeState, batches: Any, data: Any):
         training = self.training

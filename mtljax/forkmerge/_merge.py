@@ -10,12 +10,8 @@ import optax
 from jaxtyping import Array
 
 from mtljax import stack
-from mtljax.forkmerge._checks import (
-    Numbers,
-    as_merge_weights,
-    check_branch_weights,
-    count_branches,
-)
+from mtljax.forkmerge import _checks as checks
+from mtljax.forkmerge._checks import Numbers
 
 Policy: TypeAlias = Literal["merge", "keep", "reset"]
 Head: TypeAlias = int | Literal["stacked"]
@@ -179,8 +175,8 @@ def merge_leaves(
     initial: Any = None,
 ) -> Any:
     """Applies :func:`merge` with hashable rules."""
-    num_branches = count_branches(name, branches)
-    weights = as_merge_weights(name, weights, num_branches)
+    num_branches = checks.count_branches(name, branches)
+    weights = checks.merge_weights(name, weights, num_branches)
     weights = weights.astype(jnp.promote_types(weights.dtype, jnp.float32))
     leaves, treedef = jax.tree.flatten(branches)
     kinds = plan(name, branches, rules)
@@ -199,7 +195,7 @@ def merge_leaves(
                 f"{name}: heads= needs branch_weights=, which states the branches that "
                 "trained each head."
             )
-        nu = check_branch_weights(name, branch_weights, num_branches)
+        nu = checks.branch_weights(name, branch_weights, num_branches)
         trained = nu != 0
     heaviest = jnp.argmax(weights)
     paths = [
@@ -264,7 +260,7 @@ def refork(
 
 def refork_leaves(branches: Any, merged: Any, rules: Rules) -> Any:
     """Applies :func:`refork` with hashable rules."""
-    count_branches("refork", branches)
+    checks.count_branches("refork", branches)
 
     def leaf(policy, x, m):
         return x if policy == "keep" else jnp.broadcast_to(m[None], x.shape)

@@ -5,15 +5,9 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
+from mtljax.forkmerge import _checks as checks
 from mtljax.forkmerge._branch_weights import target_only
-from mtljax.forkmerge._checks import (
-    Direction,
-    Numbers,
-    as_merge_weights,
-    check_branch_weights,
-    check_positive,
-    sign_of,
-)
+from mtljax.forkmerge._checks import Direction, Numbers
 
 
 def prune(
@@ -59,11 +53,11 @@ def prune(
       >>> prune([0.0, 0.4, 0.6], [0.1, 0.2, 0.3], nu, keep=2)
       (0, 2)
     """
-    check_positive("prune", "keep", keep)
-    sign = sign_of("prune", direction)
+    checks.positive("prune", "keep", keep)
+    sign = checks.sign_of("prune", direction)
     share = jnp.asarray(weights).tolist()
-    scores = as_merge_weights("prune", branch_scores, len(share)).tolist()
-    nu = check_branch_weights("prune", branch_weights, len(share))
+    scores = checks.merge_weights("prune", branch_scores, len(share)).tolist()
+    nu = checks.branch_weights("prune", branch_weights, len(share))
 
     def rank(branch: int):
         score = sign * scores[branch]

@@ -13,16 +13,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from mtljax.balancer import check_choice
-from mtljax.forkmerge._checks import (
-    Direction,
-    Numbers,
-    check_branch_weights,
-    check_positive,
-    check_validation,
-    count_branches,
-    score_args,
-    sign_of,
-)
+from mtljax.forkmerge import _checks as checks
+from mtljax.forkmerge._checks import Direction, Numbers
 from mtljax.forkmerge._merge import Head, Policy, Rules, make_rules, merge_leaves
 
 Method: TypeAlias = Literal["auto", "grid", "greedy", "simplex", "random"]
@@ -233,9 +225,9 @@ def make_plan(
     chosen = search.method
     check_choice(name, "method", chosen, Method)
     check_choice(name, "evaluation", search.evaluation, Evaluation)
-    sign = sign_of(name, direction)
-    check_positive(name, "levels", search.levels)
-    check_positive(name, "num_samples", search.num_samples)
+    sign = checks.sign_of(name, direction)
+    checks.positive(name, "levels", search.levels)
+    checks.positive(name, "num_samples", search.num_samples)
     if chosen == "auto":
         chosen = "simplex" if num_branches <= 2 else "greedy"  # "grid" for two branches
     if chosen == "grid":
@@ -324,7 +316,7 @@ def search_merge(
       <https://arxiv.org/abs/2301.12618>`_, 2023, Algorithms 1 and 3.
     """
     name = "search_merge"
-    num_branches = count_branches(name, branches)
+    num_branches = checks.count_branches(name, branches)
     plan = make_plan(
         score,
         num_branches,
@@ -338,9 +330,9 @@ def search_merge(
         raise ValueError(
             f"{name}: method='random' samples candidates at random and needs key=."
         )
-    args = score_args(name, validation)
+    args = checks.score_args(name, validation)
     if branch_weights is not None:
-        branch_weights = check_branch_weights(name, branch_weights, num_branches)
+        branch_weights = checks.branch_weights(name, branch_weights, num_branches)
     inputs = Inputs(
         jax.tree.map(jnp.asarray, branches),
         args,
@@ -410,7 +402,7 @@ def subsample(validation: Any, size: int, *, key: Any) -> Any:
       >>> subsample({"x": jnp.arange(9)}, 4, key=jax.random.key(0))["x"].shape
       (4,)
     """
-    check_positive("subsample", "size", size)
+    checks.positive("subsample", "size", size)
     count = _count_examples("subsample", validation)
     if size > count:
         raise ValueError(
@@ -425,7 +417,7 @@ def _rows_of(tree: Any, rows: Array) -> Any:
 
 
 def _count_examples(name: str, validation: Any) -> int:
-    check_validation(name, validation)
+    checks.validation_set(name, validation)
     lengths = {jnp.shape(x)[:1] for x in jax.tree.leaves(validation)}
     if len(lengths) != 1 or lengths == {()}:
         raise ValueError(
