@@ -6,15 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from experiments.alternating import report
 from experiments.alternating.config import Config
-from experiments.alternating.report import (
-    Columns,
-    Results,
-    Rows,
-    chosen_rate,
-    chosen_rows,
-    columns_of,
-)
+from experiments.alternating.report import Columns, Results, Rows
 from experiments.alternating.train import inner_steps, row_of
 from experiments.common import figures as common
 from experiments.common.figures import legend, line, panels
@@ -50,7 +44,7 @@ def losses(results: Results):
     figure, axes = panels(2, len(columns), width=max(3.0, 6.0 / len(columns)))
     weights = np.array(list(columns.values())).T
     for name in _shown(rows):
-        rate = chosen_rate(rows[name])
+        rate = report.chosen_rate(rows[name])
         mine = [row for row in rows[name] if row["lr"] == rate]
         steps, values = plots.curve(mine, "val_losses", "eval")
         values = values @ weights
@@ -76,9 +70,9 @@ def rates(rows: Mapping[str, Rows], columns: Columns, tasks: int):
     for name in _shown(rows):
         points = {}
         for lr in sorted({row["lr"] for row in rows[name]}):
-            found = chosen_rows([row for row in rows[name] if row["lr"] == lr])
+            found = report.chosen_rows([row for row in rows[name] if row["lr"] == lr])
             reach = lr * inner_steps(name, tasks)
-            points[reach] = columns_of(columns, found).mean(1)
+            points[reach] = report.columns_of(columns, found).mean(1)
         values = np.array(list(points.values())).T
         look = {**_look(name), "marker": "o", "markersize": 4}
         line(axis, list(points), values, look, label=row_of(name).label)

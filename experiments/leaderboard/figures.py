@@ -14,19 +14,9 @@ import numpy as np
 from experiments.common import figures as common
 from experiments.common.report import chance
 from experiments.common.statistics import holm, nemenyi_distance, wilcoxon
+from experiments.leaderboard import report
 from experiments.leaderboard.config import NULL, SINGLE, STATIC, WIDE, Config
-from experiments.leaderboard.report import (
-    LEVEL,
-    Board,
-    Result,
-    Values,
-    counted,
-    kind_of,
-    methods_of,
-    ranked_rows,
-    seed_spread,
-    smallest_p,
-)
+from experiments.leaderboard.report import LEVEL, Board, Result, Values, counted
 
 Table = Sequence[Mapping[str, Any]]
 LOOKS = {
@@ -135,7 +125,7 @@ def ranks(values: Values, table: Table) -> Any:
         va="bottom",
     )
     pairs = len(shown) * (len(shown) - 1) // 2
-    none = smallest_p(len(values.sets), pairs) >= LEVEL
+    none = report.smallest_p(len(values.sets), pairs) >= LEVEL
     axis.set_title(
         f"Mean rank over {len(values.sets)} sets (1 is the best). Black bars join rows "
         "without\na significant difference (pairwise Wilcoxon tests over sets, Holm)"
@@ -335,7 +325,7 @@ def curves_of(
     found: dict[str, list[Mapping[float, float]]] = {}
     for entry in table:
         name = entry["row"] if entry["row"] in CURVES else entry["family"]
-        if name not in CURVES or kind_of(entry["row"]) == "auxiliary":
+        if name not in CURVES or report.kind_of(entry["row"]) == "auxiliary":
             continue
         if entry["kind"] == "control" and entry["row"] not in CURVES:
             continue
@@ -410,13 +400,13 @@ def rates(board: Board, values: Values, table: Table) -> Any:
 
 def seeds(values: Values) -> Any:
     """Differences between methods and between seeds, by set."""
-    spread = seed_spread(values)
+    spread = report.seed_spread(values)
     if not spread:
         return None
     names = list(spread)[::-1]
     figure, axes = common.panels(1, 1, width=6.4, height=1.5 + 0.3 * len(names))
     axis = axes[0, 0]
-    methods = len(methods_of(values))
+    methods = len(report.methods_of(values))
     count = next(iter(values.deltas.values())).shape[1]
     tops = [max(one.within, one.between, one.noise) for one in spread.values()]
     tiny = 1e-3 * max(tops, default=1.0) or 1e-3
@@ -460,7 +450,7 @@ def seeds(values: Values) -> Any:
 def write(config: Config, result: Result) -> list[pathlib.Path]:
     """Saves the figures for which there are rows."""
     board, values, table = result[:3]
-    if not config.plots or not ranked_rows(values):
+    if not config.plots or not report.ranked_rows(values):
         return []
     figures = {
         "ranks": ranks(values, table),

@@ -10,7 +10,7 @@ from experiments.common import report as common
 from experiments.common.board import number
 from experiments.common.report import chance
 from experiments.common.statistics import wilcoxon
-from experiments.leaderboard import reference
+from experiments.leaderboard import reference, report
 from experiments.leaderboard.config import (
     EQUAL,
     LINEAR,
@@ -23,21 +23,7 @@ from experiments.leaderboard.config import (
     Config,
 )
 from experiments.leaderboard.problem import FLOOR
-from experiments.leaderboard.report import (
-    FAILED,
-    FEW_SETS,
-    LEVEL,
-    Board,
-    Result,
-    Values,
-    average,
-    counted,
-    detectable,
-    friedman_p,
-    label_of,
-    seed_spread,
-    smallest_p,
-)
+from experiments.leaderboard.report import LEVEL, Board, Result, Values, counted
 
 Table = Sequence[Mapping[str, Any]]
 TUNE = "Tune the learning rate of equal weights first"
@@ -91,8 +77,10 @@ def answer(values: Values, table: Table) -> str:
             f"Try {listed}: {len(best)} of {of} beat equal weights and static weights "
             "that were tuned with the same number of tries."
         )
-    if smallest_p(sets, len(methods)) >= LEVEL:
-        need = next(n for n in range(sets, 99) if smallest_p(n, len(methods)) < LEVEL)
+    if report.smallest_p(sets, len(methods)) >= LEVEL:
+        need = next(
+            n for n in range(sets, 99) if report.smallest_p(n, len(methods)) < LEVEL
+        )
         return (
             f"{TUNE}. {counted(sets, 'set')} cannot show that any of "
             f"{counted(len(methods), 'method')} is better than equal weights: the "
@@ -110,7 +98,7 @@ def conclusions(values: Values, table: Table) -> list[str]:
     if not values.sets or not methods:
         return []
     beat = {name: len(winners(table, name)) for name in ("equal", "static")}
-    sets, least = len(values.sets), smallest_p(len(values.sets), len(methods))
+    sets, least = len(values.sets), report.smallest_p(len(values.sets), len(methods))
     found = [
         f"On {'this' if sets == 1 else 'these'} {counted(sets, 'set')}, "
         f"{beat['equal']} of {counted(len(methods), 'method')} beat equal "
@@ -125,13 +113,13 @@ def conclusions(values: Values, table: Table) -> list[str]:
         *_within(values, methods),
         *_seeds(values),
     ]
-    x = detectable(values)
+    x = report.detectable(values)
     if math.isfinite(x):
         found.append(
             f"Differences below {x:.1f} Δm points cannot be seen with "
             f"{counted(sets, 'set')} (one comparison at 5 %, power 80 %)."
         )
-    p = friedman_p(values)
+    p = report.friedman_p(values)
     if math.isfinite(p):
         found.append(f"Friedman's test over all ranked rows has p = {chance(p)}.")
     best = {
@@ -182,7 +170,7 @@ def _within(values: Values, methods: Table) -> list[str]:
 
 
 def _seeds(values: Values) -> list[str]:
-    spread = seed_spread(values)
+    spread = report.seed_spread(values)
     if not spread:
         return []
     differ = sum(one.p < LEVEL for one in spread.values())
@@ -212,7 +200,7 @@ def cost_of(result: Result) -> list[str]:
 def checks(board: Board, values: Values, table: Table) -> list[str]:
     """Checks of the comparison itself."""
     found, by_row = [], {entry["row"]: entry for entry in table}
-    x = detectable(values)
+    x = report.detectable(values)
     if {NULL, EQUAL} <= set(values.deltas) and math.isfinite(x):
         d = float((values.deltas[NULL] - values.deltas[EQUAL]).mean())
         word = "less" if abs(d) < x else "MORE"
@@ -293,7 +281,7 @@ def notes(result: Result, config: Config) -> list[str]:
     floors, excluded = [], []
     for name in values.sets:
         about, cell = board.about[name], board.cells[name][SINGLE]
-        each = (about["tasks"], about["counted"], average(cell.chosen, 0))
+        each = (about["tasks"], about["counted"], report.average(cell.chosen, 0))
         for task, mine, error in zip(*each, strict=True):
             if not mine:
                 excluded.append(f"{name} {task}")
@@ -310,12 +298,12 @@ def notes(result: Result, config: Config) -> list[str]:
         names = [name for name in values.sets if board.cells[name][row].failed.all()]
         if names:
             found.append(
-                f"{label_of(row)} diverged at all rates on {', '.join(names)}: "
-                f"Δm is set to {FAILED:g}."
+                f"{report.label_of(row)} diverged at all rates on {', '.join(names)}: "
+                f"Δm is set to {report.FAILED:g}."
             )
     for row in values.missing:
         reasons = [f"{s} ({why})" for (s, r), why in board.errors.items() if r == row]
-        found.append(f"{label_of(row)} does not run on {'; '.join(reasons)}.")
+        found.append(f"{report.label_of(row)} does not run on {'; '.join(reasons)}.")
     found.append(
         "If equal weights selected an end of the grid, up to "
         f"{config.extensions} rates beyond it were offered to all rows of the set. "
@@ -458,7 +446,11 @@ def text(
     if found:
         parts.append(bullets(found))
     if values.sets:
-        few = "Student's interval over the sets" if len(values.sets) < FEW_SETS else ""
+        few = (
+            "Student's interval over the sets"
+            if len(values.sets) < report.FEW_SETS
+            else ""
+        )
         how = few or "bootstrap over sets and seeds"
         sets = f"Sets: {', '.join(values.sets)}. Intervals: {how}."
         rows = common.markdown(HEAD, map(main_line, table), left=2)
