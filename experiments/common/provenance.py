@@ -153,17 +153,13 @@ def check_form(head: Mapping[str, Any]) -> list[str]:
 
 def check_header(head: Mapping[str, Any]) -> list[str]:
     """Faults that a header of the right form shows by itself."""
-    faults = []
-    if head["dirty"]:
-        faults.append("The rows were trained with uncommitted changes.")
-    faults += [
-        f"The version of {name} is missing."
-        for name in VERSIONS
-        if not head["versions"].get(name)
-    ]
-    if not head["data"]:
-        faults.append("The header has no digest of the data.")
-    return faults
+    found = {
+        "The rows were trained with uncommitted changes.": head["dirty"],
+        "The header has no digest of the data.": not head["data"],
+    }
+    for name in VERSIONS:
+        found[f"The version of {name} is missing."] = not head["versions"].get(name)
+    return [fault for fault, holds in found.items() if holds]
 
 
 def _check_preset(head: Mapping[str, Any]) -> list[str]:

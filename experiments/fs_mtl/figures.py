@@ -24,8 +24,6 @@ FAMILY = {
     "each": ("#66CCEE", "-"),
 }
 """Colour and dash of each variant, equal in all panels."""
-
-
 RLW = ("#CCBB44", "--")  # shares its panel with F-LS
 
 
@@ -90,41 +88,22 @@ def _curves(
     return figure
 
 
-def accuracy_over_epochs(runs: Runs):
-    """Draws the mean test accuracy over epochs."""
-    return _curves(
-        runs, "test_score", "test accuracy, %", "epoch",
-        lambda steps, _: steps / runs.steps_per_epoch,
-    )  # fmt: skip
-
-
-def accuracy_over_cost(runs: Runs):
-    """Draws the mean test accuracy over backward passes, for equal compute."""
-    return _curves(
-        runs, "test_score", "test accuracy, %", "backward passes",
-        lambda steps, entry: steps * entry.backward_passes,
-    )  # fmt: skip
-
-
-def conflict(config: Config, runs: Runs):
-    """Draws the percentage of probe batches in conflict."""
+def write(config: Config, runs: Runs) -> list[pathlib.Path]:
+    """Writes the test accuracy over epochs and over cost, and the conflicts."""
+    epochs = lambda steps, _: steps / runs.steps_per_epoch
+    passes = lambda steps, entry: steps * entry.backward_passes
+    accuracy = ("test_score", "test accuracy, %")
     inside = {
         variant: {e: p for e, p in points.items() if e <= config.epochs}
         for variant, points in paper.CONFLICT.items()
     }
-    return _curves(
-        runs, "probe_inter_loss", "inter-loss conflict, %", "epoch",
-        lambda steps, _: steps / runs.steps_per_epoch,
-        reference=inside if runs.name == "multi_mnist" else None,
-        limits=(-3, 145),  # space for the legend
-    )  # fmt: skip
-
-
-def write(config: Config, runs: Runs) -> list[pathlib.Path]:
-    """Writes all figures that the rows allow."""
     made: dict[str, Any] = {
-        "accuracy_over_epochs": accuracy_over_epochs(runs),
-        "accuracy_over_cost": accuracy_over_cost(runs),
-        "conflict_inter_loss": conflict(config, runs),
+        "accuracy_over_epochs": _curves(runs, *accuracy, "epoch", epochs),
+        "accuracy_over_cost": _curves(runs, *accuracy, "backward passes", passes),
+        "conflict_inter_loss": _curves(
+            *(runs, "probe_inter_loss", "inter-loss conflict, %", "epoch", epochs),
+            reference=inside if runs.name == "multi_mnist" else None,
+            limits=(-3, 145),  # space for the legend
+        ),
     }
     return figures.save(made, set_folder(config, runs.name), config)

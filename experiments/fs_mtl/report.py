@@ -2,6 +2,7 @@
 
 import math
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -137,25 +138,14 @@ def table_rows(runs: Runs) -> dict[str, dict[str, Any]]:
     return body
 
 
-COLUMNS = {"average": "max", "last epoch": "max", "ece": "min", "brier": "min"}
-NEUTRAL = (
-    "entropy",
-    "inter-loss",
-    "inter-flat",
-    "intra",
-    "backward passes",
-)
-DIGITS = {
-    "ece": 4, "brier": 4, "entropy": 3, "inter-loss": 0, "inter-flat": 0, "intra": 0,
-    "backward passes": 0,
-}  # fmt: skip
-
-
 def main_table(runs: Runs) -> str:
     """Formats all lines as Markdown, mean ± sd."""
-    columns: dict[str, Any] = dict.fromkeys(runs.tasks, "max") | COLUMNS
-    columns |= dict.fromkeys(NEUTRAL, "")
-    digits = dict.fromkeys(columns, 2) | DIGITS
+    neutral = ("inter-loss", "inter-flat", "intra", "backward passes")
+    best = (*runs.tasks, "average", "last epoch")
+    columns: dict[str, Any] = dict.fromkeys(best, "max")
+    columns |= {"ece": "min", "brier": "min"} | dict.fromkeys(("entropy", *neutral), "")
+    digits = dict.fromkeys(columns, 2) | dict.fromkeys(neutral, 0)
+    digits |= {"ece": 4, "brier": 4, "entropy": 3}
     report = Report(columns, table_rows(runs), digits)
     return report.markdown(exclude=["STL", "F-STL"])
 
@@ -167,8 +157,7 @@ def beside_paper(runs: Runs) -> str:
     body = []
     for label, group in groups.items():
         ours = accuracy(runs, group)
-        base = label.removeprefix("F-").removeprefix("direct ").removeprefix("SAMO-")
-        base = base.removeprefix("second-aggre ").removeprefix("each-aggre ")
+        base = re.sub("^(F-|direct |SAMO-|second-aggre |each-aggre )", "", label)
         gain = theirs = "-"
         if base != label and base in groups:
             gain = pm(ours - accuracy(runs, groups[base]))
@@ -199,27 +188,17 @@ def caution_1(config: Config, runs: Runs) -> str:
     """Tests the effect of the split at equal radius, norm and adaptivity."""
     head = ["balancer", "split - direct", "direct - plain", "split - plain"]
     head.append("paper's split - direct")
-    body = []
-    means = []
+    body, means = [], []
     for base in _labels(config):
-        cells = []
-        for one, two in (
-            (f"F-{base}", f"direct {base}"),
-            (f"direct {base}", base),
-            (f"F-{base}", base),
-        ):
-            found = _pairs(runs, one, two)
-            cells.append("-" if found is None else pm(found))
-        found = _pairs(runs, f"F-{base}", f"direct {base}")
-        if found is not None and base != Entry(NATIVE, "plain").label:
-            means.append(found)
-        split, direct = (
-            paper.published(runs.name, x) for x in (f"F-{base}", f"direct {base}")
-        )
-        cells.append(
-            f"{split.average - direct.average:+.2f}" if split and direct else "-"
-        )
-        body.append([base, *cells])
+        split, direct = f"F-{base}", f"direct {base}"
+        pairs = ((split, direct), (direct, base), (split, base))
+        found = [_pairs(runs, *pair) for pair in pairs]
+        if found[0] is not None and base != Entry(NATIVE, "plain").label:
+            means.append(found[0])
+        one, two = (paper.published(runs.name, x) for x in (split, direct))
+        theirs = f"{one.average - two.average:+.2f}" if one and two else "-"
+        cells = ["-" if points is None else pm(points) for points in found]
+        body.append([base, *cells, theirs])
     text = markdown(head, body)
     if means:
         everything = np.mean(means, axis=0)  # a balancer is no run of its own
@@ -233,14 +212,11 @@ def caution_1(config: Config, runs: Runs) -> str:
 
 def caution_2(config: Config, runs: Runs) -> str:
     """Measures the share of the gain that needs a balancer."""
-    body = []
     wanted = [("F-STL", "STL"), ("F-LS", "LS"), ("RLW+SAM", "LS"), ("RLW+SAM", "F-LS")]
     for base in _labels(config):
         wanted += [(f"F-{base}", base), (f"F-{base}", "F-LS"), (base, "LS")]
-    for one, two in wanted:
-        found = _pairs(runs, one, two)
-        if found is not None:
-            body.append([f"{one} - {two}", pm(found)])
+    found = {" - ".join(pair): _pairs(runs, *pair) for pair in wanted}
+    body = [[name, pm(x)] for name, x in found.items() if x is not None]
     return markdown(["comparison", "points of accuracy"], body)
 
 
@@ -262,17 +238,17 @@ def radius_table(runs: Runs) -> str:
     """Markdown: accuracy on validation and test at every radius that was tried."""
     tried_radii = {rho for tried in runs.radii.values() for rho in tried}
     radii = sorted(rho for rho in tried_radii if rho is not None)
-    body = []
-    for entry, tried in runs.radii.items():
-        for split in ("val", "test"):
-            cells = [
-                pm([100 * row[f"{split}_score"] for row in chosen(tried[rho])])
-                for rho in radii
-            ]
-            body.append([f"{entry.label}, {split}", *cells])
-    return (
-        markdown(["line", *(f"radius {rho:g}" for rho in radii)], body) if body else ""
-    )
+
+    def cell(rows: Rows, split: str) -> str:
+        return pm([100 * row[f"{split}_score"] for row in chosen(rows)])
+
+    body = [
+        [f"{entry.label}, {split}", *(cell(tried[rho], split) for rho in radii)]
+        for entry, tried in runs.radii.items()
+        for split in ("val", "test")
+    ]
+    head = ["line", *(f"radius {rho:g}" for rho in radii)]
+    return markdown(head, body) if body else ""
 
 
 def intra_conflict(runs: Runs, entry: Entry) -> float:

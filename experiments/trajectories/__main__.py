@@ -23,14 +23,7 @@ def main(config: Config, command: str) -> None:
             f"{len(problem.tasks)} tasks, {len(rows)} rows x {config.seeds} seeds, "
             f"{scale.steps} steps each; writing to {config.out}"
         )
-        shared: dict[int, model.Functions] = {}  # by K, since data are arguments
-
-        def functions_of(tasks, problem=problem, scale=scale, shared=shared):
-            if len(tasks) not in shared:
-                chosen = problem.select(tasks)
-                shared[len(tasks)] = model.make_functions(config, scale, chosen)
-            return shared[len(tasks)]
-
+        functions_of = model.shared_functions(config, scale, problem)
         choice, grid = train.choose_rate(config, scale, problem, functions_of)
         assert choice.lr is not None
         others = [lr for lr in grid if lr != choice.lr and config.blocks == "all"]

@@ -158,15 +158,9 @@ def named(config: Config, name: str, scale: Scale) -> Problem:
         return {"image": arrays["image"], "label": label}
 
     classes = tuple(task.size for task in found.tasks)
-    return Problem(
-        name,
-        tuple(tasks),
-        classes,
-        True,
-        *map(split, data.SPLITS),
-        width=max(classes),
-        image_max=found.image_max,
-    )
+    train, val, test = map(split, data.SPLITS)
+    made = Problem(name, tuple(tasks), classes, True, train, val, test)
+    return dataclasses.replace(made, width=max(classes), image_max=found.image_max)
 
 
 def _rows(config: Config, name: str, split: str, keys: tuple[str, ...], limit=None):
@@ -186,20 +180,21 @@ def cifar100(config: Config, scale: Scale) -> Problem:
     }
     fine = np.concatenate([raw[p]["label"] for p in raw])
     coarse = np.concatenate([raw[p]["coarse_label"] for p in raw])
-    names = tuple(f"superclass {i}" for i in sorted(set(coarse.tolist())))
-    splits: dict[str, list] = {"train": [], "val": [], "test": []}
-    for task in sorted(set(coarse.tolist())):
+    tasks = sorted(set(coarse.tolist()))
+
+    def images_of(part: str, task: int) -> tuple[np.ndarray, np.ndarray]:
         inside = {c: i for i, c in enumerate(sorted(set(fine[coarse == task])))}
-        for part in ("train", "test"):
-            mine = np.flatnonzero(np.asarray(raw[part]["coarse_label"]) == task)
-            image = np.stack([raw[part]["image"][i] for i in mine])
-            label = np.array([inside[raw[part]["label"][i]] for i in mine], np.int32)
-            if part == "test":
-                splits["test"].append((image, label))
-                continue
-            splits["val"].append((image[: scale.val_size], label[: scale.val_size]))
-            rest = slice(scale.val_size, None)
-            splits["train"].append((image[rest], label[rest]))
+        mine = np.flatnonzero(np.asarray(raw[part]["coarse_label"]) == task)
+        image = np.stack([raw[part]["image"][i] for i in mine])
+        return image, np.array([inside[raw[part]["label"][i]] for i in mine], np.int32)
+
+    whole = [images_of("train", task) for task in tasks]
+    cut = scale.val_size
+    splits = {
+        "train": [(image[cut:], label[cut:]) for image, label in whole],
+        "val": [(image[:cut], label[:cut]) for image, label in whole],
+        "test": [images_of("test", task) for task in tasks],
+    }
     limits = {"train": scale.train_size, "val": None, "test": scale.test_size}
 
     def stacked(part: str) -> Split:
@@ -215,16 +210,9 @@ def cifar100(config: Config, scale: Scale) -> Problem:
             "label": np.stack([label[:length] for _, label in splits[part]], 1),
         }
 
-    return Problem(
-        "cifar100",
-        names,
-        (5,) * len(names),
-        False,
-        stacked("train"),
-        stacked("val"),
-        stacked("test"),
-        width=5,
-    )
+    names = tuple(f"superclass {task}" for task in tasks)
+    parts = map(stacked, data.SPLITS)
+    return Problem("cifar100", names, (5,) * len(names), False, *parts, width=5)
 
 
 def celeba(config: Config, scale: Scale) -> Problem:
@@ -237,8 +225,8 @@ def celeba(config: Config, scale: Scale) -> Problem:
         crop = Image.fromarray(image[top : top + side, left : left + side])
         return np.asarray(crop.resize((64, 64), Image.Resampling.BILINEAR))
 
-    limits = {"train": scale.train_size, "validation": scale.val_size}
-    limits["test"] = scale.test_size
+    sizes = (scale.train_size, scale.val_size, scale.test_size)
+    limits = dict(zip(("train", "validation", "test"), sizes, strict=True))
     splits, names = {}, ()
     for part, limit in limits.items():
         rows = _rows(config, "celeb_a", part, ("image", "attributes"), limit)
@@ -248,17 +236,8 @@ def celeba(config: Config, scale: Scale) -> Problem:
             "image": np.stack([small(image) for image in rows["image"]]),
             "label": np.array(label, np.int32),
         }
-    return Problem(
-        "celeba",
-        names,
-        (2,) * len(names),
-        True,
-        splits["train"],
-        splits["validation"],
-        splits["test"],
-        width=2,
-        metric="f1",
-    )
+    parts, classes = splits.values(), (2,) * len(names)
+    return Problem("celeba", names, classes, True, *parts, width=2, metric="f1")
 
 
 def single_tasks(problem: Problem) -> list[tuple[str, ...]]:

@@ -107,6 +107,18 @@ def make_functions(config: Config, scale: Scale, problem: Problem) -> Functions:
     return Functions(jax.jit(init), task_losses, evaluate_all, probe)
 
 
+def shared_functions(config: Config, scale: Scale, problem: Problem):
+    """Returns a function of tasks that makes their functions once for each K."""
+    found: dict[int, Functions] = {}
+
+    def functions_of(tasks: tuple[str, ...]) -> Functions:
+        if len(tasks) not in found:
+            found[len(tasks)] = make_functions(config, scale, problem.select(tasks))
+        return found[len(tasks)]
+
+    return functions_of
+
+
 def make_init(problem: Problem, trunk: Any):
     """Builds an initialiser for parameters and untrained values from a key."""
     tasks, width = len(problem.tasks), problem.width
