@@ -149,12 +149,6 @@ class Order(NamedTuple):
     rows: Any  # indices [N // B, B], or [S, N // B, B]
 
 
-def no_order(key: Array, size: int, batch_size: int) -> Order:
-    """Returns an order of no epoch, for the first call."""
-    shape = (*key.shape, size // batch_size, batch_size)
-    return Order(key, *place(None, (np.int32(-1), np.zeros(shape, np.int32))))
-
-
 @functools.lru_cache(maxsize=16)  # a second fit of the same step is not recompiled
 def make_chunk(
     step: Step,
@@ -421,12 +415,12 @@ def make_runner(
         bounds = place(mesh, (np.int32(start_step), np.int32(n)))
         return run(state, data, order, *bounds)
 
-    if not kept:
-        return run_chunk
-    return _remembering(
-        run_chunk,
-        lambda key, data: no_order(key, num_examples(data, batch_size), batch_size),
-    )
+    def no_order(key, data):  # of no epoch, for the first call
+        steps = num_examples(data, batch_size) // batch_size
+        rows = np.zeros((*key.shape, steps, batch_size), np.int32)
+        return Order(key, *place(None, (np.int32(-1), rows)))
+
+    return _remembering(run_chunk, no_order) if kept else run_chunk
 
 
 def _remembering(
