@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
 from typing import Annotated, Any, NamedTuple
 
 from experiments.common import config as common
@@ -26,27 +27,23 @@ class Row(NamedTuple):
     """
 
     label: str
-    options: tuple[tuple[str, Any], ...] = ()
+    options: Mapping[str, Any] = {}
     balancer: str | None = None
 
     @property
     def groups(self) -> int:
         """Groups that a set must have tasks for."""
-        return dict(self.options).get("groups", 1)
-
-
-def _row(label: str, **options: Any) -> Row:
-    return Row(label, tuple(options.items()))
+        return self.options.get("groups", 1)
 
 
 ROWS: dict[str, Row] = {
     # Adam divides by the size of gradients: the mean of the losses is the same row.
-    "joint": _row("joint", groups=1),
-    "alternating": _row("alternating, states per task"),
-    "alternating:shared": _row("alternating, shared state", state="shared"),
-    "adatask": _row("AdaTask", groups=1, state="per_task"),
+    "joint": Row("joint", {"groups": 1}),
+    "alternating": Row("alternating, states per task"),
+    "alternating:shared": Row("alternating, shared state", {"state": "shared"}),
+    "adatask": Row("AdaTask", {"groups": 1, "state": "per_task"}),
     **{
-        f"groups_{g}": _row(f"G = {g}, slot", groups=g, state="slot")
+        f"groups_{g}": Row(f"G = {g}, slot", {"groups": g, "state": "slot"})
         for g in (2, 3, 4, 6, 12, 35)
     },
     "uncertainty": Row("UW", balancer="uncertainty"),

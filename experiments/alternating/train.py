@@ -89,75 +89,43 @@ def measures(state: State) -> dict[str, Array]:
     }
 
 
-class _Mover:
-    """The optimizer of a row, its initial state and its update."""
+def factor(state: State, task: Any, last: int) -> Array:
+    """Returns the factor of a task's loss, 1 for all but the last task."""
+    return jnp.where(task == last, state.scale, 1.0)
 
-    def __init__(self, problem: Problem, name: str):
-        self.problem, self.row = problem, row_of(name)
-        self.single = name == SINGLE_TASK
-        # The state holds the key of the run. This placeholder is never used for
-        # sampling.
-        self.unused = jax.random.key(0)
 
-    def alternating(self, lr: Array, key: Array):
-        return alternate(
-            optax.adam(lr),
-            self.problem.num_tasks,
-            key=key,
-            labels=self.problem.labels,
-            **dict(self.row.options),
-        )
+def make_program(problem: Problem, name: str) -> Program:
+    """Builds the initial state and the step of a row."""
+    single, last = name == SINGLE_TASK, problem.num_tasks - 1
+    _, options, balancer = row_of(name)
+    # The state holds the key of the run. This placeholder is never used for sampling.
+    unused = jax.random.key(0)
 
-    def balancer(self, key: Array) -> mtljax.Balancer:
-        method = mtljax.METHODS[self.row.balancer or ""]
-        return method.build(self.problem.num_tasks, key=key)
+    def alternating(lr, key):
+        shared = {"key": key, "labels": problem.labels}
+        return alternate(optax.adam(lr), problem.num_tasks, **shared, **options)
 
-    def init(self, params: Any, key: Array, lr: Array) -> Any:
-        if self.single:
-            return optax.adam(lr).init(params)
-        if self.row.balancer:
+    def weighting(key):
+        return mtljax.METHODS[balancer or ""].build(problem.num_tasks, key=key)
+
+    def init(params, key, lr, task=-1, scale=1.0):
+        task, zero = jnp.int32(task), jnp.int32(0)
+        if single:
+            params = problem.alone(params, task)
+        trunk = params["trunk"]
+        zeros = jax.tree.map(jnp.zeros_like, trunk)
+        trip = Exploration(trunk, zeros, jnp.zeros(()), jnp.zeros(()))
+        lr, scale = jnp.float32(lr), jnp.float32(scale)
+        plain = single or balancer
+        steps = (optax.adam(lr) if plain else alternating(lr, key)).init(params)
+        if balancer:
             shared = mtljax.shared_params(params, LABELS)
-            return self.balancer(key).init(shared), optax.adam(lr).init(params)
-        return self.alternating(lr, key).init(params)
+            steps = weighting(key).init(shared), steps
+        return State(params, steps, trip, lr, scale, task, zero, zero)
 
-    def factor(self, state: State, task: Any) -> Array:
-        last = task == self.problem.num_tasks - 1
-        return jnp.where(last, state.scale, 1.0)
-
-    def __call__(self, state: State, batch: Batch) -> tuple[Array, Any, Any]:
-        """Returns ``(losses, params, optimizer)``. The losses exclude their factor."""
-        batch = self.problem.split(batch, state.split)
-        if self.single:
-            return self._alone(state, batch)
-        everyone = jnp.arange(self.problem.num_tasks)
-        if self.row.balancer:
-            return self._balanced(state, batch, self.factor(state, everyone))
-
-        def loss(params, task, batch):
-            found = self.problem.task_loss(params, task, batch)
-            return self.factor(state, task) * found
-
-        steps = self.alternating(state.lr, self.unused)
-        losses, params, optimizer = steps.step(
-            loss, state.params, state.optimizer, batch
-        )
-        return losses / self.factor(state, everyone), params, optimizer
-
-    def _balanced(self, state: State, batch: Batch, factors: Array):
-        def losses(params):
-            return factors * self.problem.task_losses(params, batch)
-
-        weighting, adam = state.optimizer
-        balancer = self.balancer(self.unused)
-        step = mtljax.value_and_balanced_grad(losses, balancer, labels=LABELS)
-        values, grad, weighting = step(state.params, weighting)
-        updates, adam = optax.adam(state.lr).update(grad, adam, state.params)
-        params: Any = optax.apply_updates(state.params, updates)
-        return values / factors, params, (weighting, adam)
-
-    def _alone(self, state: State, batch: Batch):
+    def alone(state: State, batch: Batch):
         def loss(params):
-            return self.problem.task_loss(params, state.task, batch)
+            return problem.task_loss(params, state.task, batch)
 
         value, grad = jax.value_and_grad(loss)(state.params)
         updates, optimizer = optax.adam(state.lr).update(
@@ -166,31 +134,40 @@ class _Mover:
         params: Any = optax.apply_updates(state.params, updates)
         return value[None], params, optimizer
 
+    def together(state: State, batch: Batch):
+        def loss(params, task, batch):
+            return factor(state, task, last) * problem.task_loss(params, task, batch)
 
-def make_program(problem: Problem, name: str) -> Program:
-    """Builds the initial state and the step of a row."""
-    move = _Mover(problem, name)
+        steps = alternating(state.lr, unused)
+        losses, params, optimizer = steps.step(
+            loss, state.params, state.optimizer, batch
+        )
+        # The losses are recorded without their factor.
+        return losses / factor(state, jnp.arange(last + 1), last), params, optimizer
 
-    def init(params, key, lr, task=-1, scale=1.0):
-        task = jnp.int32(task)
-        if name == SINGLE_TASK:
-            params = problem.alone(params, task)
-        trunk = params["trunk"]
-        zeros = jax.tree.map(jnp.zeros_like, trunk)
-        trip = Exploration(trunk, zeros, jnp.zeros(()), jnp.zeros(()))
-        lr, scale = jnp.float32(lr), jnp.float32(scale)
-        optimizer = move.init(params, key, lr)
-        zero = jnp.int32(0)
-        return State(params, optimizer, trip, lr, scale, task, zero, zero)
+    def balanced(state: State, batch: Batch):
+        factors = factor(state, jnp.arange(last + 1), last)
+
+        def losses(params):
+            return factors * problem.task_losses(params, batch)
+
+        weights, adam = state.optimizer
+        step = mtljax.value_and_balanced_grad(losses, weighting(unused), labels=LABELS)
+        values, grad, weights = step(state.params, weights)
+        updates, adam = optax.adam(state.lr).update(grad, adam, state.params)
+        params: Any = optax.apply_updates(state.params, updates)
+        return values / factors, params, (weights, adam)
 
     def step(state: State, batch: Batch):
+        batch = problem.split(batch, state.split)
+        move = alone if single else balanced if balancer else together
         losses, params, optimizer = move(state, batch)
         trip = travel(state.exploration, state.params["trunk"], params["trunk"])
         state = state._replace(
             params=params, optimizer=optimizer, exploration=trip, step=state.step + 1
         )
         seen = {"losses": losses}
-        return state, seen if name == SINGLE_TASK else seen | measures(state)
+        return state, seen if single else seen | measures(state)
 
     return Program(init, step)
 
@@ -199,18 +176,17 @@ def cost_of(name: str, num_tasks: int) -> Cost:
     """Returns the passes per batch."""
     if name == SINGLE_TASK:
         return Cost(1, 1, 1)
-    row, key = row_of(name), jax.random.key(0)
-    if row.balancer:
-        joint = mtljax.METHODS[row.balancer].family == "loss balancing"
+    (_, options, balancer), key = row_of(name), jax.random.key(0)
+    if balancer:
+        joint = mtljax.METHODS[balancer].family == "loss balancing"
         return Cost(1, 1 if joint else num_tasks, 1)
-    options = dict(row.options)
     return alternate(optax.sgd(0.0), num_tasks, key=key, **options).cost
 
 
 def inner_steps(name: str, num_tasks: int) -> int:
     """Returns the total rate of a batch in units of eta."""
-    options = dict(row_of(name).options)
-    if row_of(name).balancer:
+    _, options, balancer = row_of(name)
+    if balancer:
         return 1
     # With state="per_task" the displacements of T optimizers are added.
     if options.get("state") == "per_task":

@@ -29,15 +29,14 @@ def _phases(steps: int) -> mtljax.IGBPhases:
     )
 
 
-def igb_v1(steps: int) -> dict[str, Any]:
-    """The window of the reference loss, and the number of steps."""
-    return {"window": _phases(steps).window, "num_steps": steps}
-
-
-def igb_v2(steps: int) -> dict[str, Any]:
-    """The phases, and an agent with a buffer of a twentieth of the run."""
+def options_of(name: str, steps: int) -> dict[str, Any]:
+    """Options of a method by the number of steps."""
+    if name == "igb_v1":
+        return {"window": _phases(steps).window, "num_steps": steps}
+    if name != "igb_v2":
+        return {}
     agent = mtljax.IGBAgent(
-        capacity=max(2, steps // 20),
+        capacity=max(2, steps // 20),  # a twentieth of the run
         period=min(50, max(1, steps // 8)),
         batch_size=64,
         hidden=(64, 64),
@@ -46,12 +45,6 @@ def igb_v2(steps: int) -> dict[str, Any]:
     # A constant schedule: the rate does not decay.
     return {"phases": _phases(steps), "schedule": 1.0, "agent": agent}
 
-
-OPTIONS: dict[str, Callable[[int], dict[str, Any]]] = {
-    "igb_v1": igb_v1,
-    "igb_v2": igb_v2,
-}
-"""Options by the number of steps."""
 
 SEQUENTIAL = ("igb_v2",)
 """Methods whose seeds are trained one after the other. Under vmap, the agent would be
@@ -120,6 +113,6 @@ def balancer(
     if name == USELESS:
         return useless(num_tasks, key=key)
     if name in mtljax.METHODS:
-        options = OPTIONS[name](steps) if name in OPTIONS else {}
+        options = options_of(name, steps)
         return mtljax.METHODS[name].build(num_tasks, key=key, **options)
     return mtljax.linear(num_tasks, weights=weights)

@@ -6,6 +6,7 @@ All errors are positive, and lower is better: the root of 1 - R² of a number (R
 
 import hashlib
 import inspect
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -50,10 +51,16 @@ class Problem(NamedTuple):
         """Number of tasks."""
         return len(self.tasks)
 
-    @property
-    def widths(self) -> list[int]:
-        """Number of outputs of each task. A binary label has one logit."""
-        return [1 if is_scalar(task) else task.size for task in self.tasks]
+    def columns(self) -> Iterator[tuple[int, data.Task, slice]]:
+        """Yields each task with its number and its outputs."""
+        at = 0
+        for t, task in enumerate(self.tasks):
+            yield t, task, slice(at, at := at + width_of(task))
+
+
+def width_of(task: data.Task) -> int:
+    """Number of outputs of a task. A binary label has one logit."""
+    return 1 if is_scalar(task) else task.size
 
 
 def is_scalar(task: data.Task) -> bool:
@@ -113,7 +120,7 @@ def load(config: Config, name: str) -> Problem:
         raise ConfigError(
             f"{name} has {count} training examples, fewer than a batch of {batch}."
         )
-    heads = {"all": sum(1 if is_scalar(task) else task.size for task in first.tasks)}
+    heads = {"all": sum(map(width_of, first.tasks))}
     return Problem(
         name=name,
         tasks=first.tasks,
@@ -175,13 +182,12 @@ def example_losses(problem: Problem, out: Array, y: Array) -> Array:
         return jnp.square(out - y)
     if kinds == {"classification"}:
         return optax.sigmoid_binary_cross_entropy(out, y)
-    columns, at = [], 0
-    for t, (task, width) in enumerate(zip(problem.tasks, problem.widths, strict=True)):
-        mine, label = out[:, at : at + width], y[:, t]
-        at += width
+    columns = []
+    for t, task, outputs in problem.columns():
+        mine, label = out[:, outputs], y[:, t]
         if task.kind == "regression":
             columns.append(jnp.square(mine[:, 0] - label))
-        elif width == 1:
+        elif is_scalar(task):
             columns.append(optax.sigmoid_binary_cross_entropy(mine[:, 0], label))
         else:
             label = label.astype(jnp.int32)
@@ -229,17 +235,16 @@ def one_minus_auc(out: np.ndarray, y: np.ndarray) -> float:
 
 def errors(problem: Problem, out: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Errors ``[T]`` of outputs ``[n, outputs]``, infinite where these are."""
-    found, at = [], 0
+    found = []
     out, y = out.astype(np.float64), y.astype(np.float64)
-    for t, (task, width) in enumerate(zip(problem.tasks, problem.widths, strict=True)):
+    for t, task, outputs in problem.columns():
         known = ~np.isnan(y[:, t])
-        mine, target = out[known, at : at + width], y[known, t]
-        at += width
+        mine, target = out[known, outputs], y[known, t]
         if not np.isfinite(mine).all():
             found.append(np.inf)
         elif task.kind == "regression":
             found.append(rrmse(mine[:, 0], target))
-        elif width == 1:
+        elif is_scalar(task):
             found.append(one_minus_auc(mine[:, 0], target))
         else:
             found.append(float(np.mean(mine.argmax(1) != target)))
