@@ -3,7 +3,7 @@
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from experiments.alternating.config import SINGLE_TASK, Config
 from experiments.alternating.problem import Problem
 from experiments.alternating.train import cost_of, inner_steps, row_of
 from experiments.common import report as common
-from experiments.common.report import Report
+from experiments.common.report import Column, Report
 from experiments.common.selection import edge_notes, select, select_each
 from experiments.common.statistics import comparison_table
 from mtljax import metrics
@@ -99,15 +99,13 @@ def make_report(results: Results) -> Report:
             row |= {"F": cost.forward, "B": cost.backward, "states": cost.states}
             row |= {"lr / 1e-3": 1e3 * chosen[0]["lr"], **travelled(found)}
         table[row_of(name).label] = row
-    directions: dict[str, Literal["min", "max", ""]] = dict.fromkeys(columns, "max")
-    if len(columns) > 1:
-        directions["average"] = "max"
-    directions |= {"average, last step": "max", "Δm %": "min"}
-    directions["average, equal passes"] = "max"
-    directions |= dict.fromkeys(("lr / 1e-3", "F", "B", "states", *MEASURES), "")
-    digits = dict.fromkeys(directions, 3)
-    digits |= {"Δm %": 1, "F": 0, "B": 0, "states": 0, "distance": 1, "lr / 1e-3": 1}
-    return Report(directions, table, digits | {"straightness": 2})
+    averages = ["average"] if len(columns) > 1 else []
+    shown: dict[str, Column] = dict.fromkeys([*columns, *averages], ("max", 3))
+    shown |= {"average, last step": ("max", 3), "Δm %": ("min", 1)}
+    shown |= {"average, equal passes": ("max", 3), "lr / 1e-3": ("", 1)}
+    shown |= dict.fromkeys(("F", "B", "states"), ("", 0))
+    shown |= {"distance": ("", 1), "straightness": ("", 2), "turning": ("", 3)}
+    return Report(shown, table)
 
 
 Pair = tuple[np.ndarray, np.ndarray]

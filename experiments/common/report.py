@@ -4,7 +4,7 @@ import dataclasses
 import json
 import pathlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from experiments.common.provenance import header
@@ -12,19 +12,25 @@ from mtljax import training
 from mtljax.training import tables
 from mtljax.training.tables import markdown
 
+Column = tuple[Literal["min", "max", ""], int]
+"""The better direction of a column, and its digits."""
+
 
 class Report(NamedTuple):
-    """A table: columns with the better direction, values over seeds, digits."""
+    """A table: columns, and values over seeds by label and column."""
 
-    columns: dict[str, Literal["min", "max", ""]]
-    rows: dict[str, dict[str, Any]]  # label -> column -> values over seeds
-    digits: dict[str, int]
+    columns: Mapping[str, Column]
+    rows: Mapping[str, Mapping[str, Any]]
+
+    def shown(self, form: Callable[..., Any], **options: Any) -> Any:
+        """Formats the table with a function of :mod:`mtljax.training.tables`."""
+        better = {name: column[0] for name, column in self.columns.items()}
+        digits = {name: column[1] for name, column in self.columns.items()}
+        return form(self.rows, better, digits=digits, **options)
 
     def markdown(self, exclude: Sequence[str] = (), head: str = "method") -> str:
         """Returns the table for ``table.md``."""
-        return tables.markdown_table(
-            self.rows, self.columns, digits=self.digits, exclude=exclude, head=head
-        )
+        return self.shown(tables.markdown_table, exclude=exclude, head=head)
 
 
 def write_rows(
@@ -92,13 +98,7 @@ class Screen:
 
     def show(self, report: Report, title: str, exclude: Sequence[str] = ()) -> None:
         """Prints a table."""
-        shown = tables.rich_table(
-            report.rows,
-            report.columns,
-            digits=report.digits,
-            title=title,
-            exclude=exclude,
-        )
+        shown = report.shown(tables.rich_table, title=title, exclude=exclude)
         console = self.console
         wide = console.options.update(max_width=400)
         console.width = max(console.width, console.measure(shown, options=wide).maximum)

@@ -149,22 +149,19 @@ def tally(decisions: Sequence[Decision]) -> str:
 
 def section(paper: Paper, rows: Rows, decisions: Sequence[Decision]) -> list[str]:
     """Formats title, three sentences and the table of a paper."""
-    body = []
-    for found in decisions:
-        name = found.claim.id.partition(".")[2]
-        ran = found.evidence is not None
-        body.append(
-            [
-                f"`{name}`: {found.claim.text}",
-                papers_number(found),
-                effect(found),
-                found.evidence.n if found.evidence else "",
-                chance(found.p_adjusted) if ran else "",
-                said(found),
-                found.claim.scope,
-                sentence(found),
-            ]
-        )
+    body = [
+        [
+            f"`{found.claim.id.partition('.')[2]}`: {found.claim.text}",
+            papers_number(found),
+            effect(found),
+            found.evidence.n if found.evidence else "",
+            chance(found.p_adjusted) if found.evidence else "",
+            said(found),
+            found.claim.scope,
+            sentence(found),
+        ]
+        for found in decisions
+    ]
     links = ", ".join(f"[{file}]({file})" for file in rows.files) or "none"
     note = "" if rows.committed else " Some of them are uncommitted."
     head = ("claim", "paper", "ours", "n", "adjusted p", "verdict", "scope", "advice")
@@ -183,18 +180,13 @@ def section(paper: Paper, rows: Rows, decisions: Sequence[Decision]) -> list[str
 
 def summary(decisions: Sequence[Decision]) -> str:
     """Formats the numbers of verdicts and the recommendation."""
-    lines = [f"Of {len(decisions)} claims: {tally(decisions)}."]
-    decided = [d for d in decisions if d.verdict.word != "inconclusive"]
-    if decided:
-        lines.append(
-            "The last column of the tables says what a user does after each verdict."
-        )
-    else:
-        lines.append(
+    advice = "The last column of the tables says what a user does after each verdict."
+    if all(decision.verdict.word == "inconclusive" for decision in decisions):
+        advice = (
             "No claim is decided yet: tune the learning rate and one set of static "
             "weights first, and compare on your own validation data."
         )
-    return " ".join(lines)
+    return f"Of {len(decisions)} claims: {tally(decisions)}. {advice}"
 
 
 def page(root: pathlib.Path = ROOT) -> str:

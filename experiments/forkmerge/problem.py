@@ -56,7 +56,8 @@ class Problem(NamedTuple):
             jax.random.split(heads_key, self.domains)
         )
         params = variables.params | {"heads": heads}
-        opt_state = with_lr(self.optimizer.init(params), lr)
+        opt_state = self.optimizer.init(params)
+        opt_state = optax.tree_utils.tree_set(opt_state, step_size=-lr)
         stats = variables.batch_stats
         return State(params, stats, opt_state, (), order, rows, rows_key)
 
@@ -135,11 +136,6 @@ def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
     )
 
 
-def with_lr(opt_state: Any, lr: Array) -> Any:
-    """Returns the optimizer state with another initial learning rate."""
-    return optax.tree_utils.tree_set(opt_state, step_size=-lr)
-
-
 def stack_splits(splits: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Stacks one split of all domains, ``[domains, n, ...]``, repeating short ones."""
     sizes = np.array([len(split["label"]) for split in splits])
@@ -151,11 +147,8 @@ def stack_splits(splits: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 def read(config: Config, domain: str) -> data.Dataset:
     """Reads one domain."""
-    options: dict[str, Any] = {
-        "domain": domain,
-        "size": config.image_size,
-        "val_size": config.val_size,
-    }
+    options: dict[str, Any] = {"domain": domain, "size": config.image_size}
+    options["val_size"] = config.val_size
     if config.data == "digits":
         return common.load(config, "digit_domains", **options)
     if config.data != "domainnet":
@@ -186,14 +179,11 @@ def load(config: Config) -> tuple[dict[str, dict[str, np.ndarray]], int]:
         )
     pool = None if config.train_size is None else POOL * config.train_size
     limits = {"train": pool, "val": config.val_size, "test": config.test_size}
-    found = {}
+    names, found = {"image": "image", "label": task.name}, {}
     for part, limit in limits.items():
         splits = [getattr(s, part) for s in sets]
         found[part] = stack_splits(
-            [
-                {"image": s["image"][:limit], "label": s[task.name][:limit]}
-                for s in splits
-            ]
+            [{key: s[name][:limit] for key, name in names.items()} for s in splits]
         )
     for domain, size in zip(config.domains, found["train"]["size"], strict=True):
         if config.train_size is not None and size < config.train_size:
@@ -228,21 +218,8 @@ def make_problem(config: Config) -> Problem:
 Evaluate = Callable[[Any], dict[str, Array]]
 
 
-def over_runs(measure: Callable[..., dict[str, Array]], *sets: Any) -> Evaluate:
-    """Measures train states ``[G, B]``, one after the other."""
-
-    @jax.jit
-    def run(states, *sets):
-        lead = jax.tree.leaves(states)[0].shape[:2]
-        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), states)
-        found = jax.lax.map(lambda state: measure(state, *sets), flat)
-        return jax.tree.map(lambda x: x.reshape(lead), found)
-
-    return lambda states: run(states, *sets)
-
-
 def make_evaluate(problem: Problem, *, cosines: bool = False) -> Evaluate:
-    """Returns accuracies and discrepancy of runs, each on its target.
+    """Returns accuracies and discrepancy of train states ``[G, B]`` on their target.
 
     With ``cosines`` also the mean cosine of the gradients of the first two tasks.
     """
@@ -257,5 +234,12 @@ def make_evaluate(problem: Problem, *, cosines: bool = False) -> Evaluate:
         }
         return found | ({"cosine": problem.cosine(state, train)} if cosines else {})
 
-    splits = problem.splits
-    return over_runs(measure, splits["train"], splits["val"], splits["test"])
+    @jax.jit
+    def run(states, *sets):  # one state after the other
+        lead = jax.tree.leaves(states)[0].shape[:2]
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), states)
+        found = jax.lax.map(lambda state: measure(state, *sets), flat)
+        return jax.tree.map(lambda x: x.reshape(lead), found)
+
+    sets = [problem.splits[part] for part in data.SPLITS]
+    return lambda states: run(states, *sets)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from experiments.common import report as common
-from experiments.common.report import Report
+from experiments.common.report import Column, Report
 from experiments.common.selection import Choice, edge_notes, select
 from experiments.common.statistics import (
     benjamini_hochberg,
@@ -122,13 +122,11 @@ def make_report(rows: Rows, config: Config) -> Report:
             )
         row["learning rate"] = mine[0]["lr"]
         table[LABELS[method]] = row
-    columns: dict[str, Any] = dict.fromkeys(
-        [*targets, "average", "at the chosen step", "gain % over STL"], "max"
-    )
-    columns |= {"targets worse than STL": "min", "learning rate": ""}
-    digits = dict.fromkeys([*targets, "average", "at the chosen step"], 1)
-    digits |= {"gain % over STL": 2, "targets worse than STL": 0, "learning rate": 2}
-    return Report(columns, table, digits)
+    scores = (*targets, "average", "at the chosen step")
+    columns: dict[str, Column] = dict.fromkeys(scores, ("max", 1))
+    columns |= {"gain % over STL": ("max", 2), "targets worse than STL": ("min", 0)}
+    columns["learning rate"] = ("", 2)
+    return Report(columns, table)
 
 
 def gains_text(rows: Rows, config: Config) -> str:
@@ -222,9 +220,10 @@ def intervals_text(rows: Rows, config: Config) -> str:
             **dict(zip(targets, gains.T, strict=True)),
             "mean of targets": gains.mean(1),
         }
-    columns: dict[str, Any] = dict.fromkeys([*targets, "mean of targets"], "max")
-    digits = dict.fromkeys(columns, 2)
-    return Report(columns, table, digits).markdown(head="Δt")
+    columns: dict[str, Column] = dict.fromkeys(
+        [*targets, "mean of targets"], ("max", 2)
+    )
+    return Report(columns, table).markdown(head="Δt")
 
 
 def transfer_points(rows: Rows) -> list[dict[str, Any]]:

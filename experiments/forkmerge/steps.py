@@ -9,13 +9,13 @@ import optax
 from jaxtyping import Array
 
 import mtljax
+from experiments.common.runs import LABELS
 from experiments.forkmerge.config import Config
 from experiments.forkmerge.problem import Problem, Split, State
 from mtljax import forkmerge
 
 JOINT = ("ew", "gcs", "ol_aux", "arml", "auto_lambda")
 EMA_DECAY = 0.99
-LABELS = {"trunk": "shared", "heads": "own"}
 Step = Callable[..., tuple[State, Any]]
 
 

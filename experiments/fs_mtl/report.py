@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.common import report as common
-from experiments.common.report import Report, markdown, pm
+from experiments.common.report import Column, Report, markdown, pm
 from experiments.common.selection import Choice, select
 from experiments.common.statistics import comparison_table
 from experiments.fs_mtl import paper
@@ -142,11 +142,9 @@ def main_table(runs: Runs) -> str:
     """Formats all lines as Markdown, mean ± sd."""
     neutral = ("inter-loss", "inter-flat", "intra", "backward passes")
     best = (*runs.tasks, "average", "last epoch")
-    columns: dict[str, Any] = dict.fromkeys(best, "max")
-    columns |= {"ece": "min", "brier": "min"} | dict.fromkeys(("entropy", *neutral), "")
-    digits = dict.fromkeys(columns, 2) | dict.fromkeys(neutral, 0)
-    digits |= {"ece": 4, "brier": 4, "entropy": 3}
-    report = Report(columns, table_rows(runs), digits)
+    columns: dict[str, Column] = dict.fromkeys(best, ("max", 2))
+    columns |= {"ece": ("min", 4), "brier": ("min", 4), "entropy": ("", 3)}
+    report = Report(columns | dict.fromkeys(neutral, ("", 0)), table_rows(runs))
     return report.markdown(exclude=["STL", "F-STL"])
 
 

@@ -3,13 +3,13 @@
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from experiments.common import figures
 from experiments.common import report as common
-from experiments.common.report import Report, pm
+from experiments.common.report import Column, Report, pm
 from experiments.common.selection import Choice, edge_notes, select, select_each
 from experiments.common.statistics import comparison_table
 from experiments.igb import train
@@ -138,13 +138,13 @@ def make_report(values: Values, data: str) -> Report:
         row[RANK] = float(rank)
         row[LR] = 1e3 * (values.choices[method].lr or math.nan)
         table[label_of(method)] = row
-    directions: dict[str, Literal["min", "max", ""]] = dict.fromkeys(names, "min")
-    directions |= dict.fromkeys((DM_METRICS, DM_TASKS, DM_LAST, RANK), "min")
-    directions[LR] = ""
-    digits = dict.fromkeys(directions, 3)
-    digits |= {n: 1 for n, f in zip(names, scale, strict=True) if f > 1}
-    digits |= {DM_METRICS: 1, DM_TASKS: 1, DM_LAST: 1, RANK: 2, LR: 2}
-    return Report(directions, table, digits)
+    digits = [1 if factor > 1 else 3 for factor in scale]
+    columns: dict[str, Column] = {
+        n: ("min", d) for n, d in zip(names, digits, strict=True)
+    }
+    columns |= dict.fromkeys((DM_METRICS, DM_TASKS, DM_LAST), ("min", 1))
+    columns |= {RANK: ("min", 2), LR: ("", 2)}
+    return Report(columns, table)
 
 
 def groups_of(names: Sequence[str], data: str) -> list[int]:
@@ -271,13 +271,11 @@ def write_summary(
             each = {name: values.delta[m] for name, values in found.items()}
             mean[m] = np.mean(list(each.values()), 0)
             rows[label_of(m)] = each | {"mean": mean[m]}
-    columns: dict[str, Literal["min", "max", ""]] = dict.fromkeys(
-        [*found, "mean"], "min"
-    )
+    columns: dict[str, Column] = dict.fromkeys([*found, "mean"], ("min", 1))
     parts = [
         f"# IGB: {len(found)} data sets, {config.seeds} seeds",
         f"`{command}`",
-        Report(columns, rows, dict.fromkeys(columns, 1)).markdown(),
+        Report(columns, rows).markdown(),
         "Δm in percent of single-task networks, lower is better, mean ± standard "
         "deviation over seeds. Differences of the mean over data sets, paired:",
         differences(mean),

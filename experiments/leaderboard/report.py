@@ -18,7 +18,7 @@ import numpy as np
 import mtljax
 from experiments.common import problem as problems
 from experiments.common import provenance
-from experiments.common.selection import Choice, select
+from experiments.common.selection import select
 from experiments.common.statistics import (
     Friedman,
     bootstrap_sets,
@@ -88,23 +88,6 @@ def _numbers(values: Sequence[float | None]) -> list[float]:
     return [math.nan if value is None else float(value) for value in values]
 
 
-def _as_cell(rows: Sequence[Mapping[str, Any]], choice: Choice) -> Cell:
-    shown = [row for row in rows if row["last"]]
-    late = np.mean([row["late"] for row in choice.rows])
-    return Cell(
-        chosen=np.array([_numbers(row["test"]) for row in choice.rows]),
-        last=np.array([_numbers(row["test"]) for row in choice.last]),
-        failed=np.array([row["val_score"] is None for row in choice.rows]),
-        lr=choice.lr,
-        edge=choice.edge,
-        late=float(late),
-        tried=len({row["lr"] for row in rows}),
-        runs=len(shown),
-        diverged=sum(bool(row["diverged"]) for row in shown),
-        scores=scores_of(rows),
-    )
-
-
 def scores_of(rows: Sequence[Mapping[str, Any]]) -> dict[float, float]:
     """Mean validation score of the selected steps by rate, infinite if a run has none.
 
@@ -125,10 +108,19 @@ def cell_of(rows: Sequence[Mapping[str, Any]]) -> Cell:
     if static:
         rows = [{**row, "lr": row["config"], "rate": row["lr"]} for row in rows]
     choice = select(rows, maximise=False)
-    if static:
-        choice = choice._replace(edge=None)
-    cell = _as_cell(rows, choice)
-    return cell._replace(scores=None) if static else cell
+    shown = [row for row in rows if row["last"]]
+    return Cell(
+        chosen=np.array([_numbers(row["test"]) for row in choice.rows]),
+        last=np.array([_numbers(row["test"]) for row in choice.last]),
+        failed=np.array([row["val_score"] is None for row in choice.rows]),
+        lr=choice.lr,
+        edge=None if static else choice.edge,
+        late=float(np.mean([row["late"] for row in choice.rows])),
+        tried=len({row["lr"] for row in rows}),
+        runs=len(shown),
+        diverged=sum(bool(row["diverged"]) for row in shown),
+        scores=None if static else scores_of(rows),
+    )
 
 
 def single_cell(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> Cell:

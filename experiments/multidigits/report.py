@@ -10,7 +10,7 @@ import mtljax
 from experiments.common import figures
 from experiments.common import report as common
 from experiments.common.problem import LOWER
-from experiments.common.report import Report
+from experiments.common.report import Column, Report
 from experiments.common.selection import edge_notes, select, select_each
 from experiments.multidigits.config import SINGLE_TASK, Config
 from mtljax import metrics
@@ -76,18 +76,12 @@ def make_report(
     order = sorted(
         table, key=lambda k: (k != "single task", table[k].get("mean rank", 0.0))
     )
-    directions: dict[str, Literal["min", "max", ""]] = {
-        c.replace("_", " "): better(c) for c in columns
-    }
-    directions["average"] = "max"
-    for column in ("Δm % (metrics)", "Δm % (tasks)", "mean rank"):
-        directions[column] = "min"
+    shown: dict[str, Column] = {c.replace("_", " "): (better(c), 3) for c in columns}
+    shown |= {"average": ("max", 3), "Δm % (metrics)": ("min", 1)}
+    shown |= {"Δm % (tasks)": ("min", 1), "mean rank": ("min", 2)}
     if times:
-        directions["step time / LS"] = ""
-    digits = dict.fromkeys(directions, 3)
-    digits |= {"Δm % (metrics)": 1, "Δm % (tasks)": 1}
-    digits |= {"mean rank": 2, "step time / LS": 2}
-    return Report(directions, {k: table[k] for k in order}, digits)
+        shown["step time / LS"] = ("", 2)
+    return Report(shown, {k: table[k] for k in order})
 
 
 def write(

@@ -21,11 +21,10 @@ LOOKS = {
 
 
 def write(config: Config, groups: Groups) -> list[pathlib.Path]:
-    """Writes all figures for which runs exist."""
-    made = {
-        "gap": gap_figure(groups),
-        "factors": factor_figure(groups),
-    }
+    """Writes both figures if the runs exist."""
+    found = {tasks: groups.get(("fashion_mtl", tasks, SUM)) for tasks in LOOKS}
+    rows = [(mine, LOOKS[tasks]) for tasks, mine in found.items() if mine is not None]
+    made = {"gap": gap_figure(rows), "factors": factor_figure(rows)} if rows else {}
     return common.save(made, config.out, config)
 
 
@@ -74,18 +73,8 @@ def _loss_axis(axis, ticks: tuple[float, ...] = (1.0, 3.0)) -> None:
     axis.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _shown(groups: Groups):
-    for tasks, look in LOOKS.items():
-        mine = groups.get(("fashion_mtl", tasks, SUM))
-        if mine is not None:
-            yield mine, look
-
-
-def gap_figure(groups: Groups):
+def gap_figure(rows):
     """Draws Figure 1: test accuracy against the target's own training loss."""
-    rows = list(_shown(groups))
-    if not rows:
-        return None
     figure, axes = panels(1, 1, 6.0, 4.0)
     axis = axes[0, 0]
     for mine, look in rows:
@@ -101,11 +90,8 @@ def gap_figure(groups: Groups):
     return figure
 
 
-def factor_figure(groups: Groups):
+def factor_figure(rows):
     """Draws Figure 3: the three factors against the target's own training loss."""
-    rows = list(_shown(groups))
-    if not rows:
-        return None
     figure, axes = panels(1, 3, 3.9, 3.4)
     units = {"sharpness": "sharpness, nats", "covariance": "covariance trace"}
     for axis, factor in zip(axes.flat, FACTORS, strict=True):
