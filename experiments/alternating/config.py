@@ -6,12 +6,6 @@ from collections.abc import Mapping
 from typing import Annotated, Any, NamedTuple
 
 from experiments.common import config as common
-from experiments.common.config import (
-    POSITIVE,
-    ConfigError,
-    Rates,
-    Widths,
-)
 from experiments.common.problem import check_data
 from mtljax import data
 
@@ -53,6 +47,7 @@ ROWS: dict[str, Row] = {
 _ALTERNATING = ("joint", "alternating", "alternating:shared")
 TABLE = (*_ALTERNATING, "adatask", "groups_2", "groups_4")
 _BALANCERS = ("uncertainty", "pcgrad", "cagrad")
+SCALES = common.POSITIVE._replace(once=True, empty=True)
 SCALED_ROWS = ("joint", "alternating", "alternating:shared", "adatask")
 
 
@@ -63,19 +58,19 @@ class Setting:
     rows: tuple[str, ...] = TABLE
     """Rows of the table, in this order (ROWS in config.py). The single-task rows come
     first."""
-    hidden: Widths = (64, 32)
+    hidden: common.Widths = (64, 32)
     """Widths of the shared trunk. Each task has its own linear head."""
     steps: int = 400
     """Number of batches of each run."""
     batch_size: int = 32
     """Examples per batch (per task for school)."""
-    lrs: Rates = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+    lrs: common.Rates = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
     """Learning rates of Adam. Validation selects one for each row."""
     eval_every: int = 40
     """Batches between evaluations."""
     seeds: int | None = None
     """Seeds of this set; --seeds unless given."""
-    scales: Annotated[tuple[float, ...], POSITIVE._replace(once=True, empty=True)] = ()
+    scales: Annotated[tuple[float, ...], SCALES] = ()
     """Factors of the last task's loss in a separate study. If empty, the study is
     skipped."""
 
@@ -205,7 +200,7 @@ def check_groups(name: str, rows: tuple[str, ...], tasks: int) -> None:
     """Raises a :class:`ConfigError` if a row has more groups than tasks."""
     for row in rows:
         if ROWS[row].groups > tasks:
-            raise ConfigError(
+            raise common.ConfigError(
                 f"--{option_of(name)}.rows {row} has {ROWS[row].groups} groups, but "
                 f"{name} has {tasks} tasks."
             )
@@ -223,7 +218,7 @@ def check(config: Config) -> None:
         if name in TASKS:
             check_groups(name, setting.rows, TASKS[name])
         if name in TASKS and name != "digits" and config.data_dir is None:
-            raise ConfigError(
+            raise common.ConfigError(
                 f"{name} is read from files. Pass --data-dir DIR, or --sets digits, "
                 "which needs no files."
             )

@@ -12,17 +12,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from experiments.common import board
-from experiments.common.claims import (
-    NOT_RUN,
-    ROOT,
-    Decision,
-    Paper,
-    claims_digest,
-    claims_path,
-    decide,
-    load_claims,
-)
+from experiments.common import board, claims
+from experiments.common.claims import ROOT, Decision, Paper
 from experiments.common.provenance import SCHEMA
 from experiments.common.report import chance, markdown, read_rows
 
@@ -58,7 +49,7 @@ class Rows(NamedTuple):
 
 def protocol_rows(paper: Paper, root: pathlib.Path = ROOT) -> Rows:
     """Returns the lines of the files whose header names the present claims."""
-    digest, lines, files, committed = claims_digest(paper), [], [], True
+    digest, lines, files, committed = claims.claims_digest(paper), [], [], True
     for path in sorted((root / paper.experiment / "results").rglob("results.jsonl")):
         head, rows = read_rows(path)
         if head.get("schema") == SCHEMA and head.get("claims") == digest:
@@ -140,7 +131,7 @@ def tally(decisions: Sequence[Decision]) -> str:
       '0 reproduced, 0 contradicted, 0 inconclusive (0 of them not run)'
     """
     words = Counter(decision.verdict.word for decision in decisions)
-    absent = sum(decision.verdict.addition == NOT_RUN for decision in decisions)
+    absent = sum(decision.verdict.addition == claims.NOT_RUN for decision in decisions)
     return (
         f"{words['reproduced']} reproduced, {words['contradicted']} contradicted, "
         f"{words['inconclusive']} inconclusive ({absent} of them not run)"
@@ -193,9 +184,9 @@ def page(root: pathlib.Path = ROOT) -> str:
     """Returns the whole page."""
     parts, everything = [], []
     for name in PAPERS:
-        paper = load_claims(claims_path(name))
+        paper = claims.load_claims(claims.claims_path(name))
         rows = protocol_rows(paper, root)
-        decisions = decide(paper, rows.lines)
+        decisions = claims.decide(paper, rows.lines)
         everything += decisions
         parts += section(paper, rows, decisions)
     controls = "\n".join(

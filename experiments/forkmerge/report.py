@@ -9,14 +9,10 @@ import jax
 import numpy as np
 
 from experiments.common import report as common
+from experiments.common import statistics
 from experiments.common.report import Column, Report
 from experiments.common.selection import Choice, edge_notes, select
-from experiments.common.statistics import (
-    benjamini_hochberg,
-    comparison_table,
-    minimum_detectable,
-    paired,
-)
+from experiments.common.statistics import comparison_table
 from experiments.forkmerge.config import CONTROLS, LABELS, Config
 from experiments.forkmerge.train import MERGED
 from mtljax import forkmerge, metrics
@@ -163,7 +159,7 @@ class Pairs(NamedTuple):
     def discoveries(self) -> int:
         """Number of significant pairs after the Benjamini-Hochberg correction, 5 %."""
         p = self.p_values[np.isfinite(self.p_values)]
-        return int((benjamini_hochberg(p) < 0.05).sum())
+        return int((statistics.benjamini_hochberg(p) < 0.05).sum())
 
 
 def pair_gains(rows: Rows, config: Config) -> dict[str, Pairs]:
@@ -180,7 +176,7 @@ def pair_gains(rows: Rows, config: Config) -> dict[str, Pairs]:
             )
             p = sd = np.full(gains.shape[1:], math.nan)
             if len(gains) > 1:
-                test = paired(np.zeros_like(gains), gains)
+                test = statistics.paired(np.zeros_like(gains), gains)
                 p, sd = test.p, test.sd
             seeds = np.nanmean(gains, (1, 2))
             found[method] = Pairs(gains.mean(0), p, sd, seeds)
@@ -195,7 +191,7 @@ def pairs_text(pairs: Mapping[str, Pairs], seeds: int) -> str:
         counts = found.negative, found.significant(-1), found.significant(1)
         extremes = [f"{gains.mean():+.2f}", f"{gains.min():+.2f}"]
         if seeds > 1:
-            least = minimum_detectable(seeds) * np.nanmean(found.sd)
+            least = statistics.minimum_detectable(seeds) * np.nanmean(found.sd)
             extremes.append(f"{least:.2f}")
         lines.append(
             [LABELS[method], gains.size, *counts, found.discoveries, *extremes]

@@ -7,14 +7,6 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import mtljax
 from experiments.common import config as common
-from experiments.common.config import (
-    ConfigError,
-    NotNegative,
-    Rates,
-    Share,
-    Size,
-    Widths,
-)
 from experiments.common.problem import check_data
 from mtljax import data
 
@@ -44,7 +36,7 @@ class Config(common.Common):
     """Validation canvases, built from separate source images. None uses 10,000."""
     test_size: int | None = None
     """Test canvases. None uses all (20,000)."""
-    data_seed: Size = 0
+    data_seed: common.Size = 0
     """Seed of pairs and offsets. All runs use the same data set."""
     shrink: int = 1
     """Side of the squares over which images are averaged. 2 turns 36x36 into 18x18."""
@@ -68,7 +60,7 @@ class Config(common.Common):
 
     model: Literal["mlp", "lenet", "resnet18"] = "resnet18"
     """Shared trunk. Each task has a linear head."""
-    hidden: Widths = (64,)
+    hidden: common.Widths = (64,)
     """Widths of the MLP trunk."""
     kernels: tuple[int, int] = (9, 5)
     """Kernel sizes of LeNet."""
@@ -83,17 +75,17 @@ class Config(common.Common):
     longer: Literal[1, 2, 4] = 1
     """Plain lines run so many times as long, and are reported at each length: at equal
     backward passes as well as at equal epochs."""
-    cagrad_c: NotNegative = 0.4
+    cagrad_c: common.NotNegative = 0.4
     """c of CAGrad. The paper's code uses the same value for g and h."""
 
-    rhos: Rates = (2.0,)
+    rhos: common.Rates = (2.0,)
     """Radii. Validation picks one for each F-line; the other orders of the same
     balancer have its radius. Conflict is measured at the largest."""
     adaptive: bool = True
     """Use adaptive SAM (ASAM), as in the paper's code."""
     norm: Literal["separate", "joint"] = "joint"
     """One radius for trunk and head together, as in the paper's code for these data."""
-    samo_alpha: Share = 0.5
+    samo_alpha: common.Share = 0.5
     """Share of the mean gradient in SAMO's direction."""
     strategy: Literal["auto", "unrolled", "vmap", "map"] = "auto"
     """How the two tasks of a step are run."""
@@ -287,6 +279,6 @@ def check(config: Config) -> None:
     common.check_names("controls", config.controls, CONTROLS)
     check_data("sets", config.sets, data.available())
     if not config.sets or not entries(config):
-        raise ConfigError(
+        raise common.ConfigError(
             "Nothing to run: --sets, or --methods and --controls, is empty."
         )

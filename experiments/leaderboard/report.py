@@ -17,18 +17,8 @@ import numpy as np
 
 import mtljax
 from experiments.common import problem as problems
-from experiments.common import provenance
+from experiments.common import provenance, statistics
 from experiments.common.selection import select
-from experiments.common.statistics import (
-    Friedman,
-    bootstrap_sets,
-    friedman,
-    holm,
-    minimum_detectable,
-    nemenyi_distance,
-    paired,
-    wilcoxon,
-)
 from experiments.leaderboard import queue
 from experiments.leaderboard.config import (
     AUXILIARY,
@@ -334,9 +324,11 @@ def compare(values: Values, reference: str) -> dict[str, Comparison]:
     for family in families(values):
         rows = [row for row in family if row != reference]
         differences = {row: values.deltas[row] - base for row in rows}
-        raw = [wilcoxon(d.mean(1)) for d in differences.values()]
+        raw = [statistics.wilcoxon(d.mean(1)) for d in differences.values()]
         significant = _within_sets(list(differences.values()))
-        for i, (row, adjusted) in enumerate(zip(rows, holm(raw), strict=True)):
+        for i, (row, adjusted) in enumerate(
+            zip(rows, statistics.holm(raw), strict=True)
+        ):
             mean = differences[row].mean(1)
             found[row] = Comparison(
                 mean=float(mean.mean()),
@@ -353,10 +345,10 @@ def _within_sets(differences: Sequence[np.ndarray]) -> np.ndarray:
     d = np.stack(differences)  # rows, sets, seeds
     if d.shape[2] < 2:
         return np.zeros(d.shape[:2], bool)
-    p = paired(np.zeros_like(d.transpose(2, 0, 1)), d.transpose(2, 0, 1)).p
+    p = statistics.paired(np.zeros_like(d.transpose(2, 0, 1)), d.transpose(2, 0, 1)).p
     # Equal differences of all seeds have no variance: no effect, or a certain one.
     p = np.where(np.isnan(p), np.where(d.mean(2) == 0, 1.0, 0.0), p)
-    return np.stack([holm(p[:, s]) for s in range(d.shape[1])], 1) < LEVEL
+    return np.stack([statistics.holm(p[:, s]) for s in range(d.shape[1])], 1) < LEVEL
 
 
 def interval(delta: np.ndarray) -> tuple[float, float]:
@@ -366,11 +358,11 @@ def interval(delta: np.ndarray) -> tuple[float, float]:
     of the sets.
     """
     if len(delta) >= FEW_SETS:
-        return bootstrap_sets(delta)[1:]
+        return statistics.bootstrap_sets(delta)[1:]
     if len(delta) < 2:
         return (math.nan, math.nan)
     means = delta.mean(1)
-    found = paired(np.zeros_like(means), means)
+    found = statistics.paired(np.zeros_like(means), means)
     return float(found.low), float(found.high)
 
 
@@ -392,7 +384,7 @@ def detectable(values: Values) -> float:
         return math.nan
     base = values.deltas[EQUAL].mean(1)
     sds = [(values.deltas[row].mean(1) - base).std(ddof=1) for row in methods]
-    return float(np.median(sds) * minimum_detectable(sets))
+    return float(np.median(sds) * statistics.minimum_detectable(sets))
 
 
 def smallest_p(sets: int, methods: int) -> float:
@@ -435,7 +427,7 @@ def seed_spread(values: Values) -> dict[str, Spread]:
     rest = deltas - deltas.mean(1, keepdims=True) - deltas.mean(2, keepdims=True)
     rest = rest + deltas.mean((1, 2), keepdims=True)
     residual = np.square(rest).sum((1, 2)) / ((seeds - 1) * (rows - 1))
-    p = holm([_blocks_p(one) for one in deltas])
+    p = statistics.holm([_blocks_p(one) for one in deltas])
     return {
         name: Spread(
             within=float(np.sqrt(deltas[i].var(0, ddof=1).mean())),
@@ -450,13 +442,13 @@ def seed_spread(values: Values) -> dict[str, Spread]:
 def _blocks_p(scores: np.ndarray) -> float:
     """p of Friedman's test of ``[blocks, rows]``, 1 if all rows are equal."""
     equal = (scores == scores[:, :1]).all()
-    return 1.0 if equal else friedman(scores, maximise=False).p
+    return 1.0 if equal else statistics.friedman(scores, maximise=False).p
 
 
-def _friedman(values: Values) -> Friedman:
+def _friedman(values: Values) -> statistics.Friedman:
     """Friedman's test of the mean Δm over seeds of all ranked rows."""
     scores = [values.deltas[row].mean(1) for row in ranked_rows(values)]
-    return friedman(np.stack(scores, 1), maximise=False)
+    return statistics.friedman(np.stack(scores, 1), maximise=False)
 
 
 def ranks_of(values: Values) -> dict[str, float]:
@@ -661,7 +653,7 @@ def as_json(result: Result) -> dict[str, Any]:
         "jobs": {"done": done, "all": count},
         "friedman_p": friedman_p(values),
         "nemenyi": (
-            nemenyi_distance(len(ranked), len(values.sets))
+            statistics.nemenyi_distance(len(ranked), len(values.sets))
             if len(ranked) > 1 and values.sets
             else None
         ),

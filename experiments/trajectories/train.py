@@ -13,13 +13,9 @@ import mtljax
 from experiments.common import runs as common
 from experiments.common.runs import LABELS, on_device
 from experiments.common.selection import Choice, search, select
+from experiments.trajectories import data
 from experiments.trajectories.config import SUM, Config, Scale
-from experiments.trajectories.data import (
-    Problem,
-    optimiser_sets,
-    single_tasks,
-    task_sets,
-)
+from experiments.trajectories.data import Problem
 from experiments.trajectories.measure import probe_set
 from experiments.trajectories.model import Functions
 from mtljax import stack
@@ -177,9 +173,9 @@ def run_row(
 
 def rows_of(config: Config, problem: Problem) -> list[Row]:
     """Returns single tasks, sets of tasks, then other optimizers on some sets."""
-    sets = task_sets(config, problem)
-    rows = [Row(tasks) for tasks in [*single_tasks(problem), *sets]]
-    for tasks in optimiser_sets(problem):
+    sets = data.task_sets(config, problem)
+    rows = [Row(tasks) for tasks in [*data.single_tasks(problem), *sets]]
+    for tasks in data.optimiser_sets(problem):
         if tasks in sets:
             rows += [Row(tasks, method) for method in config.methods]
     return rows
@@ -192,7 +188,7 @@ def choose_rate(
 
     def tuned(rates):
         found = []
-        for tasks in single_tasks(problem):
+        for tasks in data.single_tasks(problem):
             run = (problem.select(tasks), functions_of(tasks), Row(tasks))
             rows = run_row(config, scale, *run, lrs=tuple(rates), measured=False)
             found += [{**r, "task": tasks[0]} for r in rows]

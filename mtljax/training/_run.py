@@ -11,16 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from mtljax.training import _hosts, records
+from mtljax.training import _hosts, errors, records
 from mtljax.training import checkpoint as checkpoints
 from mtljax.training._options import Checkpointing, Evaluation, Execution, Logging
 from mtljax.training._signals import Signals
-from mtljax.training.errors import (
-    CheckpointError,
-    ConfigMismatchError,
-    NonFiniteLossError,
-    NonPositiveLossError,
-)
 from mtljax.training.progress import Progress
 from mtljax.training.writers import (
     JsonlWriter,
@@ -205,7 +199,7 @@ class Run:
                 may_differ,
             )
             if found:
-                raise ConfigMismatchError(
+                raise errors.ConfigMismatchError(
                     f"The run in {self.folder} was started with another configuration "
                     f"({'; '.join(found)})."
                 )
@@ -216,7 +210,7 @@ class Run:
                 )
 
         if not saver.steps():
-            raise CheckpointError(
+            raise errors.CheckpointError(
                 f"No checkpoint in {saver.directory} to resume from. Start without "
                 "resume (--resume), or pass overwrite=True (--overwrite)."
             )
@@ -402,9 +396,9 @@ class Run:
         label = subject.labels[bad[1] if subject.many else 0]
         who = ", ".join(f"{k} {v}" for k, v in label.items()) if subject.many else ""
         value = float(losses[bad])
-        kind, why = NonFiniteLossError, ""
+        kind, why = errors.NonFiniteLossError, ""
         if np.isfinite(value):
-            kind = NonPositiveLossError
+            kind = errors.NonPositiveLossError
             why = ", but the method takes the logarithm of the losses"
         raise kind(
             f"The loss of task {name!r} became {value} in step {step}"
@@ -417,7 +411,7 @@ class Run:
     def _check_params(self, state: PyTree) -> None:
         leaf = _nonfinite_parameter(state)
         if leaf is not None:
-            raise NonFiniteLossError(
+            raise errors.NonFiniteLossError(
                 f"Parameter {leaf} is not finite after step {self.done}, although the "
                 f"losses were; {self._good()}.",
                 step=self.done,
