@@ -290,7 +290,8 @@ def correlations(points: Rows) -> list[dict[str, Any]]:
                 values = [point[measure] for point in mine]
                 found = None  # undefined for constants
                 if len(set(values)) > 1 and len(set(gains)) > 1:
-                    found = float(stats.spearmanr(values, gains)[0])
+                    test: Any = stats.spearmanr(values, gains)
+                    found = float(test.statistic)
                 line[f"spearman_{measure}_gain"] = found
             lines.append(line)
     return lines
