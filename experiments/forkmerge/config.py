@@ -135,7 +135,7 @@ PRESETS = {
         ),
     ),
     "cpu": (
-        "The default, 20 minutes of one CPU core: all parts, 10 seeds, no Auto-λ.",
+        "The default, 30 minutes of one CPU core: all parts, 10 seeds, no Auto-λ.",
         Config(),
     ),
     "full": (
