@@ -290,7 +290,7 @@ def _make_source(
             continue
         arrays += found
 
-        def renewed(leaves, value=value, treedef=treedef, options=options):
+        def renewed(leaves, value: Any = value, treedef=treedef, options=options):
             tree = jax.tree.unflatten(treedef, leaves)
             return dataclasses.replace(value, **tree) if options else tree
 
@@ -690,7 +690,9 @@ def from_weights(
         receives a boolean mask, losses with ones for absent tasks, and a Gramian with
         zero rows and columns for absent tasks. In a step that is not applied, all
         losses are one and the Gramian is the identity. The returned weights of absent
-        tasks are ignored. Their entries of the state must be returned unchanged.
+        tasks are ignored. Their entries of the state must be returned unchanged. On
+        Explicit axes the function may read arrays from its closure only if the function
+        that builds the balancer is decorated with :func:`factory`.
       needs: ``"losses"`` if the rule does not read the Gramian.
       native: Convention of the weights of the rule, see :func:`rescale`.
       scale: Scale that the user requested.
