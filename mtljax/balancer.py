@@ -13,7 +13,7 @@ import functools
 import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +86,8 @@ class Balancer(optax.GradientTransformationExtraArgs):
     observe: Callable[..., Any] | None
     hyperparams: dict[str, Any]
     names: tuple[str, ...] | None
+    _rule: Callable[..., Any] | None  # the argument ``weigh`` of from_weights
+    _source: "_Source | None"  # builds the balancer again
 
     def __new__(
         cls,
@@ -129,6 +131,7 @@ class Balancer(optax.GradientTransformationExtraArgs):
         self.observe = None if observe is None else by_name(observe)
         self.hyperparams = {}
         self.names = names
+        self._rule = self._source = None
         return self
 
     def __repr__(self) -> str:
@@ -248,6 +251,8 @@ def factory(function: _Call) -> _Call:
             check_key(name, given["key"])
         balancer = function(*bound.args, **bound.kwargs)
         bound.apply_defaults()
+        if balancer._rule is not None:
+            balancer._source = _make_source(function, bound)
         shown = {"num_tasks": names} if names else {}
         balancer.hyperparams = {**bound.arguments, **shown}
         inner = (x.names for x in given.values() if isinstance(x, Balancer))
@@ -255,6 +260,53 @@ def factory(function: _Call) -> _Call:
         return balancer
 
     return build  # pyright: ignore[reportReturnType]
+
+
+class _Source(NamedTuple):
+    """The call of a factory, with the arrays on Explicit axes among its arguments."""
+
+    arrays: list[Any]
+    build: Callable[[list[Any]], Balancer]
+
+
+def _make_source(
+    function: Callable[..., Any], bound: inspect.BoundArguments
+) -> _Source:
+    """Separates the arrays on Explicit axes from the other arguments."""
+    arrays: list[Any] = []
+    # For each argument with such arrays: its leaves, and a function of new leaves.
+    parts: dict[str, tuple[list[Any], Callable[[list[Any]], Any]]] = {}
+
+    def explicit(leaf):
+        return isinstance(leaf, jax.Array) and placement.explicit_mesh(leaf) is not None
+
+    for name, value in bound.arguments.items():
+        options = dataclasses.is_dataclass(value) and not isinstance(value, type)
+        fields = dataclasses.fields(value) if options else ()
+        tree = {f.name: getattr(value, f.name) for f in fields} if options else value
+        leaves, treedef = jax.tree.flatten(tree)
+        found = [leaf for leaf in leaves if explicit(leaf)]
+        if not found:
+            continue
+        arrays += found
+
+        def renewed(leaves, value: Any = value, treedef=treedef, options=options):
+            tree = jax.tree.unflatten(treedef, leaves)
+            return dataclasses.replace(value, **tree) if options else tree
+
+        parts[name] = leaves, renewed
+
+    def build(new):
+        rest = iter(new)
+        changed = {
+            name: renewed([next(rest) if explicit(x) else x for x in leaves])
+            for name, (leaves, renewed) in parts.items()
+        }
+        arguments = {**bound.arguments, **changed}
+        call = inspect.BoundArguments(bound.signature, arguments)  # pyright: ignore[reportArgumentType]
+        return function(*call.args, **call.kwargs)
+
+    return _Source(arrays, build)
 
 
 def task_names(name: str, num_tasks: Any) -> tuple[str, ...] | None:
@@ -638,7 +690,9 @@ def from_weights(
         receives a boolean mask, losses with ones for absent tasks, and a Gramian with
         zero rows and columns for absent tasks. In a step that is not applied, all
         losses are one and the Gramian is the identity. The returned weights of absent
-        tasks are ignored. Their entries of the state must be returned unchanged.
+        tasks are ignored. Their entries of the state must be returned unchanged. On
+        Explicit axes the function may read arrays from its closure only if the function
+        that builds the balancer is decorated with :func:`factory`.
       needs: ``"losses"`` if the rule does not read the Gramian.
       native: Convention of the weights of the rule, see :func:`rescale`.
       scale: Scale that the user requested.
@@ -686,10 +740,8 @@ def from_weights(
         inputs = {"losses": losses, "gramian": gramian, "mask": present, **side}
         if any(map(callable, side.values())):  # which read gradients with shardings
             weights, new = weigh(state, **inputs)
-        else:  # On Explicit axes a solver need not name the shardings of its slices.
-            weights, new = placement.free(
-                lambda state, inputs: weigh(state, **inputs), state, inputs
-            )
+        else:
+            weights, new = _weigh_freely(balancer, state, inputs)
         wide = jnp.float32 if gramian is None else gramian.dtype
         weights = weights.astype(jnp.promote_types(weights.dtype, wide))
         weights = jnp.where(present, rescale(weights, present, scale, native), 0)
@@ -722,7 +774,28 @@ def from_weights(
         domain=domain,
         observe=None if observe is None else full_observe,
     )
+    balancer._rule = weigh
     return balancer
+
+
+def _weigh_freely(
+    balancer: Balancer, state: Any, inputs: dict[str, Any]
+) -> tuple[Weights, Any]:
+    """Calls the rule of a method, on Explicit axes with Auto axes in their place.
+
+    A solver then need not name the shardings of its slices. The rule must not read
+    arrays on Explicit axes from its closure there, such as traced hyper-parameters or
+    constants of the factory. Therefore the method is built again inside.
+    """
+    rule, source = balancer._rule, balancer._source
+    assert rule is not None
+    if source is None or placement.explicit_mesh((state, inputs)) is None:
+        return placement.free(lambda s, i: rule(s, **i), state, inputs)
+
+    def again(arrays, state, inputs):
+        return source.build(arrays)._rule(state, **inputs)  # pyright: ignore[reportOptionalCall]
+
+    return placement.free(again, source.arrays, state, inputs)
 
 
 def weighted(

@@ -117,8 +117,21 @@ def free(function: Callable[..., Any], *args: Any) -> Any:
     mesh = explicit_mesh(args)
     if mesh is None:
         return function(*args)
-    sharding = NamedSharding(mesh, PartitionSpec())
-    return jax.sharding.auto_axes(function, out_sharding=sharding)(*args)
+    return _auto(function, NamedSharding(mesh, PartitionSpec()))(*args)
+
+
+def _auto(function: Callable[..., Any], sharding: NamedSharding) -> Callable[..., Any]:
+    """Runs a function with Auto axes in place of the Explicit axes of a mesh.
+
+    Other axes are unchanged. Axes of ``shard_map`` are Manual and must remain so.
+    """
+    mesh = sharding.mesh
+    axes = tuple(
+        name
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == jax.sharding.AxisType.Explicit
+    )
+    return jax.sharding.auto_axes(function, axes=axes, out_sharding=sharding)
 
 
 def like_first(function: Callable[..., Any], x: Any, *args: Any) -> Any:
@@ -129,8 +142,19 @@ def like_first(function: Callable[..., Any], x: Any, *args: Any) -> Any:
     sharding = _explicit_sharding(x)
     if sharding is None:
         return function(x, *args)
-    free_function = jax.sharding.auto_axes(function, out_sharding=sharding)
-    return free_function(x, *args)
+    return _auto(function, sharding)(x, *args)
+
+
+def divisible(x: Any, length: int) -> Any:
+    """Replicates axis 0 if it is Explicit and its devices do not divide ``length``."""
+    sharding = _explicit_sharding(x)
+    if sharding is None:
+        return x
+    devices = x.shape[0] // sharding.shard_shape(x.shape)[0]
+    if length % devices == 0:
+        return x
+    spec = PartitionSpec(None, *sharding.spec[1:])
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, spec))
 
 
 def total(tree: Any, axes: Axes) -> Any:

@@ -11,6 +11,7 @@ from mtljax.balancer import (
     check_choice,
     check_num_tasks,
     check_number,
+    factory,
     from_weights,
 )
 from mtljax.forkmerge import _checks as checks
@@ -28,6 +29,7 @@ class ARMLState(NamedTuple):
     task_weights: Weights
 
 
+@factory
 def arml(
     num_tasks: int,
     *,

@@ -438,9 +438,9 @@ def cross_task_gramian(
     Returns:
       A function of ``(params, first, second)``, where ``first`` and ``second`` are
       tuples of the further arguments of ``task_losses`` for each batch. It returns
-      ``(losses, losses, cross)`` of shapes ``[T]``, ``[T]`` and ``[T, T]``. Rows of
-      ``cross`` belong to the first batch. The cost is two forward and 2 T backward
-      passes.
+      ``(losses, losses, cross)`` of shapes ``[T]``, ``[T]`` and ``[T, T]``. The losses
+      are dictionaries if ``task_losses`` returns one. Rows of ``cross`` belong to the
+      first batch. The cost is two forward and 2 T backward passes.
 
     Raises:
       ValueError: If the two batches give different numbers of losses.
@@ -465,7 +465,12 @@ def cross_task_gramian(
     )
 
     def function(params, first, second):
-        calls = [lambda p, args=args: task_losses(p, *args) for args in (first, second)]
+        calls = [VectorLosses(task_losses, args, {}) for args in (first, second)]
+
+        def named(*losses):
+            pairs = zip(calls, losses, strict=True)
+            return tuple(call.named(vector) for call, vector in pairs)
+
         choices = [choose(engine, call, params, options) for call in calls]
         left, right = (choice.uses for choice in choices)
         if left is None or right is None:
@@ -478,7 +483,7 @@ def cross_task_gramian(
             losses = [one.losses for one in found]
             _check_equal_tasks(*losses)
             rows = [one.stacked() for one in found]
-            return *losses, stack.cross_gramian(*rows)
+            return *named(*losses), stack.cross_gramian(*rows)
         # Both sides of a product must have the same form.
         common = common_plan(left.plan, right.plan)
         found = [
@@ -490,7 +495,7 @@ def cross_task_gramian(
         rows = [
             one.rows(choice.passes) for one, choice in zip(found, choices, strict=True)
         ]
-        return *losses, found[0].products(*rows)
+        return *named(*losses), found[0].products(*rows)
 
     return function
 

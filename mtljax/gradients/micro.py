@@ -99,8 +99,9 @@ def split_batch(args: Any, count: int) -> Any:
                 f"micro_batches={count} must divide the leading axis of every argument "
                 f"after params, but one has shape {x.shape}."
             )
-        parts = x.reshape(x.shape[0] // count, count, *x.shape[1:])
-        return jnp.moveaxis(parts, 1, 0)
+        size = x.shape[0] // count
+        x = placement.divisible(x, size)
+        return jnp.moveaxis(x.reshape(size, count, *x.shape[1:]), 1, 0)
 
     return jax.tree.map(leaf, args)
 

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from mtljax import stack
 from mtljax.gradients import AxisName, Strategy
+from mtljax.gradients.linearized import VectorLosses
 from mtljax.metrics import conflict_rate
 from mtljax.sharpness._passes import first_pass, only, over_tasks
 from mtljax.sharpness._perturbation import Ball, Norm, check_radius
@@ -143,8 +144,9 @@ def surrogate_sharpness(
 
     Returns:
       A function ``f(params, *args, mask=None, **kwargs)``. It returns
-      ``(losses, gaps)`` of shapes ``[T]`` and ``[R, T]``. The gaps of absent tasks are
-      0. The cost is 1 + R T forward and T backward passes.
+      ``(losses, gaps)`` of shapes ``[T]`` and ``[R, T]``. The losses are a dictionary
+      if ``task_losses`` returns one. The gaps of absent tasks are 0. The cost
+      is 1 + R T forward and T backward passes.
 
     Raises:
       ValueError: If ``radii`` is empty, or if a radius is negative or not finite.
@@ -178,8 +180,9 @@ def surrogate_sharpness(
     ]
 
     def function(params, *args, mask=None, **kwargs):
+        call = VectorLosses(task_losses, args, kwargs)
         passes = first_pass(
-            lambda p: task_losses(p, *args, **kwargs),
+            call,
             params,
             engines[0].options,
             mask=mask,
@@ -198,6 +201,6 @@ def surrogate_sharpness(
             return jnp.stack([rise(engine.ball) for engine in engines]), []
 
         gaps, _ = over_tasks(single, jax.vmap(single), passes, [])
-        return passes.losses, gaps.T
+        return call.named(passes.losses), gaps.T
 
     return function

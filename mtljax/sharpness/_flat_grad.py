@@ -17,6 +17,7 @@ from mtljax.gradients import (
     shared_params,
     value_and_balanced_grad,
 )
+from mtljax.gradients.linearized import VectorLosses
 from mtljax.sharpness._diagnostics import FlatGramians, flat_gramians
 from mtljax.sharpness._flat_split import FlatSplitState, Mode, flat_split
 from mtljax.sharpness._passes import Passes, first_pass
@@ -105,8 +106,10 @@ class FlatGrad:
             new = state._replace(balancer=state.balancer._replace(loss=loss))
             healthy = True
         else:
+            names = getattr(self.inner, "names", None)
+            call = VectorLosses(self.task_losses, args, kwargs, names)
             passes = first_pass(
-                lambda p: self.task_losses(p, *args, **kwargs),
+                call,
                 params,
                 self.engine.options,
                 mask=mask,
@@ -116,6 +119,7 @@ class FlatGrad:
             losses, mask = passes.losses, passes.first.region.mask
             seen = losses if mask is None else jnp.where(mask, losses, 0)
             healthy = jnp.isfinite(seen).all()
+            losses = call.named(losses)
             out = (losses, passes.first.aux) if has_aux else losses
         grad, state = commit(healthy, grad, new._replace(step=new.step + 1), state)
         return out, grad, state
@@ -234,10 +238,11 @@ def value_and_flat_grad(
       A :class:`FlatGrad`. Its method ``init(params)`` returns the initial state. A call
       with ``(params, state, *args, mask=None, side=None, **kwargs)`` returns
       ``(losses, grad, state)``, or ``((losses, aux), grad, state)`` with
-      ``has_aux=True``. The losses have shape ``[T]``, and ``grad`` has the structure
-      of ``params``. The dictionary ``side`` is passed to the balancer as keyword
-      arguments. If the result, or a loss or gradient of a present task, is not finite,
-      then ``grad`` is NaN everywhere and the state is unchanged.
+      ``has_aux=True``. The losses have shape ``[T]``, or are a dictionary if
+      ``task_losses`` returns one. The tree ``grad`` has the structure of ``params``.
+      The dictionary ``side`` is passed to the balancer as keyword arguments. If the
+      result, or a loss or gradient of a present task, is not finite, then ``grad`` is
+      NaN everywhere and the state is unchanged.
 
       A step with SAM costs as much as :func:`sam_task_grads`. Any other step costs as
       much as :func:`mtljax.value_and_task_grads`. ``mode="direct"`` with

@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 
 from mtljax import placement, stack
 from mtljax.gradients import AxisName, Strategy
+from mtljax.gradients.linearized import VectorLosses
 from mtljax.placement import Backward
 from mtljax.sharpness._passes import Passes, first_pass
 from mtljax.sharpness._perturbation import Ball, Perturb
@@ -118,11 +119,11 @@ def sam_task_grads(
 
     Args:
       task_losses: A function ``task_losses(params, *args, **kwargs)`` that returns the
-        losses, shape ``[T]``, or ``(losses, aux)``. Both passes receive the same
-        arguments. Pass the dropout key as one of them, because h is noise if the two
-        passes use different dropout masks. Return running averages of batch
-        normalisation in ``aux``, which is taken from the first pass. Both passes
-        normalise with the statistics of the batch.
+        losses, an array of shape ``[T]`` or a dictionary ``{name: scalar}``, or
+        ``(losses, aux)``. Both passes receive the same arguments. Pass the dropout key
+        as one of them, because h is noise if the two passes use different dropout
+        masks. Return running averages of batch normalisation in ``aux``, which is taken
+        from the first pass. Both passes normalise with the statistics of the batch.
       rho: ρ ≥ 0, radius of the ball around the shared and around the own parameters,
         or a :class:`Ball` with further options. May be a traced scalar. A constant 0
         needs no second pass and gives ``flat = 0`` exactly.
@@ -216,8 +217,9 @@ def sam_task_grads(
 
     def function(params, *args, mask=None, sam_key=None, sam_active=None, **kwargs):
         check_key(name, engine, sam_key, "pass sam_key=jax.random.key(...)")
+        call = VectorLosses(task_losses, args, kwargs)
         passes = first_pass(
-            lambda p: task_losses(p, *args, **kwargs),
+            call,
             params,
             engine.options,
             mask=mask,
@@ -225,7 +227,7 @@ def sam_task_grads(
         )
         rows = engine.rows(passes, sam_key, sam_active, split=split)
         grads, own = as_trees(passes, rows)
-        losses = passes.losses
+        losses = call.named(passes.losses)
         return ((losses, passes.first.aux) if has_aux else losses), grads, own
 
     return function

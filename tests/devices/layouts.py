@@ -102,7 +102,7 @@ class Place(NamedTuple):
         if layout is None or name is None:
             return None
         if name == "batch":
-            return layout.batch if len(layout.batch) > 1 else layout.batch[0]
+            return layout.batch[0] if len(layout.batch) == 1 else layout.batch or None
         if name == "embed":
             return layout.fsdp if stored else None
         return layout.model if name in ("mlp", "heads") else None

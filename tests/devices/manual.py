@@ -11,6 +11,7 @@ import pytest
 from devices.compare import (
     balance_rows,
     check,
+    check_placed,
     jacobian,
     model_of,
     numbers,
@@ -18,7 +19,7 @@ from devices.compare import (
     stack_update,
 )
 from devices.harness import DEVICES, Case, Skip
-from devices.layouts import Place
+from devices.layouts import Layout, Place, has_set_mesh, make_mesh
 from devices.models import TASKS
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -314,6 +315,45 @@ def idle_axis(engine: str) -> None:
     check_step(found, one_device("mlp", "small", method))
 
 
+def explicit_axis(engine: str, tracked: bool) -> None:
+    """The batch is split over a mapped axis, and parameters over an Explicit one."""
+    if not has_set_mesh():
+        raise Skip("a part of a mesh can be mapped in the context of the mesh only")
+    model = model_of("mlp")
+    method, how = ENGINES[engine]
+    balancer = build(method)
+    layout = Layout("model", (4, 2), ("data", "model"), (), model="model")
+    mesh = make_mesh(layout, "explicit")
+    specs = (P(), P(), P("data"), P("data"))
+
+    def grad_fn(*args):
+        place = Place(layout, jax.sharding.get_abstract_mesh(), "explicit")
+        return mtljax.value_and_balanced_grad(
+            model.losses(place),
+            balancer,
+            labels=model.labels,
+            engine=how,
+            axis_name="data",
+        )(*args)
+
+    place = Place(layout, mesh, "explicit", True)
+    with place.context:
+        step = jax.shard_map(
+            grad_fn,
+            mesh=mesh,
+            in_specs=specs,
+            out_specs=P(),
+            check_vma=tracked,
+            axis_names={"data"},
+        )
+        params = place.put(model.params, model.names)
+        start = place.replicate(balancer.init(model.params))
+        batch = jax.device_put(model.batches["small"], NamedSharding(mesh, P("data")))
+        found = jax.jit(step)(params, start, *batch)
+    check_step(found, one_device("mlp", "small", method))
+    check_placed("the gradient", found[1], place.shardings(model.names))
+
+
 def weighted_heads(region: str, engine: str, exchange: str) -> None:
     """Own gradients times the task's weight, by the average over devices."""
     model = model_of("mlp")
@@ -605,6 +645,10 @@ def averaged_cases():
             name = f"two_axes-{engine}-{'vma' if tracked else 'unchecked'}"
             deep = (engine, tracked) != ("gramian", True)
             yield Case(name, part(two_axes, engine, tracked), deep)
+        for tracked in (True, False):
+            name = f"explicit_axis-{engine}-{'vma' if tracked else 'unchecked'}"
+            deep = (engine, tracked) != ("gramian", True)
+            yield Case(name, part(explicit_axis, engine, tracked), deep)
         yield Case(f"idle_axis-{engine}", part(idle_axis, engine), engine != "gramian")
 
 

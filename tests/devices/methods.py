@@ -10,12 +10,14 @@ import numpy as np
 from devices import hlo
 from devices.compare import check, check_placed, numbers
 from devices.harness import Case
-from devices.layouts import BY_NAME, make_mesh
+from devices.layouts import BY_NAME, Place, make_mesh
 from devices.manual import unkeyed
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from registry import CASES as METHODS
-from registry import CLASSICS
+from registry import CLASSICS, arguments
+
+import mtljax
 
 TASKS = 4
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -88,6 +90,49 @@ def run(method: Any, kind: str, masked: bool, dtype: str) -> None:
             assert one.size <= 4 * TASKS**2, f"all-gather of {one.shape}"
 
 
+def numbers_of(method: Any) -> dict[str, float]:
+    """The float hyper-parameters of a method, with their values."""
+    factory = mtljax.get_method(method.name).factory
+    return {
+        name: method.options.get(name, default)
+        for name, default, _ in arguments(factory)
+        if isinstance(method.options.get(name, default), float) and "." not in name
+    }
+
+
+def arrays_outside(method: Any, traced: bool) -> None:
+    """A rule that reads arrays on Explicit axes from its closure.
+
+    They are traced hyper-parameters, which are replicated on the mesh, or constants
+    that a factory makes in the context of the mesh.
+    """
+    mesh = make_mesh(BY_NAME["tp42"], "explicit")
+    everywhere = NamedSharding(mesh, P())
+    grads, losses = rows(jnp.float32, 1), jnp.asarray(LOSSES, jnp.float32)
+    balancer = method.build(TASKS)
+    start = balancer.init(jax.tree.map(lambda g: g[0], grads))
+    expected, _ = jax.jit(balancer.update)(grads, start, losses=losses)
+
+    def build(values):
+        return method.build(TASKS, **values)
+
+    def update(values, grads, losses):
+        inside = build(values) if traced else outside
+        state = inside.init(jax.tree.map(lambda g: g[0], grads))
+        return inside.update(grads, state, losses=losses)[0]
+
+    place = Place(BY_NAME["tp42"], mesh, "explicit", True)
+    with place.context:
+        outside = build({})
+        values = numbers_of(method) if traced else {}
+        values = jax.device_put(jax.tree.map(jnp.float32, values), everywhere)
+        places = {name: NamedSharding(mesh, spec) for name, spec in SPECS.items()}
+        losses = jax.device_put(losses, everywhere)
+        found = jax.jit(update)(values, jax.device_put(grads, places), losses)
+    if method.stable:
+        check("the update", found, expected)
+
+
 # In the normal suite, with Explicit axes: a method of each kind of rule, and those that
 # contract or count entries of gradients themselves.
 NORMAL = {
@@ -109,6 +154,15 @@ def cases():
         name = f"{method.id}-{kind}-{part}-{dtype}"
         case = functools.partial(run, method, kind, masked, dtype)
         yield Case(name, case, bool(deep))
+    for method in METHODS:
+        plain = not method.options
+        if numbers_of(method):
+            case = functools.partial(arrays_outside, method, True)
+            deep = not plain or method.name not in ("cagrad", "imtl_l")
+            yield Case(f"{method.id}-traced", case, deep)
+        case = functools.partial(arrays_outside, method, False)
+        deep = not plain or method.name not in ("uncertainty", "igb_v1")
+        yield Case(f"{method.id}-context", case, deep)
 
 
 CASES = list(cases())

@@ -73,6 +73,13 @@ STEPS = {
         {"labels": LABELS, "micro_batches": 2},
         False,
     ),
+    # A micro-batch has fewer examples than there are devices.
+    "micro-few": (
+        task_losses,
+        mtljax.cagrad,
+        {"labels": LABELS, "micro_batches": 8},
+        False,
+    ),
     "micro-representation": (
         mtljax.through(encode, heads),
         mtljax.cagrad,
@@ -173,6 +180,8 @@ def cases():
     for tracked in (True, False):
         word = "vma" if tracked else "unchecked"
         for name in STEPS:
+            if name == "micro-few":
+                continue  # a device has no example for some micro-batches
             yield Case(f"{name}-{word}", functools.partial(in_region, name, tracked))
 
 

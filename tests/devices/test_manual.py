@@ -9,6 +9,7 @@ NORMAL = (
     "axis-vma-mlp-gramian-small-all",
     "axis-unchecked-mlp-gramian-small-all",
     "axis-pmap-mlp-stacked-small-all",
+    "explicit_axis-gramian-vma",
     "masks-vma-gramian-all",
     "scatter_refused-cagrad-gramian",
 )

@@ -7,6 +7,8 @@ NORMAL = (
     "mgda-explicit-masked-float32",
     "trimmed_mean-explicit-all-float32",
     "excess_mtl-explicit-all-float32",
+    "cagrad-traced",
+    "uncertainty-context",
 )
 
 test_methods = make_tests(methods, normal=NORMAL)

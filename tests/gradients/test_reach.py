@@ -230,6 +230,21 @@ def test_names_give_the_same_bits(engine, named_mask):
     assert list(weights) == list(NAMES)
 
 
+@pytest.mark.parametrize("engine", ["gramian", "stacked"])
+def test_names_in_the_products_of_two_batches(engine):
+    params, (x, y), _, _ = problem()
+    batches = (x, y), (x[::-1], 2 * y)
+    cross = mtljax.cross_task_gramian(named_losses, labels=LABELS, engine=engine)
+    first, second, found = cross(params, *batches)
+    plain = mtljax.cross_task_gramian(task_losses, labels=LABELS, engine=engine)
+    expected = plain(params, *batches)
+    order = list(reversed(NAMES))  # of the dictionary
+    for losses, vector in zip((first, second), expected[:2], strict=True):
+        assert list(losses) == order
+        np.testing.assert_array_equal([losses[name] for name in NAMES], vector)
+    np.testing.assert_allclose(found[::-1, ::-1], expected[2], rtol=1e-12)
+
+
 def test_names_in_update_and_errors():
     balancer = mtljax.uncertainty(("a", "b"))
     grads = {"w": jnp.ones((2, 3))}

@@ -18,6 +18,7 @@ from mtljax.sharpness import (
     flat_split,
     merge_own,
     sam_task_grads,
+    surrogate_sharpness,
     value_and_flat_grad,
 )
 
@@ -84,6 +85,34 @@ def test_it_is_its_parts(name, options):
             weights, expected_state.loss.task_weights, rtol=1e-3, atol=1e-4
         )
     assert state.step == 3
+
+
+def test_losses_by_name():
+    names = ("c", "a", "b")
+
+    def named(params, data):
+        found = dict(zip(names, task_losses(params, data), strict=True))
+        return {name: found[name] for name in sorted(names)}
+
+    balancer = mtljax.imtl_g(names)
+    function = value_and_flat_grad(named, balancer, rho=0.1, labels=LABELS)
+    mask = dict(zip(names, SOME.tolist(), strict=True))
+    plain, run = stepper()
+    state, data = plain.init(PARAMS), BATCHES[0]
+    expected = run(PARAMS, state, data, mask=SOME)
+    losses, grad, new = jax.jit(lambda *args: function(*args, mask=mask))(
+        PARAMS, function.init(PARAMS), data
+    )
+    assert set(losses) == set(names)
+    np.testing.assert_allclose([losses[n] for n in names], expected[0], rtol=1e-6)
+    close((grad, new), expected[1:])
+    losses, gaps = surrogate_sharpness(named, [0.1], labels=LABELS)(PARAMS, data)
+    _, wanted = surrogate_sharpness(task_losses, [0.1], labels=LABELS)(PARAMS, data)
+    order = [names.index(name) for name in losses]
+    np.testing.assert_allclose(gaps, wanted[:, order], rtol=1e-4)
+    losses, grads, _ = sam_task_grads(named, rho=0.1, labels=LABELS)(PARAMS, data)
+    assert list(losses) == sorted(names)
+    assert grads.loss["trunk"]["bias"].shape == (3, 6)
 
 
 @pytest.mark.parametrize(
