@@ -24,7 +24,7 @@ def main(config: Config, command: str) -> None:
             f"{len(problem.tasks)} tasks, {len(rows)} rows x {config.seeds} seeds, "
             f"{scale.steps} steps each; writing to {config.out}"
         )
-        shared: dict[int, model.Functions] = {}  # by K, since data are arguments
+        shared: dict[int, model.Functions] = {}  # by T, since data are arguments
 
         def functions_of(tasks, problem=problem, scale=scale, shared=shared):
             if len(tasks) not in shared:

@@ -40,10 +40,10 @@ class Group(NamedTuple):
     measured: Mapping[str, Any]
     nonfinite: int  # number of NaN or infinite measurements
     seeds: tuple[int, ...]
-    values: dict[str, np.ndarray]  # [S, T, K]; step [S, T]
+    values: dict[str, np.ndarray]  # [S, C, T]; step [S, C]
 
     def of(self, name: str, task: str) -> np.ndarray:
-        """Returns a quantity of one task, ``[S, T]``."""
+        """Returns a quantity of one task at C checkpoints, ``[S, C]``."""
         return self.values[name][:, :, self.tasks.index(task)]
 
 
@@ -376,7 +376,7 @@ class Scatter(NamedTuple):
 
     setting: str
     target: str
-    sizes: np.ndarray  # K of each point
+    sizes: np.ndarray  # T of each point
     sets: list[tuple[str, ...]]
     values: dict[str, np.ndarray]  # name -> [points, seeds]
 

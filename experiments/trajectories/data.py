@@ -23,7 +23,7 @@ class Problem:
     """Tasks with equally many images.
 
     Images have shape ``[N, H, W, C]`` if all tasks use the same images (``shared``),
-    otherwise ``[N, K, H, W, C]``. Labels have shape ``[N, K]``.
+    otherwise ``[N, T, H, W, C]``. Labels have shape ``[N, T]``.
     """
 
     name: str

@@ -33,7 +33,7 @@ TUNING_SEEDS = range(1000, 1003)  # rates are chosen on seeds that are not repor
 class State(NamedTuple):
     """All values that change in a run."""
 
-    params: Any  # {"trunk": ..., "heads": {"kernel": [K, F, C], "bias": [K, C]}}
+    params: Any  # {"trunk": ..., "heads": {"kernel": [T, F, C], "bias": [T, C]}}
     batch_stats: Any
     opt_state: Any
     balancer: Any
@@ -263,7 +263,7 @@ METRICS = ("train_loss", "train_score", "val_score", "test_score")
 
 
 def lines_of(problem, row, rows, about, at_edge) -> list[dict[str, Any]]:
-    """Returns a line per seed. Each quantity is ``[T][K]``, None if not measured."""
+    """Returns a line per seed. Each quantity is ``[C][T]``, None if not measured."""
     evals = [r for r in rows if r["kind"] == "eval"]
     lines = []
     for seed in dict.fromkeys(r["seed"] for r in evals):
