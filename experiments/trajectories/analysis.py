@@ -211,7 +211,7 @@ def _explained_lines(config: Config, groups: Groups) -> list[Line]:
 
 
 def _conflict_lines(config: Config, groups: Groups) -> list[Line]:
-    """Spearman's coefficients with gradient similarity for each seed, K partialled out.
+    """Spearman's coefficients with gradient similarity for each seed, T partialled out.
 
     A point is a task in a set. Sharpness and score are relative to those of the task
     alone, because tasks differ in both.
