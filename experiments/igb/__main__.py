@@ -1,4 +1,4 @@
-"""``python -m experiments.igb [smoke|cpu|...] --data-dir DIR [--field value]``."""
+"""Command line: ``python -m experiments.igb [PRESET]``."""
 
 from experiments.common import cli as common
 from experiments.igb.config import PRESETS, SINGLE_TASK, Config, check

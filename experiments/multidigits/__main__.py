@@ -1,4 +1,4 @@
-"""``python -m experiments.multidigits [smoke|demo|full] [--field value ...]``."""
+"""Command line: ``python -m experiments.multidigits [PRESET]``."""
 
 from experiments.common import cli as common
 from experiments.multidigits.config import PRESETS, SINGLE_TASK, Config, check

@@ -187,10 +187,10 @@ def _target_lines(config: Config, groups: Groups) -> list[Line]:
 
 
 def _explained_lines(config: Config, groups: Groups) -> list[Line]:
-    """1 or 0 for every row and factor, and for every optimiser and factor.
+    """1 or 0 for every row and factor, and for every optimizer and factor.
 
     A factor explains a transfer if both change significantly, and less of the factor
-    comes with a better score. It explains an optimiser if that holds for the signs of
+    comes with a better score. It explains an optimizer if that holds for the signs of
     the changes of all tasks in all sets.
     """
     lines = []

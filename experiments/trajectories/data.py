@@ -1,4 +1,4 @@
-"""The settings of the paper as arrays: images, labels and sharing of images."""
+"""The settings of the paper as arrays of images and labels."""
 
 import dataclasses
 import itertools

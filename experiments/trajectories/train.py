@@ -1,4 +1,4 @@
-"""Training step of a row, and its run: learning rates first, then all seeds."""
+"""Training step of a row, and its run: rates first, then all seeds."""
 
 import zlib
 from collections.abc import Mapping
