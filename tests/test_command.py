@@ -358,7 +358,7 @@ def test_report_on_narrow_and_dense_screens(runs, tmp_path):
         assert png_width(link) > 1.5 * int(width) > 300
 
 
-def test_report_of_rows_at_one_step(tmp_path):
+def test_report_of_rows_at_one_step(tmp_path, capsys):
     """The rows of an experiment: no curves, metrics first, the commit shortened."""
     rows = [{"experiment": "toy", "config": {"lr": 0.1}, "commit": "abcdef" * 6}]
     for seed in (0, 1):
@@ -366,6 +366,9 @@ def test_report_of_rows_at_one_step(tmp_path):
         rows.append({**row, "losses": [1.0] * 4, "acc": 0.25, "step_ms": None})
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "results.jsonl").write_text(text)
+    assert main(["compare", str(tmp_path)]) == 0
+    assert "ms per step" not in (out := capsys.readouterr().out)
+    assert "**" not in out
     file = tmp_path / "report.html"
     assert main(["report", str(tmp_path), "-o", str(file)]) == 0
     page = Page(file.read_text())

@@ -260,6 +260,8 @@ def table(
                 if metrics:
                     row[f"best {name}"].append(best(values, default=math.nan))
         row["ms per step"] = step_milliseconds(run)
+    # Rows that were written at the end of a run have no time.
+    columns = {c: d for c, d in columns.items() if any(r[c] for r in cells.values())}
     return cells, columns
 
 

@@ -361,9 +361,7 @@ def _environment(runs: Sequence[Run]) -> str:
 
 def _runs(runs: Sequence[Run]) -> str:
     cells, columns = compare.table(runs)
-    # A column without a value, such as the time of rows that were written at the end.
-    columns = [c for c in columns if any(row[c] for row in cells.values())]
-    parts = [_values_table(cells, columns, shown=True)]
+    parts = [_values_table(cells, list(columns), shown=True)]
     others = [
         name
         for name in compare.metric_names(runs)
