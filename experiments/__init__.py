@@ -1,4 +1,4 @@
-"""Experiments that use mtljax; each is a package with a command of its own."""
+"""Experiments that use mtljax. Each package has its own command."""
 
 import os
 import signal

@@ -92,10 +92,20 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--kind", choices=KINDS, default="losses")
     new.add_argument("--metric", action="append", help="two metrics, for tradeoff")
     new.add_argument("--mode", choices=("min", "max"), default="min")
-    new.add_argument("-o", "--output", default="plot.png", help="a PNG or SVG file")
+    new.add_argument(
+        "-o",
+        "--output",
+        default="plot.png",
+        help="a PNG or SVG file; its folder is created",
+    )
     new = command("report", _report, "Writes a report as one HTML file.")
     new.add_argument("runs", nargs="+", metavar="RUN", help=runs)
-    new.add_argument("-o", "--output", default="report.html", help="an HTML file")
+    new.add_argument(
+        "-o",
+        "--output",
+        default="report.html",
+        help="an HTML file; its folder is created",
+    )
     return parser
 
 

@@ -10,10 +10,12 @@ import re
 import struct
 import sys
 
+import numpy as np
 import pytest
 
 import mtljax
 from mtljax.__main__ import main
+from mtljax.training import compare
 
 ROOT = pathlib.Path(__file__).parents[1]
 HEADER = {
@@ -105,14 +107,25 @@ def test_compare(runs, capsys):
         (["compare", "missing"], "missing does not exist"),
         (["compare", "."], "contains no run"),
         (["compare", "runs", "--metric", "acc"], "No run has the metric 'acc'"),
-        (["plot", "runs", "-o", "x.pdf"], "must end with .png or .svg"),
+        (["plot", "runs", "-o", "x.pdf"], "x.pdf must end with .png or .svg."),
+        (["report", "runs", "-o", "x.txt"], "x.txt must end with .html or .htm."),
+        (["plot", "runs", "-o", "runs"], "runs is a folder, but the name of a file"),
+        (["report", "runs", "-o", "runs"], "runs is a folder, but the name of a file"),
+        (["plot", "runs", "-o", "f.txt/x.png"], "written: f.txt is not a folder."),
+        (["report", "runs", "-o", "f.txt/a/x.html"], "written: f.txt is not a folder."),
     ],
 )
 def test_errors_are_one_sentence(arguments, text, runs, capsys, monkeypatch):
     monkeypatch.chdir(runs.parent)
+    pathlib.Path("f.txt").touch()
+    before = sorted(runs.parent.rglob("*"))
     assert main(arguments) == 2
-    error = capsys.readouterr().err
+    output = capsys.readouterr()
+    assert not output.out
+    error = output.err
+    assert error.startswith("mtljax: ")
     assert text in error
+    assert sorted(runs.parent.rglob("*")) == before
     assert len(error.splitlines()) == 1
 
 
@@ -131,11 +144,21 @@ class Page(html.parser.HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.links, self.headings, self.text = [], [], ""
+        self.images, self.folds, self.inside = [], [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         self.links += [v for k, v in attrs if k in ("src", "href")]
         self.headings += [tag] if tag == "h2" else []
+        if tag == "details":
+            self.folds.append(dict(attrs))
+            self.inside.append(len(self.folds) - 1)
+        if tag == "img":
+            self.images.append({**dict(attrs), "folded": bool(self.inside)})
+
+    def handle_endtag(self, tag):
+        if tag == "details":
+            self.inside.pop()
 
     def handle_data(self, data):
         self.text += data
@@ -171,12 +194,151 @@ def test_a_metric_that_a_figure_does_not_show_is_an_error(runs, tmp_path, capsys
     assert capsys.readouterr().err == "mtljax: --metric requires --kind tradeoff.\n"
 
 
-def test_report_to_a_folder_is_one_sentence(runs, tmp_path, capsys):
-    assert main(["report", str(runs), "-o", str(tmp_path)]) == 2
-    output = capsys.readouterr()
-    assert not output.out
-    assert output.err.startswith("mtljax: ")
-    assert output.err.endswith(" cannot be written: Is a directory.\n")
+@pytest.mark.parametrize("command", ["plot", "report"])
+def test_the_folder_of_the_output_is_created(command, runs, tmp_path, capsys):
+    name = {"plot": "a.png", "report": "a.html"}[command]
+    file = tmp_path / "new" / "folder" / name
+    for _ in range(2):  # the second call replaces the file
+        assert main([command, str(runs), "-o", str(file)]) == 0
+        assert capsys.readouterr().out.strip() == str(file)
+    assert [path.name for path in file.parent.iterdir()] == [name]
+
+
+def write_timed(folder, sessions, rows):
+    """A run of one seed from pairs ``(step, kind, seconds)``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    header = {**HEADER, "sessions": [{"from_step": step} for step in sessions]}
+    lines = [header]
+    for step, kind, seconds, *final in rows:
+        row = {"step": step, "kind": kind, "losses": [1.0, 1.0], "seconds": seconds}
+        lines.append(row | ({"final": True} if final else {}))
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("sessions", "rows"),
+    [
+        # A step takes 10 ms, a compilation of the step 7 s and of an evaluation 3 s.
+        ([0], [(10, "train", 7.1), (20, "train", 7.2), (40, "train", 7.4)]),
+        # The first evaluation compiles, the second one takes no time.
+        (
+            [0],
+            [
+                *((10, "train", 7.1), (20, "train", 7.2), (20, "eval", 10.2)),
+                *((30, "train", 10.3), (40, "train", 10.4), (40, "eval", 10.4)),
+            ],
+        ),
+        # An evaluation before the first step.
+        ([0], [(0, "eval", 3.0), (10, "train", 10.1), (20, "train", 10.2)]),
+        # Both compile again after a resume, twice.
+        (
+            [0, 20, 40],
+            [
+                *((10, "train", 7.1), (20, "train", 7.2), (20, "eval", 10.2)),
+                *((30, "train", 17.3), (40, "train", 17.4), (40, "eval", 20.4)),
+                *((50, "train", 27.5), (60, "train", 27.6), (60, "eval", 30.6)),
+            ],
+        ),
+        # The checkpoint of a resume is between two rows.
+        (
+            [0, 25],
+            [
+                *((10, "train", 7.1), (20, "train", 7.2)),
+                *((30, "train", 14.3), (40, "train", 14.4)),
+            ],
+        ),
+        # The resumed run has no step left and evaluates again.
+        (
+            [0, 20],
+            [
+                *((10, "train", 7.1), (20, "train", 7.2)),
+                (20, "eval", 12.0, "final"),
+            ],
+        ),
+    ],
+)
+def test_time_per_step_contains_no_compilation(sessions, rows, tmp_path):
+    write_timed(tmp_path / "run", sessions, rows)
+    (run,) = compare.find_runs([tmp_path / "run"])
+    assert compare.step_milliseconds(run) == pytest.approx([10.0])
+
+
+def test_a_run_without_two_rows_of_a_kind_has_no_time(tmp_path):
+    write_timed(tmp_path / "run", [0], [(10, "train", 7.1), (10, "eval", 9.0)])
+    (run,) = compare.find_runs([tmp_path / "run"])
+    assert compare.step_milliseconds(run) == []
+
+
+def test_resumed_runs_are_named(runs, tmp_path, capsys):
+    rows = [(step, "train", step / 100) for step in (10, 20, 30)]
+    write_timed(runs / "c", [0, 15, 25], rows)
+    assert main(["compare", str(runs)]) == 0
+    text = "c: resumed after step 15, after step 25."
+    assert text in capsys.readouterr().out.splitlines()
+    file = tmp_path / "report.html"
+    assert main(["report", str(runs), "-o", str(file)]) == 0
+    page = Page(file.read_text())
+    assert text in page.text
+    assert "a: resumed" not in page.text
+
+
+def test_images_have_alternative_texts(runs, tmp_path):
+    file = tmp_path / "report.html"
+    assert main(["report", str(runs), "-o", str(file)]) == 0
+    page = Page(file.read_text())
+    assert len(page.images) == 3
+    words = ("Losses", "Shares of the task weights", "Cosines of task gradients")
+    for image, word in zip(page.images, words, strict=True):
+        assert image["alt"].startswith(f"{word} over the steps")
+        assert "Runs: a, b." in image["alt"]
+        assert "left" in image["alt"]
+        assert "<right>" in image["alt"]
+
+
+def test_report_of_many_tasks_and_runs(tmp_path):
+    """Long tables are folded, and no figure has more than 12 panels or 8 lines."""
+    rng = np.random.default_rng(0)
+    names = [f"task_{t}" for t in range(40)]
+    offset = rng.uniform(1, 2, 40)
+    worst = [3, 5, 8, 13, 21, 34]  # whose losses differ between the runs
+    for m in range(30):
+        rows = [{**HEADER, "task_names": names, "config": {"lr": m, "width": 8}}]
+        for step in (10, 20):
+            losses = offset.copy()
+            losses[worst] += m
+            weights = np.ones(40)
+            weights[7] = 40.0
+            cosines = np.full(780, 0.5)
+            cosines[38] = -0.9  # of tasks 0 and 39
+            row = {"step": step, "kind": "train", "losses": losses.tolist()}
+            row |= {"task_weights": weights.tolist(), "cosines": cosines.tolist()}
+            rows.append(row)
+        (tmp_path / f"run_{m:02d}").mkdir()
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"run_{m:02d}" / "metrics.jsonl").write_text(text)
+    file = tmp_path / "report.html"
+    assert main(["report", str(tmp_path), "-o", str(file)]) == 0
+    assert file.stat().st_size < 2e6
+    page = Page(file.read_text())
+    assert [image["folded"] for image in page.images] == [
+        *(False, True, True, True),  # losses of 8 runs each
+        *(False, True, True),  # weights and cosines of 12 runs each
+        *(False, True, True),
+    ]
+    shown = [set(re.findall(r"run_\d+", image["alt"])) for image in page.images]
+    assert [len(names) for names in shown] == [8, 8, 8, 6, 12, 12, 6, 12, 12, 6]
+    assert set.union(*shown[:4]) == {f"run_{m:02d}" for m in range(30)}
+    drawn = [re.findall(r"task_\d+", image["alt"]) for image in page.images]
+    assert drawn[0] == [f"task_{t}" for t in worst]
+    assert "task_7" in drawn[4]
+    assert len(drawn[4]) == 8
+    assert "task_0 · task_39" in page.images[7]["alt"]
+    assert "The figures show 6 of 40 tasks, those whose last losses" in page.text
+    assert "The figures show 8 of 780 pairs of tasks" in page.text
+    assert sum("open" in fold for fold in page.folds) == 1  # the table of runs
+    assert page.folds[0] == {"open": None}
+    assert "34 of 34 further metrics" in page.text
 
 
 def png_width(link):
@@ -196,7 +358,7 @@ def test_report_on_narrow_and_dense_screens(runs, tmp_path):
         assert png_width(link) > 1.5 * int(width) > 300
 
 
-def test_report_of_rows_at_one_step(tmp_path):
+def test_report_of_rows_at_one_step(tmp_path, capsys):
     """The rows of an experiment: no curves, metrics first, the commit shortened."""
     rows = [{"experiment": "toy", "config": {"lr": 0.1}, "commit": "abcdef" * 6}]
     for seed in (0, 1):
@@ -204,6 +366,9 @@ def test_report_of_rows_at_one_step(tmp_path):
         rows.append({**row, "losses": [1.0] * 4, "acc": 0.25, "step_ms": None})
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "results.jsonl").write_text(text)
+    assert main(["compare", str(tmp_path)]) == 0
+    assert "ms per step" not in (out := capsys.readouterr().out)
+    assert "**" not in out
     file = tmp_path / "report.html"
     assert main(["report", str(tmp_path), "-o", str(file)]) == 0
     page = Page(file.read_text())

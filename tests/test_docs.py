@@ -5,11 +5,14 @@ find the same mistakes without Sphinx.
 """
 
 import importlib
+import inspect
 import pathlib
 import posixpath
 import re
 
 import pytest
+
+import mtljax
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -89,3 +92,13 @@ def test_every_page_is_in_a_table_of_contents(file):
             listed += [target(other, path.strip()) for path in paths]
     folder = posixpath.dirname(page)
     assert page in listed or f"{folder}/*" in listed
+
+
+@pytest.mark.parametrize("method", mtljax.METHODS)
+def test_every_method_has_an_equation_an_example_and_a_reference(method):
+    text = inspect.getdoc(mtljax.METHODS[method].factory)
+    summary = text.partition("\nArgs:\n")[0]
+    formulas = re.findall(r"``([^`]+)``", summary)
+    assert any(re.search("[=∝+]", formula) for formula in formulas)
+    assert re.search(r"\nExamples:\n +>>> ", text)
+    assert re.search(r"\nReferences:\n +\S+", text)

@@ -1,4 +1,4 @@
-"""``python -m experiments.alternating [smoke|cpu|large|gpu] --data-dir DIR``."""
+"""Command line: ``python -m experiments.alternating [PRESET]``."""
 
 from experiments.alternating.config import SCALED_ROWS, SINGLE_TASK, Config, check
 from experiments.common.cli import make_cli

@@ -1,4 +1,4 @@
-"""Networks, losses and metrics of the five data sets, per task and for all tasks."""
+"""Networks, losses and metrics of the five data sets."""
 
 import dataclasses
 import re

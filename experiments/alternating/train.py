@@ -1,4 +1,4 @@
-"""One training step of a table row, and its run over seeds and learning rates."""
+"""Training step of a table row, and its run over seeds and rates."""
 
 import dataclasses
 import functools

@@ -1,1 +1,1 @@
-"""Shared by the experiments: options, runs, selection, statistics and reports."""
+"""Options, runs, selection, statistics and reports of all experiments."""

@@ -1,4 +1,4 @@
-"""Claims of papers, written before the rows that decide them, and their verdicts.
+"""Claims of papers, which are written before the runs, and verdicts.
 
 Each ``experiments/NAME/claims.toml`` names the paper. For each claim it states the two
 rows that are compared, the metric, the smallest effect of interest and the effect that

@@ -1,4 +1,4 @@
-"""Command line of an experiment: presets, options, errors and exit statuses.
+"""Command line of an experiment: presets, options and exit statuses.
 
 The exit status is 0 after success and 1 after an error of the run or its data. It is 2
 after an invalid option, and 130 or 143 after a signal.

@@ -1,4 +1,4 @@
-"""Trains one committed row of each experiment again and compares the numbers.
+"""Trains one committed row of each experiment again and compares it.
 
 Usage: ``python -m experiments.common.replay --data-dir DIR [--experiments NAME ...]``.
 Each ``experiments/NAME/replay.py`` names the committed file, the fields that identify a

@@ -1,4 +1,4 @@
-"""Writes ``experiments/RESULTS.md`` from the committed rows and the claims.
+"""Writes ``experiments/RESULTS.md`` from the rows and the claims.
 
 Usage: ``python -m experiments.common.results [--check]``. A claim without rows of this
 protocol is inconclusive and shows no number. With ``--check`` no file is written, and

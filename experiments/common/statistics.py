@@ -1,4 +1,4 @@
-"""Paired comparisons over seeds and data sets, with corrections for many tests.
+"""Paired comparisons over seeds and sets, corrected for many tests.
 
 Differences over seeds use Student's interval, because a bootstrap interval of five
 seeds is too narrow. Differences over data sets use :func:`bootstrap_sets` and Student's

@@ -1,4 +1,7 @@
-"""Step times of rows, measured alternately so that drift affects all rows equally."""
+"""Step times of rows, measured alternately.
+
+A drift of the machine then affects all rows equally.
+"""
 
 import time
 from collections.abc import Callable, Mapping

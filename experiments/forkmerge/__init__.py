@@ -1,1 +1,1 @@
-"""ForkMerge on digits of five domains: the effect of auxiliary tasks on a target."""
+"""ForkMerge on digits of five domains: one target, auxiliary tasks."""

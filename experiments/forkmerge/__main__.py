@@ -1,4 +1,4 @@
-"""``python -m experiments.forkmerge [smoke|cpu|full|gpu|large] --data-dir DIR``."""
+"""Command line: ``python -m experiments.forkmerge [PRESET]``."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence

@@ -1,1 +1,1 @@
-"""FS-MTL: sharpness-aware multi-task learning on overlaid digits and garments."""
+"""FS-MTL: sharpness-aware learning on overlaid digits and garments."""

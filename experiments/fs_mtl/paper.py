@@ -1,4 +1,4 @@
-"""Numbers of the paper (arXiv 2211.13723) and of its public logs, for comparison.
+"""Numbers of the paper (arXiv 2211.13723) and of its public logs.
 
 The accuracies are in percent, for ResNet-18, 200 epochs, 3 seeds and the best epoch by
 the *test* set. ``paper.json`` stores them by table, line and data set: task 1, task 2,

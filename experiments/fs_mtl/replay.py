@@ -1,4 +1,4 @@
-"""A committed line of equal weights, trained again for the epochs of the F-lines."""
+"""Trains a committed line of equal weights again, with more epochs."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""``python -m experiments.igb [smoke|cpu|...] --data-dir DIR [--field value]``."""
+"""Command line: ``python -m experiments.igb [PRESET]``."""
 
 from experiments.common.cli import make_cli
 from experiments.igb.config import SINGLE_TASK, Config, check

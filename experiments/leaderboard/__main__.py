@@ -1,4 +1,4 @@
-"""Command line: ``python -m experiments.leaderboard [PRESET] --data-dir DIR``."""
+"""Command line: ``python -m experiments.leaderboard [PRESET]``."""
 
 import os
 import sys

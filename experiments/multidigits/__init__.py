@@ -1,1 +1,1 @@
-"""The main experiment: many methods on real overlaid digits, compared directly."""
+"""The main experiment: many methods on real overlaid digits."""

@@ -1,4 +1,4 @@
-"""``python -m experiments.multidigits [smoke|demo|full] [--field value ...]``."""
+"""Command line: ``python -m experiments.multidigits [PRESET]``."""
 
 from experiments.common.cli import make_cli
 from experiments.multidigits.config import SINGLE_TASK, Config, check

@@ -1,1 +1,1 @@
-"""Tests whether conflict, sharpness or Fisher information explain transfer."""
+"""Tests whether conflict, sharpness or Fisher traces explain transfer."""

@@ -40,10 +40,10 @@ class Group(NamedTuple):
     measured: Mapping[str, Any]
     nonfinite: int  # number of NaN or infinite measurements
     seeds: tuple[int, ...]
-    values: dict[str, np.ndarray]  # [S, T, K]; step [S, T]
+    values: dict[str, np.ndarray]  # [S, C, T]; step [S, C]
 
     def of(self, name: str, task: str) -> np.ndarray:
-        """Returns a quantity of one task, ``[S, T]``."""
+        """Returns a quantity of one task at C checkpoints, ``[S, C]``."""
         return self.values[name][:, :, self.tasks.index(task)]
 
 
@@ -193,10 +193,10 @@ def _target_lines(config: Config, groups: Groups) -> list[Line]:
 
 
 def _explained_lines(config: Config, groups: Groups) -> list[Line]:
-    """1 or 0 for every row and factor, and for every optimiser and factor.
+    """1 or 0 for every row and factor, and for every optimizer and factor.
 
     A factor explains a transfer if both change significantly, and less of the factor
-    comes with a better score. It explains an optimiser if that holds for the signs of
+    comes with a better score. It explains an optimizer if that holds for the signs of
     the changes of all tasks in all sets.
     """
     lines = []
@@ -213,7 +213,7 @@ def _explained_lines(config: Config, groups: Groups) -> list[Line]:
 
 
 def _conflict_lines(config: Config, groups: Groups) -> list[Line]:
-    """Spearman's coefficients with gradient similarity for each seed, K partialled out.
+    """Spearman's coefficients with gradient similarity for each seed, T partialled out.
 
     A point is a task in a set. Sharpness and score are relative to those of the task
     alone, because tasks differ in both.
@@ -391,7 +391,7 @@ class Scatter(NamedTuple):
 
     setting: str
     target: str
-    sizes: np.ndarray  # K of each point
+    sizes: np.ndarray  # T of each point
     sets: list[tuple[str, ...]]
     values: dict[str, np.ndarray]  # name -> [points, seeds]
 

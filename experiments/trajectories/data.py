@@ -1,4 +1,4 @@
-"""The settings of the paper as arrays: images, labels and sharing of images."""
+"""The settings of the paper as arrays of images and labels."""
 
 import dataclasses
 import itertools
@@ -23,7 +23,7 @@ class Problem:
     """Tasks with equally many images.
 
     Images have shape ``[N, H, W, C]`` if all tasks use the same images (``shared``),
-    otherwise ``[N, K, H, W, C]``. Labels have shape ``[N, K]``.
+    otherwise ``[N, T, H, W, C]``. Labels have shape ``[N, T]``.
     """
 
     name: str

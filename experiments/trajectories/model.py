@@ -17,10 +17,10 @@ EVAL_CHUNK = 1000  # images of a task per chunk
 
 
 class Functions(NamedTuple):
-    """A model on K tasks of one setting. Sets share it, because data are arguments."""
+    """A model on T tasks of one setting. Sets share it, because data are arguments."""
 
     init: Callable[..., Any]
-    task_losses: Callable[..., Any]  # (params, batch_stats, batch, train=) -> ([K], ·)
+    task_losses: Callable[..., Any]  # (params, batch_stats, batch, train=) -> ([T], ·)
     evaluate: Callable[..., dict[str, Array]]  # jitted, over seeds
     probe: trajectory.Probe
 
@@ -52,7 +52,7 @@ def make_functions(config: Config, scale: Scale, problem: Problem) -> Functions:
         return out, (mutated.get("batch_stats", stats[0]), stats[1])
 
     def outputs(params, stats, images, train):
-        """Computes the logits of each task, ``[B, K, classes]``."""
+        """Computes the logits of each task, ``[B, T, classes]``."""
         flat = images if problem.shared else images.reshape(-1, *images.shape[2:])
         hidden, stats = features(params, stats, flat, train)
         if not problem.shared:

@@ -188,7 +188,7 @@ def _correlations(config: Config, groups: Groups) -> str:
     for found in analysis.scatters(config, groups):
         for name, c in analysis.correlations(found).items():
             inside = ", ".join(
-                f"K={k}: {v:+.2f} (n={int((found.sizes == k).sum())})"
+                f"T={k}: {v:+.2f} (n={int((found.sizes == k).sum())})"
                 for k, v in c.within.items()
                 if math.isfinite(v)
             )
@@ -208,7 +208,7 @@ def _correlations(config: Config, groups: Groups) -> str:
     if not lines:
         return ""
     head = ["target", "similarity with", "sets", "Spearman", "95 %", "Kendall"]
-    text = markdown([*head, "partial on K", "within K"], lines)
+    text = markdown([*head, "partial on T", "within T"], lines)
     return (
         f"{text}\n\n- is not defined: fewer than three sets, or nothing left to vary."
     )

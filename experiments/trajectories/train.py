@@ -1,4 +1,4 @@
-"""Training step of a row, and its run: learning rates first, then all seeds."""
+"""Training step of a row, and its run: rates first, then all seeds."""
 
 import zlib
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ TUNING_SEEDS = range(1000, 1003)  # rates are chosen on seeds that are not repor
 class State(NamedTuple):
     """All values that change in a run."""
 
-    params: Any  # {"trunk": ..., "heads": {"kernel": [K, F, C], "bias": [K, C]}}
+    params: Any  # {"trunk": ..., "heads": {"kernel": [T, F, C], "bias": [T, C]}}
     batch_stats: Any
     opt_state: Any
     balancer: Any
@@ -235,7 +235,7 @@ COLUMNS = {
 
 
 def lines_of(problem, row, rows, about, at_edge) -> list[dict[str, Any]]:
-    """Returns a line per seed. Each quantity is ``[T][K]``, None if not measured."""
+    """Returns a line per seed. Each quantity is ``[C][T]``, None if not measured."""
     evals = [r for r in rows if r["kind"] == "eval"]
     lines = []
     for seed in dict.fromkeys(r["seed"] for r in evals):

@@ -142,7 +142,7 @@ def qm9(
 
     Args:
       data_dir: Folder that contains ``qm9/qm9.npz`` with ``z`` ``[M, 29]``,
-        ``positions`` ``[M, 29, 3]`` (Å), ``y`` ``[M, K]`` and ``y_names`` ``[K]``
+        ``positions`` ``[M, 29, 3]`` (Å), ``y`` ``[M, T]`` and ``y_names`` ``[T]``
         (columns and units of MoleculeNet's file), or the folder of tensorflow-datasets.
       source: ``"files"`` or ``"tfds"``, which reads ``qm9/original`` of the catalogue.
       download: Whether tensorflow-datasets may download the set (86 MB). This needs

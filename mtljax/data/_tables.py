@@ -66,12 +66,12 @@ def split(
 def standardise(
     columns: np.ndarray, train: np.ndarray
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Scales columns ``[N, K]`` to mean 0 and deviation 1 over the training rows.
+    """Scales columns ``[N, C]`` to mean 0 and deviation 1 over the training rows.
 
     A column that is constant in these rows becomes zero.
 
     Returns:
-      The columns in float32, and ``mean`` and ``std`` ``[K]``.
+      The columns in float32, and ``mean`` and ``std`` ``[C]``.
     """
     mean, std = columns[train].mean(0), columns[train].std(0)
     std = np.where(std > 0, std, 1)

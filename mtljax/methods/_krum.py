@@ -73,8 +73,8 @@ def krum(
 ) -> Balancer:
     """Krum and Multi-Krum, from Byzantine-robust distributed learning.
 
-    The score of a task is the sum of the squared distances from its gradient to the
-    ``n − f − 2`` nearest other gradients, where f of the n gradients may be arbitrary.
+    The score of task i is ``s_i = Σ_{j ∈ N_i} ‖g_i − g_j‖²``, where ``N_i`` are the
+    ``n − f − 2`` nearest other gradients and f of the n gradients may be arbitrary.
     The update is the gradient with the lowest score (Krum), or the mean of the
     gradients with the lowest scores (Multi-Krum). If scores are equal, the first task
     is selected, as in the paper. For n = 3 the two nearest tasks always have equal

@@ -58,8 +58,9 @@ def pbi(
 ) -> Balancer:
     """Penalty-based boundary intersection (PBI).
 
-    The objective is ``d_1 + θ d_2``. ``d_1`` is the distance of the losses from the
-    ideal point z along the preference r, and ``d_2`` is their distance from this line.
+    The objective is ``d_1 + θ d_2`` with ``r̂ = r/‖r‖``, ``d_1 = (ℓ − z)·r̂`` and
+    ``d_2 = ‖ℓ − z − d_1 r̂‖``. ``d_1`` is the distance of the losses from the ideal
+    point z along the preference r, and ``d_2`` is their distance from this line.
     If θ is large enough, the minimum is the intersection of the line with the Pareto
     front.
 

@@ -49,9 +49,10 @@ def trimmed_mean(num_tasks: int, *, trim: int = 1, scale: Scale = "native") -> B
     """Coordinate-wise trimmed mean, from Byzantine-robust distributed learning.
 
     In each coordinate, the k largest and the k smallest entries are removed, and the
-    remaining entries are averaged. The result is the mean for k = 0 and the median for
-    the largest possible k. The update depends on the coordinates and is not a function
-    of the Gramian.
+    remaining entries are averaged, ``d = Σ_{i=k+1}^{T−k} g_(i) / (T − 2k)`` with the
+    sorted entries ``g_(1) ≤ … ≤ g_(T)``. The result is the mean for k = 0 and the
+    median for the largest possible k. The update depends on the coordinates and is not
+    a function of the Gramian.
 
     Args:
       num_tasks: Number of tasks T, or a sequence of T task names.

@@ -287,7 +287,7 @@ class Run:
             calls += 1  # the first call compiles, so its time predicts nothing
             fits = 8 if calls == 1 else int(CHUNK_SECONDS / elapsed * n)
             limit = max(1, min(self.execution.chunk, 16 * limit, fits))
-            self._log(metrics, n)
+            self._log(metrics, n, elapsed)
             self._boundary(state)
             latest = {name: m[-1] for name, m in metrics.items()}
             self.screen.update(self.done, latest, self.score_text)
@@ -318,12 +318,18 @@ class Run:
         everys = [e for e in (evaluate, self.checkpoint_every) if e is not None]
         return min([self.num_steps - self.done, *(e - self.done % e for e in everys)])
 
-    def _log(self, metrics: dict[str, np.ndarray], count: int) -> None:
-        """Writes the train rows of a chunk, up to its first unusable step."""
+    def _log(self, metrics: dict[str, np.ndarray], count: int, elapsed: float) -> None:
+        """Writes the train rows of a chunk, up to its first unusable step.
+
+        All steps of a chunk end at once for the host. The ``seconds`` of a row are
+        those of its step if the steps of the chunk take the same time.
+        """
+        end, stop = self.seconds, self.done + count
         bad = self._first_bad(metrics)
         good = {k: m[: bad[0]] for k, m in metrics.items()} if bad else metrics
         for at, means in self.window.add(self.done, good):
-            self.write(at, "train", means, final=False)
+            seconds = end - elapsed * (stop - at) / count
+            self.write(at, "train", means, final=False, seconds=seconds)
         if bad is not None:
             self._raise_bad(bad, metrics["losses"])
         self.done += count
@@ -347,15 +353,24 @@ class Run:
             self._check_params(state)
             self.save(state)
 
-    def write(self, step: int, kind: str, values: Mapping[str, Any], *, final: bool):
-        """Writes one row per seed."""
+    def write(
+        self,
+        step: int,
+        kind: str,
+        values: Mapping[str, Any],
+        *,
+        final: bool,
+        seconds: float | None = None,
+    ):
+        """Writes one row per seed. ``seconds`` are by default those of this call."""
         extra = {"final": True} if final else {}
+        now = round(self.seconds if seconds is None else seconds, 3)
         many = self.subject.many
         for i, label in enumerate(self.subject.labels):
             mine = {k: np.asarray(v)[i] if many else v for k, v in values.items()}
             row = {"step": step, "kind": kind, **label, **mine, **extra}
             for writer in self.writers:
-                writer.write({**row, "seconds": round(self.seconds, 3)})
+                writer.write({**row, "seconds": now})
 
     def evaluate(self, state: PyTree, *, final: bool) -> None:
         """Writes the rows of an evaluation and updates the best."""

@@ -13,7 +13,7 @@ FILES = ("metrics.jsonl", "results.jsonl")
 _LABELS = frozenset({"step", "kind", "seed", "seconds", "step_ms", "final"})
 _TEXTS = frozenset({"kind", "label"})  # texts that do not tell runs apart
 _AXES = frozenset({"lr", "scale", "interval"})  # numbers that do
-_DIAGNOSTICS = frozenset({"cosines", "task_weights", "weights"})
+DIAGNOSTICS = frozenset({"cosines", "task_weights", "weights"})
 _SHOWN = 6  # metrics of a table without a selection
 
 
@@ -34,6 +34,12 @@ class Run(NamedTuple):
         """Returns the configuration with dotted names."""
         config = self.header.get("config")
         return flatten(config) if isinstance(config, Mapping) else {}
+
+    @property
+    def starts(self) -> list[int]:
+        """Returns the steps after which the run was started or resumed."""
+        sessions = self.header.get("sessions") or [{}]
+        return sorted({session.get("from_step", 0) for session in sessions} | {0})
 
 
 def find_runs(paths: Iterable[str | pathlib.Path]) -> list[Run]:
@@ -154,22 +160,59 @@ def metric_names(runs: Sequence[Run]) -> list[str]:
         for rows in evaluations(run).values():
             for row in rows[-1:]:
                 names |= dict.fromkeys(scalars(row, run.task_names))
-    return sorted(names, key=lambda name: name.partition("/")[0] in _DIAGNOSTICS)
+    return sorted(names, key=lambda name: name.partition("/")[0] in DIAGNOSTICS)
 
 
 def step_milliseconds(run: Run) -> list[float]:
-    """Returns the time per step of each seed, from the rows."""
+    """Returns the time per step of each seed, from the rows.
+
+    The time contains evaluations. The time before the first row of each kind after a
+    start or a resume does not count, because it contains compilation.
+    """
+    seeds: dict[Any, list[Row]] = {}
+    for row in run.rows:
+        seeds.setdefault(row.get("seed"), []).append(row)
     times = []
-    for rows in evaluations(run).values():
+    for rows in seeds.values():
         given = [row["step_ms"] for row in rows if row.get("step_ms")]
-        first, last = rows[0], rows[-1]
-        steps = last["step"] - first["step"]
-        seconds = (last.get("seconds") or 0) - (first.get("seconds") or 0)
+        timed = [row for row in rows if row.get("seconds") is not None]
+        steps, seconds = _counted(timed, run.starts)
         if given:
             times.append(float(given[-1]))
         elif steps > 0 and seconds > 0:
             times.append(1000 * seconds / steps)
     return times
+
+
+def _counted(rows: Iterable[Row], starts: Sequence[int]) -> tuple[int, float]:
+    """Returns the steps and the seconds of one seed that contain no compilation."""
+    steps, seconds, last, seen = 0, 0.0, None, set()
+    for row in sorted(rows, key=lambda row: row["step"]):
+        # A resumed run that has no step left writes its final rows again.
+        end = row["step"] + bool(row.get("final"))
+        session = max(1, sum(start < end for start in starts))
+        first = (session, row.get("kind"))
+        if last is not None and first in seen:
+            steps += row["step"] - last["step"]
+            seconds += row["seconds"] - last["seconds"]
+        seen.add(first)
+        last = row
+    return steps, seconds
+
+
+def resumptions(run: Run) -> str:
+    """Describes when a run was resumed. The text is empty if it was not.
+
+    Examples:
+      >>> sessions = [{"from_step": 0}, {"from_step": 20}, {"from_step": 45}]
+      >>> resumptions(Run("a", {"sessions": sessions}, []))
+      'resumed after step 20, after step 45'
+    """
+    found = []
+    for session in (run.header.get("sessions") or [])[1:]:
+        when = f" ({session['started']})" if session.get("started") else ""
+        found.append(f"after step {session.get('from_step', 0)}{when}")
+    return f"resumed {', '.join(found)}" if found else ""
 
 
 def table(
@@ -217,6 +260,8 @@ def table(
                 if metrics:
                     row[f"best {name}"].append(best(values, default=math.nan))
         row["ms per step"] = step_milliseconds(run)
+    # Rows that were written at the end of a run have no time.
+    columns = {c: d for c, d in columns.items() if any(r[c] for r in cells.values())}
     return cells, columns
 
 
@@ -244,6 +289,9 @@ def comparison(
     parts = [markdown_table(cells, columns, head="run")]
     if not metrics and len(known := metric_names(runs)) > _SHOWN:
         parts.append(f"Other metrics, see --metric: {_list(known[_SHOWN:])}.")
+    resumed = [f"{run.name}: {text}." for run in runs if (text := resumptions(run))]
+    if resumed:
+        parts.append("\n".join(resumed))
     differ = config_differences(runs)
     if differ:
         head = ["configuration", *(run.name for run in runs)]

@@ -49,8 +49,8 @@ class Curve(NamedTuple):
     """Values over time of one method.
 
     ``steps`` has shape ``[P]``. ``values`` has shape ``[P]``, or ``[S, P]`` with seeds.
-    A last axis ``[..., K]`` is added for several values (tasks or pairs of tasks). They
-    may also be a dict of K such arrays by name.
+    A last axis ``[..., N]`` is added for N values, one per task or per pair of tasks.
+    They may also be a dict of N such arrays by name.
     """
 
     steps: Any
@@ -165,7 +165,7 @@ def _draw(axis, steps, values, *, look, label, window) -> None:
 def _named(
     history: Mapping[str, Curve], names: Sequence[str] | None
 ) -> tuple[dict[str, Curve], list[str]]:
-    """Returns the curves with values ``[..., K]``, and the K names."""
+    """Returns the curves with values ``[..., N]``, and the N names."""
     dicts = [c.values for c in history.values() if isinstance(c.values, Mapping)]
     if names is None and not dicts:
         raise ValueError("Pass the names, or curves whose values are dicts by name.")
@@ -259,7 +259,7 @@ def _small_multiples(
     window: int,
     level: float,
 ) -> Any:
-    """Draws one panel per method with K lines, all panels on one scale."""
+    """Draws one panel per method with N lines, all panels on one scale."""
     figure, axes = _figure(
         len(history), columns=4, width=2.5, height=2.1, legend=len(line_names) > 0
     )
@@ -286,11 +286,24 @@ def _small_multiples(
     return figure
 
 
+def weight_shares(weights: Any) -> np.ndarray:
+    """Divides weights ``[..., T]`` by the sum of their absolute values.
+
+    Examples:
+      >>> weight_shares([3.0, 1.0])
+      array([0.75, 0.25])
+    """
+    array = np.asarray(weights, np.float64)
+    total = np.abs(array).sum(-1, keepdims=True)
+    return array / np.where(total > 0, total, 1.0)
+
+
 def weight_trajectories(
     history: Mapping[str, Curve],
     task_names: Sequence[str] | None = None,
     *,
     window: int = 1,
+    shown: Sequence[str] | None = None,
 ) -> Any:
     """Draws the task weights over time, one panel per method, mean ± 1 sd.
 
@@ -302,19 +315,22 @@ def weight_trajectories(
         dicts by task.
       task_names: T names. By default those of the dicts.
       window: Points of a centred running mean.
+      shown: Names of the tasks that are drawn, by default all. The shares are those of
+        all tasks.
 
     Returns:
       The figure. A dashed line marks equal weights.
     """
     history, task_names = _named(history, task_names)
-    shares = {}
-    for method, (steps, values) in history.items():
-        array = np.asarray(values, np.float64)
-        total = np.abs(array).sum(-1, keepdims=True)
-        shares[method] = Curve(steps, array / np.where(total > 0, total, 1.0))
+    shown = list(task_names if shown is None else shown)
+    places = [task_names.index(name) for name in shown]
+    shares = {
+        method: Curve(steps, weight_shares(values)[..., places])
+        for method, (steps, values) in history.items()
+    }
     return _small_multiples(
         shares,
-        task_names,
+        shown,
         ylabel="share of the weights",
         window=window,
         level=1.0 / len(task_names),
@@ -328,9 +344,9 @@ def cosine_over_time(
     """Draws the cosine of each pair of task gradients over time, per method.
 
     Args:
-      history: Curve of the cosines of each method, ``[P, K]`` or ``[S, P, K]``, or
-        dicts by pair.
-      pair_names: K names, for example ``"seg · depth"``. By default those of the dicts.
+      history: Curve of the cosines of each method, ``[P, N]`` or ``[S, P, N]`` for N
+        pairs, or dicts by pair.
+      pair_names: N names, for example ``"seg · depth"``. By default those of the dicts.
 
     Returns:
       The figure. Below the dashed line at 0 the task gradients conflict.

@@ -10,9 +10,12 @@ import string
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
+
 from mtljax.extras import require
 from mtljax.training import compare
 from mtljax.training.compare import Run
+from mtljax.training.errors import OutputError
 from mtljax.training.tables import format_cell, summarise
 from mtljax.training.writers import writing
 
@@ -21,6 +24,13 @@ _LOSSES = (("losses", "train"), ("losses", "eval"), ("test_losses", "eval"))
 _WEIGHTS = (("task_weights", "train"), ("weights", "train"), ("task_weights", "eval"))
 _COSINES = (("cosines", "train"), ("cosines", "eval"))
 _PLACES = {"losses": _LOSSES, "weights": _WEIGHTS, "cosines": _COSINES}
+
+# Limits of a report. What exceeds them is folded, or is not drawn.
+_ROWS = 20  # rows of a table and items of a list that are not folded
+_METRICS = 200  # columns of the table of all metrics
+_TASKS = {"losses": 6, "weights": 8, "cosines": 8}  # panels, or lines of a panel
+_RUNS = {"losses": 8, "weights": 12, "cosines": 12}  # runs of a figure
+_FIGURES = 4  # figures of one kind
 
 _PAGE = string.Template("""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport"
@@ -35,7 +45,10 @@ th { border-bottom: 2px solid #888; white-space: nowrap }
 .number { text-align: right; white-space: nowrap }
 td:not(.number) { overflow-wrap: anywhere; min-width: 8em }
 .figure { overflow-x: auto } code { background: #f2f2f2; padding: 0 .2em }
-h1, p, li { overflow-wrap: anywhere }
+h1, p, li, summary { overflow-wrap: anywhere }
+th:first-child, td:first-child { position: sticky; left: 0; background: #fff;
+  max-width: 40vw }
+summary { cursor: pointer; margin: .7em 0 }
 </style></head><body>
 <h1>$title</h1>
 <p><code>$command</code></p>
@@ -127,18 +140,78 @@ def figure(
         return plots.tradeoff_scatter(
             points, xlabel=names[0], ylabel=names[1], better=(mode, mode)
         )
-    places = _PLACES[kind]
-    curves = _curves(runs, places)
+    curves = _curves(runs, _PLACES[kind])
     if not curves:
-        fields = ", ".join(sorted({name for name, _ in places}))
+        fields = ", ".join(sorted({name for name, _ in _PLACES[kind]}))
         raise ValueError(f"The rows contain no {kind}: no field {fields}.")
+    return _draw(kind, curves, _column_names(kind, runs, curves))
+
+
+def _column_names(kind: str, runs: Sequence[Run], curves: dict[str, Any]) -> list[str]:
+    """Names of the last axis of the curves, which are tasks or pairs of tasks."""
     count = next(iter(curves.values())).values.shape[-1]
-    if kind == "losses":
-        positive = all(not (c.values <= 0).any() for c in curves.values())
-        return plots.loss_curves(curves, _names(runs, count), log=positive)
+    return (_pairs if kind == "cosines" else _names)(runs, count)
+
+
+def _draw(
+    kind: str,
+    curves: dict[str, Any],
+    names: Sequence[str],
+    chosen: Sequence[int] | None = None,
+) -> Any:
+    """Draws the curves of all or of the chosen tasks or pairs of tasks."""
+    from mtljax.training import plots
+
+    chosen = range(len(names)) if chosen is None else chosen
+    shown = [names[index] for index in chosen]
     if kind == "weights":
-        return plots.weight_trajectories(curves, _names(runs, count))
-    return plots.cosine_over_time(curves, _pairs(runs, count))
+        return plots.weight_trajectories(curves, names, shown=shown)
+    curves = {
+        run: curve._replace(values=curve.values[..., list(chosen)])
+        for run, curve in curves.items()
+    }
+    if kind == "cosines":
+        return plots.cosine_over_time(curves, shown)
+    positive = all(not (c.values <= 0).any() for c in curves.values())
+    return plots.loss_curves(curves, shown, log=positive)
+
+
+def _chosen(kind: str, curves: dict[str, Any]) -> list[int]:
+    """Selects the tasks or pairs that a report draws, if there are too many.
+
+    These are the tasks whose last losses differ most between the runs, the tasks whose
+    share of the weights differs most from 1/T, or the pairs with the lowest cosines.
+    """
+    from mtljax.training import plots
+
+    means = [curve.values.mean(0) for curve in curves.values()]  # [P, T] per run
+    count = means[0].shape[-1]
+    if count <= _TASKS[kind]:
+        return list(range(count))
+    if kind == "losses":
+        last = np.stack([values[-1] for values in means])
+        score = np.ptp(last, axis=0) / np.maximum(np.abs(last).mean(0), 1e-30)
+    elif kind == "weights":
+        shares = [plots.weight_shares(values).mean(0) for values in means]
+        score = np.abs(np.stack(shares) - 1 / count).max(0)
+    else:
+        score = -np.stack([values.mean(0) for values in means]).min(0)
+    score = np.where(np.isfinite(score), score, np.inf)  # a failure is of interest
+    return sorted(np.argsort(-score, kind="stable")[: _TASKS[kind]].tolist())
+
+
+_CHOICES = {
+    "losses": "those whose last losses differ most between the runs",
+    "weights": "those whose share differs most from equal weights",
+    "cosines": "those with the lowest cosines",
+}
+_CONTENTS = {
+    "losses": "Losses over the steps, one panel per task and one line per run",
+    "weights": "Shares of the task weights over the steps, one panel per run and one "
+    "line per task",
+    "cosines": "Cosines of task gradients over the steps, one panel per run and one "
+    "line per pair of tasks",
+}
 
 
 def write_figure(
@@ -148,11 +221,41 @@ def write_figure(
     metrics: Sequence[str] | None = None,
     mode: Literal["min", "max"] = "min",
 ) -> pathlib.Path:
-    """Draws a figure, see :func:`figure`, and writes it to a PNG or SVG file."""
-    path = pathlib.Path(path)
-    if path.suffix not in (".png", ".svg"):
-        raise ValueError(f"{path} must end with .png or .svg.")
+    """Draws a figure and writes it to a PNG or SVG file.
+
+    Args:
+      runs: See :func:`figure`.
+      kind: See :func:`figure`.
+      path: The file. Its folder is created if needed.
+      metrics: See :func:`figure`.
+      mode: See :func:`figure`.
+
+    Returns:
+      The path.
+
+    Raises:
+      ValueError: If the rows do not contain the values, or the suffix is another one.
+      OutputError: If the file cannot be written.
+    """
+    path = _target(path, (".png", ".svg"))
     content = _rendered(figure(runs, kind, metrics, mode), path.suffix[1:], dpi=150)
+    return _written(path, content)
+
+
+def _target(path: str | pathlib.Path, suffixes: tuple[str, ...]) -> pathlib.Path:
+    """Checks the path of a file before its content is computed."""
+    path = pathlib.Path(path)
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder, but the name of a file is required.")
+    if path.suffix not in suffixes:
+        raise ValueError(f"{path} must end with {' or '.join(suffixes)}.")
+    folder = next(parent for parent in path.parents if parent.exists())
+    if not folder.is_dir():
+        raise OutputError(f"{path} cannot be written: {folder} is not a folder.")
+    return path
+
+
+def _written(path: pathlib.Path, content: bytes) -> pathlib.Path:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
@@ -172,13 +275,18 @@ def write_report(
 
     Args:
       runs: The runs, see :func:`mtljax.training.compare.find_runs`.
-      path: The file.
+      path: The file, which ends with ``.html``. Its folder is created if needed.
       command: The command that the report states.
 
     Returns:
       The path.
+
+    Raises:
+      ValueError: If the suffix is another one.
+      OutputError: If the file cannot be written.
     """
     require("mtljax report", "train", "matplotlib")
+    path = _target(path, (".html", ".htm"))
     title = f"Report of {len(runs)} run{'s' if len(runs) != 1 else ''}"
     body = "\n".join(
         [
@@ -190,20 +298,37 @@ def write_report(
         ]
     )
     text = _PAGE.substitute(title=title, command=html.escape(command), body=body)
-    path = pathlib.Path(path)
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    return path
+    return _written(path, text.encode("utf-8"))
 
 
 def _section(title: str, content: str) -> str:
     return f"<h2>{html.escape(title)}</h2>\n{content}" if content else ""
 
 
+def _folded(summary: str, content: str, *, shown: bool = False) -> str:
+    kind = " open" if shown else ""
+    return (
+        f"<details{kind}><summary>{html.escape(summary)}</summary>\n{content}</details>"
+    )
+
+
+def _list(lines: Sequence[str]) -> str:
+    """An HTML list, folded if it is long."""
+    items = "\n".join(f"<li>{html.escape(line)}</li>" for line in lines)
+    content = f"<ul>{items}</ul>"
+    return _folded(f"{len(lines)} lines", content) if len(lines) > _ROWS else content
+
+
 def _html_table(
-    head: Sequence[Any], rows: Sequence[Sequence[Any]], first_number: int | None = None
+    head: Sequence[Any],
+    rows: Sequence[Sequence[Any]],
+    first_number: int | None = None,
+    *,
+    summary: str = "",
+    shown: bool = False,
 ) -> str:
+    """A table. It is folded below its summary if it has a summary or is long."""
+
     def line(cells, tag):
         texts = []
         for i, cell in enumerate(cells):
@@ -214,9 +339,12 @@ def _html_table(
 
     body = "\n".join(line(row, "td") for row in rows)
     kind = ' class="sortable"' if len(rows) > 1 else ""
-    return (
+    text = (
         f"<table{kind}><thead>{line(head, 'th')}</thead>\n<tbody>{body}</tbody></table>"
     )
+    if summary or len(rows) > _ROWS:
+        return _folded(summary or f"{len(rows)} rows", text, shown=shown)
+    return text
 
 
 def _environment(runs: Sequence[Run]) -> str:
@@ -233,33 +361,89 @@ def _environment(runs: Sequence[Run]) -> str:
 
 def _runs(runs: Sequence[Run]) -> str:
     cells, columns = compare.table(runs)
-    # A column without a value, such as the time of rows that were written at the end.
-    columns = [c for c in columns if any(row[c] for row in cells.values())]
+    parts = [_values_table(cells, list(columns), shown=True)]
+    others = [
+        name
+        for name in compare.metric_names(runs)
+        if name not in columns and name.partition("/")[0] not in compare.DIAGNOSTICS
+    ]
+    if others:
+        all_cells, _ = compare.table(runs, others[:_METRICS])
+        text = f"{min(len(others), _METRICS)} of {len(others)} further metrics"
+        parts.append(_values_table(all_cells, others[:_METRICS], summary=text))
+    if "ms per step" in columns:
+        parts.append(
+            "<p>The time per step contains evaluations. It does not contain the first "
+            "rows after a start or a resume, whose time contains compilation.</p>"
+        )
+    resumed = [f"{r.name}: {text}." for r in runs if (text := compare.resumptions(r))]
+    if resumed:
+        parts.append(f"<p>Resumed runs:</p>\n{_list(resumed)}")
+    return "\n".join(parts)
+
+
+def _values_table(
+    cells: dict[str, dict[str, list[float]]], columns: Sequence[str], **fold: Any
+) -> str:
     rows = [
         [name, *(format_cell(summarise(row[column])) for column in columns)]
         for name, row in cells.items()
     ]
-    return _html_table(("run", *columns), rows, first_number=1)
+    return _html_table(("run", *columns), rows, first_number=1, **fold)
 
 
 def _figures(runs: Sequence[Run]) -> list[str]:
     found = []
     for kind in ("losses", "weights", "cosines"):
         curves = _curves(runs, _PLACES[kind])
-        if not any(len(curve.steps) > 1 for curve in curves.values()):
-            continue
-        drawn = figure(runs, kind)
-        picture = base64.b64encode(_rendered(drawn, "png", dpi=140)).decode()
-        width = round(90 * drawn.get_figwidth())  # sharp on dense screens
-        image = (
-            f'<div class="figure"><img alt="{kind}" width="{width}" '
-            f'src="data:image/png;base64,{picture}"></div>'
-        )
-        found.append(_section(kind.capitalize(), image))
+        if any(len(curve.steps) > 1 for curve in curves.values()):
+            found.append(_section(kind.capitalize(), _images(kind, runs, curves)))
     if not found:
         text = "No losses, weights or cosines at more than one step."
         found.append(_section("Figures", f"<p>None. {text}</p>"))
     return found
+
+
+def _images(kind: str, runs: Sequence[Run], curves: dict[str, Any]) -> str:
+    """The figures of one kind. All but the first are folded."""
+    names, chosen = _column_names(kind, runs, curves), _chosen(kind, curves)
+    every = list(curves)
+    groups = [every[i : i + _RUNS[kind]] for i in range(0, len(every), _RUNS[kind])]
+    drawn = sum(map(len, groups[:_FIGURES]))
+    notes = []
+    if drawn < len(runs):
+        notes.append(f"The figures show {drawn} of {len(runs)} runs.")
+    if len(chosen) < len(names):
+        things = "pairs of tasks" if kind == "cosines" else "tasks"
+        count = f"{len(chosen)} of {len(names)} {things}"
+        notes.append(f"The figures show {count}, {_CHOICES[kind]}.")
+    parts = [f"<p>{' '.join(notes)}</p>"] if notes else []
+    for number, group in enumerate(groups[:_FIGURES]):
+        picture = _draw(kind, {run: curves[run] for run in group}, names, chosen)
+        columns = ", ".join(names[index] for index in chosen)
+        text = (
+            f"{_CONTENTS[kind]}. Runs: {', '.join(group)}. Lines or panels: {columns}."
+        )
+        image = _image(picture, text, dpi=100 if number else 140)
+        start = number * _RUNS[kind]
+        title = f"{kind.capitalize()} of runs {start + 1} to {start + len(group)}: "
+        parts.append(_folded(title + ", ".join(group), image) if number else image)
+    return "\n".join(parts)
+
+
+def _image(picture: Any, text: str, dpi: int) -> str:
+    """A figure as an HTML image, with more pixels than its width on the page."""
+    from PIL import Image
+
+    full = Image.open(io.BytesIO(_rendered(picture, "png", dpi))).convert("RGB")
+    small = io.BytesIO()  # 64 colours need a quarter of the bytes
+    full.quantize(64, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    content = base64.b64encode(small.getvalue()).decode()
+    width = round(90 * picture.get_figwidth())
+    return (
+        f'<div class="figure"><img alt="{html.escape(text)}" width="{width}" '
+        f'src="data:image/png;base64,{content}"></div>'
+    )
 
 
 def _configuration(runs: Sequence[Run]) -> str:
@@ -267,6 +451,12 @@ def _configuration(runs: Sequence[Run]) -> str:
     if not differ:
         rows = list(runs[0].config.items())
         return _html_table(("field", "all runs"), rows) if rows else ""
+    if len(runs) > len(differ):  # fewer columns than rows
+        rows = [
+            [run.name, *(values[i] for values in differ.values())]
+            for i, run in enumerate(runs)
+        ]
+        return _html_table(("run", *differ), rows)
     rows = [[name, *values] for name, values in differ.items()]
     return _html_table(("field", *(run.name for run in runs)), rows)
 
@@ -293,5 +483,4 @@ def _warnings(runs: Sequence[Run]) -> str:
             )
     if not lines:
         return "<p>None.</p>"
-    items = "\n".join(f"<li>{html.escape(line)}</li>" for line in lines)
-    return f"<ul>{items}</ul>"
+    return _list(lines)

@@ -72,9 +72,9 @@ def _cells(
         line = []
         for column, cell in cells.items():
             places = digits if isinstance(digits, int) else digits.get(column, 3)
-            top = best.get(column, math.nan)
             # Values that are printed equally are marked equally.
-            same = f"{cell.mean:.{places}f}" == f"{top:.{places}f}"
+            top = f"{best[column]:.{places}f}" if column in best else None
+            same = cell.number > 0 and f"{cell.mean:.{places}f}" == top
             line.append((format_cell(cell, places), same and name not in exclude))
         body.append((name, line))
     return body

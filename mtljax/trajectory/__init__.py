@@ -4,7 +4,7 @@ Every estimator is a pure function of one checkpoint and supports any pytree and
 task. ``loss(params, batch)`` is a mean over a batch in evaluation mode. It closes over
 everything that is not differentiated, such as heads and running averages of batch
 normalisation. ``batches`` are arrays ``[n, ...]``, which are processed one at a time.
-K is the number of tasks, because T is the number of checkpoints.
+T is the number of tasks, and C is the number of checkpoints.
 
 - :func:`generalization_gap` compares generalisation at equal training loss.
 - :func:`gradient_similarity`, :func:`conflict_matrix`, :func:`gradient_gram` and

@@ -24,14 +24,14 @@ def task_affinity(
 
     Args:
       task_losses: A function ``task_losses(params, batch)`` that returns the losses,
-        shape ``[K]``, or a dict by task. It closes over the heads.
+        shape ``[T]``, or a dict by task. It closes over the heads.
       params: The shared parameters.
       batch: One batch.
       lr: η, the learning rate of the step of plain gradient descent.
 
     Returns:
-      An array of shape ``[K, K]``. It is not finite if a loss is 0. The cost is 1
-      forward, K backward and K further forward passes, one task at a time. The memory
+      An array of shape ``[T, T]``. It is not finite if a loss is 0. The cost is 1
+      forward, T backward and T further forward passes, one task at a time. The memory
       is 3 copies of the parameters.
 
     Raises:
@@ -53,7 +53,7 @@ def task_affinity(
     losses, pull = jax.vjp(named_losses, params)
     if losses.ndim != 1:
         raise ValueError(
-            f"{name}: task_losses returned shape {losses.shape}; it must be [K]."
+            f"{name}: task_losses returned shape {losses.shape}; it must be [T]."
         )
 
     def look(row):

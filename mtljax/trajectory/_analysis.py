@@ -52,10 +52,10 @@ def aggregate(
     the 10 checkpoints of best validation.
 
     Args:
-      values: Trajectories ``[..., T]``, with NaN for values that were not measured.
+      values: Trajectories ``[..., C]``, with NaN for values that were not measured.
       rule: ``"last"``, ``"largest"``, or ``"at_best"`` (at the largest of ``by``).
       count: Number of checkpoints to average. If fewer were measured, all are used.
-      by: Validation scores ``[..., T]``, higher is better, for ``"at_best"``.
+      by: Validation scores ``[..., C]``, higher is better, for ``"at_best"``.
 
     Returns:
       Means of shape ``[...]``, NaN for trajectories without a measurement. An infinite
@@ -186,8 +186,8 @@ def rank_correlation(
 ) -> RankCorrelation:
     """Computes Spearman's and Kendall's rank correlation, also within groups.
 
-    Similarity to the sum decreases with the number of tasks K, and the other variable
-    may depend on K too. To hold K fixed, pass it as ``covariate`` and as ``groups``.
+    Similarity to the sum decreases with the number of tasks T, and the other variable
+    may depend on T too. To hold T fixed, pass it as ``covariate`` and as ``groups``.
 
     Args:
       x: First variable, shape ``[n]``.

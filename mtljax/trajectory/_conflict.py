@@ -20,23 +20,23 @@ SimilarityEstimator: TypeAlias = Literal["naive", "split"]
 class ConflictMatrix(NamedTuple):
     """Statistics of one Gramian; means over pairs are NaN with a single task."""
 
-    cosine: Gramian  # [K, K]; 0 with a zero gradient
+    cosine: Gramian  # [T, T]; 0 with a zero gradient
     magnitude_similarity: Gramian  # 2 ‖g_i‖ ‖g_j‖ / (‖g_i‖² + ‖g_j‖²)
     norm: Weights  # ‖g_k‖
     similarity: Weights  # cos(g_k, Σ w_j g_j)
-    null: Weights  # the same for orthogonal gradients; 1/√K for equal norms
+    null: Weights  # the same for orthogonal gradients; 1/√T for equal norms
     conflict_fraction: Float[Array, ""]  # share of pairs with a negative inner product
     mean_cosine: Float[Array, ""]  # over pairs
-    pairs: int  # K (K − 1) / 2
+    pairs: int  # T (T − 1) / 2
 
 
 class GradientSimilarity(NamedTuple):
     """Result of :func:`gradient_similarity`."""
 
-    similarity: Weights  # [K]
+    similarity: Weights  # [T]
     interval: Float[Array, "tasks 2"]  # of the given confidence
     null: Weights  # similarity of orthogonal gradients with these norms
-    cosine: Gramian  # [K, K], by the same estimator
+    cosine: Gramian  # [T, T], by the same estimator
     signal: Weights  # mean squared norm in the estimator; can be negative for "split"
     samples: int  # number of batches, or of pairs of half-batches
 
@@ -48,13 +48,13 @@ def gradient_gram(task_grads: Grads, *, by: By = "total") -> Any:
     the gradients.
 
     Args:
-      task_grads: Leaves ``[K, ...]``, from :func:`mtljax.value_and_task_grads`.
+      task_grads: Leaves ``[T, ...]``, from :func:`mtljax.value_and_task_grads`.
       by: ``"leaf"`` returns one matrix per array. ``"block"`` returns one per entry of
         the outermost container, usually a layer. ``"total"`` returns their sum.
 
     Returns:
-      An array of shape ``[K, K]``, or a dictionary of such arrays by path. The dtype
-      is at least float32. The cost is K² P multiplications for P parameters.
+      An array of shape ``[T, T]``, or a dictionary of such arrays by path. The dtype
+      is at least float32. The cost is T² P multiplications for P parameters.
 
     Raises:
       ValueError: If the leading axes of the leaves have different lengths.
@@ -85,11 +85,11 @@ def conflict_matrix(gramian: Gramian, weights: Weights | None = None) -> Conflic
     .. math:: \mathrm{sim}_k = \cos\big(g_k, \textstyle\sum_j w_j g_j\big)
 
     The sum contains the gradient of task k itself. Orthogonal gradients of equal norm
-    therefore have the similarity :math:`1/\sqrt K` and not 0. Compare the similarity
-    with ``null``, and do not compare it between different K.
+    therefore have the similarity :math:`1/\sqrt T` and not 0. Compare the similarity
+    with ``null``, and do not compare it between different T.
 
     Args:
-      gramian: Inner products of the gradients, shape ``[K, K]``.
+      gramian: Inner products of the gradients, shape ``[T, T]``.
       weights: Weights of the sum, by default ones. A task with weight 0 is excluded
         from the sum.
 
@@ -173,19 +173,19 @@ def gradient_similarity(
 
     Args:
       task_losses: A function ``task_losses(params, batch)`` that returns the losses,
-        shape ``[K]``, or a dict by task. The result has the order of the dict.
+        shape ``[T]``, or a dict by task. The result has the order of the dict.
       params: The shared parameters.
       batches: Leaves ``[n, ...]``. For ``"split"``, consecutive pairs are the halves a
         and b. Therefore n must be even, and each entry has half the batch size.
       estimator: ``"naive"`` or ``"split"``, see above.
-      weights: Weights of the sum, shape ``[K]`` or a dict by task, by default ones.
+      weights: Weights of the sum, shape ``[T]`` or a dict by task, by default ones.
         For a weighted step use those of the balancer.
       confidence: Confidence of the interval, between 0 and 1.
 
     Returns:
       :class:`GradientSimilarity`: Similarities with intervals and null values, and
-      pairwise cosines. With one task, similarity and null are 1. The cost is n K
-      gradients. The memory is K copies of the parameters (2 K for ``"split"``).
+      pairwise cosines. With one task, similarity and null are 1. The cost is n T
+      gradients. The memory is T copies of the parameters (2 T for ``"split"``).
 
     Raises:
       ValueError: If n is too small or odd for ``"split"``, or if ``confidence`` is not

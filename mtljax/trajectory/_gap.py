@@ -66,11 +66,11 @@ def generalization_gap(
     two deviations.
 
     Args:
-      single_loss: Training loss of the task in single-task runs, shape ``[R, T]`` for T
+      single_loss: Training loss of the task in single-task runs, shape ``[R, C]`` for C
         checkpoints. Each entry is an evaluation of the whole set, and not a running
         mean.
-      single_score: Test score of these runs, shape ``[R, T]``.
-      multi_loss: Loss of the same task in multi-task runs, shape ``[R', T']``.
+      single_score: Test score of these runs, shape ``[R, C]``.
+      multi_loss: Loss of the same task in multi-task runs, shape ``[R', C']``.
       multi_score: Test score of these runs.
       higher_is_better: Whether a high score is good. False changes the sign, so that a
         positive gap is always good.

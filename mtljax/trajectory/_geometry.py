@@ -83,7 +83,7 @@ def linear_mode_connectivity(
     It is 0 if the loss on the line is convex, and positive if it rises above the chord.
 
     Args:
-      loss: ``loss(params, batch)``, a mean over the batch: a scalar, or ``[K]``.
+      loss: ``loss(params, batch)``, a mean over the batch: a scalar, or ``[T]``.
       a: Parameters.
       b: Parameters of the same shapes.
       batches: Leaves ``[n, B, ...]``.
@@ -198,7 +198,7 @@ def loss_slice(
     """Computes the loss along one direction, or on the plane of two directions.
 
     Args:
-      loss: ``loss(params, batch)``, a mean over the batch: a scalar, or ``[K]``.
+      loss: ``loss(params, batch)``, a mean over the batch: a scalar, or ``[T]``.
       params: The centre.
       directions: One or two trees with the structure of ``params``, for example from
         :func:`random_direction` or towards another run.

@@ -24,6 +24,16 @@ def test_best_in_bold_ties_as_printed_and_references_out():
     ]
 
 
+def test_a_column_without_direction_has_no_best():
+    table = tables.markdown_table(ROWS, {"note": "", "loss": "max"}, digits=2)
+    assert table.splitlines()[2:] == [
+        "| single task | - | 0.10 |",
+        "| linear | - | **0.30** |",
+        "| pcgrad | - | 0.20 |",
+        "| broken | 1.00 | - |",
+    ]
+
+
 def test_rich_table():
     from rich.console import Console
 

@@ -130,14 +130,14 @@ def test_rank_correlations_are_scipys():
 
 
 def test_a_confounder_is_taken_out():
-    """Similarity and sharpness both follow K: correlated, but not at equal K."""
+    """Similarity and sharpness both follow T: correlated, but not at equal T."""
     rng = np.random.default_rng(2)
     size = np.repeat([2, 5, 20], 20)
     x = size**-0.5 + 0.01 * rng.normal(size=60)
     y = size + 0.5 * rng.normal(size=60)
     found = trajectory.rank_correlation(x, y, covariate=size, groups=size)
     assert found.spearman < -0.85
-    # Ranks are not linear in K: what is left is much less, not nothing.
+    # Ranks are not linear in T: what is left is much less, not nothing.
     assert abs(float(found.partial)) < 0.4
     assert all(abs(v) < 0.5 for v in found.within.values())
     residual = lambda v: v - np.polyval(np.polyfit(k, v, 1), k)

@@ -48,7 +48,7 @@ def test_what_a_gramian_says():
     assert min(pairs) < 0  # so that the next line says something
     np.testing.assert_allclose(found.conflict_fraction, np.mean(np.array(pairs) < 0))
     np.testing.assert_allclose(found.mean_cosine, np.mean(pairs), rtol=1e-4)
-    # ‖mean of unit gradients‖² = 1/K + (K − 1)/K · mean pairwise cosine
+    # ‖mean of unit gradients‖² = 1/T + (T − 1)/T · mean pairwise cosine
     unit = grads / norms[:, None]
     np.testing.assert_allclose(
         (unit.mean(0) ** 2).sum(), 1 / 3 + 2 / 3 * found.mean_cosine, rtol=1e-4
@@ -178,7 +178,7 @@ def test_mistakes_are_named(as_users):
         run(estimator="split")
     with pytest.raises(ValueError, match="confidence=2 must lie"):
         run(confidence=2)
-    with pytest.raises(ValueError, match="must be \\[K\\]"):
+    with pytest.raises(ValueError, match="must be \\[T\\]"):
         trajectory.task_affinity(lab.loss, lab.params(), lab.data(), lr=0.1)
 
 
