@@ -108,7 +108,7 @@ def make_functions(config: Config, scale: Scale, problem: Problem) -> Functions:
 
 
 def shared_functions(config: Config, scale: Scale, problem: Problem):
-    """Returns a function of tasks that makes their functions once for each K."""
+    """Returns a function of tasks that makes their functions once for each T."""
     found: dict[int, Functions] = {}
 
     def functions_of(tasks: tuple[str, ...]) -> Functions:
