@@ -153,12 +153,12 @@ def representation(tasks: int) -> list[Contender]:
 
 
 def reused(tasks: int, every: int) -> list[Contender]:
-    """Trunk 3 x 256, UPGrad, a scan of ``every`` steps."""
+    """Trunk 3 x 512, UPGrad, a scan of ``every`` steps."""
     upgrad, equal = mtljax.upgrad(tasks), mtljax.linear(tasks)
     reuse = mtljax.reuse(upgrad, every=every)
     found = []
     for name, rule in (("equal weights", equal), ("reuse", reuse), ("UPGrad", upgrad)):
-        params, batch, step, _ = wide(tasks, 256, rule)
+        params, batch, step, _ = wide(tasks, 512, rule)
         grad = step()
 
         def steps(params, state, *batch, grad=grad):
