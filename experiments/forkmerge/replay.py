@@ -6,7 +6,8 @@ from experiments.forkmerge import problem, report, train
 from experiments.forkmerge.config import PRESETS, Config
 
 CONFIG, RESULTS = PRESETS["cpu"][1], "results.jsonl"
-KEYS, LINES = ("part", "method", "target", "aux", "seed", "interval", "column"), 100
+KEYS = ("part", "method", "target", "aux", "seed", "interval", "lambda", "column")
+LINES = 100
 
 
 def rows(config: Config) -> list[dict[str, Any]]:
