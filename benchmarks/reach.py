@@ -153,12 +153,7 @@ def representation(tasks: int) -> list[Contender]:
 
 
 def reused(tasks: int, every: int) -> list[Contender]:
-    """Trunk 3 x 512, UPGrad, a scan over eight times ``every`` steps.
-
-    XLA allocates the memory of a scan in each call. The pages that only steps with new
-    weights need are touched for the first time in the first of them, which takes
-    longer.
-    """
+    """Trunk 3 x 512, UPGrad, a scan over eight times ``every`` steps."""
     length = 8 * every
     upgrad, equal = mtljax.upgrad(tasks), mtljax.linear(tasks)
     reuse = mtljax.reuse(upgrad, every=every)
