@@ -247,7 +247,7 @@ def reference_check(result: Result) -> list[str]:
     )
     if below:
         text += f" They are worse on {', '.join(below)}."
-    if len(below) * 14 > 4 * len(found):  # 10 of 14 are required
+    if 7 * len(below) > 2 * len(found):
         text += " The training recipe is WRONG for these sets."
     return [text]
 

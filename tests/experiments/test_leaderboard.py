@@ -483,7 +483,7 @@ def unreadable(figure):
     [
         pytest.param(("dwa", "pcgrad"), 2, id="two"),
         pytest.param(CLASSICS[1:], 6, id="classics"),
-        pytest.param(tuple(mtljax.METHODS)[1:], 14, id="all", marks=pytest.mark.deep),
+        pytest.param(tuple(mtljax.METHODS)[1:], 12, id="all", marks=pytest.mark.deep),
     ],
 )
 def test_figures_can_be_read(methods, sets):
@@ -756,7 +756,7 @@ def test_presets():
     for _, config in PRESETS.values():
         check(config)
     cpu = PRESETS["cpu"][1]
-    assert len(cpu.sets) == 14
+    assert len(cpu.sets) == 12
     assert set(cpu.chosen) == set(mtljax.METHODS)
     quick = PRESETS["quick"][1]
     assert (quick.sets, set(quick.chosen)) == (SMALL, set(CLASSICS))
