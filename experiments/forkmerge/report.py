@@ -272,40 +272,54 @@ MEASURES = {
 
 
 def correlations(points: Rows) -> list[dict[str, Any]]:
-    """Returns Spearman's coefficients with the gain over all points of each seed."""
-    from scipy import stats
+    """Returns Spearman's coefficients with the gain for each seed.
 
+    They are over all points, and averaged over those at each weight λ. The second
+    coefficient does not contain the common dependence on λ.
+    """
     lines = []
     for column in ("chosen", "last"):
         for seed in sorted({point["seed"] for point in points}):
             mine = of(points, column=column, seed=seed)
+            groups = [of(mine, row=row) for row in sorted({p["row"] for p in mine})]
             line = {
                 "part": "analysis",
                 "row": "pairs and weights",
                 "column": column,
                 "seed": seed,
             }
-            gains = [point["gain"] for point in mine]
             for measure in MEASURES:
-                values = [point[measure] for point in mine]
-                found = None  # undefined for constants
-                if len(set(values)) > 1 and len(set(gains)) > 1:
-                    test: Any = stats.spearmanr(values, gains)
-                    found = float(test.statistic)
-                line[f"spearman_{measure}_gain"] = found
+                line[f"spearman_{measure}_gain"] = _spearman(mine, measure)
+                within = [_spearman(group, measure) for group in groups]
+                mean = None if None in within else float(np.mean(np.array(within)))
+                line[f"spearman_{measure}_gain_equal_weight"] = mean
             lines.append(line)
     return lines
 
 
+def _spearman(points: Rows, measure: str) -> float | None:
+    """Coefficient with the gain, or None for constants, for which it is undefined."""
+    from scipy import stats
+
+    values, gains = ([point[key] for point in points] for key in (measure, "gain"))
+    if len(set(values)) == 1 or len(set(gains)) == 1:
+        return None
+    test: Any = stats.spearmanr(values, gains)
+    return float(test.statistic)
+
+
 def correlations_text(points: Rows) -> str:
     """Formats the coefficients as a Markdown table."""
+    found = correlations(points)
     pairs = {}
     for column in ("last", "chosen"):
-        lines = of(correlations(points), column=column)
-        for measure, text in MEASURES.items():
-            values = [line[f"spearman_{measure}_gain"] for line in lines]
-            if None not in values:
-                pairs[f"{text}, {column} step"] = np.zeros(len(values)), values
+        lines = of(found, column=column)
+        for suffix, over in (("", ""), ("_equal_weight", ", at equal λ")):
+            for measure, text in MEASURES.items():
+                values = [line[f"spearman_{measure}_gain{suffix}"] for line in lines]
+                if None not in values:
+                    row = f"{text}{over}, {column} step"
+                    pairs[row] = np.zeros(len(values)), values
     return comparison_table(pairs, head="Spearman's coefficient with the gain")
 
 
@@ -352,7 +366,8 @@ def sections(kept: Rows, config: Config) -> list[str]:
             correlations_text(points),
             f"Spearman's coefficient over {runs} runs with one auxiliary task (all "
             f"pairs, λ = {', '.join(f'{x:g}' for x in config.lambdas)}), computed for "
-            "each seed. The cosine is that of the gradients of target and auxiliary "
+            "each seed. At equal λ: the mean of the coefficients over the pairs at "
+            "each λ. The cosine is that of the gradients of target and auxiliary "
             "loss with respect to the trunk, averaged over batches and over the "
             "evaluations of a run. The discrepancy is measured on the target's test "
             "examples. All runs: `analysis.png`.",

@@ -438,6 +438,11 @@ def test_what_predicts_the_gain_over_pairs_and_weights():
     np.testing.assert_allclose(at_end["spearman_discrepancy_gain"], -1.0)
     np.testing.assert_allclose(chosen["spearman_cosine_gain"], -0.6)
     np.testing.assert_allclose(chosen["spearman_discrepancy_gain"], 1.0)
+    # At each weight, the larger cosine belongs to the larger gain at the last step.
+    for line, sign in ((at_end, 1.0), (chosen, -1.0)):
+        np.testing.assert_allclose(line["spearman_cosine_gain_equal_weight"], sign)
+        found = line["spearman_discrepancy_gain_equal_weight"]
+        np.testing.assert_allclose(found, -sign)
     lines = list(report.result_lines(points))
     assert [line["row"] for line in lines[-2:]] == ["pairs and weights"] * 2
 
