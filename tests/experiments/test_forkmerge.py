@@ -501,12 +501,12 @@ def test_too_few_examples_are_named(folder, tmp_path, capsys):
 
 
 def test_presets_are_complete():
-    assert set(PRESETS) == {"smoke", "cpu", "full", "gpu", "large"}
+    assert set(PRESETS) == {"smoke", "cpu", "gpu", "large"}
     from experiments.forkmerge.config import check
 
     for name in PRESETS:
         config = PRESETS[name][1]
         check(config)
-        if name in ("full", "large"):
+        if name in ("cpu", "large"):
             assert set(config.methods) == set(LABELS)
         assert config.steps % config.interval == 0
