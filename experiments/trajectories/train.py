@@ -1,7 +1,7 @@
 """Training step of a row, and its run: rates first, then all seeds."""
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -181,6 +181,16 @@ def rows_of(config: Config, problem: Problem) -> list[Row]:
     return rows
 
 
+def choose_by_last(rows: Sequence[dict[str, Any]], steps: int) -> Choice:
+    """The rate with the best validation score after the last step.
+
+    The measures describe whole runs. A rate at which runs first learn and then collapse
+    must not win by its best step.
+    """
+    last = [row for row in rows if row["kind"] == "eval" and row["step"] == steps]
+    return select(last, "val_mean", run=("task", "seed"))
+
+
 def choose_rate(
     config: Config, scale: Scale, problem: Problem, functions_of: Any
 ) -> tuple[Choice, list[float]]:
@@ -194,11 +204,9 @@ def choose_rate(
             found += [{**r, "task": tasks[0]} for r in rows]
         return {"alone": found}
 
-    def choose(rows):
-        return select(rows, "val_mean", run=("task", "seed"))
-
     if len(scale.lrs) == 1:
         return Choice([], [], scale.lrs[0], None, 0.0), list(scale.lrs)
+    choose = lambda rows: choose_by_last(rows, scale.steps)
     _, choices, grid = search(tuned, choose, scale.lrs, config.extensions)
     return choices["alone"], grid
 

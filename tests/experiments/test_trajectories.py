@@ -232,6 +232,17 @@ def test_mistakes_are_one_sentence(arguments, sentence, tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
+def test_a_rate_at_which_runs_collapse_is_not_selected():
+    curves = {0.03: (0.7, 0.8), 0.09: (0.9, 0.25)}
+    rows = [
+        {"kind": "eval", "task": "pose", "seed": 0, "lr": lr, "step": i, "val_mean": v}
+        for lr, curve in curves.items()
+        for i, v in enumerate(curve)
+    ]
+    choice = train.choose_by_last([*rows, {"kind": "train", "step": 1}], steps=1)
+    assert (choice.lr, choice.edge) == (0.03, "low")
+
+
 def line(tasks, *, seed, score, sharpness, method="linear", loss=(1.0, 0.1, 0.01)):
     """Three checkpoints of a made-up run."""
     times = len(loss)
