@@ -29,6 +29,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_design",
     "pages",
+    "figures",
 ]
 offline = os.environ.get("MTLJAX_DOCS_OFFLINE") == "1"
 if offline:
@@ -78,6 +79,7 @@ html_theme_options = {
     "show_toc_level": 2,
     "show_navbar_depth": 1,
     "home_page_in_toc": False,
+    "navbar_persistent": [],  # the sidebar has a search field
 }
 copybutton_exclude = ".linenos, .gp, .go"
 copybutton_prompt_text = ">>> "

@@ -164,6 +164,8 @@ steps = INTERVAL * np.arange(1, ROUNDS + 1)
 axis.plot(steps, merged_scores[0], "D", color="black", markersize=7, label="merged")
 axis.set(xlabel="step", ylabel="test accuracy of the target")
 axis.legend(loc="lower right", frameon=False)
+# Figure: Test accuracy of the target over the steps for three branches, with the merged
+# model after every 100 steps. The noisy branch falls in each round.
 plt.show()
 
 # %% [markdown]
@@ -178,6 +180,8 @@ for b, (name, _, color) in enumerate(looks):
     bottom = bottom + shares[:, b]
 axis.set(xlabel="merge", ylabel="merge weight", ylim=(0, 1))
 fig.legend(loc="outside right center", frameon=False)
+# Figure: Merge weights of three branches at five merges. The branch with the noisy task
+# has a weight near zero from the second merge.
 plt.show()
 for name, share in zip(NAMES, shares.mean(0), strict=True):
     print(f"{name:15} mean merge weight {share:.2f}")
@@ -219,6 +223,8 @@ for i, (name, values) in enumerate(scores.items()):
 axis.set_yticks(range(len(scores)), scores)
 axis.invert_yaxis()
 axis.set(xlabel="test accuracy of the target (dots: seeds, bar: mean)")
+# Figure: Test accuracy of the target for five ways to train, with the seeds as dots and
+# the mean as a bar. ForkMerge and the clean auxiliary task are highest.
 plt.show()
 
 # %% [markdown]

@@ -147,6 +147,8 @@ for row, layout in zip(axes, ("data parallel", "FSDP"), strict=True):
     draw(row[1], params["hidden"], "parameter")
     draw(row[2], grad["hidden"], "gradient")
     row[0].set_ylabel(layout, fontsize=12)
+# Figure: Parts of the batch, of a parameter and of its gradient on eight devices. Data
+# parallelism splits the batch only, FSDP splits all three.
 plt.show()
 for layout in ("data parallel", "FSDP"):
     for method in METHODS:
@@ -176,6 +178,8 @@ for i, method in enumerate(METHODS):
 axis.set_xticks(range(len(LAYOUTS)), LAYOUTS)
 axis.set(ylabel="temporary memory (MiB)")
 fig.legend(loc="outside lower center", ncols=3)
+# Figure: Temporary memory of equal weights and of two engines of MGDA, on one device,
+# with data parallelism and with FSDP. Stacked gradients need the most memory.
 plt.show()
 one = {method: memory[method, "one device"] for method in METHODS}
 assert one["equal weights, losses"] < one["MGDA, Gramian"] < one["MGDA, stacked"], one
@@ -211,6 +215,8 @@ axis.set_yticks(range(len(METHODS)), METHODS)
 axis.set(xscale="log", xlim=(1e-8, 1e-4), ylim=(-0.6, 2.4))
 axis.set_xlabel("largest relative error of the gradient")
 fig.legend(loc="outside right center")
+# Figure: Largest relative error of the gradient against one device. All errors are
+# between 1e-7 and 1e-6.
 plt.show()
 assert max(errors.values()) < 1e-5, errors
 

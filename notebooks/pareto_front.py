@@ -85,6 +85,8 @@ for axis, (name, (found, path)) in zip(axes, results.items(), strict=True):
         axis.plot(*point, "o", color=color, markeredgecolor="white", markersize=8)
     axis.set(title=name, xlabel="first loss", xlim=(-0.05, 1.05), ylim=(-0.05, 1.05))
 axes[0].set_ylabel("second loss")
+# Figure: Paths and end points of nine preferences on a concave Pareto front. linear
+# ends at the two ends of the front, stch, cosmos and pbi end along it.
 plt.show()
 
 # %% [markdown]
@@ -108,6 +110,8 @@ axis.axvline(best, color="black", linestyle="--")
 axis.text(best, -0.72, " whole front", fontsize=8)
 axis.set(xlabel="hypervolume", xlim=(0, 1.25 * best))
 axis.invert_yaxis()
+# Figure: Hypervolume of linear, stch, cosmos and pbi compared with that of the whole
+# front. linear has the smallest hypervolume.
 plt.show()
 
 # %%

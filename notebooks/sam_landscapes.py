@@ -132,6 +132,8 @@ for task, axis in enumerate(axes):
     axis.set(title=("left digit", "right digit")[task], xlabel="distance / filter norm")
 axes[0].set_ylabel("training loss")
 axes[0].legend(frameon=False)
+# Figure: Training loss of two tasks along a random direction. The loss around solutions
+# of SAM per task rises less than around those of equal weights.
 plt.show()
 
 # %% [markdown]
@@ -160,6 +162,8 @@ axes[0].set_ylabel("second direction")
 ticks = [0.01, 0.1, 1, 10]
 bar = fig.colorbar(filled, ax=axes, label="mean training loss", ticks=ticks)
 bar.minorticks_off()
+# Figure: Mean training loss on a random plane around a solution of equal weights and
+# one of SAM per task. The low region of SAM is wider.
 plt.show()
 
 # %% [markdown]
@@ -201,6 +205,8 @@ for (name, values), style, color in zip(
     )
 axis.set(xlabel="noise / filter norm", ylabel="test accuracy")
 axis.legend(frameon=False)
+# Figure: Test accuracy over the norm of weight noise for equal weights and SAM per
+# task. The curves overlap within their spread.
 plt.show()
 
 # %% [markdown]

@@ -165,6 +165,8 @@ def panels(index):
     plt.show()
 
 
+# Figure: Paths of twelve methods from five starts, on the landscape of the mean loss.
+# The titles state how many starts reach the Pareto set.
 panels(0)
 
 # %% [markdown]
@@ -187,6 +189,8 @@ panels(0)
 # The next figure contains the same runs with the first loss at scale 0.1.
 
 # %%
+# Figure: Paths of the same twelve methods with the first loss at scale 0.1. The titles
+# state how many starts reach the Pareto set.
 panels(1)
 
 # %%
@@ -223,6 +227,8 @@ for axis, name in zip(axes, names, strict=True):
         axis.plot(*curve[-1], shape, color=color, markersize=11, mec="white", mew=0.7)
     axis.set(title=name, xlabel="loss of task 1")
 axes[0].set_ylabel("loss of task 2")
+# Figure: Paths of equal weights, CAGrad, MGDA and Nash-MTL in the plane of the two
+# losses. MGDA and Nash-MTL reach the Pareto front from all five starts.
 plt.show()
 
 equal = paths["equal weights"][0]
@@ -243,6 +249,8 @@ for axis, name in zip(axes, names, strict=True):
     axis.set_title(f"{name}: {reached(paths[name][0]).sum()} of 5", fontsize=13)
 if "MTLJAX_TOY_FIGURE" in os.environ:
     fig.savefig(os.environ["MTLJAX_TOY_FIGURE"], dpi=100)
+# Figure: Paths of six methods from five starts. Equal weights, PCGrad and CAGrad reach
+# the Pareto set from three starts, MGDA, IMTL-G and Nash-MTL from all five.
 plt.show()
 
 # %%

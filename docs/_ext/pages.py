@@ -192,8 +192,8 @@ def costs_table() -> list[str]:
     return lines
 
 
-def leaderboard_lines() -> list[str]:
-    """The committed leaderboard in short, nothing if no rows are committed."""
+def leaderboard_lines(answer: bool = False) -> list[str]:
+    """The committed leaderboard in short or its answer, nothing without rows."""
     found = board.read()
     if found is None:
         return []
@@ -204,6 +204,9 @@ def leaderboard_lines() -> list[str]:
 
     page = f"repository/experiments/{board.PAGE}"
     first, *rest = board.summary(found, page, name)
+    if answer:
+        link = "{doc}`results` shows the table, and the intervals of all rows."
+        return [f"**Leaderboard.** {first} {link}"]
     return [f"**Leaderboard.** {first}", *rest]
 
 
@@ -317,24 +320,45 @@ def pages() -> dict[str, list[str]]:
     found["_generated/scales.md"] = scales_table()
     found["_generated/costs.md"] = costs_table()
     found["_generated/leaderboard.md"] = leaderboard_lines()
-    entries = [name.removeprefix("mtljax.").replace(".", "_") for name in MODULES]
-    families = [family.replace(" ", "_") for family in FAMILIES]
+    found["_generated/leaderboard_answer.md"] = leaderboard_lines(answer=True)
     found["notebooks/index.md"] = notebooks_page()
-    found["api/index.md"] = [
+    found["api/index.md"] = reference_page()
+    return found
+
+
+def reference_page() -> list[str]:
+    """The index of the reference, with one line about each page."""
+    families = {
+        family.replace(" ", "_"): [m for m in METHODS.values() if m.family == family]
+        for family in FAMILIES
+    }
+    rows = {
+        "core": "`Balancer`, gradients, labels, masks, and balancers made of balancers",
+        "methods": "what each method reads, its source, its cost and its state",
+    }
+    for page, members in families.items():
+        names = ", ".join(f"`{method.name}`" for method in members[:4])
+        rows[page] = f"{len(members)} methods: {names} and others"
+    for path in MODULES:
+        text = paragraph(importlib.import_module(path).__doc__).partition(". ")[0]
+        page = path.removeprefix("mtljax.").replace(".", "_")
+        rows[page] = f"`{path}`. {text.rstrip('.')}"
+    return [
         "# API reference",
         "",
-        "The public interface: every name in `__all__` of a public module.",
+        "These pages document every public name. The names of the first four pages are",
+        "attributes of `mtljax`.",
+        "",
+        "| page | contents |",
+        "|:--|:--|",
+        *(f"| {{doc}}`{page}` | {text}. |" for page, text in rows.items()),
         "",
         "```{toctree}",
-        ":maxdepth: 1",
+        ":hidden:",
         "",
-        "core",
-        "methods",
-        *families,
-        *entries,
+        *rows,
         "```",
     ]
-    return found
 
 
 def write(app: Sphinx) -> None:
