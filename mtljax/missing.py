@@ -85,6 +85,10 @@ def skip_absent(
     step and decays its moments. With this wrapper, the parameters of each task have
     their own optimizer state and step count. They change only if the task is present.
 
+    The optimizer receives the shared parameters and those of each task separately.
+    Place transformations that read all parameters together, such as
+    ``optax.clip_by_global_norm``, before this wrapper in an ``optax.chain``.
+
     Args:
       optimizer: Any optax optimizer.
       owner: Function ``owner(path) -> task`` that returns the index or the name of the

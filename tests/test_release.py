@@ -79,6 +79,17 @@ def test_no_placeholder_remains():
 
 
 @release
+def test_the_pages_are_those_of_a_published_package():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    # An index shows the README without the files that relative links lead to.
+    for link in re.findall(r"\]\(([^)\s]+)\)", readme):
+        assert re.match(r"https?://|#", link), link
+    for page in ("README.md", "docs/index.md", "docs/installation.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert "not on a package index" not in text, page
+
+
+@release
 def test_the_readme_has_absolute_links():
     """Relative links and images do not work on the package index."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
