@@ -28,7 +28,8 @@ from mtljax.types import Gramian, Losses, Params, Weights
 class Separate:
     """Losses of tasks with separate inputs; the result of :func:`separate`.
 
-    A call with the arguments of ``task_losses`` returns the losses, shape ``[T]``.
+    A call with the arguments of ``task_losses`` returns the losses, shape ``[T]``, or a
+    dictionary of losses if it was built from a dictionary.
     """
 
     def __init__(self, losses: Any, in_axes: Any):
@@ -42,14 +43,14 @@ class Separate:
         if self.names is None:
             axes = self.axes(args)
             return jax.vmap(lambda *x: self.losses(*x, **kwargs), axes)(params, *args)
-        each = [
-            self.losses[name](params, *[arg[name] for arg in args], **kwargs)
+        each = {
+            name: self.losses[name](params, *[arg[name] for arg in args], **kwargs)
             for name in self.names
-        ]
-        if not isinstance(each[0], tuple):
-            return jnp.stack(each)
-        losses, aux = zip(*each, strict=True)
-        return jnp.stack(losses), dict(zip(self.names, aux, strict=True))
+        }
+        if not isinstance(each[self.names[0]], tuple):
+            return each
+        losses = {name: loss for name, (loss, _) in each.items()}
+        return losses, {name: aux for name, (_, aux) in each.items()}
 
     def axes(self, args: Sequence[Any]) -> tuple[Any, ...]:
         """Returns ``in_axes`` for the parameters and for every further argument."""
@@ -124,8 +125,8 @@ def separate(
         gradient has shape ``[T, ...]``.
 
     Returns:
-      A ``Separate``, which all functions of mtljax accept as ``task_losses``. It
-      can also be called.
+      A ``Separate``, which all functions of mtljax accept as ``task_losses``. A call
+      returns the losses, shape ``[T]``, or a dictionary of losses if ``loss`` is one.
 
     Raises:
       ValueError: If the dictionary of losses is empty.

@@ -332,6 +332,10 @@ def test_separate_losses_of_unequal_shapes():
     expected, plain = run(together, balancer, **options)
     close(([losses["a"], losses["b"]], grad), (list(expected), plain))
     np.testing.assert_allclose(aux["b"], batch["b"].sum())
+    called, aux = separate(params, batch)  # as task_losses, with the names
+    assert set(called) == set(aux) == {"a", "b"}
+    np.testing.assert_allclose([called["a"], called["b"]], expected, rtol=1e-6)
+    np.testing.assert_allclose(aux["a"], xs[0].sum(), rtol=1e-6)
     # A Python boolean: the absent task is not even traced.
     broken = mtljax.separate({"a": first, "b": lambda p, x: 1 / 0})
     step = mtljax.value_and_balanced_grad(broken, balancer, labels=labels, has_aux=True)
