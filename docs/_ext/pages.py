@@ -205,7 +205,7 @@ def leaderboard_lines(answer: bool = False) -> list[str]:
     page = f"repository/experiments/{board.PAGE}"
     first, *rest = board.summary(found, page, name)
     if answer:
-        link = "{doc}`results` shows the table, and the intervals of all rows."
+        link = "{doc}`results` shows the table."
         return [f"**Leaderboard.** {first} {link}"]
     return [f"**Leaderboard.** {first}", *rest]
 
@@ -217,25 +217,72 @@ def linked(table: str) -> list[str]:
     )
 
 
+# Heading of the page of the core -> the names of ``mtljax`` below it.
+CORE = {
+    "Gradients": (
+        "value_and_balanced_grad",
+        "value_and_task_grads",
+        "task_gramian",
+        "cross_task_gramian",
+    ),
+    "Balancers and names of tasks": ("Balancer", "observe", "named"),
+    "Registry of methods": ("METHODS", "get_method"),
+    "Labels": ("label_params", "shared_params", "check_labels"),
+    "Missing labels": ("masked_task_means", "skip_absent"),
+    "Separate inputs and representations": ("separate", "through"),
+    "Several devices": ("Mapped",),
+}
+
+
 def core_page() -> list[str]:
-    """The names of ``mtljax`` that are neither methods nor wrappers nor modules."""
-    listed = {*METHODS, *WRAPPERS, "IGBAgent", "IGBPhases"}
+    """The names of ``mtljax`` that are neither methods nor modules."""
     wrappers = [*WRAPPERS, "reuse", "inject_hyperparams"]
-    names = [
+    listed = {*METHODS, *wrappers, "IGBAgent", "IGBPhases"}
+    names = {
         name
         for name in mtljax.__all__
-        if name not in listed
-        and name not in wrappers
-        and not inspect.ismodule(getattr(mtljax, name))
-    ]
-    lines = ["# Core", "", "Balancers, gradients, labels and masks.", ""]
-    lines += rst(line for name in names for line in directive("mtljax", name))
-    types = ("Separate", "Through")
-    lines += ["## Types of task losses", ""]
-    lines += rst(line for name in types for line in directive("mtljax.gradients", name))
+        if name not in listed and not inspect.ismodule(getattr(mtljax, name))
+    }
+    known = [name for section in CORE.values() for name in section]
+    if sorted(known) != sorted(names):
+        raise ValueError(f"CORE must list these names once: {sorted(names)}.")
+    lines = ["# Core", "", "Gradients, balancers, labels and masks.", ""]
+    for heading, section in CORE.items():
+        lines += [f"## {heading}", ""]
+        lines += rst(line for name in section for line in directive("mtljax", name))
+        if "separate" in section:
+            types = (directive("mtljax.gradients", n) for n in ("Separate", "Through"))
+            lines += rst(line for part in types for line in part)
     lines += ["## Balancers made of balancers", "", *linked(wrappers_table()), ""]
     lines += rst(line for name in wrappers for line in directive("mtljax", name))
     return lines
+
+
+def methods_page() -> list[str]:
+    """A table of the methods of each family, and the class of their rows."""
+    lines = ["# All methods", "", f"The {len(METHODS)} methods of mtljax. T is the"]
+    lines += ['number of tasks. The column "state" counts the numbers that are kept']
+    lines += ["between steps, in addition to the last task weights and the solver"]
+    lines += ["status. {doc}`../choose` helps to select a method.", ""]
+    rows = [
+        [cell.strip() for cell in line.split(" | ")]
+        for line in methods_table().replace("| `", "`").split("\n")[2:]
+    ]
+    for family in FAMILIES:
+        lines += [f"## {family.capitalize()}", ""]
+        lines += ["| method | source | reads | cost of a step | state | summary |"]
+        lines += ["|:--|:--|:--|:--|:--|:--|"]
+        for method, row in zip(METHODS.values(), rows, strict=True):
+            if method.family == family:
+                name = f"{{func}}`~mtljax.{method.name}` ({method.label})"
+                lines.append(f"| {name} | {' | '.join(row[2:])}")
+        lines.append("")
+    return [
+        *lines,
+        "## Rows of the registry",
+        "",
+        *rst(directive("mtljax.methods", "Method")),
+    ]
 
 
 def module_pages() -> Iterator[tuple[str, list[str]]]:
@@ -304,19 +351,7 @@ def pages() -> dict[str, list[str]]:
     found |= {f"api/{name}.md": lines for name, lines in module_pages()}
     found |= dict(repository_pages())
     found["api/core.md"] = core_page()
-    found["api/methods.md"] = [
-        "# All methods",
-        "",
-        f"The {len(METHODS)} methods of mtljax. T is the number of tasks. The",
-        'column "state" counts the numbers that are kept between steps, in addition to',
-        "the last task weights and the solver status.",
-        "",
-        *linked(methods_table()),
-        "",
-        "## Rows of the table",
-        "",
-        *rst(directive("mtljax.methods", "Method")),
-    ]
+    found["api/methods.md"] = methods_page()
     found["_generated/scales.md"] = scales_table()
     found["_generated/costs.md"] = costs_table()
     found["_generated/leaderboard.md"] = leaderboard_lines()
@@ -333,24 +368,24 @@ def reference_page() -> list[str]:
         for family in FAMILIES
     }
     rows = {
-        "core": "`Balancer`, gradients, labels, masks, and balancers made of balancers",
-        "methods": "what each method reads, its source, its cost and its state",
+        "core": "`mtljax` | Gradients, balancers, labels and masks",
+        "methods": "`mtljax` | A table of all methods: source, cost and state",
     }
     for page, members in families.items():
         names = ", ".join(f"`{method.name}`" for method in members[:4])
-        rows[page] = f"{len(members)} methods: {names} and others"
+        rows[page] = f"`mtljax` | {len(members)} methods: {names} and others"
     for path in MODULES:
         text = paragraph(importlib.import_module(path).__doc__).partition(". ")[0]
         page = path.removeprefix("mtljax.").replace(".", "_")
-        rows[page] = f"`{path}`. {text.rstrip('.')}"
+        rows[page] = f"`{path}` | {text.rstrip('.')}"
     return [
         "# API reference",
         "",
-        "These pages document every public name. The names of the first four pages are",
-        "attributes of `mtljax`.",
+        "These pages document every public name. Start with {doc}`methods`, and with",
+        "{func}`mtljax.value_and_balanced_grad` on the page {doc}`core`.",
         "",
-        "| page | contents |",
-        "|:--|:--|",
+        "| page | module | contents |",
+        "|:--|:--|:--|",
         *(f"| {{doc}}`{page}` | {text}. |" for page, text in rows.items()),
         "",
         "```{toctree}",

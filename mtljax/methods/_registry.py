@@ -189,7 +189,7 @@ def source_link(source: str) -> str:
 
 
 def methods_table() -> str:
-    """Returns the Markdown table of all methods that the README contains.
+    """Returns the Markdown table of all methods.
 
     Examples:
       >>> print(methods_table().splitlines()[2][:26])
