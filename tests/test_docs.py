@@ -75,6 +75,8 @@ def test_code_is_executed_or_short(file):
     if cells:
         assert text.startswith("---\nfile_format: mystnb\n")
     for cell in cells:
+        # The site takes the alternative text of a figure from this comment.
+        assert ("plt.show()" in cell) == ("\n# Figure: " in cell)
         code = re.sub(r"^:.*\n", "", cell, flags=re.M)
         compile(code, name(file), "exec")
 

@@ -38,6 +38,17 @@ def view(source):
     return json.loads(file.read_text(encoding="utf-8"))["cells"]
 
 
+@every
+def test_figures_are_described(source):
+    """The site takes the alternative text of a figure from a comment of its cell."""
+    for cell in view(source):
+        pictures = [
+            o for o in cell.get("outputs", ()) if "image/png" in o.get("data", ())
+        ]
+        described = "\n# Figure: " in "\n" + "".join(cell["source"])
+        assert bool(pictures) == described
+
+
 def outputs(source):
     code = [cell for cell in view(source) if cell["cell_type"] == "code"]
     return [output for cell in code for output in cell["outputs"]]
