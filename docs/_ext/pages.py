@@ -24,7 +24,7 @@ from sphinx.util.nodes import make_refnode
 import mtljax
 from experiments.common import board
 from mtljax.catalogue import WRAPPERS, method_reads, wrappers_table
-from mtljax.methods import METHODS, methods_table
+from mtljax.methods import METHODS, source_link
 
 DOCS = pathlib.Path(__file__).parents[1]
 FAMILIES = ("loss balancing", "gradient balancing")
@@ -260,29 +260,30 @@ def core_page() -> list[str]:
 
 def methods_page() -> list[str]:
     """A table of the methods of each family, and the class of their rows."""
-    lines = ["# All methods", "", f"The {len(METHODS)} methods of mtljax. T is the"]
-    lines += ['number of tasks. The column "state" counts the numbers that are kept']
-    lines += ["between steps, in addition to the last task weights and the solver"]
-    lines += ["status. {doc}`../choose` helps to select a method.", ""]
-    rows = [
-        [cell.strip() for cell in line.split(" | ")]
-        for line in methods_table().replace("| `", "`").split("\n")[2:]
+    lines = [
+        "# All methods",
+        "",
+        f"The {len(METHODS)} methods of mtljax. T is the number of tasks. The column",
+        '"passes" counts the forward and the backward passes of a step. The column',
+        '"state" counts the numbers that are kept between steps, in addition to the',
+        "last task weights and the solver status.",
+        "{doc}`../choose` helps to select a method.",
+        "",
     ]
     for family in FAMILIES:
         lines += [f"## {family.capitalize()}", ""]
-        lines += ["| method | source | reads | cost of a step | state | summary |"]
+        lines += ["| method | summary | reads | passes | state | source |"]
         lines += ["|:--|:--|:--|:--|:--|:--|"]
-        for method, row in zip(METHODS.values(), rows, strict=True):
+        for method in METHODS.values():
             if method.family == family:
                 name = f"{{func}}`~mtljax.{method.name}` ({method.label})"
-                lines.append(f"| {name} | {' | '.join(row[2:])}")
+                passes = re.sub(" (forward|backward)", "", method.cost)
+                cells = (name, method.promise, method_reads(method), passes)
+                cells += (method.state, source_link(method.source))
+                lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
-    return [
-        *lines,
-        "## Rows of the registry",
-        "",
-        *rst(directive("mtljax.methods", "Method")),
-    ]
+    row = directive("mtljax.methods", "Method")
+    return [*lines, "## Rows of the registry", "", *rst(row)]
 
 
 def module_pages() -> Iterator[tuple[str, list[str]]]:
