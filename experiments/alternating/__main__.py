@@ -16,14 +16,10 @@ def run_set(config: Config, problem, command: str, screen) -> None:
         f"{name}: {problem.num_tasks} tasks, {len(setting.rows)} rows x {seeds} seeds, "
         f"{setting.steps} batches each; writing to {config.out / problem.folder}"
     )
-    evaluator = train.Evaluator(problem)
     names = (SINGLE_TASK, *setting.rows)
 
     def trained(rates):
-        found = {
-            row: train.run_row(config, problem, row, evaluator, rates=rates)
-            for row in names
-        }
+        found = {row: train.run_row(config, problem, row, rates=rates) for row in names}
         return {row: found[row] for row in names if found[row]}
 
     rows, _, _ = search(
@@ -43,7 +39,7 @@ def run_set(config: Config, problem, command: str, screen) -> None:
 
     results, table, written = write({})
     if setting.scales:
-        results, table, written = write(scale_study(config, problem, rows, evaluator))
+        results, table, written = write(scale_study(config, problem, rows))
     left = [row for row in names if row not in rows]
     if left:
         screen.say(f"{name}: not finished: {', '.join(left)}")
@@ -53,7 +49,7 @@ def run_set(config: Config, problem, command: str, screen) -> None:
     screen.finish(written)
 
 
-def scale_study(config: Config, problem, rows, evaluator):
+def scale_study(config: Config, problem, rows):
     """Multiplies the last task's loss by each factor, at the rate selected for 1."""
     from experiments.alternating import report, train
 
@@ -63,9 +59,7 @@ def scale_study(config: Config, problem, rows, evaluator):
         if name in rows:
             lr = report.chosen_rate(rows[name])
             runs = [train.Run(s, lr, scale=factor) for factor in scales for s in seeds]
-            found[name] = train.run_row(
-                config, problem, name, evaluator, runs=runs, study="scale"
-            )
+            found[name] = train.run_row(config, problem, name, runs=runs, study="scale")
     return {name: rows for name, rows in found.items() if rows}
 
 

@@ -1,6 +1,7 @@
 """Networks, losses and metrics of the five data sets."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -24,21 +25,26 @@ Batch = Mapping[str, Array]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Problem:
-    """A network on a data set. Heads are stacked, or each has its own name and size."""
+class Parts:
+    """The part of a problem that depends on the data set."""
 
-    name: str
-    tasks: tuple[str, ...]
     columns: dict[str, np.ndarray]  # name -> weight of each task's metric, sum 1
-    stacked: bool
-    labels: Any  # passed to alternate
     init: Callable[[Array], Any]
-    train: Batch
-    splits: Mapping[str, Batch]
     task_loss: Callable[..., Array]  # takes parameters with one row of the heads
     task_losses: Callable[[Any, Batch], Array]
     judge: Callable[[Any, Batch], tuple[Array, Array]]  # losses, metrics to maximise
     judge_alone: Callable[..., tuple[Array, Array]]  # for a single-task network
+    labels: Any  # passed to alternate
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Problem(Parts):
+    """A network on a data set. Heads are stacked, or each has its own name and size."""
+
+    name: str
+    tasks: tuple[str, ...]
+    train: Batch
+    splits: Mapping[str, Batch]
     by_seed: bool  # whether each seed has a split
 
     @property
@@ -51,37 +57,52 @@ class Problem:
         """Name of the folder for the files of this data set."""
         return re.sub("[/:]", "-", self.name)
 
-    def rows(self, function: Callable[[Array], Array], params: Any) -> Any:
-        """Applies ``function`` to stacked heads. Heads of other forms are unchanged."""
-        if not self.stacked:
-            return params
-        return {**params, "heads": jax.tree.map(function, params["heads"])}
-
     def alone(self, params: Any, task: Array) -> Any:
-        """Returns the parameters of a single-task network."""
-        return self.rows(lambda x: x[task], params)
+        """Returns the parameters of a single-task network, with one row of the heads.
+
+        Heads that are not stacked are unchanged.
+        """
+        if self.labels is not SHARES:
+            return params
+        return {**params, "heads": jax.tree.map(lambda x: x[task], params["heads"])}
 
     def split(self, arrays: Batch, split: Any) -> Batch:
         """The examples of one split, of arrays ``[examples, splits, ...]``."""
         return jax.tree.map(lambda x: x[:, split], dict(arrays))
 
-    def evaluate(self, params: Any, at: Array) -> dict[str, Array]:
-        """Returns all losses and metrics. The score is the mean over the columns."""
-        found = {}
-        for name, split in self.splits.items():
-            losses, values = self.judge(params, self.split(split, at))
-            found |= {f"{name}_losses": losses, f"{name}_metrics": values}
-        weights = jnp.asarray(np.mean(list(self.columns.values()), 0), jnp.float32)
-        found["val_score"] = (weights * found["val_metrics"]).sum()
-        return found
+    @functools.cached_property
+    def init_models(self) -> Callable[[Array], Any]:
+        """Compiled once for all rows, because compiling random numbers is slow."""
+        return jax.jit(jax.vmap(self.init))
 
-    def evaluate_alone(self, params: Any, at: Array, task: Array) -> dict[str, Array]:
-        """Returns losses and metrics of a single-task network."""
+    @functools.cached_property
+    def _evaluate(self) -> Callable[..., dict[str, Array]]:
+        # The splits are arguments, because XLA folds constants of this size slowly.
+        return jax.jit(jax.vmap(self._judged, in_axes=(0, 0, 0, None)))
+
+    def evaluate(self, state: Any, *, alone: bool) -> dict[str, Array]:
+        """Returns losses and metrics of stacked states, or of single-task networks.
+
+        The score is the mean over the columns, or the metric of the single task. Rows
+        with equally many runs share one compilation.
+        """
+        task = state.task if alone else None
+        return self._evaluate(state.params, state.split, task, self.splits)
+
+    def _judged(self, params: Any, at: Array, task: Any, splits: Any):
         found = {}
-        for name, split in self.splits.items():
-            loss, value = self.judge_alone(params, task, self.split(split, at))
-            found |= {f"{name}_loss": loss, f"{name}_metric": value}
-        return found | {"val_score": found["val_metric"]}
+        for name, split in splits.items():
+            mine = self.split(split, at)
+            if task is None:
+                losses, values = self.judge(params, mine)
+                found |= {f"{name}_losses": losses, f"{name}_metrics": values}
+            else:
+                loss, value = self.judge_alone(params, task, mine)
+                found |= {f"{name}_loss": loss, f"{name}_metric": value}
+        if task is not None:
+            return found | {"val_score": found["val_metric"]}
+        weights = jnp.asarray(np.mean(list(self.columns.values()), 0), jnp.float32)
+        return found | {"val_score": (weights * found["val_metrics"]).sum()}
 
 
 def auc(scores: Array, positive: Array, known: Array) -> Array:
@@ -131,18 +152,6 @@ class Stack(NamedTuple):
         trunk = params["trunk"]
         head = lambda row: self.one({"trunk": trunk, "heads": row}, x)
         return jax.vmap(head)(params["heads"])
-
-
-class Parts(NamedTuple):
-    """The part of a problem that depends on the data set."""
-
-    columns: dict[str, np.ndarray]
-    init: Callable[[Array], Any]
-    task_loss: Callable[..., Array]
-    task_losses: Callable[[Any, Batch], Array]
-    judge: Callable[[Any, Batch], tuple[Array, Array]]
-    judge_alone: Callable[[Any, Array, Batch], tuple[Array, Array]]
-    labels: Any
 
 
 def _mean_of(count: int, members: slice) -> np.ndarray:
@@ -372,10 +381,9 @@ def make_problem(config: Config, name: str) -> Problem:
     )
     parts = _MAKE.get(name, _named)(arrays, setting.hidden)
     return Problem(
-        **parts._asdict(),
+        **vars(parts),
         name=name,
         tasks=arrays.tasks,
-        stacked=parts.labels is SHARES,
         train=on_device(arrays.train),
         splits={"val": on_device(arrays.val), "test": on_device(arrays.test)},
         by_seed=name in ("faces", "school"),

@@ -20,7 +20,7 @@ DERIVED = (
 def rows(config: Config) -> list[dict[str, Any]]:
     """Returns the reported lines of the row."""
     faces = problem.make_problem(config, "faces")
-    found = train.run_row(config, faces, "joint", train.Evaluator(faces))
+    found = train.run_row(config, faces, "joint")
     return [
         {"row": "joint", "column": "chosen", **row} for row in report.chosen_rows(found)
     ]

@@ -71,13 +71,6 @@ def travelled(rows: Rows) -> dict[str, list[float]]:
     return {m: [row[m] for row in train if row["step"] == last] for m in MEASURES}
 
 
-def last_rows(rows: Rows) -> list[dict[str, Any]]:
-    """The last evaluation of every run at the chosen rate, in the same order."""
-    tasks = dict.fromkeys(row["task"] for row in rows if row["kind"] == "eval")
-    choices = [select([r for r in rows if r.get("task") == task]) for task in tasks]
-    return [row for choice in choices for row in choice.last]
-
-
 def make_report(results: Results) -> Report:
     """Reports metrics at equal batches, and their mean at equal backward passes."""
     rows, columns = results.rows, results.problem.columns
@@ -85,11 +78,11 @@ def make_report(results: Results) -> Report:
     budget = results.steps * min(results.cost(name).backward for name in names)
     table = {}
     for name, found in rows.items():
-        chosen = chosen_rows(found)
+        chosen, last = chosen_rows(found), select_each(found, column="last")
         values = columns_of(columns, chosen)
         row: dict[str, Any] = dict(zip(columns, values.T.tolist(), strict=True))
         row["average"] = values.mean(1)
-        row["average, last step"] = columns_of(columns, last_rows(found)).mean(1)
+        row["average, last step"] = columns_of(columns, last).mean(1)
         if name != SINGLE_TASK:
             row["Δm %"] = results.delta_m(chosen)
             cost = results.cost(name)

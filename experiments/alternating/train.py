@@ -203,16 +203,10 @@ def runs_of(
     return [Run(seed, lr, task) for task in tasks for lr in rates for seed in seeds]
 
 
-@functools.lru_cache(maxsize=4)
-def _first_models(problem: Problem) -> Callable[[Array], Any]:
-    """Compiled once for all rows, because compiling random numbers is slow."""
-    return jax.jit(jax.vmap(problem.init))
-
-
 def initial_state(problem: Problem, program: Program, runs: Sequence[Run]):
     """Returns the stacked states of all runs of a row, and their data-order keys."""
     keys = common.keys_of(run.seed for run in runs)
-    params = _first_models(problem)(keys.model)
+    params = problem.init_models(keys.model)
     columns = [
         jnp.array([getattr(r, f) for r in runs]) for f in ("lr", "task", "scale")
     ]
@@ -222,25 +216,10 @@ def initial_state(problem: Problem, program: Program, runs: Sequence[Run]):
     return state._replace(split=splits), keys.order
 
 
-class Evaluator:
-    """Evaluates stacked states. Rows with equally many runs share one compilation."""
-
-    def __init__(self, problem: Problem):
-        self._all = jax.jit(jax.vmap(problem.evaluate))
-        self._alone = jax.jit(jax.vmap(problem.evaluate_alone))
-
-    def of(self, name: str) -> Callable[[State], dict[str, Array]]:
-        """Returns the evaluation function of a row."""
-        if name == SINGLE_TASK:
-            return lambda states: self._alone(states.params, states.split, states.task)
-        return lambda states: self._all(states.params, states.split)
-
-
 def run_row(
     config: Config,
     problem: Problem,
     name: str,
-    evaluator: Evaluator,
     *,
     rates: Sequence[float] = (),
     runs: Sequence[Run] = (),
@@ -271,7 +250,7 @@ def run_row(
         batch_size=setting.batch_size,
         eval_every=setting.eval_every,
         log_every=config.log_every,
-        evaluate=evaluator.of(name),
+        evaluate=functools.partial(problem.evaluate, alone=name == SINGLE_TASK),
         labels=[run._asdict() for run in runs],
         folder=folder,
         about={
@@ -282,20 +261,3 @@ def run_row(
         title=f"{problem.name} {name} {study}".strip(),
     )
     return common.train(config, plan)
-
-
-def make_train(config: Config, problem: Problem, name: str):
-    """Builds a pure ``train(key, lr) -> (state, metrics)`` for ``jit`` and ``vmap``."""
-    program, setting = make_program(problem, name), config.setting(problem.name)
-
-    def train(key, lr=setting.lrs[0]):
-        def init(key):
-            model_key, own_key = jax.random.split(key)
-            return program.init(problem.init(model_key), own_key, lr)
-
-        run = training.make_train(
-            init, program.step, num_steps=setting.steps, batch_size=setting.batch_size
-        )
-        return run(key, problem.train)
-
-    return train

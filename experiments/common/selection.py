@@ -99,13 +99,20 @@ def select(
     return Choice(chosen, [dict(r) for r in last], lr, edge, late / len(chosen))
 
 
-def select_each(rows: Rows, by: str = "task", **options: Any) -> list[dict[str, Any]]:
-    """Returns the reported rows of several groups of runs, each with its own rate."""
-    groups = dict.fromkeys(row[by] for row in rows if row.get("kind", "eval") == "eval")
+def select_each(
+    rows: Rows, column: str = "rows", **options: Any
+) -> list[dict[str, Any]]:
+    """Returns the reported rows of each task, which has its own rate.
+
+    With ``column="last"``, they are the last rows.
+    """
+    tasks = dict.fromkeys(r["task"] for r in rows if r.get("kind", "eval") == "eval")
     return [
         row
-        for group in groups
-        for row in select([r for r in rows if r.get(by) == group], **options).rows
+        for task in tasks
+        for row in getattr(
+            select([r for r in rows if r.get("task") == task], **options), column
+        )
     ]
 
 

@@ -22,6 +22,7 @@ from experiments.alternating.config import (
     check,
 )
 from experiments.common.config import ConfigError
+from mtljax import training
 from mtljax.data import MISSING, MissingDataError
 
 SMOKE = PRESETS["smoke"][1]
@@ -366,9 +367,11 @@ def test_smoke_and_resume(tmp_path):
 def test_every_row_learns(name):
     config = configured("digits", steps=60, batch_size=64, hidden=(16,))
     found = problem.make_problem(config, "digits")
-    run = jax.jit(train.make_train(config, found, name))
-    _, metrics = run(jax.random.key(0), 3e-3)
-    losses = np.asarray(metrics["losses"]).mean(1)
+    program = train.make_program(found, name)
+    state, order = train.initial_state(found, program, [train.Run(0, 3e-3)])
+    run = training.make_chunk(program.step, batch_size=64, chunk=60, seeds=True)
+    _, metrics = run(state, found.train, order, 0, 60)
+    losses = np.asarray(metrics["losses"])[:, 0].mean(1)
     assert np.isfinite(losses).all()
     assert np.median(losses[-10:]) < np.median(losses[:5])
 
