@@ -1,53 +1,45 @@
-"""Step times of rows, measured alternately.
-
-A drift of the machine then affects all rows equally.
-"""
+"""Time of a training step of one run."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
-
-from mtljax import training
 
 
 def stopwatch(
-    step: Callable[..., Any],
-    state: Any,
-    data: Any,
-    order: Any,
-    *,
-    batch_size: int,
-    steps: int,
-) -> Callable[[], float]:
-    """Returns a function that measures the milliseconds of one step of stacked runs.
+    step: Callable[..., Any], state: Any, *args: Any, steps: int
+) -> tuple[Callable[..., float], float | None]:
+    """Compiles a loop of steps on one batch.
 
-    It uses the program that was compiled for training.
+    XLA counts the body of a loop once, so the operations of iterative solvers are a
+    lower bound.
+
+    Args:
+      step: Function ``step(state, *args) -> state``. A state has ``params``.
+      state: A state.
+      *args: Further arguments of the step.
+      steps: Number of steps of the loop.
+
+    Returns:
+      A function ``clock(state)`` that measures the milliseconds of a step, by default
+      from the given state, and the number of operations of a step, if it is known.
     """
-    one = jax.tree.map(lambda x: x[0], state)
-    batch = {name: array[:batch_size] for name, array in data.items()}
-    run = training.make_runner(
-        step, one, batch, batch_size=batch_size, seeds=True, loop_on="auto"
-    )
-    state = jax.tree.map(jax.numpy.copy, state)  # it is donated
 
-    def measure() -> float:
-        nonlocal state
+    @jax.jit
+    def whole(state, *args):
+        one = lambda state, _: (step(state, *args), None)
+        return jax.lax.scan(one, state, None, length=steps)[0].params
+
+    compiled = whole.lower(state, *args).compile()
+    found: Any = compiled.cost_analysis()
+    found = found[0] if isinstance(found, list) and found else found
+    flops = found.get("flops") if isinstance(found, dict) else None
+
+    def clock(state: Any = state) -> float:
         start = time.perf_counter()
-        state, metrics = run(state, data, order, 0, steps)
-        jax.block_until_ready((state, metrics))
+        jax.block_until_ready(compiled(state, *args))
         return 1e3 * (time.perf_counter() - start) / steps
 
-    return measure
-
-
-def step_times(
-    watches: Mapping[str, Callable[[], float]], rounds: int = 3
-) -> dict[str, float]:
-    """Returns the median milliseconds of one step for each of several rows."""
-    for measure in watches.values():
-        measure()  # compiles the program, unless training compiled it
-    times = [[measure() for measure in watches.values()] for _ in range(rounds)]
-    return dict(zip(watches, np.median(times, axis=0).tolist(), strict=True))
+    clock()
+    return clock, flops

@@ -1,7 +1,6 @@
 """Problem, training step of a table row, and its run with all seeds."""
 
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from experiments.common import problem as problems
 from experiments.common import runs as common
 from experiments.common.config import ConfigError, check_batch
 from experiments.common.runs import LABELS
+from experiments.common.timing import stopwatch
 from experiments.igb.config import (
     ROWS,
     SINGLE_TASK,
@@ -428,19 +428,10 @@ def run_times(
         program = make_program(config, problem, name)
         runs = runs_of(config, problem, name, settings.lrs[:1])
         state, _ = initial_state(problem, name, program, runs)
-
-        @jax.jit
-        def whole(state):
-            one = lambda s, _: (program.step(s, batch)[0], None)
-            return jax.lax.scan(one, state, None, length=settings.steps)[0].params
-
-        def clock(i):
-            start = time.perf_counter()
-            jax.block_until_ready(whole(jax.tree.map(lambda x: x[i], state)))
-            return time.perf_counter() - start
-
-        clock(0)  # compiles
-        return clock
+        one = lambda i: jax.tree.map(lambda x: x[i], state)
+        step = lambda state, batch: program.step(state, batch)[0]
+        clock, _ = stopwatch(step, one(0), batch, steps=settings.steps)
+        return lambda i: clock(one(i))
 
     mine, other = prepare(method), prepare(reference)
     return [mine(i) / other(i) for i in range(config.seeds)]

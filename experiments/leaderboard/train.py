@@ -1,7 +1,6 @@
 """One compiled program per row and set, and the runs of a row."""
 
 import functools
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from jaxtyping import Array
 import mtljax
 from experiments.common.runs import LABELS, keys_of
 from experiments.common.selection import Choice, search, select
+from experiments.common.timing import stopwatch
 from experiments.leaderboard import options, problem
 from experiments.leaderboard.config import (
     CONTROLS,
@@ -310,11 +310,10 @@ def losses_after(on: Problem, trainer: Trainer, lr: float) -> np.ndarray:
 def step_cost(config: Config, on: Problem, name: str) -> dict[str, float | None]:
     """Time of a step of one run relative to equal weights, and its operations.
 
-    The two programs alternate, and the median ratio is reported. XLA counts the body of
-    a loop once, so the operations of iterative solvers are a lower bound.
+    The two programs alternate, and the median ratio is reported.
     """
-    mine, flops = _timer(config, on, name)
-    other, _ = _reference_timer(config, on.name)
+    mine, flops = _clock(config, on, name)
+    other, _ = _reference_clock(config, on.name)
     pairs = [(mine(), other()) for _ in range(config.cost_rounds)]
     return {
         "step_ms": float(np.median([a for a, _ in pairs])),
@@ -324,11 +323,11 @@ def step_cost(config: Config, on: Problem, name: str) -> dict[str, float | None]
 
 
 @functools.cache
-def _reference_timer(config: Config, name: str):
-    return _timer(config, cached_problem(config, name), EQUAL)
+def _reference_clock(config: Config, name: str):
+    return _clock(config, cached_problem(config, name), EQUAL)
 
 
-def _timer(config: Config, on: Problem, name: str):
+def _clock(config: Config, on: Problem, name: str):
     init, step = make_step(config, on, name)
     params = jax.tree.map(
         lambda p: p[0], cached_params(config, on.name, config.seed_range)
@@ -336,26 +335,9 @@ def _timer(config: Config, on: Problem, name: str):
     weights = jnp.ones(on.num_tasks)
     state = init(params, keys_of(config.seed_range[:1]).method[0], weights)
     train = on.parts["train"]
-    x, y = train.x[0, : on.batch_size], train.y[0, : on.batch_size]
-    steps = min(config.steps, 200)
-
-    @jax.jit
-    def whole(state, x, y):
-        one = lambda s, _: (step(s, x, y, jnp.float32(1e-3), weights), None)
-        return jax.lax.scan(one, state, None, length=steps)[0].params
-
-    compiled = whole.lower(state, x, y).compile()
-    found: Any = compiled.cost_analysis()
-    found = found[0] if isinstance(found, list) and found else found
-    flops = found.get("flops") if isinstance(found, dict) else None
-
-    def clock() -> float:
-        start = time.perf_counter()
-        jax.block_until_ready(compiled(state, x, y))
-        return 1e3 * (time.perf_counter() - start) / steps
-
-    clock()
-    return clock, flops
+    batch = (train.x[0, : on.batch_size], train.y[0, : on.batch_size])
+    one = lambda state, x, y: step(state, x, y, jnp.float32(1e-3), weights)
+    return stopwatch(one, state, *batch, steps=min(config.steps, 200))
 
 
 @functools.cache

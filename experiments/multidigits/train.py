@@ -1,16 +1,17 @@
 """Problem, training step, and the run of one method with all seeds."""
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
 import mtljax
 from experiments.common import runs as common
-from experiments.common import timing
 from experiments.common.config import check_batch
 from experiments.common.problem import LOWER, Scorer, load, model_of
 from experiments.common.runs import LABELS
@@ -206,44 +207,30 @@ def initial_state(config: Config, problem: Problem, method: str, program: Progra
 def step_times(
     config: Config, problem: Problem, programs: Mapping[str, Program]
 ) -> dict[str, float]:
-    """Measures the milliseconds of a step of each method from its initial state."""
-    sizes = {"batch_size": config.batch_size, "steps": config.time_steps}
-    watches = {}
+    """Measures the milliseconds of a step of each method, the median of three rounds.
+
+    All runs of a method are trained together, by the program that was compiled for
+    training. The methods alternate. A drift of the machine affects them equally.
+    """
+    batch = {name: array[: config.batch_size] for name, array in problem.train.items()}
+    clocks = {}
     for method, program in programs.items():
         state, order = initial_state(config, problem, method, program)
-        run = (program.step, state, problem.train, order)
-        watches[method] = timing.stopwatch(*run, **sizes)
-    return timing.step_times(watches)
+        one = jax.tree.map(lambda x: x[0], state)
+        sizes: Any = {"batch_size": config.batch_size, "seeds": True}
+        run = training.make_runner(program.step, one, batch, loop_on="auto", **sizes)
 
+        def clock(run=run, state=state, order=order):
+            mine = jax.block_until_ready(jax.tree.map(jnp.copy, state))  # donated
+            start = time.perf_counter()
+            done = run(mine, problem.train, order, 0, config.time_steps)
+            jax.block_until_ready(done)
+            return 1e3 * (time.perf_counter() - start) / config.time_steps
 
-def make_train(
-    config: Config, method: str, problem: Problem | None = None
-) -> Callable[..., Any]:
-    """Builds a pure ``train(key, lr) -> (state, metrics)`` for ``jit`` and ``vmap``.
-
-    It takes the same steps as :func:`run_method`, without evaluation and files. The
-    metrics have a leading axis of size ``config.steps``.
-    """
-    problem = make_problem(config) if problem is None else problem
-    program = make_program(config, problem, method)
-    ones = jnp.ones(len(problem.dataset.tasks))
-
-    def train(key, lr=config.lrs[0], constants=ones):
-        def init(key):
-            model_key, balancer_key = jax.random.split(key)
-            rate = jnp.asarray(lr, jnp.float32)
-            variables = problem.init_model(model_key)
-            return program.init(variables, balancer_key, rate, constants)
-
-        run = training.make_train(
-            init,
-            program.step,
-            num_steps=config.steps,
-            batch_size=config.batch_size,
-        )
-        return run(key, problem.train)
-
-    return train
+        clock()  # compiles the program, unless training compiled it
+        clocks[method] = clock
+    times = [[clock() for clock in clocks.values()] for _ in range(3)]
+    return dict(zip(clocks, np.median(times, axis=0).tolist(), strict=True))
 
 
 def run_method(
