@@ -1,15 +1,9 @@
 """``python -m experiments.fs_mtl [smoke|cpu|...] [--field value ...]``."""
 
 import functools
-import time
 
 from experiments.common.cli import make_cli
 from experiments.fs_mtl.config import Config, Entry, check, entries, seed_groups
-
-
-def say(text: str) -> None:
-    """Prints a line without buffering, also in a pipe."""
-    print(text, flush=True)
 
 
 def make_runner(config: Config, name: str, splits, epoch: int):
@@ -57,14 +51,14 @@ def with_radii(config: Config, entry: Entry, chosen: dict[str, float]) -> list[E
     return [entry._replace(rho=rho) for rho in config.rhos]
 
 
-def run_set(config: Config, name: str, command: str, clock: "Clock") -> None:
+def run_set(config: Config, name: str, command: str, screen) -> None:
     """Trains and reports one data set; the report is written after every line."""
     from experiments.common.runs import prepare
     from experiments.fs_mtl import figures, problem, report, train
 
     splits = problem.load(config, name)
     names = tuple(task.name for task in splits.tasks)
-    say(
+    screen.say(
         f"{name}: {len(splits.train['image'])} training canvases, tasks "
         f"{', '.join(names)}; {splits.notes}"
     )
@@ -80,8 +74,9 @@ def run_set(config: Config, name: str, command: str, clock: "Clock") -> None:
     run = make_runner(config, name, splits, epoch)
     runs = report.Runs(name, names, {}, {}, epoch)
     radii: dict[str, float] = {}
-    for entry in todo:
-        clock.next(entry.label)
+    for number, entry in enumerate(todo, 1):
+        head = f"[{number}/{len(todo)}] {entry.label}"
+        screen.say(head)
         tried = {one: run(one) for one in with_radii(config, entry, radii)}
         found = {one: rows for one, rows in tried.items() if rows is not None}
         if len(found) < len(tried):
@@ -94,46 +89,29 @@ def run_set(config: Config, name: str, command: str, clock: "Clock") -> None:
             runs.radii[entry] = {one.rho: rows for one, rows in found.items()}
         best = report.chosen(runs.rows[entry])
         mean = sum(row["test_score"] for row in best) / len(best)
-        clock.done(f"{entry.label}: test accuracy {100 * mean:.2f}")
+        screen.say(f"{head}: test accuracy {100 * mean:.2f}")
         if not config.report_only:
             report.write(config, runs, command, splits.notes)
-            report.write_rows(config, runs)
     if not runs.rows:
-        say(f"{name}: no finished run in {config.out}")
+        screen.say(f"{name}: no finished run in {config.out}")
         return
-    written = [report.write(config, runs, command, splits.notes)]
-    written.append(report.write_rows(config, runs))
+    written = report.write(config, runs, command, splits.notes)
     if config.plots:
         written += figures.write(config, runs)
-    for line in [*report.summary(runs), *map(str, written)]:
-        say(f"  {line}")
-
-
-class Clock:
-    """Reports the progress over all runs and estimates the remaining time."""
-
-    def __init__(self, total: int):
-        self.total, self.number = total, 0
-        self.started = time.perf_counter()
-
-    def next(self, label: str) -> None:
-        """Starts a run."""
-        self.number += 1
-        say(f"[{self.number}/{self.total}] {label}")
-
-    def done(self, text: str) -> None:
-        """Ends a run."""
-        elapsed = time.perf_counter() - self.started
-        left = elapsed / self.number * (self.total - self.number)
-        say(f"[{self.number}/{self.total}] {text}; {elapsed:.0f} s, {left:.0f} s to go")
+    title = f"{name}, test, mean ± sd over {config.seeds} seeds"
+    screen.show(report.make_report(runs), title, exclude=report.SINGLE)
+    screen.finish(written)
 
 
 def main(config: Config, command: str) -> None:
     """Runs all data sets, one after the other."""
     check(config)
-    clock = Clock(len(config.sets) * len(entries(config)))
+    # Imported here, so that --help and mistyped options respond immediately.
+    from experiments.common.report import Screen
+
+    screen = Screen()
     for name in config.sets:
-        run_set(config, name, command, clock)
+        run_set(config, name, command, screen)
 
 
 cli = make_cli(main, "fs_mtl")

@@ -24,6 +24,8 @@ from experiments.fs_mtl.config import (
 )
 
 Rows = Sequence[Mapping[str, Any]]
+SINGLE = ("STL", "F-STL")
+"""Lines of single-task networks, which are not compared."""
 
 
 class Runs(NamedTuple):
@@ -138,14 +140,13 @@ def table_rows(runs: Runs) -> dict[str, dict[str, Any]]:
     return body
 
 
-def main_table(runs: Runs) -> str:
-    """Formats all lines as Markdown, mean ± sd."""
+def make_report(runs: Runs) -> Report:
+    """The table of all lines."""
     neutral = ("inter-loss", "inter-flat", "intra", "backward passes")
     best = (*runs.tasks, "average", "last epoch")
     columns: dict[str, Column] = dict.fromkeys(best, ("max", 2))
     columns |= {"ece": ("min", 4), "brier": ("min", 4), "entropy": ("", 3)}
-    report = Report(columns | dict.fromkeys(neutral, ("", 0)), table_rows(runs))
-    return report.markdown(exclude=["STL", "F-STL"])
+    return Report(columns | dict.fromkeys(neutral, ("", 0)), table_rows(runs))
 
 
 def beside_paper(runs: Runs) -> str:
@@ -329,8 +330,8 @@ def conflict_shares(runs: Runs) -> dict[str, dict[int, np.ndarray]]:
     return found
 
 
-def write(config: Config, runs: Runs, command: str, notes: str) -> pathlib.Path:
-    """Writes ``<set>/table.md`` with all tables and explanations."""
+def write(config: Config, runs: Runs, command: str, notes: str) -> list[pathlib.Path]:
+    """Writes ``<set>/table.md``, and ``<set>/results.jsonl`` with lines of results."""
     missing = [e.label for e in entries(config) if e not in runs.rows]
     ball = "adaptive" if config.adaptive else "not adaptive"
     radii = ", ".join(f"{rho:g}" for rho in config.rhos)
@@ -343,7 +344,7 @@ def write(config: Config, runs: Runs, command: str, notes: str) -> pathlib.Path:
         f"of the radii {radii} for each F-line, and other orders of the same balancer "
         "have it.",
         f"Not finished: {', '.join(missing)}." if missing else "",
-        main_table(runs),
+        make_report(runs).markdown(exclude=SINGLE),
         "Accuracy in percent on the test split, mean ± sd over seeds, at the epoch "
         "that validation chose (the paper chose on the test set); bold is the best of "
         "the multi-task lines. ECE, Brier score and predictive entropy (nats) at that "
@@ -371,7 +372,11 @@ def write(config: Config, runs: Runs, command: str, notes: str) -> pathlib.Path:
         "## Radii",
         radius_table(runs),
     ]
-    return common.write_table(set_folder(config, runs.name) / "table.md", parts)
+    folder = set_folder(config, runs.name)
+    return [
+        common.write_table(folder / "table.md", parts),
+        common.write_rows(folder / "results.jsonl", config, result_lines(runs)),
+    ]
 
 
 def result_lines(runs: Runs) -> list[dict[str, Any]]:
@@ -397,17 +402,3 @@ def result_lines(runs: Runs) -> list[dict[str, Any]]:
                 more = {"column": column, "test_accuracy": 100 * at["test_score"]}
                 lines.append(about | dict(at) | more | {"test_ece": np.mean(ece)})
     return lines
-
-
-def write_rows(config: Config, runs: Runs) -> pathlib.Path:
-    """Writes ``<set>/results.jsonl`` with one line per entry and seed."""
-    path = set_folder(config, runs.name) / "results.jsonl"
-    return common.write_rows(path, config, result_lines(runs))
-
-
-def summary(runs: Runs) -> list[str]:
-    """Returns the averages for the terminal, best first."""
-    found = {label: accuracy(runs, group) for label, group in lines(runs).items()}
-    order = sorted(found, key=lambda label: -math.fsum(found[label]))
-    width = max(map(len, found), default=0)
-    return [f"{label:<{width}}  {pm(found[label])}" for label in order]
