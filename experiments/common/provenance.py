@@ -16,6 +16,7 @@ import jax
 from experiments.common import claims
 from experiments.common.problem import LOADED
 from mtljax import training
+from mtljax.training.cli import without_paths
 
 SCHEMA = 1
 STARTED = time.time()
@@ -72,7 +73,9 @@ def header(config: Any, **about: Any) -> dict[str, Any]:
         "kind": "header",
         "schema": SCHEMA,
         "experiment": experiment,
-        "command": _command(experiment),
+        "command": " ".join(
+            [f"python -m experiments.{experiment}", *without_paths(sys.argv[1:])]
+        ),
         **about,
         "config": settings(config),
         "commit": commit and commit.removesuffix("+changes"),
@@ -93,21 +96,6 @@ def header(config: Any, **about: Any) -> dict[str, Any]:
         "started": start.isoformat(timespec="seconds"),
         "wall_s": round(time.time() - STARTED, 1),
     }
-
-
-def _command(experiment: str) -> str:
-    """The command without the folders of this machine."""
-    words = [f"python -m experiments.{experiment}"]
-    options = iter(sys.argv[1:])
-    for word in options:
-        name, equals, _ = word.partition("=")
-        if name in ("--data-dir", "--out", "--report-to"):
-            if not equals:
-                next(options, None)
-            words.append(f"{name} DIR")
-        else:
-            words.append(word)
-    return " ".join(words)
 
 
 # --- the check ----------------------------------------------------------------------

@@ -6,7 +6,7 @@ interval over the means of the sets.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,27 +32,19 @@ class Paired(NamedTuple):
     high: Any
 
 
-def paired(
-    a: Any,
-    b: Any,
-    *,
-    level: float = 0.95,
-    seeds: tuple[Sequence[Any], Sequence[Any]] | None = None,
-) -> Paired:
+def paired(a: Any, b: Any, *, level: float = 0.95) -> Paired:
     """Compares two rows on the same seeds.
 
     Args:
       a: Values over seeds ``[n, ...]``.
       b: Values of the other row on the same seeds, or broadcastable to ``a``.
       level: Level of the confidence interval.
-      seeds: Seeds of ``a`` and of ``b``, in the order of their values.
 
     Returns:
       The comparison, with one entry per trailing index.
 
     Raises:
-      ValueError: If there are fewer than two seeds, or the seeds of the two rows
-        differ or come in another order.
+      ValueError: If there are fewer than two seeds.
 
     Examples:
       >>> found = paired([77.64, 78.10, 76.90, 78.30, 77.25],
@@ -62,11 +54,6 @@ def paired(
     """
     from scipy import stats
 
-    if seeds is not None and list(seeds[0]) != list(seeds[1]):
-        raise ValueError(
-            f"A paired comparison needs the same seeds in the same order, not "
-            f"{list(seeds[0])} and {list(seeds[1])}."
-        )
     d = np.asarray(b, np.float64) - np.asarray(a, np.float64)
     n = len(d)
     if n < 2:

@@ -46,21 +46,13 @@ class Drivers:
       make: Function ``make(branch_weights [B, T])`` that builds the driver of one run.
       branch_weights: Weights ν ``[G, B, T]``.
       strategy: How runs are trained, as for branches.
+      interval: Steps between merges, Δt.
     """
 
     make: Callable[[Array], forkmerge.ForkMerge]
     branch_weights: Array
     strategy: str
-
-    @functools.cached_property
-    def first(self) -> forkmerge.ForkMerge:
-        """Driver of the first run. All runs have the same options."""
-        return self.make(self.branch_weights[0])
-
-    @property
-    def interval(self) -> int:
-        """Steps between merges, Δt."""
-        return self.first.interval
+    interval: int
 
     def over(self, function: Callable[..., Any], *args: Any, train: bool = False):
         """Applies ``function(driver, *args)`` to each run."""
@@ -99,29 +91,6 @@ class Drivers:
             return self.over(lambda d, s: d.merge(s, validation), state)
 
         return jax.jit(merge)
-
-    def run(
-        self,
-        state: forkmerge.ForkMergeState,
-        num_steps: int,
-        *,
-        splits: Mapping[str, Split],
-        chunk: int,
-        on_chunk: Callable[[Any], None],
-        on_merge: Callable[[Any, Any], None],
-    ) -> forkmerge.ForkMergeState:
-        """Calls :meth:`mtljax.forkmerge.ForkMerge.run` for all runs."""
-        while True:
-            step = step_of(state)
-            fresh = step > int(state.merged_at[0])
-            if fresh and (step % self.interval == 0 or step >= num_steps):
-                state, info = self.merge(state, splits["val"])
-                on_merge(state, info)
-            if step >= num_steps:
-                return state
-            n = min(num_steps - step, *(p - step % p for p in (self.interval, chunk)))
-            state = self.train(state, jnp.arange(step, step + n), splits["train"])
-            on_chunk(state)
 
     def prune(
         self, state: forkmerge.ForkMergeState, *, keep: int
@@ -271,7 +240,10 @@ def make_job(
     return Job(
         name,
         Drivers(
-            make, jnp.broadcast_to(nu[None], (len(runs), *nu.shape)), config.strategy
+            make,
+            jnp.broadcast_to(nu[None], (len(runs), *nu.shape)),
+            config.strategy,
+            interval,
         ),
         states,
         runs,
@@ -308,10 +280,9 @@ class Run:
         ):
             self._saver.clean()
             state = self._restored() if self._saver.steps() else jax.jit(self.fresh)()
-            if self.job.merges:
-                self._fork_and_merge(state)
-            else:
-                self._train(state)
+            if self.job.keep is not None and step_of(state) <= self.driver.interval:
+                state = self._prune(self._train(state, self.driver.interval))
+            self._train(state, self.job.steps)
         return self.rows
 
     def _restored(self) -> forkmerge.ForkMergeState:
@@ -346,41 +317,39 @@ class Run:
         if due and step not in self._saver.steps():
             self._saver.save(step, state, training.to_json(meta))
 
-    def _train(self, state: forkmerge.ForkMergeState) -> None:
-        """Trains branches without merges, for all methods except ForkMerge."""
-        every, steps = self.config.eval_every, self.job.steps
-        while (step := step_of(state)) < steps:
-            n = min(every - step % every, steps - step)
+    def _train(
+        self, state: forkmerge.ForkMergeState, num_steps: int
+    ) -> forkmerge.ForkMergeState:
+        """Trains all runs up to ``num_steps``, and merges if the method does.
+
+        The rows are those of the merges, or of all branches at each evaluation.
+        """
+        merges, splits, every = self.job.merges, self.job.splits, self.config.eval_every
+        interval, num_steps = self.driver.interval, min(num_steps, self.job.steps)
+        periods = (interval, min(interval, every)) if merges else (every,)
+        while True:
+            step = step_of(state)
+            due = step % interval == 0 or step >= num_steps
+            if merges and due and step > int(state.merged_at[0]):
+                state, info = self.driver.merge(state, splits["val"])
+                more = {"weights": info.weights, "branch_scores": info.branch_scores}
+                one = jax.tree.map(lambda x: x[:, None], state.merged)
+                self._record(one, step, jax.device_get(more))
+            if step >= num_steps:
+                return state
+            n = min(num_steps - step, *(p - step % p for p in periods))
             batches = jnp.arange(step, step + n)
-            state = self.driver.train(state, batches, self.job.splits["train"])
-            self._record(state.branches, step + n, {})
+            state = self.driver.train(state, batches, splits["train"])
+            if not merges:
+                self._record(state.branches, step + n, {})
             self._save(state)
 
-    def _fork_and_merge(self, state: forkmerge.ForkMergeState) -> None:
-        config, splits, interval = self.config, self.job.splits, self.driver.interval
-
-        def merged(state, info):
-            more = {"weights": info.weights, "branch_scores": info.branch_scores}
-            one = jax.tree.map(lambda x: x[:, None], state.merged)
-            self._record(one, step_of(state), jax.device_get(more))
-
-        def run(state, steps):
-            return self.driver.run(
-                state,
-                steps,
-                splits=splits,
-                chunk=min(config.eval_every, interval),
-                on_chunk=self._save,
-                on_merge=merged,
-            )
-
-        if self.job.keep is not None and step_of(state) <= interval:
-            state = run(state, min(interval, config.steps))
-            self.driver, state, kept = self.driver.prune(state, keep=self.job.keep)
-            # A checkpoint may not have been written yet.
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / BRANCHES).write_text(json.dumps(kept))
-        run(state, config.steps)
+    def _prune(self, state: forkmerge.ForkMergeState) -> forkmerge.ForkMergeState:
+        self.driver, state, kept = self.driver.prune(state, keep=self.job.keep)
+        # A checkpoint may not have been written yet.
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / BRANCHES).write_text(json.dumps(kept))
+        return state
 
     def _record(self, states: Any, step: int, more: Mapping[str, Any]) -> None:
         """Records rows of train states ``[G, B]``."""

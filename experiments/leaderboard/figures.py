@@ -239,23 +239,12 @@ def spread_out(values: Sequence[float], distance: float) -> np.ndarray:
       >>> spread_out([0.0, 0.0, 5.0], 1.0).tolist()
       [-0.5, 0.5, 5.0]
     """
+    from scipy.optimize import isotonic_regression
+
     order = np.argsort(values, kind="stable")
-    groups: list[list[float]] = []  # targets of labels that touch
-    for i in order:
-        groups.append([float(values[i])])
-        while len(groups) > 1 and (
-            np.mean(groups[-1]) - np.mean(groups[-2])
-            < distance * (len(groups[-1]) + len(groups[-2])) / 2
-        ):
-            last = groups.pop()
-            groups[-1] += last
-    placed = [
-        np.mean(group) + distance * (k - (len(group) - 1) / 2)
-        for group in groups
-        for k in range(len(group))
-    ]
+    steps = distance * np.arange(len(values))
     found = np.empty(len(values))
-    found[order] = placed
+    found[order] = isotonic_regression(np.asarray(values)[order] - steps).x + steps
     return found
 
 

@@ -134,19 +134,5 @@ def on_main(function: Callable[[], T]) -> T:
 
 def boundary(signal: int | None, limit: int) -> tuple[int | None, int]:
     """Returns the signal of any process and the chunk length of the main process."""
-    if jax.process_count() == 1:
-        return signal, limit
-    from jax.experimental import multihost_utils
-
-    both = np.asarray(
-        multihost_utils.process_allgather(np.array([signal or 0, limit], np.int32))
-    )
-    return int(both[:, 0].max()) or None, int(both[0, 1])
-
-
-def sync(name: str) -> None:
-    """Waits for all processes."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)
+    both = gather([signal, limit])
+    return max(number or 0 for number, _ in both) or None, both[0][1]

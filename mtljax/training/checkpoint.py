@@ -299,13 +299,13 @@ class Checkpointer:
         """
         newer = [s for s in self.steps() if s > step]
         moved = [self.directory / f"{s}.damaged" for s in newer]
-        _hosts.sync("listed")
+        _hosts.gather(None)  # all processes have listed the steps
         if _hosts.is_main():
             with writing(self.directory):
                 for old, target in zip(newer, moved, strict=True):
                     shutil.rmtree(target, ignore_errors=True)
                     self.path(old).rename(target)
-        _hosts.sync("set aside")
+        _hosts.gather(None)
         self._scores = None
         return moved
 

@@ -94,10 +94,10 @@ def without_paths(arguments: Sequence[str]) -> list[str]:
     words = iter(arguments)
     for word in words:
         name, given, _ = word.partition("=")
-        if name in ("--data-dir", "--data_dir", "--out"):
+        if name in ("--data-dir", "--data_dir", "--out", "--report-to"):
             if not given:
                 next(words, None)
-            shown += ["--data-dir", "DIR"] if name != "--out" else []
+            shown += ["--data-dir", "DIR"] if name.startswith("--data") else []
         else:
             shown.append(word)
     return shown

@@ -412,7 +412,7 @@ def test_a_header_names_no_folder_of_this_machine(monkeypatch):
     words = ["x", "cpu", "--data-dir", "/secret", "--out=/secret/out", "--seeds", "3"]
     monkeypatch.setattr("sys.argv", words)
     head = provenance.header(Common())
-    assert head["command"].endswith("cpu --data-dir DIR --out DIR --seeds 3")
+    assert head["command"].endswith("cpu --data-dir DIR --seeds 3")
     assert "secret" not in json.dumps(head)
 
 

@@ -31,14 +31,6 @@ def test_examples(module):
     assert found.failed == 0
 
 
-def test_swapped_seeds_are_refused():
-    assert paired(A, B, seeds=(range(5), range(5))).n == 5
-    with pytest.raises(ValueError, match="the same seeds in the same order"):
-        paired(A, B, seeds=([0, 1, 2, 3, 4], [0, 2, 1, 3, 4]))
-    with pytest.raises(ValueError, match="the same seeds in the same order"):
-        paired(A, B, seeds=(range(5), range(1, 6)))
-
-
 def test_equivalence():
     found = tost(A, B, 1.3)
     np.testing.assert_allclose((found.low, found.high), (0.478519, 1.297481), rtol=1e-5)

@@ -55,6 +55,7 @@ def test_an_error_is_one_sentence(monkeypatch, capsys):
         (["cpu", "--data-dir=/a", "--seeds", "2"], "cpu --data-dir DIR --seeds 2"),
         (["cpu", "--data-dir", "/a"], "cpu --data-dir DIR"),
         (["--out", "/b", "--resume"], "--resume"),
+        (["cpu", "--report-to", "/c"], "cpu"),
     ],
 )
 def test_results_do_not_quote_paths(given, shown):
