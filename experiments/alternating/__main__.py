@@ -14,7 +14,7 @@ def run_set(config: Config, problem, command: str, screen) -> None:
     seeds = len(config.seeds_of(name))
     screen.say(
         f"{name}: {problem.num_tasks} tasks, {len(setting.rows)} rows x {seeds} seeds, "
-        f"{setting.steps} batches each; writing to {config.out / problem.folder}"
+        f"{setting.steps} batches each; writing to {config.folder(name)}"
     )
     names = (SINGLE_TASK, *setting.rows)
 

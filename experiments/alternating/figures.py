@@ -96,4 +96,4 @@ def write(results: Results, config: Config) -> list[pathlib.Path]:
         "losses": losses(results),
         "rates": rates(results.rows, problem.columns, problem.num_tasks),
     }
-    return common.save(made, config.out / problem.folder, config)
+    return common.save(made, config.folder(problem.name), config)

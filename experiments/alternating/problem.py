@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -51,11 +50,6 @@ class Problem(Parts):
     def num_tasks(self) -> int:
         """Number of tasks T."""
         return len(self.tasks)
-
-    @property
-    def folder(self) -> str:
-        """Name of the folder for the files of this data set."""
-        return re.sub("[/:]", "-", self.name)
 
     def alone(self, params: Any, task: Array) -> Any:
         """Returns the parameters of a single-task network, with one row of the heads.

@@ -311,7 +311,7 @@ def write(
 ) -> list[pathlib.Path]:
     """Writes ``results.jsonl`` and ``table.md`` of a data set with its studies."""
     name, rows = results.problem.name, results.rows
-    folder, seeds = config.out / results.problem.folder, config.seeds_of(name)
+    folder, seeds = config.folder(name), config.seeds_of(name)
     choices = {
         row_of(row).label: select(found)
         for row, found in rows.items()

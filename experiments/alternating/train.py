@@ -234,7 +234,7 @@ def run_row(
     setting = config.setting(problem.name)
     parts = [name.replace(":", "-"), study, *common.beyond(rates, setting.lrs)]
     last = "-".join(filter(None, parts))
-    folder = config.out / problem.folder / "runs" / last
+    folder = config.folder(problem.name) / "runs" / last
     if config.report_only:
         return common.finished(folder, setting.steps)
     program = make_program(problem, name)

@@ -9,6 +9,7 @@ finite in float32. A tuple of numbers is not empty. An ``Annotated`` type with
 import dataclasses
 import math
 import pathlib
+import re
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -79,6 +80,10 @@ class Common:
         """Returns the seeds."""
         return range(self.first_seed, self.first_seed + self.seeds)
 
+    def folder(self, name: str) -> pathlib.Path:
+        """Returns the folder of a data set."""
+        return self.out / folder_name(name)
+
 
 @dataclasses.dataclass(frozen=True)
 class Tuned(Common):
@@ -87,6 +92,16 @@ class Tuned(Common):
     extensions: Size = 2
     """Times that the grid is extended by a factor of three, for all rows, where a row
     chose an end of it; 0 only marks such rows."""
+
+
+def folder_name(name: str) -> str:
+    """Returns the name of the folder of a data set or a row.
+
+    Examples:
+      >>> folder_name("equal weights, other seeds"), folder_name("mine:sum")
+      ('equal-weights-other-seeds', 'mine-sum')
+    """
+    return re.sub(", |[ :/]", "-", name)
 
 
 def option(name: str) -> str:

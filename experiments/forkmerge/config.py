@@ -204,8 +204,3 @@ def check(config: Config) -> None:
             f"--batch-size {config.batch_size} is below the {len(config.domains)} "
             "domains that share a joint batch."
         )
-    if config.model != "mlp" and config.image_size < 12:
-        raise ConfigError(
-            f"--model {config.model} needs --image-size 12 or more, not "
-            f"{config.image_size}."
-        )

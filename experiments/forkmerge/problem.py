@@ -207,10 +207,8 @@ def make_problem(config: Config) -> Problem:
     """Loads the data and binds model and optimizer."""
     found, classes = load(config)
     splits = jax.tree.map(jnp.asarray, found)
-    if config.model == "mlp":
-        model = models.build("mlp", {"label": classes}, hidden=config.hidden)
-    else:
-        model = models.build(config.model, {"label": classes})
+    shape = found["train"]["image"].shape[2:]
+    model = common.model_of(config, {"label": classes}, shape)
     optimizer = make_optimizer(config, config.steps)
     return Problem(splits, model, optimizer, len(config.domains), config.batch_size)
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-import re
 from typing import Literal, NamedTuple, TypeAlias
 
 import mtljax
@@ -190,11 +189,6 @@ PRESETS = {
 }
 
 
-def set_folder(config: Config, name: str) -> pathlib.Path:
-    """Returns the folder of a data set."""
-    return config.out / re.sub("[/:]", "-", name)
-
-
 def seed_groups(config: Config) -> list[list[int]]:
     """Returns the seeds of each run: all seeds, or one."""
     seeds = list(config.seed_range)
@@ -218,7 +212,7 @@ class Entry(NamedTuple):
 
     def folder(self, config: Config, name: str, seeds: list[int]) -> pathlib.Path:
         """Returns the folder of a run of this entry."""
-        path = set_folder(config, name) / "runs" / self.name
+        path = config.folder(name) / "runs" / self.name
         return path if config.together else path / f"seed_{seeds[0]}"
 
     @property

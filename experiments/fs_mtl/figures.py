@@ -9,7 +9,7 @@ import numpy as np
 from experiments.common import figures
 from experiments.common.figures import line
 from experiments.fs_mtl import paper
-from experiments.fs_mtl.config import STL, Config, Entry, set_folder
+from experiments.fs_mtl.config import STL, Config, Entry
 from experiments.fs_mtl.report import Runs
 from mtljax.training import plots
 
@@ -106,4 +106,4 @@ def write(config: Config, runs: Runs) -> list[pathlib.Path]:
             limits=(-3, 145),  # space for the legend
         ),
     }
-    return figures.save(made, set_folder(config, runs.name), config)
+    return figures.save(made, config.folder(runs.name), config)

@@ -20,7 +20,6 @@ from experiments.fs_mtl.config import (
     Config,
     Entry,
     entries,
-    set_folder,
 )
 
 Rows = Sequence[Mapping[str, Any]]
@@ -372,7 +371,7 @@ def write(config: Config, runs: Runs, command: str, notes: str) -> list[pathlib.
         "## Radii",
         radius_table(runs),
     ]
-    folder = set_folder(config, runs.name)
+    folder = config.folder(runs.name)
     return [
         common.write_table(folder / "table.md", parts),
         common.write_rows(folder / "results.jsonl", config, result_lines(runs)),

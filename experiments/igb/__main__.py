@@ -20,7 +20,7 @@ def main(config: Config, command: str) -> None:
             f"{name}: {len(problem.train['image'])} training examples, "
             f"{problem.dataset.num_tasks} tasks; {len(settings.methods)} methods x "
             f"{config.seeds} seeds x {len(settings.lrs)} learning rates, "
-            f"{settings.steps} steps each; writing to {train.folder(config, name)}"
+            f"{settings.steps} steps each; writing to {config.folder(name)}"
         )
         found[name] = run_problem(config, problem, command, screen)
         if len(found) > 1 and config.seeds > 1:

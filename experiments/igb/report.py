@@ -220,7 +220,7 @@ def write(
     times: Mapping[str, Sequence[float]],
 ) -> list[pathlib.Path]:
     """Writes ``results.jsonl``, ``table.md`` and the figures of a data set."""
-    folder = train.folder(config, problem.name)
+    folder = config.folder(problem.name)
     signal = np.asarray(problem.signal)
     marks = {label_of(m): choice for m, choice in values.choices.items()}
     deltas = {label_of(m): delta for m, delta in values.delta.items()}

@@ -1,6 +1,5 @@
 """Problem, training step of a table row, and its run with all seeds."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -400,7 +399,7 @@ def run_method(
         log_every=settings.log_every,
         evaluate=problem.evaluate,
         labels=[run.label(problem.names) for run in runs],
-        folder=folder(config, problem.name)
+        folder=config.folder(problem.name)
         / "runs"
         / "-".join([method.replace(":", "-"), *beyond]),
         about=about,
@@ -435,8 +434,3 @@ def run_times(
 
     mine, other = prepare(method), prepare(reference)
     return [mine(i) / other(i) for i in range(config.seeds)]
-
-
-def folder(config: Config, data_name: str):
-    """Returns the folder of a data set."""
-    return config.out / re.sub("[/:]", "-", data_name)

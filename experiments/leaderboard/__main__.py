@@ -4,7 +4,8 @@ import os
 import sys
 
 from experiments.common.cli import make_cli
-from experiments.leaderboard.config import Config, check, folder_name
+from experiments.common.config import folder_name
+from experiments.leaderboard.config import Config, check
 
 ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
 

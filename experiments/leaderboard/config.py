@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 import mtljax
 from experiments.common import config as common
-from experiments.common.config import Rates, Size, Widths
+from experiments.common.config import Rates, Size, Widths, folder_name
 
 
 class Set(NamedTuple):
@@ -224,15 +224,3 @@ def check(config: Config) -> None:
     chosen = [common.option(name) for name in flags if getattr(config, name)]
     if len(chosen) > 1:
         raise common.ConfigError(f"{chosen[0]} and {chosen[1]} exclude each other.")
-
-
-def folder_name(name: str) -> str:
-    """Returns the name of the folder of a set or a row.
-
-    Examples:
-      >>> folder_name("equal weights, other seeds"), folder_name("mine:sum")
-      ('equal-weights-other-seeds', 'mine-sum')
-    """
-    for old, new in ((", ", "-"), (" ", "-"), (":", "-"), ("/", "-")):
-        name = name.replace(old, new)
-    return name

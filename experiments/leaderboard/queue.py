@@ -14,9 +14,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from experiments.common.config import ConfigError
+from experiments.common.config import ConfigError, folder_name
 from experiments.common.provenance import settings
-from experiments.leaderboard.config import EQUAL, SETS, Config, folder_name
+from experiments.leaderboard.config import EQUAL, SETS, Config
 from mtljax import training
 
 MAY_DIFFER = (

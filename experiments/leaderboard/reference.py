@@ -14,7 +14,7 @@ import numpy as np
 
 from experiments.common.config import ConfigError
 from experiments.leaderboard import problem, queue, train
-from experiments.leaderboard.config import Config, folder_name
+from experiments.leaderboard.config import Config
 from experiments.leaderboard.problem import Problem
 from mtljax import data, training
 
@@ -195,7 +195,7 @@ def cached(config: Config, about: Mapping[str, Any]) -> dict[str, Any] | str:
       The reference, or the reason why there is none.
     """
     name = about["set"]
-    path = config.out / folder_name(name) / "reference.json"
+    path = config.folder(name) / "reference.json"
     if path.is_file():
         found = json.loads(path.read_text("utf-8"))
         if found["data"] == about["data"]:

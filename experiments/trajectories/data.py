@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import pathlib
-import re
 
 import numpy as np
 
@@ -36,11 +35,6 @@ class Problem:
     width: int = 10  # of each head: the most classes of a task of the setting
     metric: str = "accuracy"  # or "f1" of class 1
     image_max: int = 255
-
-    @property
-    def folder(self) -> str:
-        """Name of the folder for the files of this setting."""
-        return re.sub("[/:]", "-", self.name)
 
     def select(self, names: tuple[str, ...]) -> "Problem":
         """Returns the same images with a subset of the tasks."""

@@ -160,7 +160,7 @@ def run_row(
             log_every=scale.eval_every,
             evaluate=probed,
             labels=[{"seed": seed, "lr": lr} for seed, lr in group],
-            folder=config.out.joinpath(problem.folder, *parts),
+            folder=config.folder(problem.name).joinpath(*parts),
             about={"row": row, "scale": scale, "model": config.model, "lrs": rates},
             title=title,
             task_names=row.tasks,

@@ -1,5 +1,6 @@
 """Progress display of a run, on a terminal or in a log."""
 
+import datetime
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -8,18 +9,6 @@ from typing import Any
 import numpy as np
 
 from mtljax.extras import require
-
-
-def format_seconds(seconds: float) -> str:
-    """Formats seconds as ``m:ss`` or ``h:mm:ss``.
-
-    Examples:
-      >>> format_seconds(65.4), format_seconds(3700.0)
-      ('1:05', '1:01:40')
-    """
-    minutes, second = divmod(max(0, round(seconds)), 60)
-    hour, minute = divmod(minutes, 60)
-    return f"{hour}:{minute:02d}:{second:02d}" if hour else f"{minute}:{second:02d}"
 
 
 def describe(
@@ -162,7 +151,7 @@ class Progress:
             return "", ""
         rate = done / elapsed
         number = f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"
-        left = format_seconds((self._num_steps - step) / rate)
+        left = datetime.timedelta(seconds=round((self._num_steps - step) / rate))
         return f"{number} steps/s", f"{left} left"
 
     def update(
