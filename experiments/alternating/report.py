@@ -311,7 +311,7 @@ def write(
 ) -> list[pathlib.Path]:
     """Writes ``results.jsonl`` and ``table.md`` of a data set with its studies."""
     name, rows = results.problem.name, results.rows
-    folder, seeds = config.folder(name), config.seeds_of(name)
+    seeds = config.seeds_of(name)
     choices = {
         row_of(row).label: select(found)
         for row, found in rows.items()
@@ -336,7 +336,4 @@ def write(
         title = f"Test metric by the factor of the loss of {results.problem.tasks[-1]}:"
         parts += [title, scale_table(results.scales, results.problem.columns)]
     lines = [{"set": name, **line} for line in result_lines(results)]
-    return [
-        common.write_rows(folder / "results.jsonl", config, lines, set=name),
-        common.write_table(folder / "table.md", parts),
-    ]
+    return common.write(config.folder(name), config, lines, parts, set=name)

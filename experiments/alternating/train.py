@@ -62,17 +62,12 @@ def row_of(name: str) -> Row:
     return Row("single task") if name == SINGLE_TASK else ROWS[name]
 
 
-def _dot(tree: Any, other: Any) -> Array:
-    pairs = jax.tree.map(jnp.vdot, tree, other)
-    return jax.tree.reduce(jnp.add, pairs)
-
-
 def travel(old: Exploration, before: Any, after: Any) -> Exploration:
     """Updates the path statistics after one batch."""
     moved = jax.tree.map(jnp.subtract, after, before)
-    length = jnp.sqrt(_dot(moved, moved))
-    scale = length * jnp.sqrt(_dot(old.last, old.last))
-    cosine = _dot(moved, old.last) / jnp.where(scale > 0, scale, 1)
+    length = jnp.sqrt(optax.tree.vdot(moved, moved))
+    scale = length * jnp.sqrt(optax.tree.vdot(old.last, old.last))
+    cosine = optax.tree.vdot(moved, old.last) / jnp.where(scale > 0, scale, 1)
     return Exploration(old.start, moved, old.path + length, old.cosines + cosine)
 
 
@@ -80,7 +75,7 @@ def measures(state: State) -> dict[str, Array]:
     """Returns distance, path length, their ratio and the mean successive cosine."""
     trip = state.exploration
     away = jax.tree.map(jnp.subtract, state.params["trunk"], trip.start)
-    distance = jnp.sqrt(_dot(away, away))
+    distance = jnp.sqrt(optax.tree.vdot(away, away))
     return {
         "distance": distance,
         "path": trip.path,

@@ -66,6 +66,20 @@ def write_table(path: pathlib.Path, parts: Iterable[str]) -> pathlib.Path:
     return path
 
 
+def write(
+    folder: pathlib.Path,
+    config: Any,
+    rows: Iterable[Mapping[str, Any]],
+    parts: Iterable[str],
+    **about: Any,
+) -> list[pathlib.Path]:
+    """Writes ``results.jsonl`` and ``table.md``."""
+    return [
+        write_rows(folder / "results.jsonl", config, rows, **about),
+        write_table(folder / "table.md", parts),
+    ]
+
+
 def pm(values: Any, digits: int = 2) -> str:
     """Formats mean ± standard deviation over seeds."""
     return tables.format_cell(tables.summarise(values), digits)

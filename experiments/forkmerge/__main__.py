@@ -23,10 +23,7 @@ def main(config: Config, command: str) -> None:
     kept, written = [], []
     for rows, last in train_all(config, screen.say):
         kept = report.reported(rows)
-        written = [
-            report.write_rows(kept, config),
-            report.write_table(kept, config, command),
-        ]
+        written = report.write(kept, config, command)
         if config.plots and last:
             from experiments.forkmerge import figures
 

@@ -375,12 +375,6 @@ def sections(kept: Rows, config: Config) -> list[str]:
     return parts
 
 
-def write_table(kept: Rows, config: Config, command: str) -> pathlib.Path:
-    """Writes ``table.md``: the command, the tables and the versions."""
-    parts = ["# ForkMerge", f"`{command}`", *sections(kept, config)]
-    return common.write_table(config.out / "table.md", parts)
-
-
 def result_lines(kept: Rows) -> Iterator[dict[str, Any]]:
     """A line for each reported run at the chosen and at the last step.
 
@@ -405,9 +399,10 @@ def result_lines(kept: Rows) -> Iterator[dict[str, Any]]:
         yield rounded(line)
 
 
-def write_rows(rows: Rows, config: Config) -> pathlib.Path:
-    """``results.jsonl``: first what made them, then the lines of reported runs."""
-    return common.write_rows(config.out / "results.jsonl", config, result_lines(rows))
+def write(kept: Rows, config: Config, command: str) -> list[pathlib.Path]:
+    """Writes ``results.jsonl`` with the reported runs, and ``table.md``."""
+    parts = ["# ForkMerge", f"`{command}`", *sections(kept, config)]
+    return common.write(config.out, config, result_lines(kept), parts)
 
 
 def rounded(row: Mapping[str, Any]) -> dict[str, Any]:

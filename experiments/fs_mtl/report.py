@@ -371,11 +371,7 @@ def write(config: Config, runs: Runs, command: str, notes: str) -> list[pathlib.
         "## Radii",
         radius_table(runs),
     ]
-    folder = config.folder(runs.name)
-    return [
-        common.write_table(folder / "table.md", parts),
-        common.write_rows(folder / "results.jsonl", config, result_lines(runs)),
-    ]
+    return common.write(config.folder(runs.name), config, result_lines(runs), parts)
 
 
 def result_lines(runs: Runs) -> list[dict[str, Any]]:

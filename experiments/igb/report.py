@@ -249,16 +249,9 @@ def write(
         ),
         differences(values.delta) if config.seeds > 1 else "",
     ]
-    return [
-        common.write_rows(
-            folder / "results.jsonl",
-            config,
-            claim_lines(values, problem, times),
-            signal_r2=signal.tolist(),
-        ),
-        common.write_table(folder / "table.md", parts),
-        *figures.save({"rows": drawn}, folder, config),
-    ]
+    lines, about = claim_lines(values, problem, times), {"signal_r2": signal.tolist()}
+    written = common.write(folder, config, lines, parts, **about)
+    return [*written, *figures.save({"rows": drawn}, folder, config)]
 
 
 def write_summary(

@@ -108,10 +108,7 @@ def write(
         "tasks. Mean rank is among the multi-task rows. Bold is the best of these.",
         " ".join(edge_notes(choices)),
     ]
-    return [
-        common.write_rows(config.out / "results.jsonl", config, lines),
-        common.write_table(config.out / "table.md", parts),
-    ]
+    return common.write(config.out, config, lines, parts)
 
 
 def write_plots(

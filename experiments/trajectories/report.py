@@ -23,15 +23,8 @@ def write(
     for lr, groups in blocks.items():
         parts += [f"# All rows at the learning rate {lr:g}"]
         parts += make_table(config, groups)
-    written = [
-        common.write_rows(
-            config.out / "results.jsonl",
-            config,
-            [*lines, *analysis.claim_lines(config, lines)],
-            command=command,
-        ),
-        common.write_table(config.out / "table.md", parts),
-    ]
+    rows = [*lines, *analysis.claim_lines(config, lines)]
+    written = common.write(config.out, config, rows, parts, command=command)
     if config.plots:
         from experiments.trajectories import figures
 

@@ -314,7 +314,7 @@ class ForkMerge:
         Returns:
           The state, and the metrics with leaves ``[B, n, ...]``.
         """
-        return self._jit_train(state, batches, data)
+        return self._compiled["train"](state, batches, data)
 
     def evaluate(
         self, state: ForkMergeState, validation: Any = None
@@ -332,7 +332,7 @@ class ForkMerge:
           The state, and the scores of shape ``[B]``. The cost is B validation passes.
         """
         args = checks.score_args("ForkMerge.evaluate", validation)
-        return self._jit_evaluate(state, args)
+        return self._compiled["evaluate"](state, args)
 
     def merge(
         self, state: ForkMergeState, validation: Any = None, report: Any = None
@@ -351,7 +351,7 @@ class ForkMerge:
           unless ``merge_source="last"``.
         """
         args, report = self._score_args("merge", validation, report)
-        return self._jit_merge(state, args, report)
+        return self._compiled["merge"](state, args, report)
 
     def advance(
         self,
@@ -528,16 +528,9 @@ class ForkMerge:
     # Pure functions that are compiled.
 
     @functools.cached_property
-    def _jit_train(self):
-        return jax.jit(self._train)
-
-    @functools.cached_property
-    def _jit_evaluate(self):
-        return jax.jit(self._evaluate)
-
-    @functools.cached_property
-    def _jit_merge(self):
-        return jax.jit(self._merge)
+    def _compiled(self) -> dict[str, Callable[..., Any]]:
+        functions = {"train": self._train, "evaluate": self._evaluate}
+        return {k: jax.jit(f) for k, f in {**functions, "merge": self._merge}.items()}
 
     def _score_args(self, what: str, *sets: Any) -> list[tuple[Any, ...]]:
         return [checks.score_args(f"ForkMerge.{what}", found) for found in sets]
