@@ -208,16 +208,23 @@ def exploration(results: Results) -> dict[str, Pair]:
     return found | {"at equal training loss": (joint, other)}
 
 
+def by_scale(found: Rows, columns: Columns) -> dict[float, np.ndarray]:
+    """Factor of the last task's loss -> test metrics ``[seeds, columns]``."""
+    return {
+        scale: columns_of(
+            columns, chosen_rows([r for r in found if r["scale"] == scale])
+        )
+        for scale in sorted({row["scale"] for row in found})
+    }
+
+
 def scale_slopes(study: Mapping[str, Rows], columns: Columns) -> dict[str, Pair]:
     """Change of the scaled task's metric for a factor of ten ``[seeds]``."""
     slopes = {}
     for name, found in study.items():
-        factors = sorted({row["scale"] for row in found})
-        values = [
-            columns_of(columns, chosen_rows([r for r in found if r["scale"] == f]))
-            for f in factors
-        ]
-        slope = np.polyfit(np.log10(factors), np.array(values)[..., -1], 1)[0]
+        values = by_scale(found, columns)
+        scaled = np.array(list(values.values()))[..., -1]
+        slope = np.polyfit(np.log10(list(values)), scaled, 1)[0]
         slopes[row_of(name).label] = (np.zeros_like(slope), slope)
     return slopes
 
@@ -240,17 +247,13 @@ def comparisons(results: Results) -> list[str]:
 
 def scale_table(study: Mapping[str, Rows], columns: Columns) -> str:
     """Tabulates the last column and the mean of the others, by factor and row."""
-    factors = sorted({row["scale"] for found in study.values() for row in found})
     shown: dict[str, dict[str, Any]] = {}
     for name, found in study.items():
-        scaled, others = {}, {}
-        for factor in factors:
-            at = chosen_rows([r for r in found if r["scale"] == factor])
-            values = columns_of(columns, at)
-            scaled[f"{factor:g}"] = values[:, -1:].mean(1)
-            others[f"{factor:g}"] = values[:, :-1].mean(1)
-        label = row_of(name).label
-        shown |= {f"{label}: scaled": scaled, f"{label}: others": others}
+        label, values = row_of(name).label, by_scale(found, columns)
+        for kind, at in (("scaled", slice(-1, None)), ("others", slice(-1))):
+            means = {f"{scale:g}": v[:, at].mean(1) for scale, v in values.items()}
+            shown[f"{label}: {kind}"] = means
+    factors = sorted({row["scale"] for found in study.values() for row in found})
     return tables.markdown_table(shown, {f"{f:g}": "" for f in factors})
 
 

@@ -36,11 +36,6 @@ class Choice(NamedTuple):
     late: float
 
 
-def _value(row: Row, score: str) -> float:
-    found = row.get(score)
-    return -math.inf if found is None or not math.isfinite(found) else float(found)
-
-
 def select(
     rows: Rows,
     score: str = "val_score",
@@ -78,8 +73,9 @@ def select(
         return Choice([], [], None, None, 0.0)
 
     def value(row: Row) -> float:
-        plain = _value(row, score)
-        return plain if plain == -math.inf else sign * plain
+        plain = row.get(score)
+        fine = plain is not None and math.isfinite(plain)
+        return sign * float(plain) if fine else -math.inf
 
     best = {
         lr: {label: max(mine, key=value) for label, mine in sorted(runs.items())}

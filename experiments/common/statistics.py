@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+DRAWS = 10_000
+"""Number of bootstrap samples."""
+
 
 class Paired(NamedTuple):
     """Differences ``b - a`` along the first axis.
@@ -181,10 +184,8 @@ def tost(a: Any, b: Any, margin: float, *, alpha: float = 0.05) -> Equivalence:
     return Equivalence(-margin < low and high < margin, p, low, high)
 
 
-def bootstrap_sets(
-    differences: Any, *, level: float = 0.95, draws: int = 10_000, seed: int = 0
-) -> tuple[float, float, float]:
-    """The mean difference over data sets and seeds, and its bootstrap interval.
+def bootstrap_sets(differences: Any) -> tuple[float, float, float]:
+    """The mean difference over data sets and seeds, and its 95 % bootstrap interval.
 
     Draws data sets with replacement, and then seeds inside each drawn set. With fewer
     than 8 sets the interval is too narrow; report Student's interval over the means of
@@ -192,9 +193,6 @@ def bootstrap_sets(
 
     Args:
       differences: ``[sets, seeds]``.
-      level: Of the interval.
-      draws: Number of bootstrap samples.
-      seed: Of the samples.
 
     Returns:
       The mean and the two ends.
@@ -206,11 +204,11 @@ def bootstrap_sets(
     """
     d = np.asarray(differences, np.float64)
     sets, n = d.shape
-    rng = np.random.default_rng(seed)
-    which = rng.integers(0, sets, (draws, sets))
-    inside = rng.integers(0, n, (draws, sets, n))
+    rng = np.random.default_rng(0)
+    which = rng.integers(0, sets, (DRAWS, sets))
+    inside = rng.integers(0, n, (DRAWS, sets, n))
     means = d[which[:, :, None], inside].mean((1, 2))
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(means, [(1 - 0.95) / 2, (1 + 0.95) / 2])
     return float(d.mean()), float(low), float(high)
 
 

@@ -1,5 +1,6 @@
 """The data of FS-MTL, Section 5, a model on them, and its measurements."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -17,17 +18,6 @@ from mtljax import data, metrics, models
 
 Batch = Mapping[str, Array]
 OVERLAYS = ("multidigits", "multi_mnist", "multi_fashion", "multi_fashion_mnist")
-
-
-class Splits(NamedTuple):
-    """Arrays of a data set with shrunk images, and the two classification tasks."""
-
-    train: dict[str, np.ndarray]
-    val: dict[str, np.ndarray]
-    test: dict[str, np.ndarray]
-    tasks: tuple[data.Task, ...]
-    image_max: int
-    notes: str
 
 
 class Problem(NamedTuple):
@@ -56,8 +46,10 @@ def shrink(images: np.ndarray, side: int) -> np.ndarray:
     return np.rint(blocks.mean((2, 4), dtype=np.float32)).astype(images.dtype)
 
 
-def load(config: Config, name: str) -> Splits:
+def load(config: Config, name: str) -> data.Dataset:
     """Loads the re-created data set: two items of different classes, overlaid by max.
+
+    The images are shrunk, and the tasks are the two classifications.
 
     See :func:`mtljax.data.multi_mnist` for the construction. The generator of the
     paper's files is not published.
@@ -76,17 +68,19 @@ def load(config: Config, name: str) -> Splits:
         kept = {task.name: split[task.name] for task in tasks}
         return {"image": shrink(split["image"], config.shrink), **kept}
 
-    train, val, test = (arrays(getattr(found, part)) for part in data.SPLITS)
-    return Splits(train, val, test, tasks, found.image_max, found.notes)
+    splits = {part: arrays(getattr(found, part)) for part in data.SPLITS}
+    shape = splits["train"]["image"].shape[1:]
+    return dataclasses.replace(found, tasks=tasks, input_shape=shape, **splits)
 
 
-def make_problem(config: Config, splits: Splits, task: int | None = None) -> Problem:
+def make_problem(
+    config: Config, splits: data.Dataset, task: int | None = None
+) -> Problem:
     """Builds a model with a head for each task, or for a single task."""
     tasks = splits.tasks if task is None else (splits.tasks[task],)
     names = tuple(t.name for t in tasks)
-    model = common.model_of(
-        config, {t.name: t.size for t in tasks}, splits.train["image"].shape[1:]
-    )
+    heads = {t.name: t.size for t in tasks}
+    model = common.model_of(config, heads, splits.input_shape)
 
     def apply(params, batch_stats, images, *, train):
         images = data.to_float(images, splits.image_max)

@@ -14,8 +14,8 @@ from experiments.common import runs as common
 from experiments.common.config import check_batch
 from experiments.common.runs import LABELS
 from experiments.fs_mtl.config import NATIVE, STL, Config, Entry
-from experiments.fs_mtl.problem import Batch, Problem, Splits, scores
-from mtljax import sharpness, training
+from experiments.fs_mtl.problem import Batch, Problem, scores
+from mtljax import data, sharpness, training
 
 MAY_DIFFER = (
     "sets", "methods", "variants", "ablations", "controls", "epochs", "report_only",
@@ -179,7 +179,7 @@ def initial_state(program: Program, seeds: list[int]) -> tuple[State, Array]:
     return common.stack([program.init(key) for key in init_keys]), order_keys
 
 
-def steps_per_epoch(config: Config, problem: Problem | Splits) -> int:
+def steps_per_epoch(config: Config, problem: Problem | data.Dataset) -> int:
     """Returns the number of complete batches in the training canvases."""
     size = len(problem.train["image"])
     check_batch("batch_size", config.batch_size, size)

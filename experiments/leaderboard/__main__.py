@@ -32,7 +32,7 @@ def main(config: Config, command: str) -> None:
         one_thread()
         found = recheck(config, screen.say)
         screen.say(sentence(found, config))
-        sys.exit(int(any(one.difference for one in found)))
+        sys.exit(int(any(found)))
     wanted = queue.jobs(config)
     left = sum(not job.done(config.out) for job in wanted)
     screen.say(

@@ -9,7 +9,7 @@ import json
 import pathlib
 import tempfile
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -23,13 +23,6 @@ from mtljax import training
 SEED = 0
 """Seed of the choice of cells."""
 Lines = Sequence[Mapping[str, Any]]
-
-
-class Finding(NamedTuple):
-    """A cell that was trained again."""
-
-    job: Job
-    difference: float  # largest difference of a number, infinite if lines differ
 
 
 def finished(config: Config) -> dict[Job, Lines]:
@@ -67,8 +60,11 @@ def compare(old: Lines, new: Lines) -> float:
     return max(difference(one, other) for one, other in zip(old, plain, strict=True))
 
 
-def recheck(config: Config, say: Any) -> list[Finding]:
+def recheck(config: Config, say: Any) -> list[float]:
     """Trains ``config.recheck`` finished cells again, in a temporary folder.
+
+    Returns:
+      The largest difference of a number of each cell, infinite if lines differ.
 
     Raises:
       ConfigError: If there are no finished cells, or the data differ from theirs.
@@ -89,21 +85,19 @@ def recheck(config: Config, say: Any) -> list[Finding]:
             equal = lines.get(Job(job.set, queue.EQUAL), ())
             rates = queue.offered(config, job, equal)
             new = train.train_row(fresh, on, job.row, rates)
-            found.append(Finding(job, compare(old, new)))
-            worst = found[-1].difference
-            say(f"{job.set} {job.row}: largest difference {worst:.2g}")
+            found.append(compare(old, new))
+            say(f"{job.set} {job.row}: largest difference {found[-1]:.2g}")
     return found
 
 
-def sentence(found: Sequence[Finding], config: Config) -> str:
+def sentence(found: Sequence[float], config: Config) -> str:
     """The result in one sentence."""
-    worst = max(one.difference for one in found)
     cells = report.counted(len(found), "cell")
-    if worst == 0:
+    if not any(found):
         return f"{cells} trained again, and all numbers are equal bit by bit."
-    differ = sum(one.difference > 0 for one in found)
+    differ = sum(one > 0 for one in found)
     return (
-        f"{cells} trained again, and {differ} differ, by at most {worst:.2g}"
+        f"{cells} trained again, and {differ} differ, by at most {max(found):.2g}"
         f"{_other_machine(config)}."
     )
 

@@ -529,8 +529,11 @@ class ForkMerge:
 
     @functools.cached_property
     def _compiled(self) -> dict[str, Callable[..., Any]]:
-        functions = {"train": self._train, "evaluate": self._evaluate}
-        return {k: jax.jit(f) for k, f in {**functions, "merge": self._merge}.items()}
+        return {
+            "train": jax.jit(self._train),
+            "evaluate": jax.jit(self._evaluate),
+            "merge": jax.jit(self._merge),
+        }
 
     def _score_args(self, what: str, *sets: Any) -> list[tuple[Any, ...]]:
         return [checks.score_args(f"ForkMerge.{what}", found) for found in sets]

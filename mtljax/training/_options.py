@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from jax.sharding import NamedSharding
 
+from mtljax.balancer import check_choice
 from mtljax.training.writers import Writer
 
 Mode = Literal["min", "max"]
@@ -46,8 +47,7 @@ class Evaluation:
 
     def __post_init__(self):
         _at_least_one(**{"Evaluation.every": self.every})
-        if self.mode not in ("min", "max"):
-            raise ValueError(f"Evaluation.mode={self.mode!r} must be 'min' or 'max'.")
+        check_choice("Evaluation", "mode", self.mode, Mode)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,8 +140,4 @@ class Execution:
 
     def __post_init__(self):
         _at_least_one(**{"Execution.chunk": self.chunk})
-        if self.loop_on not in ("device", "host", "auto"):
-            raise ValueError(
-                f"Execution.loop_on={self.loop_on!r} must be 'device', 'host' or "
-                "'auto'."
-            )
+        check_choice("Execution", "loop_on", self.loop_on, ("device", "host", "auto"))

@@ -1079,15 +1079,13 @@ def test_finished_cells_are_trained_again(finished, tmp_path, capsys):
     empty = dataclasses.replace(finished, recheck=1, out=tmp_path / "none")
     with pytest.raises(ConfigError, match=r"--recheck: .*none has no results"):
         command.main(empty, "test")
-    job = queue.Job("enb", "mgda")
-    equal = [recheck.Finding(job, 0.0)] * 3
     text = "3 cells trained again, and all numbers are equal bit by bit."
-    assert recheck.sentence(equal, finished) == text
+    assert recheck.sentence([0.0] * 3, finished) == text
     other = json.loads((tmp_path / "header.json").read_text())
     other["versions"]["jax"] = "0"
     (tmp_path / "header.json").write_text(json.dumps(other))
     moved = dataclasses.replace(finished, out=tmp_path)
-    assert recheck.sentence([recheck.Finding(job, 0.5)], moved) == (
+    assert recheck.sentence([0.5], moved) == (
         "1 cell trained again, and 1 differ, by at most 0.5; other jax than in the "
         "header."
     )
