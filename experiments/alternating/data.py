@@ -66,8 +66,7 @@ def faces_of(config: Config, seed: int) -> Arrays:
     """Person, pose, expression, sunglasses and reconstruction, at half resolution."""
     found = common.load(config, "cmu_faces", persons="mixed", seed=seed)
 
-    def split(arrays, part):
-        del part
+    def split(arrays, _):
         x = arrays["image"].astype(np.float32).reshape(-1, 15, 2, 16, 2).mean((2, 4))
         return arrays | {"x": x[..., None] / 255}
 
@@ -110,8 +109,7 @@ def tox21(config: Config) -> Arrays:
     """Twelve assays of molecules, with substructure fingerprints folded to 256 bits."""
     found = common.load(config, "tox21", bits=256)
 
-    def split(arrays, part):
-        del part
+    def split(arrays, _):
         labels = np.stack([arrays[task.name] for task in found.tasks], 1)
         return {"x": arrays["image"][:, :, 0, 0].astype(np.float32), "y": labels}
 
@@ -146,8 +144,7 @@ def named(config: Config, name: str) -> Arrays:
     """Loads any data set whose tasks share their inputs, including your own."""
     found = common.load(config, name)
 
-    def split(arrays, part):
-        del part
+    def split(arrays, _):
         return arrays | {
             "x": np.asarray(data.to_float(arrays["image"], found.image_max))
         }

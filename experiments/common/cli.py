@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 from experiments.common.config import ConfigError
-from experiments.common.runs import Interrupted
 from mtljax.training.cli import run_cli
 
 
@@ -35,8 +34,6 @@ def make_cli(
     def guarded(config: Any, command: str) -> None:
         try:
             main(config, command)
-        except Interrupted:
-            return
         except ConfigError as error:
             if os.environ.get("MTLJAX_TRACEBACK"):
                 raise

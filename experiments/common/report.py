@@ -1,6 +1,5 @@
 """Output of the experiments: rows, tables, versions and file names."""
 
-import dataclasses
 import json
 import pathlib
 import time
@@ -95,16 +94,13 @@ def chance(p: float) -> str:
     return f"{p:.2g}" if p >= 1e-4 else "< 0.0001"
 
 
-@dataclasses.dataclass
 class Screen:
     """Terminal output. Long lines and wide tables are not truncated in a pipe."""
 
-    started: float = dataclasses.field(default_factory=time.perf_counter)
-
-    def __post_init__(self) -> None:
+    def __init__(self) -> None:
         from rich.console import Console
 
-        self.console = Console()
+        self.started, self.console = time.perf_counter(), Console()
 
     def say(self, text: str) -> None:
         """Prints a line without buffering."""

@@ -17,10 +17,6 @@ LABELS = {"trunk": "shared", "heads": "own"}
 """Labels of the shared parameters of a multi-task network."""
 
 
-class Interrupted(Exception):
-    """A signal stopped the run. The option ``--resume`` continues it."""
-
-
 class Keys(NamedTuple):
     """Random keys of stacked runs. They depend on the seed and not on the method."""
 
@@ -102,7 +98,8 @@ def train(config: Common, plan: Plan) -> list[dict[str, Any]]:
       The rows.
 
     Raises:
-      Interrupted: If a signal stopped the runs.
+      KeyboardInterrupt: If a signal stopped the runs. The option ``--resume`` continues
+        them.
     """
     result = training.fit(
         plan.state,
@@ -136,7 +133,7 @@ def train(config: Common, plan: Plan) -> list[dict[str, Any]]:
         ),
     )
     if result.interrupted:
-        raise Interrupted
+        raise KeyboardInterrupt
     return result.rows
 
 

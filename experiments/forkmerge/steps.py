@@ -96,8 +96,7 @@ def joint_step(config: Config, problem: Problem, method: str, tasks: int):
         problem.task_losses, balancer, labels=LABELS, has_aux=True
     )
 
-    def step(state: State, weights: Array, number: Array, train: Split):
-        del weights
+    def step(state: State, _: Array, number: Array, train: Split):
         batch = joint_batch(problem, state, number, train, 0)
         (_, stats), grad, weighting = gradient(
             state.params, state.weighting, state.batch_stats, state.order, batch
@@ -117,8 +116,7 @@ def auto_lambda_step(config: Config, problem: Problem, tasks: int):
         initial=config.auto_lambda_initial,
     )
 
-    def step(state: State, weights: Array, number: Array, train: Split):
-        del weights
+    def step(state: State, _: Array, number: Array, train: Split):
         now, ahead = (
             (state.batch_stats, state.order, batch)
             for batch in (

@@ -76,11 +76,6 @@ def last(rows: Rows) -> list[dict[str, Any]]:
     return select(rows).last
 
 
-def probes(rows: Rows) -> list[dict[str, Any]]:
-    """Returns the last measurement of conflict of each seed."""
-    return last([row for row in rows if "probe_inter_loss" in row])
-
-
 def lines(runs: Runs) -> dict[str, list[Entry]]:
     """Groups entries by table line. The two single-task runs form one line."""
     found: dict[str, list[Entry]] = {}
@@ -109,11 +104,6 @@ def accuracy(runs: Runs, group: list[Entry], *, at=chosen) -> np.ndarray:
     return 100 * np.mean(each, axis=0)
 
 
-def backward_passes(group: list[Entry]) -> int:
-    """Returns the backward passes per step, for both tasks together."""
-    return sum(entry.backward_passes for entry in group)
-
-
 def table_rows(runs: Runs) -> dict[str, dict[str, Any]]:
     """Returns the values of all lines over seeds."""
     body = {}
@@ -129,12 +119,11 @@ def table_rows(runs: Runs) -> dict[str, dict[str, Any]]:
             each = [column(runs, group, metric, task) for task in (0, 1)]
             row[metric] = np.mean(each, axis=0)
         if len(group) == 1:
+            probed = [r for r in runs.rows[group[0]] if "probe_inter_loss" in r]
             for name in ("inter_loss", "inter_flat", "intra"):
-                row[name.replace("_", "-")] = [
-                    100 * found[f"probe_{name}"]
-                    for found in probes(runs.rows[group[0]])
-                ]
-        row["backward passes"] = backward_passes(group)
+                shares = [100 * found[f"probe_{name}"] for found in last(probed)]
+                row[name.replace("_", "-")] = shares
+        row["backward passes"] = sum(entry.backward_passes for entry in group)
         body[label] = row
     return body
 

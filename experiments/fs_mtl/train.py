@@ -60,11 +60,8 @@ def build_gradient(
     """Builds the sharpness-aware gradient of an entry. Plain entries have radius 0."""
     plain, samo = entry.variant == "plain", entry.variant == "samo"
     balancer_key, samo_key = jax.random.split(key)
-    mode: sharpness.Mode = "split"
-    if entry.variant in ("direct", "samo"):
-        mode = "direct"
-    elif entry.variant in ("second", "each"):
-        mode = entry.variant
+    modes = {"plain": "split", "samo": "direct"}
+    mode: Any = modes.get(entry.variant, entry.variant)
     return sharpness.value_and_flat_grad(
         problem.task_losses,
         build_balancer(config, entry, len(problem.names), balancer_key),

@@ -110,8 +110,9 @@ def load(config: Config, name: str) -> Problem:
             {k: v[: min(sizes)] for k, v in getattr(one, part).items()} for one in found
         ]
         x = [_features(first, split, of.shrink) for split in splits]
-        if any(one.shape != x[0].shape for one in x):
-            x = _same_width(x)
+        # A split may lack a value of a text column. Its features are padded with zeros.
+        width = max(one.shape[1] for one in x)
+        x = [np.pad(one, ((0, 0), (0, width - one.shape[1]))) for one in x]
         y = [_labels(first, split) for split in splits]
         parts[part] = Part(jnp.asarray(np.stack(x)), jnp.asarray(np.stack(y)))
     count = parts["train"].x.shape[1]
@@ -139,12 +140,6 @@ def _options(of: Set, seed: int) -> dict[str, Any]:
         accepted = inspect.signature(find_loader(of.loader)).parameters
         return options | ({"seed": seed} if "seed" in accepted else {})
     return options | {"seed": seed}
-
-
-def _same_width(x: list[np.ndarray]) -> list[np.ndarray]:
-    """Pads features with zeros: a split may lack a value of a text column."""
-    width = max(one.shape[1] for one in x)
-    return [np.pad(one, ((0, 0), (0, width - one.shape[1]))) for one in x]
 
 
 def initial_params(problem: Problem, seeds: range) -> Any:

@@ -154,14 +154,6 @@ def gain(found: Mapping[str, Any]) -> float:
     return float(each[np.array(found["counted"], bool)].mean())
 
 
-def networks(found: Mapping[str, Any], errors: np.ndarray) -> list[float]:
-    """Scores by task of networks with test errors ``[S, T]``, means over seeds."""
-    return [
-        float(np.nanmean(score_of_error(metric, errors[:, t])))
-        for t, metric in enumerate(found["metrics"])
-    ]
-
-
 class Versus(NamedTuple):
     """Single-task networks next to the references of a set, means over the tasks."""
 
@@ -173,10 +165,14 @@ class Versus(NamedTuple):
 
 
 def compare(found: Mapping[str, Any], errors: np.ndarray) -> Versus:
-    """Compares single-task networks with the linear model."""
+    """Compares networks with test errors ``[S, T]`` with the linear model."""
     counted = np.array(found["counted"], bool)
     mean = lambda values: float(np.array(values)[counted].mean())
-    network, linear = mean(networks(found, errors)), mean(found["linear"])
+    scores = [
+        float(np.nanmean(score_of_error(metric, errors[:, t])))
+        for t, metric in enumerate(found["metrics"])
+    ]
+    network, linear = mean(scores), mean(found["linear"])
     d = network - linear
     word = "tie" if abs(d) <= TIE else "better" if d > 0 else "worse"
     used = [m for m, c in zip(found["metrics"], counted, strict=True) if c]

@@ -593,17 +593,6 @@ def result_of(
     return Result(board, values, table, (done, jobs), costs, references)
 
 
-def references_of(
-    config: Config, lines: Sequence[Mapping[str, Any]]
-) -> dict[str, dict[str, Any] | str]:
-    """References of the sets on which all rows are finished."""
-    from experiments.leaderboard import reference
-
-    board = make_board(lines)
-    sets = complete_sets(board, config.rows)
-    return {name: reference.cached(config, board.about[name]) for name in sets}
-
-
 def write(config: Config, command: str) -> tuple[list[pathlib.Path], str]:
     """Writes all files of the report. Returns their paths and the conclusions.
 
@@ -611,14 +600,20 @@ def write(config: Config, command: str) -> tuple[list[pathlib.Path], str]:
     ``LEADERBOARD.md`` and the figures. If the folder has no jobs, its packed rows are
     read, and their header remains.
     """
-    from experiments.leaderboard import figures, page
+    from experiments.leaderboard import figures, page, reference
 
     packed = config.out / "results.jsonl.gz"
     lines = queue.read_rows(config.out, queue.jobs(config))
     fresh = bool(lines) or not packed.is_file()
     lines = lines if fresh else unpack(packed)
     old = read_json(config.out / "leaderboard.json")
-    references = references_of(config, lines) if fresh else old.get("references", {})
+    references = old.get("references", {})
+    if fresh:
+        board = make_board(lines)
+        references = {
+            name: reference.cached(config, board.about[name])
+            for name in complete_sets(board, config.rows)
+        }
     result = result_of(config, lines, costs_of(config, old), references)
     for name, about in result.board.about.items():
         problems.LOADED[name] = {"digest": about["data"], "shared": {}}

@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 import mtljax
 from experiments.common.runs import LABELS, keys_of
-from experiments.common.selection import Choice, search, select
+from experiments.common.selection import search, select
 from experiments.common.timing import stopwatch
 from experiments.leaderboard import options, problem
 from experiments.leaderboard.config import (
@@ -59,9 +59,9 @@ class Try(NamedTuple):
     task: int | None = None  # of a single-task network
 
 
-def make_step(config: Config, problem: Problem, name: str):
+def make_step(config: Config, on: Problem, name: str):
     """Returns ``init(params, key, weights)`` and ``step(state, x, y, lr, weights)``."""
-    num_tasks = problem.num_tasks
+    num_tasks = on.num_tasks
     optimizer = optax.scale_by_adam()
 
     def build(key, weights):
@@ -74,7 +74,7 @@ def make_step(config: Config, problem: Problem, name: str):
     shift = EPSILON if example.positive_losses else 0.0
 
     def task_losses(params, x, y):
-        return losses_of(problem, params, x, y) + shift
+        return problem.task_losses(on, problem.predict(on, params, x), y) + shift
 
     def init(params, key, weights):
         shared = mtljax.shared_params(params, LABELS)
@@ -85,7 +85,7 @@ def make_step(config: Config, problem: Problem, name: str):
         # Random methods use the keys in their states. This placeholder is never used.
         balancer = build(jax.random.key(0), weights)
         gradient = mtljax.value_and_balanced_grad(task_losses, balancer, labels=LABELS)
-        mask = ~jnp.isnan(y).all(0) if problem.missing else None
+        mask = ~jnp.isnan(y).all(0) if on.missing else None
         losses, grad, new = gradient(state.params, state.balancer, x, y, mask=mask)
         updates, opt_state = optimizer.update(grad, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
@@ -99,11 +99,6 @@ def make_step(config: Config, problem: Problem, name: str):
         return jax.tree.map(lambda a, b: jnp.where(fine, a, b), accepted, rejected)
 
     return init, step
-
-
-def losses_of(on: Problem, params, x, y) -> Array:
-    """Losses ``[T]`` of a batch."""
-    return problem.task_losses(on, problem.predict(on, params, x), y)
 
 
 def make_program(config: Config, on: Problem, name: str) -> Callable[..., Outputs]:
@@ -223,13 +218,9 @@ def train_row(
         tries = [tried for lr in rates for tried in tries_at(on, name, lr)]
         return {name: [row for tried in tries for row in trainer.rows(tried)]}
 
+    choose = functools.partial(select, maximise=False, run=("task", "seed"))
     found, _, _ = search(train, choose, rates, config.extensions)
     return [dict(row) for row in found[name]]
-
-
-def choose(rows: Sequence[Any]) -> Choice:
-    """The rate of a row by the scores of its runs."""
-    return select(rows, maximise=False, run=("task", "seed"))
 
 
 def tries_at(on: Problem, name: str, lr: float) -> list[Try]:

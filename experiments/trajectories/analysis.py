@@ -24,8 +24,7 @@ FACTOR_NAMES = {
 }
 ARRAYS = (
     *("step", "train_loss", "train_score", "val_score", "test_score"),
-    *("sharpness", "covariance", "square_norm", "fisher"),
-    *("similarity", "null", "split", "split_low", "split_high"),
+    *("sharpness", "covariance", "fisher", "similarity"),
 )
 
 
@@ -267,7 +266,6 @@ def aggregates(config: Config, found: Group, task: str) -> dict[str, np.ndarray]
         "min_loss": np.nanmin(mine("train_loss"), 1),
         # The initial point is excluded, because it is equal in all runs.
         "similarity": np.nanmean(mine("similarity")[:, 1:], 1),
-        "null": np.nanmean(mine("null")[:, 1:], 1),
     }
     return {name: np.asarray(value) for name, value in values.items()}
 
@@ -392,7 +390,6 @@ class Scatter(NamedTuple):
     setting: str
     target: str
     sizes: np.ndarray  # T of each point
-    sets: list[tuple[str, ...]]
     values: dict[str, np.ndarray]  # name -> [points, seeds]
 
 
@@ -412,7 +409,7 @@ def scatters(config: Config, groups: Groups) -> list[Scatter]:
         each = [aggregates(config, g, task) for g in mine]
         values = {name: np.stack([e[name] for e in each]) for name in each[0]}
         sizes = np.array([len(g.tasks) for g in mine])
-        result.append(Scatter(setting, task, sizes, [g.tasks for g in mine], values))
+        result.append(Scatter(setting, task, sizes, values))
     return result
 
 

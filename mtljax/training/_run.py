@@ -1,6 +1,7 @@
 """State of one call of :func:`mtljax.training.fit`."""
 
 import contextlib
+import dataclasses
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
@@ -136,29 +137,25 @@ class Subject(NamedTuple):
     task_names: Sequence[str] | None
 
 
+@dataclasses.dataclass
 class Run:
     """One call of :func:`fit`, with the actions at the boundaries between chunks."""
 
-    def __init__(
-        self,
-        engine: Any,
-        subject: Subject,
-        *,
-        evaluation: Evaluation | None,
-        checkpointing: Checkpointing | None,
-        logging: Logging,
-        execution: Execution,
-        screen: Progress,
-    ):
-        self.engine, self.subject, self.screen = engine, subject, screen
-        self.evaluation, self.execution = evaluation, execution
-        self.folder: pathlib.Path | None = None
-        self.checkpoint_every: int | None = None
-        if checkpointing is not None:
-            self.folder = pathlib.Path(checkpointing.directory)
-            self.checkpoint_every = checkpointing.every
-        self.num_steps, self.log_every = subject.num_steps, logging.every
-        self.window = Window(logging.every)
+    engine: Any
+    subject: Subject
+    _: dataclasses.KW_ONLY
+    evaluation: Evaluation | None
+    checkpointing: Checkpointing | None
+    logging: Logging
+    execution: Execution
+    screen: Progress
+
+    def __post_init__(self):
+        options = self.checkpointing
+        self.folder = None if options is None else pathlib.Path(options.directory)
+        self.checkpoint_every = None if options is None else options.every
+        self.num_steps, self.log_every = self.subject.num_steps, self.logging.every
+        self.window = Window(self.log_every)
         self.best: Best | None = None
         self.score: float | None = None  # of the evaluation at the current step
         self.score_text = ""

@@ -1198,7 +1198,7 @@ def test_heads_follow_their_own_losses(mine):
     on = train.cached_problem(mine, mine.sets[0])
     params = jax.tree.map(lambda p: p[0], problem.initial_params(on, range(1)))
     x, y = (a[0, :16] for a in on.parts["train"])
-    loss = lambda p: train.losses_of(on, p, x, y)
+    loss = lambda p: problem.task_losses(on, problem.predict(on, p, x), y)
     weights = jnp.array([3.0, 0.0])
     balancer = mtljax.linear(2, weights=weights)
     labels = {"trunk": "shared", "heads": "own"}
