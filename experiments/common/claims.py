@@ -518,16 +518,8 @@ def measure(claim: Claim, lines: Sequence[Line], family: int = 1) -> Evidence | 
     )
     p = narrow.p if claim.kind == "equivalence" else float(wide.p)
     detectable = minimum_detectable(len(found), level=0.05 / family) * float(wide.sd)
-    return Evidence(
-        mean=float(wide.mean),
-        low=float(wide.low),
-        high=float(wide.high),
-        low90=narrow.low,
-        high90=narrow.high,
-        n=len(found),
-        p=p,
-        detectable=detectable,
-    )
+    ends = (float(wide.low), float(wide.high), narrow.low, narrow.high)
+    return Evidence(float(wide.mean), *ends, len(found), p, detectable)
 
 
 def _share(claim: Claim, hits: np.ndarray, family: int) -> Evidence:

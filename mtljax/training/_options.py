@@ -13,10 +13,9 @@ from mtljax.training.writers import Writer
 Mode = Literal["min", "max"]
 
 
-def _at_least_one(**counts: int | None) -> None:
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value} must be at least 1.")
+def _at_least_one(name: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise ValueError(f"{name}={value} must be at least 1.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Evaluation:
     mode: Mode = "min"
 
     def __post_init__(self):
-        _at_least_one(**{"Evaluation.every": self.every})
+        _at_least_one("Evaluation.every", self.every)
         check_choice("Evaluation", "mode", self.mode, Mode)
 
 
@@ -84,12 +83,8 @@ class Checkpointing:
     may_differ: Iterable[str] = ()
 
     def __post_init__(self):
-        _at_least_one(
-            **{
-                "Checkpointing.every": self.every,
-                "Checkpointing.keep_last": self.keep_last,
-            }
-        )
+        _at_least_one("Checkpointing.every", self.every)
+        _at_least_one("Checkpointing.keep_last", self.keep_last)
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other.")
 
@@ -113,7 +108,7 @@ class Logging:
     title: str = ""
 
     def __post_init__(self):
-        _at_least_one(**{"Logging.every": self.every})
+        _at_least_one("Logging.every", self.every)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,5 +134,5 @@ class Execution:
     batch_sharding: NamedSharding | None = None
 
     def __post_init__(self):
-        _at_least_one(**{"Execution.chunk": self.chunk})
+        _at_least_one("Execution.chunk", self.chunk)
         check_choice("Execution", "loop_on", self.loop_on, ("device", "host", "auto"))
