@@ -210,12 +210,9 @@ def exploration(results: Results) -> dict[str, Pair]:
 
 def by_scale(found: Rows, columns: Columns) -> dict[float, np.ndarray]:
     """Factor of the last task's loss -> test metrics ``[seeds, columns]``."""
-    return {
-        scale: columns_of(
-            columns, chosen_rows([r for r in found if r["scale"] == scale])
-        )
-        for scale in sorted({row["scale"] for row in found})
-    }
+    scales = sorted({row["scale"] for row in found})
+    at = lambda scale: chosen_rows([r for r in found if r["scale"] == scale])
+    return {scale: columns_of(columns, at(scale)) for scale in scales}
 
 
 def scale_slopes(study: Mapping[str, Rows], columns: Columns) -> dict[str, Pair]:

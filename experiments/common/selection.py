@@ -103,13 +103,9 @@ def select_each(
     With ``column="last"``, they are the last rows.
     """
     tasks = dict.fromkeys(r["task"] for r in rows if r.get("kind", "eval") == "eval")
-    return [
-        row
-        for task in tasks
-        for row in getattr(
-            select([r for r in rows if r.get("task") == task], **options), column
-        )
-    ]
+    groups = [[row for row in rows if row.get("task") == task] for task in tasks]
+    choices = [select(group, **options) for group in groups]
+    return [row for choice in choices for row in getattr(choice, column)]
 
 
 def search(

@@ -11,9 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-DRAWS = 10_000
-"""Number of bootstrap samples."""
-
 
 class Paired(NamedTuple):
     """Differences ``b - a`` along the first axis.
@@ -204,9 +201,9 @@ def bootstrap_sets(differences: Any) -> tuple[float, float, float]:
     """
     d = np.asarray(differences, np.float64)
     sets, n = d.shape
-    rng = np.random.default_rng(0)
-    which = rng.integers(0, sets, (DRAWS, sets))
-    inside = rng.integers(0, n, (DRAWS, sets, n))
+    draws, rng = 10_000, np.random.default_rng(0)
+    which = rng.integers(0, sets, (draws, sets))
+    inside = rng.integers(0, n, (draws, sets, n))
     means = d[which[:, :, None], inside].mean((1, 2))
     low, high = np.quantile(means, [(1 - 0.95) / 2, (1 + 0.95) / 2])
     return float(d.mean()), float(low), float(high)
