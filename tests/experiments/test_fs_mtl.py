@@ -199,7 +199,8 @@ def test_figures_of_rows(tmp_path):
         *("accuracy_over_cost", "accuracy_over_epochs", "conflict_inter_loss")
     }
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in written)
-    table = report.write(config, runs, "the command", "notes")[0].read_text()
+    _, path = report.write(config, runs, "the command", "notes")
+    table = path.read_text()
     assert "Not finished: " in table
     assert "`the command`" in table
 
