@@ -513,7 +513,7 @@ def commit(healthy: Any, update: Any, new: Any, old: Any) -> tuple[Any, Any]:
         # A frozen leaf may contain integers, which cannot be NaN.
         if not jnp.issubdtype(jnp.result_type(u), jnp.inexact):
             return u
-        return jnp.where(healthy, u, jnp.asarray(jnp.nan, jnp.result_type(u)))
+        return jnp.where(healthy, u, jnp.nan)
 
     update = jax.tree.map(mark, update)
     return update, choose_state(healthy, new, old)

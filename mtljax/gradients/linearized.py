@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Scalar
 
 from mtljax import placement, stack
 from mtljax.balancer import as_mask, check_choice, task_vector
@@ -432,7 +432,7 @@ class Linearized(NamedTuple):
         return rescaled(found, scale)
 
 
-def in_range(weights: Weights, dtype: Any) -> tuple[Weights, Weights | None]:
+def in_range(weights: Weights, dtype: Any) -> tuple[Weights, Scalar | None]:
     """Divides weights by their largest value if losses have half precision.
 
     They may exceed the range of float16.
@@ -448,7 +448,7 @@ def in_range(weights: Weights, dtype: Any) -> tuple[Weights, Weights | None]:
     return wide / scale, scale
 
 
-def rescaled(gradients: Sequence[Any], scale: Any) -> list[Any]:
+def rescaled(gradients: Sequence[Any], scale: Scalar | None) -> list[Any]:
     """Multiplies gradients for the weights of :func:`in_range` by the scale."""
     if scale is None:
         return list(gradients)

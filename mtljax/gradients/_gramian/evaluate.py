@@ -401,8 +401,8 @@ def gradient(
     through_trunk = bool(plan.in_trunk.intersection(leaves))
     again: Any = ()
     if shares or (heads_again and through_trunk):
-        again_seeds = weights if seeds is None else weights * seeds.astype(
-            weights.dtype
+        again_seeds = (
+            weights if seeds is None else weights * seeds.astype(weights.dtype)
         )
         copies, of_entries, rows = backward.forward.pull_heads(
             again_seeds.astype(backward.forward.losses.dtype)
