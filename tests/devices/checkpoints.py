@@ -91,7 +91,7 @@ def alternate(place: Place) -> Any:
         return params, rule.init(params)
 
     def step(state, batch):
-        return rule.step(loss, *state, batch)[:2]
+        return rule.step(loss, *state, batch)[1:]
 
     return init, step
 
