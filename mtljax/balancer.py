@@ -114,7 +114,9 @@ class Balancer(optax.GradientTransformationExtraArgs):
                 for key in ("losses", "mask"):
                     if isinstance(kwargs.get(key), Mapping):
                         kwargs[key] = task_vector(kwargs[key], self.names)
-                return compiled(*args, **kwargs)
+                # A rule mixes the dtypes of losses, gradients, states and counts.
+                with jax.numpy_dtype_promotion("standard"):
+                    return compiled(*args, **kwargs)
 
             return call
 
@@ -180,7 +182,8 @@ def _own_buffers(init: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(init)
     def own(*args, **kwargs):
-        return jax.tree.map(copy, init(*args, **kwargs))
+        with jax.numpy_dtype_promotion("standard"):
+            return jax.tree.map(copy, init(*args, **kwargs))
 
     return own
 
@@ -510,7 +513,7 @@ def commit(healthy: Any, update: Any, new: Any, old: Any) -> tuple[Any, Any]:
         # A frozen leaf may contain integers, which cannot be NaN.
         if not jnp.issubdtype(jnp.result_type(u), jnp.inexact):
             return u
-        return jnp.where(healthy, u, jnp.asarray(jnp.nan, jnp.result_type(u)))
+        return jnp.where(healthy, u, jnp.nan)
 
     update = jax.tree.map(mark, update)
     return update, choose_state(healthy, new, old)
@@ -572,7 +575,7 @@ def as_losses(name: str, num_tasks: int, losses: Any) -> Losses:
         )
     if not jnp.isrealobj(losses):
         raise ValueError(f"{name}: losses has dtype {losses.dtype}; it must be real.")
-    return losses.astype(jnp.promote_types(losses.dtype, jnp.float32))
+    return losses.astype(stack.wide_dtype(losses.dtype))
 
 
 def _positive(losses: Losses) -> Mask:

@@ -49,10 +49,11 @@ def masked_task_means(values: Any, present: Any) -> tuple[Any, Any]:
         present = jnp.asarray(present, bool)
         count = present.sum(axes)
         # A sum or a count may overflow in half precision. jnp.mean also uses float32.
-        wide = jnp.promote_types(jnp.result_type(values), jnp.float32)
+        wide = stack.wide_dtype(jnp.result_type(values))
         total = jnp.where(present, values, 0).sum(axes, dtype=wide)
         found = total / jnp.maximum(count, 1).astype(wide)
-        return found.astype(jnp.result_type(values, jnp.float16)), count > 0
+        dtype = stack.promoted(jnp.result_type(values), jnp.float16)
+        return found.astype(dtype), count > 0
 
     if isinstance(values, Mapping):
         if not isinstance(present, Mapping) or set(values) != set(present):

@@ -12,6 +12,21 @@ from mtljax import placement
 from mtljax.types import Grads, Gramian, Mask, Update, Weights
 
 
+def promoted(*dtypes: Any) -> Any:
+    """Returns the dtype to which the dtypes are promoted.
+
+    With ``jax_numpy_dtype_promotion="strict"``, ``jnp.promote_types`` raises an error
+    for floating-point dtypes that differ.
+    """
+    with jax.numpy_dtype_promotion("standard"):
+        return functools.reduce(jnp.promote_types, dtypes)
+
+
+def wide_dtype(*dtypes: Any) -> Any:
+    """Returns the dtype in which sums are accumulated, float32 or a wider one."""
+    return promoted(jnp.float32, *dtypes)
+
+
 def path_name(path: tuple[Any, ...]) -> str:
     """Formats the path of a leaf, for example ``trunk/dense/kernel``."""
     return jax.tree_util.keystr(path, simple=True, separator="/") or "(root)"
@@ -104,7 +119,7 @@ def cross_gramian(left: Grads, right: Grads) -> Gramian:
 
     def leaf(a, b):
         # Contract all axes of the leaf. A reshape would gather sharded axes.
-        wide = jnp.promote_types(a.dtype, jnp.float32)
+        wide = wide_dtype(a.dtype)
         axes = tuple(range(1, a.ndim))
         return jax.lax.dot_general(
             a.astype(wide),
@@ -151,7 +166,7 @@ def combine(grads: Grads, weights: Weights) -> Update:
     """
 
     def leaf_sum(g):
-        wide = jnp.promote_types(g.dtype, jnp.float32)
+        wide = wide_dtype(g.dtype)
         out = jnp.tensordot(
             weights.astype(wide), g.astype(wide), 1, precision="highest"
         )

@@ -10,6 +10,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
+from mtljax import stack
 from mtljax.balancer import check_choice
 from mtljax.forkmerge import _checks as checks
 from mtljax.forkmerge._checks import Direction, Numbers
@@ -127,7 +128,7 @@ def confidence_score_discrepancy(
       >>> round(float(confidence_score_discrepancy(jnp.zeros((3, 4)))), 6)
       0.75
     """
-    wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    wide = logits.astype(stack.wide_dtype(logits.dtype))
     confidence = jax.nn.softmax(wide).max(-1)
     if mask is None:
         return 1 - confidence.mean()

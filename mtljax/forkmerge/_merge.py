@@ -86,7 +86,7 @@ def average(leaf: Array, weights: Array) -> Array:
     A branch that diverged can therefore be excluded, although ``0 * NaN`` is NaN. The
     weights have shape ``[B]``, or ``[B, rows]`` for a leaf whose second axis is rows.
     """
-    wide = jnp.promote_types(leaf.dtype, jnp.float32)
+    wide = stack.wide_dtype(leaf.dtype)
     weights = weights.reshape(weights.shape + (1,) * (leaf.ndim - weights.ndim))
     terms = weights.astype(wide) * leaf.astype(wide)
     return jnp.where(weights != 0, terms, 0).sum(0).astype(leaf.dtype)
@@ -177,7 +177,7 @@ def merge_leaves(
     """Applies :func:`merge` with hashable rules."""
     num_branches = checks.count_branches(name, branches)
     weights = checks.merge_weights(name, weights, num_branches)
-    weights = weights.astype(jnp.promote_types(weights.dtype, jnp.float32))
+    weights = weights.astype(stack.wide_dtype(weights.dtype))
     leaves, treedef = jax.tree.flatten(branches)
     kinds = plan(name, branches, rules)
     fresh = [None] * len(leaves)

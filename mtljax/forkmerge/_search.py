@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from mtljax import stack
 from mtljax.balancer import check_choice
 from mtljax.forkmerge import _checks as checks
 from mtljax.forkmerge._checks import Direction, Numbers
@@ -115,7 +116,7 @@ def validate(score: Callable[..., Any], state: Any, args: tuple[Any, ...]) -> Ar
             "search_merge: the score must be a scalar array, because it ranks merged "
             f"models, not {what}."
         )
-    return found.astype(jnp.promote_types(jnp.result_type(found), jnp.float32))
+    return found.astype(stack.wide_dtype(jnp.result_type(found)))
 
 
 def merged_state(plan: Plan, inputs: Inputs, weights: Array) -> Any:

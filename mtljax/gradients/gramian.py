@@ -23,9 +23,11 @@ from mtljax.gradients.linearized import (
     Strategy,
     VectorLosses,
     checked_losses,
+    in_range,
     linearize,
     make_options,
     make_region,
+    rescaled,
     split_leaves,
 )
 from mtljax.gradients.passes import Passes, map_tasks
@@ -185,6 +187,7 @@ class LinearizedUses(NamedTuple):
     def _gradient(self, label: str, weights: Weights) -> list[Any]:
         numbers, made = self._numbers(label), self.uses.plan
         seeds, sums = self.region.seeds, self._sums(label)
+        weights, scale = in_range(weights, self.losses.dtype)
         found = evaluate.gradient(
             made,
             self.backward,
@@ -194,7 +197,7 @@ class LinearizedUses(NamedTuple):
             heads_again=cheap_heads(made),
         )
         found = {i: placement.total(g, sums[i]) for i, g in found.items()}
-        return self._filled(found, numbers)
+        return rescaled(self._filled(found, numbers), scale)
 
     def _filled(self, found: dict[int, Any], numbers: list[int]) -> list[Any]:
         """Adds zeros for leaves that no loss reads."""

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Scalar
 
 from mtljax import placement, stack
 from mtljax.balancer import as_mask, check_choice, task_vector
@@ -249,7 +249,9 @@ class Region(NamedTuple):
         """Returns cotangents of the local losses, for one or a stack of cotangents."""
         if self.seeds is None:
             return cotangent
-        return cotangent * jnp.broadcast_to(self.seeds, cotangent.shape)
+        dtype = stack.promoted(cotangent.dtype, self.seeds.dtype)
+        seeds = jnp.broadcast_to(self.seeds, cotangent.shape).astype(dtype)
+        return cotangent.astype(dtype) * seeds
 
     def sums(self, leaf: Any) -> Axes:
         """Returns the axes over which the gradient of a parameter must be summed."""
@@ -424,16 +426,38 @@ class Linearized(NamedTuple):
         return stack.combine(rows, weights), self.own(own)
 
     def _weighted(self, weights: Losses, part: int) -> list[Any]:
-        seeds = self.region.seeded(weights)
-        dtype, scale = self.losses.dtype, None
-        if jnp.finfo(dtype).bits < 32:
-            # Weights may exceed the range of float16, so scale them afterwards.
-            scale = jnp.maximum(jnp.abs(seeds).max(), jnp.finfo(jnp.float32).tiny)
-            seeds = seeds / scale
+        dtype = self.losses.dtype
+        seeds, scale = in_range(self.region.seeded(weights), dtype)
         found = self.pull(seeds.astype(dtype), lambda results: results[part])
-        if scale is not None:
-            found = [(g * scale).astype(g.dtype) for g in found]
-        return found
+        return rescaled(found, scale)
+
+
+def in_range(weights: Weights, dtype: Any) -> tuple[Weights, Scalar | None]:
+    """Divides weights by their largest value if losses have half precision.
+
+    They may exceed the range of float16.
+
+    Returns:
+      The pair ``(weights, scale)``. The scale is None for wider losses.
+    """
+    if jnp.finfo(dtype).bits >= 32:
+        return weights, None
+    wide = weights.astype(stack.wide_dtype(weights.dtype))
+    tiny = float(jnp.finfo(jnp.float32).tiny)
+    scale = jnp.maximum(jnp.abs(wide).max(), tiny)
+    return wide / scale, scale
+
+
+def rescaled(gradients: Sequence[Any], scale: Scalar | None) -> list[Any]:
+    """Multiplies gradients for the weights of :func:`in_range` by the scale."""
+    if scale is None:
+        return list(gradients)
+
+    def leaf(g):
+        wide = stack.wide_dtype(g.dtype)
+        return (g.astype(wide) * scale.astype(wide)).astype(g.dtype)
+
+    return [leaf(g) for g in gradients]
 
 
 def linearize(

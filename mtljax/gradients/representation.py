@@ -16,7 +16,9 @@ from mtljax.gradients.linearized import (
     Region,
     VectorLosses,
     checked_losses,
+    in_range,
     make_region,
+    rescaled,
     split_leaves,
 )
 from mtljax.gradients.passes import map_tasks, pick
@@ -130,18 +132,20 @@ class Represented(NamedTuple):
 
     def local_gradients(self, weights: Weights, own: Weights) -> tuple[Any, Any]:
         """Returns this device's parts of both weighted gradients."""
-        seeds = self.region.seeded(weights).astype(self.losses.dtype)
-        direct, of_z = self.pull_heads(seeds, lambda r: (r[0], r[2]))
+        dtype = self.losses.dtype
+        seeds, scale = in_range(self.region.seeded(weights), dtype)
+        direct, of_z = self.pull_heads(seeds.astype(dtype), lambda r: (r[0], r[2]))
         (through_trunk,) = self.pull_trunk(of_z)
         shared = [a + b for a, b in zip(direct, through_trunk, strict=True)]
-        return shared, self.local_own(own)
+        return rescaled(shared, scale), self.local_own(own)
 
     def local_own(self, weights: Weights) -> list[Any]:
         """Returns this device's part of the weighted gradient of own leaves."""
         if not self.leaves.numbers("own"):
             return []
-        seeds = self.region.seeded(weights).astype(self.losses.dtype)
-        return self.pull_heads(seeds, lambda r: r[1])
+        dtype = self.losses.dtype
+        seeds, scale = in_range(self.region.seeded(weights), dtype)
+        return rescaled(self.pull_heads(seeds.astype(dtype), lambda r: r[1]), scale)
 
     def gradients(
         self, weights: Weights, own: Weights, cache: None = None

@@ -56,7 +56,7 @@ class Scattered(NamedTuple):
         for numbers in _buffers(rows, devices):
             # Inside a mapped region a reshape needs no communication.
             flat = [rows[i].reshape(len(rows[i]), -1) for i in numbers]
-            dtype = jnp.result_type(*flat)
+            dtype = stack.promoted(*(x.dtype for x in flat))
             buffer = jnp.concatenate([x.astype(dtype) for x in flat], axis=1)
             padding = -buffer.shape[1] % devices
             buffer = jnp.pad(buffer, ((0, 0), (0, padding)))

@@ -226,9 +226,7 @@ def conflict_free(
 
 def _products(grads: Grads, weights: Weights) -> Weights:
     """Computes ``<g_j, Σ_i w_i g_i>`` with the accuracy of the gradients."""
-    wide = jax.tree.map(
-        lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), grads
-    )
+    wide = jax.tree.map(lambda g: g.astype(stack.wide_dtype(g.dtype)), grads)
 
     def leaf(g, total):  # contracts every axis of the parameter, without a reshape
         axes = tuple(range(1, g.ndim)), tuple(range(total.ndim))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from mtljax import stack
 from mtljax.balancer import (
     Balancer,
     check_choice,
@@ -104,7 +105,7 @@ def graddrop(
         passed = given = jnp.zeros(num_tasks, jnp.float32)
         combined = []
         for i, leaf in enumerate(leaves):
-            wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+            wide = leaf.astype(stack.wide_dtype(leaf.dtype))
             uniform = jax.random.uniform(
                 jax.random.fold_in(draw, i), wide.shape[1:], wide.dtype
             )

@@ -9,6 +9,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
+from mtljax import stack
 from mtljax.types import Mask, Weights
 
 TaskVector: TypeAlias = Sequence[Any] | Float[Array, " tasks"] | np.ndarray
@@ -19,7 +20,7 @@ HostVector: TypeAlias = Float[np.ndarray, " tasks"]
 def _as_array(values: Any) -> Array | np.ndarray:
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(values)):
         array = jnp.asarray(values)
-        return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+        return array.astype(stack.wide_dtype(array.dtype))
     return np.asarray(values, np.float64)
 
 

@@ -14,7 +14,7 @@ def zeros_like_stacked(params: Any, num_tasks: int) -> Any:
     """Builds zeros ``[num_tasks, ...]`` for every parameter, at least in float32."""
 
     def leaf(p):
-        dtype = jnp.promote_types(jnp.result_type(p), jnp.float32)
+        dtype = stack.wide_dtype(jnp.result_type(p))
         # zeros_like keeps the sharding of the parameter.
         one = jnp.zeros_like(p, dtype)[None]
         return jnp.broadcast_to(one, (num_tasks, *jnp.shape(p)))
@@ -60,7 +60,7 @@ def row_norms(grads: Grads) -> Weights:
     """Computes the norm of each task gradient over all leaves, shape ``[T]``."""
 
     def squares(g):
-        wide = g.astype(jnp.promote_types(g.dtype, jnp.float32))
+        wide = g.astype(stack.wide_dtype(g.dtype))
         return jnp.square(wide).sum(tuple(range(1, g.ndim)))
 
     return jnp.sqrt(sum(map(squares, jax.tree.leaves(grads)), jnp.zeros(())))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from mtljax import stack
 from mtljax.balancer import Balancer, check_choice, factory, from_grads, rescale
 from mtljax.types import Mask, Scale, Weights
 
@@ -105,7 +106,7 @@ def trimmed_mean(num_tasks: int, *, trim: int = 1, scale: Scale = "native") -> B
 
         def leaf(g):
             kept = trimmed_mean_kept(g, trim, mask)
-            wide = jnp.where(kept, g, 0).astype(jnp.promote_types(g.dtype, jnp.float32))
+            wide = jnp.where(kept, g, 0).astype(stack.wide_dtype(g.dtype))
             shares = kept.sum(tuple(range(1, g.ndim)), dtype=jnp.int32)
             return wide.sum(0) * unit.astype(wide.dtype), shares
 

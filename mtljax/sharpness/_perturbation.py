@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Scalar
 
-from mtljax import placement
+from mtljax import placement, stack
 from mtljax.balancer import check_choice, check_number
 
 Norm: TypeAlias = Literal["separate", "joint"]
@@ -130,7 +130,7 @@ def make_perturb(name: str, perturb: Any) -> Any:
 
 def widen(x: Array) -> Array:
     """Converts to at least float32, because small differences need the precision."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(stack.wide_dtype(x.dtype))
 
 
 def length(leaves: Leaves, splits: Splits) -> Scalar:

@@ -185,11 +185,13 @@ def scattered(tracked: bool) -> None:
     )
 
 
-def sharded_rows(kind: str) -> None:
+def sharded_rows(kind: str, method: str = "cagrad", engine: str = "stacked") -> None:
     """FSDP: no device holds the T gradients of a matrix after an all-gather."""
     place = Place(BY_NAME["fsdp8"], make_mesh(BY_NAME["fsdp8"], kind), kind, True)
-    text = compile_step(place, "wide", "cagrad", "stacked")[0].as_text()
-    for one in hlo.collectives(text):
+    text = compile_step(place, "wide", method, engine)[0].as_text()
+    found = hlo.collectives(text)
+    assert found, "the step exchanges nothing"
+    for one in found:
         if one.kind == "all-gather":
             shape = tuple(sorted(n for n in one.shape if n != 1))
             assert shape not in ((4, 256, 256), (4, 65536)), f"gathers {one.shape}"
@@ -222,6 +224,10 @@ def cases():
         yield Case(f"stacked-fsdp-{kind}", part(sharded_rows, kind))
         yield Case(f"losses-{kind}", part(losses_under_jit, kind))
         yield Case(f"gramian-dp-{kind}", part(parallel_gramian, kind))
+    for method in ("upgrad", "mgda", "nash_mtl"):
+        for engine in ("stacked", "gramian"):
+            case = part(sharded_rows, "explicit", method, engine)
+            yield Case(f"fsdp-explicit-{method}-{engine}", case, True)
     for tracked in (True, False):
         how = "vma" if tracked else "unchecked"
         yield Case(f"losses-{how}", part(losses_in_region, tracked), not tracked)

@@ -315,12 +315,16 @@ def idle_axis(engine: str) -> None:
     check_step(found, one_device("mlp", "small", method))
 
 
-def explicit_axis(engine: str, tracked: bool) -> None:
+# Methods with weights from losses, from solvers and from learned numbers.
+METHODS = ("nash_mtl", "upgrad", "mgda", "famo", "imtl_g", "fairgrad")
+METHODS += ("dwa", "igb_v1", "gradnorm", "aligned_mtl", "dualproj")
+
+
+def explicit_axis(method: str, how: str, tracked: bool) -> None:
     """The batch is split over a mapped axis, and parameters over an Explicit one."""
     if not has_set_mesh():
         raise Skip("a part of a mesh can be mapped in the context of the mesh only")
     model = model_of("mlp")
-    method, how = ENGINES[engine]
     balancer = build(method)
     layout = Layout("model", (4, 2), ("data", "model"), (), model="model")
     mesh = make_mesh(layout, "explicit")
@@ -636,7 +640,7 @@ def averaged_cases():
             yield Case(f"heads-{region}-{engine}-{exchange}", case, deep)
         deep = (region, engine) != ("unchecked", "gramian")
         yield Case(f"aux-{region}-{engine}", part(local_aux, region, engine), deep)
-    for engine in ENGINES:
+    for engine, pair in ENGINES.items():
         for exchange in exchanges(engine):
             deep = engine != "gramian" and (engine, exchange) != ("stacked", "all")
             case = part(shards, engine, exchange)
@@ -648,8 +652,16 @@ def averaged_cases():
         for tracked in (True, False):
             name = f"explicit_axis-{engine}-{'vma' if tracked else 'unchecked'}"
             deep = (engine, tracked) != ("gramian", True)
-            yield Case(name, part(explicit_axis, engine, tracked), deep)
+            case = part(explicit_axis, *pair, tracked)
+            yield Case(name, case, deep)
         yield Case(f"idle_axis-{engine}", part(idle_axis, engine), engine != "gramian")
+
+
+def explicit_methods():
+    """Other methods where a mapped and an Explicit axis meet."""
+    for method in METHODS:
+        case = functools.partial(explicit_axis, method, "auto", True)
+        yield Case(f"explicit_axis-method-{method}", case, True)
 
 
 def other_cases():
@@ -678,4 +690,4 @@ def other_cases():
         yield Case(f"scatter_refused-{method}-{engine}", case)
 
 
-CASES = [*local_cases(), *averaged_cases(), *other_cases()]
+CASES = [*local_cases(), *averaged_cases(), *explicit_methods(), *other_cases()]

@@ -31,6 +31,12 @@ FUNCTIONS = {
     "a loop": lambda c: jax.lax.fori_loop(0, 3, lambda i, x: jnp.sin(x) * i, c["x"]),
     "a call": lambda c: jax.jit(lambda x: jax.nn.relu(x) + TABLE)(c["x"]),
     "a choice of numbers": lambda c: jnp.where(c["y"][0] > 0, c["x"], TABLE),
+    "a choice of scalars": lambda c: {
+        "shared case": jnp.where(TABLE.max() > 0, c["y"].sum(), 2.0),
+        "shared cases": jnp.where(c["y"][0] > 0, 1.0, TABLE.sum()),
+        "sum": 3.0 * c["y"][1] + TABLE.sum(),
+        "clip": jnp.clip(c["y"][1], -0.5, TABLE.max()),
+    },
     "a clip": lambda c: jnp.clip(c["x"], -0.5, 0.5),
 }
 

@@ -284,6 +284,19 @@ def tied():
     return Model(losses, params | {"heads": three(10)}, ("siamese",))
 
 
+def normalised():
+    """Scalars of the trunk, which conditions choose and all tasks share."""
+    x = normal(0, 4, 8)
+
+    def losses(p):
+        norm = jnp.sqrt(jnp.sum(p["w"] ** 2))
+        w = p["w"] / jnp.where(norm > 1e-3, norm, 1.0)
+        h = jnp.tanh(x @ w)
+        return regressions(h * jax.nn.logsumexp(h), p["heads"])
+
+    return Model(losses, {"w": normal(1, 8, 8), "heads": three(8)})
+
+
 def several_batches():
     """A forward pass per task, of different shapes: no trunk at all."""
     batches = [normal(i, n, 6) for i, n in enumerate((2, 3, 5))]
@@ -424,6 +437,7 @@ MODELS = {
     "unrolled rnn": lambda: recurrent(scanned=False),
     "calls": calls,
     "tied": tied,
+    "normalised": normalised,
     "several batches": several_batches,
     "activations": activations,
     "entangled": entangled,

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from mtljax import placement
+from mtljax import placement, stack
 from mtljax.placement import Axes
 
 _EXACT = "highest"
@@ -39,7 +39,7 @@ class Side(NamedTuple):
 
 def wide(x: Array) -> Array:
     """Converts to the dtype in which inner products are accumulated."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(stack.wide_dtype(x.dtype))
 
 
 def inner(left: Side, right: Side, axes: Axes = ()) -> Array:

@@ -331,7 +331,7 @@ def products(
     splits = {i: tuple(a for a in axes if a not in over) for i, over in sums.items()}
     refs = [plan.program.leaves[leaf] for leaf in plan.shared]
     dtypes = [plan.program.avals[ref].dtype for ref in refs]
-    dtype = functools.reduce(jnp.promote_types, dtypes, jnp.float32)
+    dtype = stack.wide_dtype(*dtypes)
     # The parts of the Gramian are grouped by their mapped axes, with one sum per group.
     parts: dict[Axes, list[Gramian]] = {}
     for leaf, factored in plan.factored.items():
@@ -401,8 +401,12 @@ def gradient(
     through_trunk = bool(plan.in_trunk.intersection(leaves))
     again: Any = ()
     if shares or (heads_again and through_trunk):
-        again_seeds = weights if seeds is None else weights * seeds
-        copies, of_entries, rows = backward.forward.pull_heads(again_seeds)
+        again_seeds = (
+            weights if seeds is None else weights * seeds.astype(weights.dtype)
+        )
+        copies, of_entries, rows = backward.forward.pull_heads(
+            again_seeds.astype(backward.forward.losses.dtype)
+        )
         here = backward.mask
         if here is not None:
             of_entries = {ref: jnp.where(here, e, 0) for ref, e in of_entries.items()}
@@ -424,13 +428,19 @@ def gradient(
             parts = [again[2][task][leaf] for task in tasks]
         else:
             parts = [
-                (weights[task] * row).astype(row.dtype)
+                _scaled(row, weights[task])
                 for task in tasks
                 for row in [backward.head_rows[task][leaf]]
             ]
         for part in parts:
             found[leaf] = found[leaf] + part if leaf in found else part
     return found
+
+
+def _scaled(row: Array, weight: Array) -> Array:
+    """Multiplies a gradient by a weight in a wide dtype, and returns its own dtype."""
+    wide = stack.wide_dtype(row.dtype)
+    return (weight.astype(wide) * row.astype(wide)).astype(row.dtype)
 
 
 def _sum(

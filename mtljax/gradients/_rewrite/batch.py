@@ -70,7 +70,11 @@ def _run(op: Op, values: list[Value]) -> list[Value]:
     assert axis is not None
     if op.primitive in ELEMENTWISE and len(op.outs) == 1 and _same_shapes(op, values):
         shape = values[batched[0]].array.shape
-        arrays = [_beside(value, axis, shape) for value in values]
+        dtypes = [var.aval.dtype for var in op.eqn.invars]
+        arrays = [
+            _beside(value, axis, shape, dtype)
+            for value, dtype in zip(values, dtypes, strict=True)
+        ]
         return [Value(apply(op, arrays)[0], axis)]
     if op.primitive in DOT and len(batched) == 1:
         return [_dot(op, values, batched[0])]
@@ -93,12 +97,15 @@ def _same_shapes(op: Op, values: list[Value]) -> bool:
     )
 
 
-def _beside(value: Value, axis: int, shape: tuple[int, ...]) -> ArrayLike:
+def _beside(value: Value, axis: int, shape: tuple[int, ...], dtype: Any) -> ArrayLike:
     """Returns an operand of an elementwise operation with its tasks along an axis."""
     if value.axis is not None:
         return jnp.moveaxis(value.array, value.axis, axis)
     if jnp.ndim(value.array) == 0:
-        return value.array
+        if len(shape) > 1:
+            return value.array
+        # The operation is one of scalars. Its operands may have to be of equal shape.
+        return jnp.full(shape, value.array, dtype)
     return jnp.broadcast_to(jnp.expand_dims(value.array, axis), shape)
 
 

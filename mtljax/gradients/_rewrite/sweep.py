@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from mtljax import stack
 from mtljax.gradients._primitives import (
     BROADCAST,
     CONVOLUTION,
@@ -231,7 +232,7 @@ def _dot_general(op: Op, values: list[Constant]) -> Array:
         for axis in axes
     ) and jnp.issubdtype(dtype, jnp.inexact):
         # The sum over positions may be out of range in half precision.
-        wide = jnp.promote_types(dtype, jnp.float32)
+        wide = stack.wide_dtype(dtype)
         arrays = [x.astype(wide) for x in arrays]
         params = {**params, "preferred_element_type": wide}
     for pair in zip(*contract, strict=True):
