@@ -74,8 +74,9 @@ def select(
 
     def value(row: Row) -> float:
         plain = row.get(score)
-        fine = plain is not None and math.isfinite(plain)
-        return sign * float(plain) if fine else -math.inf
+        if plain is None or not math.isfinite(plain):
+            return -math.inf
+        return sign * float(plain)
 
     best = {
         lr: {label: max(mine, key=value) for label, mine in sorted(runs.items())}

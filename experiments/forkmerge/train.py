@@ -345,6 +345,7 @@ class Run:
             self._save(state)
 
     def _prune(self, state: forkmerge.ForkMergeState) -> forkmerge.ForkMergeState:
+        assert self.job.keep is not None
         self.driver, state, kept = self.driver.prune(state, keep=self.job.keep)
         # A checkpoint may not have been written yet.
         self.folder.mkdir(parents=True, exist_ok=True)
