@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
+from jaxtyping import Array
 
 from mtljax import stack
 from mtljax.balancer import check_choice
@@ -107,12 +108,12 @@ def check_mesh(name: str, num_branches: int, mesh: Mesh) -> None:
         )
 
 
-def take_branches(branches: Any, indices: Sequence[int]) -> Any:
+def take_branches(branches: Any, indices: Sequence[int] | Array) -> Any:
     """Selects some of the branches, in the order of ``indices``.
 
     Args:
       branches: Pytree of arrays ``[B, ...]``.
-      indices: Indices of the branches.
+      indices: Indices of the branches, a sequence or an array that may be traced.
 
     Returns:
       A tree with leaves ``[len(indices), ...]``.

@@ -511,7 +511,9 @@ class ForkMerge:
         rows = take_branches(self.branch_weights, kept)
         return dataclasses.replace(self, branch_weights=rows)
 
-    def select(self, state: ForkMergeState, kept: Sequence[int]) -> ForkMergeState:
+    def select(
+        self, state: ForkMergeState, kept: Sequence[int] | Array
+    ) -> ForkMergeState:
         """Returns the state for :meth:`restrict`, with some of the branches."""
         take = functools.partial(take_branches, indices=kept)
         info = state.info._replace(

@@ -150,7 +150,7 @@ def test_a_run_that_was_cut_short_goes_on_to_the_same_rows(folder, tmp_path, sto
 
     def save_and_die(state):
         save(state)
-        if int(state.step) == int(stop):
+        if train.step_of(state) == int(stop):
             raise KeyboardInterrupt
 
     run._save = save_and_die
@@ -158,7 +158,9 @@ def test_a_run_that_was_cut_short_goes_on_to_the_same_rows(folder, tmp_path, sto
         run.finish()
     rows = make(dataclasses.replace(cut, resume=True)).finish()
     assert rows == expected
-    assert {len(row["weights"]) for row in rows} == {2, 3}
+    sizes = {len(row["weights"]) for row in rows}  # the scores determine the smaller
+    assert max(sizes) == 3
+    assert min(sizes) <= 2
 
 
 @pytest.mark.deep
@@ -188,10 +190,11 @@ def test_every_row_learns(folder, tmp_path):
 @pytest.mark.deep
 def test_domainnet_takes_the_place_of_the_digits(tmp_path, monkeypatch):
     """Its reader is tested on files of its own, see tests/data/test_domainnet.py."""
+    from mtljax import data
     from mtljax.data import Dataset, Task
 
-    def domainnet(*, data_dir, domain, size, val_size, train_size=None):
-        assert data_dir is None
+    def domainnet(name, *, data_dir, domain, size, val_size, train_size=None):
+        assert (name, data_dir) == ("domainnet", None)
 
         def split(count):
             labels = RNG.integers(0, 345, count).astype(np.int32)
@@ -202,7 +205,7 @@ def test_domainnet_takes_the_place_of_the_digits(tmp_path, monkeypatch):
         task = Task("label", "classification", 345)
         return Dataset(domain, (task,), (size, size, 3), train, val, test)
 
-    monkeypatch.setattr(problem, "domainnet", domainnet)
+    monkeypatch.setattr(data, "load", domainnet)
     config = dataclasses.replace(
         PRESETS["large"][1],
         domains=("real", "sketch"),
