@@ -22,9 +22,9 @@ def test_bytes_are_pinned(digits):
 
 
 def test_built_in_a_moment(digits):  # the fixture has paid for importing sklearn
-    begin = time.perf_counter()
+    begin = time.process_time()
     load("multidigits", seed=1)
-    assert time.perf_counter() - begin < 2
+    assert time.process_time() - begin < 2
 
 
 def test_shapes_types_and_ranges(digits):

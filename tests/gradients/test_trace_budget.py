@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 # Relative to jax.value_and_grad, but "stacked" to jax.jacrev and the update by hand.
-BUDGETS = {"losses": 1.2, "stacked": 1.1, "gramian": 6.0}
+# jax 0.10.2: 1.47, 1.18 and 3.40; jax 0.7.0: 1.77, 1.22 and 4.17.
+BUDGETS = {"losses": 1.8, "stacked": 1.3, "gramian": 4.5}
 
 
 def test_trace_budget():
@@ -20,6 +21,5 @@ def test_trace_budget():
         env={"PYTHONPATH": f"{tests}:{tests.parent}", "JAX_PLATFORMS": "cpu"},
     )
     ratios = json.loads(found.stdout.splitlines()[-1])
-    # Half as much again for a machine that does other things.
-    over = {k: v for k, v in ratios.items() if v > 1.5 * BUDGETS[k]}
+    over = {k: v for k, v in ratios.items() if v > BUDGETS[k]}
     assert not over, ratios

@@ -1,10 +1,12 @@
-"""The time to trace a step, relative to that of ``jax.value_and_grad``.
+"""The cost of tracing a step, relative to that of ``jax.value_and_grad``.
 
-A process of its own: in the tests, every signature of mtljax is checked at run time.
+The cost is the number of calls of functions, which other programs on the machine cannot
+change, as they do the time. The module runs in a process of its own, because in the
+tests every signature of mtljax is checked at run time.
 """
 
 import json
-import time
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -27,32 +29,39 @@ PARAMS = {
 X = jnp.ones((16, WIDTH))
 
 
-def seconds(step, *args):
-    """The least processor time of some traces; the functions are new each time."""
-    found = []
-    for _ in range(5):
-        start = time.process_time()
-        jax.make_jaxpr(lambda *a: step(*a))(*args)  # noqa: PLW0108, a cached trace is free
-        found.append(time.process_time() - start)
-    return min(found)
+def calls(step, *args):
+    """The number of calls in a trace; the first trace fills the caches of jax."""
+    count = 0
+
+    def profile(frame, event, arg):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    for hook in (None, profile):
+        sys.setprofile(hook)
+        try:
+            jax.make_jaxpr(lambda *a: step(*a))(*args)  # noqa: PLW0108, not the cached one
+        finally:
+            sys.setprofile(None)
+    return count
 
 
 def balanced(balancer, engine):
     step = mtljax.value_and_balanced_grad(
         task_losses, balancer, engine=engine, backward="jax"
     )
-    return seconds(step, PARAMS, balancer.init(PARAMS), X)
+    return calls(step, PARAMS, balancer.init(PARAMS), X)
 
 
 def measure():
     """Ratios by engine."""
-    once = seconds(jax.value_and_grad(lambda p, x: task_losses(p, x).sum()), PARAMS, X)
+    once = calls(jax.value_and_grad(lambda p, x: task_losses(p, x).sum()), PARAMS, X)
     upgrad = mtljax.upgrad(TASKS)
 
     def by_hand(p, state, x):
         return task_losses(p, x), upgrad.update(jax.jacrev(task_losses)(p, x), state)
 
-    rows = seconds(by_hand, PARAMS, upgrad.init(PARAMS), X)
+    rows = calls(by_hand, PARAMS, upgrad.init(PARAMS), X)
     return {
         "losses": balanced(mtljax.linear(TASKS), "losses") / once,
         "stacked": balanced(upgrad, "stacked") / rows,
