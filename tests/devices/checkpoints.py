@@ -18,7 +18,7 @@ import optax
 from devices.compare import check, model_of
 from devices.harness import Case, Skip
 from devices.layouts import BY_NAME, Place, make_mesh
-from devices.manual import unkeyed
+from devices.manual import arrays
 from devices.models import TASKS
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -191,7 +191,7 @@ def restored(name: str, where: str) -> None:
         ):
             assert got.sharding.is_equivalent_to(wanted.sharding, got.ndim)
         found = run.train(state)
-        check("the state", unkeyed(found), unkeyed(expected), LIMIT)
+        check("the state", arrays(found), arrays(expected), LIMIT)
 
 
 # Methods that are restored everywhere; the others on one mesh of each kind.

@@ -11,24 +11,14 @@ import optax
 from devices.compare import check, model_of
 from devices.harness import Case
 from devices.layouts import BY_NAME, Place, make_mesh
+from devices.manual import arrays
 from devices.manual import run as run_region
-from devices.manual import unkeyed
 from devices.models import TASKS
 
 import mtljax
 from mtljax import alternating, forkmerge, sharpness
 
 LABELS = {"trunk": "shared", "heads": "own"}
-
-
-def arrays(tree: Any) -> Any:
-    """What two runs are compared by: all numbers but the residuals of solvers."""
-
-    def kept(path, leaf):
-        names = {getattr(entry, "name", None) for entry in path}
-        return jnp.zeros(()) if "solver" in names else leaf
-
-    return unkeyed(jax.tree_util.tree_map_with_path(kept, tree))
 
 
 def sam(place: Place, axis: Any, rho: Any = 0.05, **options: Any) -> Any:
