@@ -255,3 +255,21 @@ def score(problem: Problem, found: np.ndarray, task: int | None = None) -> float
     counted = problem.counted if task is None else np.arange(len(found)) == task
     logs = np.log(np.maximum(found[counted], FLOOR))
     return float(np.nanmean(logs)) if not np.isnan(logs).all() else np.nan
+
+
+def completed(scores: np.ndarray) -> np.ndarray:
+    """Gives seeds without any score ``[S, evaluations]`` the mean of the others.
+
+    A single-task network has no score if the validation split of its seed lacks a
+    class. The other seeds then select its rate and its step.
+
+    Examples:
+      >>> scores = np.array([[0.1, 0.3], [np.nan, np.nan], [0.5, 0.3]])
+      >>> completed(scores).round(6).tolist()
+      [[0.1, 0.3], [0.3, 0.3], [0.5, 0.3]]
+    """
+    known = ~np.isnan(scores)
+    count = known.sum(0)
+    mean = np.where(known, scores, 0).sum(0) / np.maximum(count, 1)
+    without = ~known.any(1, keepdims=True) & (count > 0)
+    return np.where(without, mean, scores)

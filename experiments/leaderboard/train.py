@@ -165,23 +165,22 @@ class Trainer:
         out = jax.device_get(self.outputs(tried.lr, tried.weights))
         targets = {part: np.asarray(self.on.parts[part].y) for part in ("val", "test")}
         evaluations, failed = [], {}
+        scores = np.full(out.failed.shape, np.nan)
         for s, seed in enumerate(self.config.seed_range):
             for e in range(out.failed.shape[1]):
                 found = {
                     part: problem.errors(self.on, getattr(out, part)[s, e], y[s])
                     for part, y in targets.items()
                 }
-                score = problem.score(self.on, found["val"], tried.task)
+                scores[s, e] = problem.score(self.on, found["val"], tried.task)
                 failed[seed] = bool(out.failed[s, e] > 0)
-                evaluations.append(
-                    {
-                        "seed": seed,
-                        "lr": tried.lr,
-                        "step": (e + 1) * self.config.eval_every,
-                        "val_score": np.nan if failed[seed] else score,
-                        **found,
-                    }
-                )
+                step = (e + 1) * self.config.eval_every
+                at = {"seed": seed, "lr": tried.lr, "step": step}
+                evaluations.append({**at, "val_score": np.nan, **found})
+        scores = problem.completed(np.where(out.failed > 0, np.nan, scores))
+        scores = np.where(out.failed > 0, np.nan, scores)
+        for row, score in zip(evaluations, scores.flat, strict=True):
+            row["val_score"] = float(score)
         choice = select(evaluations, maximise=False)
         about = {"set": self.on.name, "row": self.name}
         if tried.config is not None:

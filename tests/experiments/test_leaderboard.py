@@ -1260,6 +1260,33 @@ def test_a_diverged_run_stands_still(mine):
     assert chosen == [10, 10]
 
 
+def test_a_validation_split_without_a_class_leaves_the_choice_to_other_seeds(mine):
+    """A constant target has no score, like a label that a split lacks."""
+    on = train.cached_problem(mine, mine.sets[0])
+    val = on.parts["val"]
+    constant = val._replace(y=jnp.asarray(val.y).at[1, :, 0].set(0.5))
+    trainer = train.Trainer(
+        mine, on._replace(parts=on.parts | {"val": constant}), SINGLE
+    )
+    out = train.Outputs(
+        val=np.zeros((2, 3, 40, 2), np.float32),
+        test=np.zeros((2, 3, 50, 2), np.float32),
+        failed=np.zeros((2, 3), int),
+    )
+    out.val[:, :, :, 0] = np.asarray(val.y)[:, None, :, 0]
+    out.val[0, (0, 2), :, 0] += 1.0  # the second evaluation of the first seed is best
+    trainer.outputs = lambda *_: out
+    rows = trainer.rows(train.Try(0.01, (1.0, 0.0), task=0))
+    chosen, last = rows[:2], rows[2:]
+    assert [row["step"] for row in chosen] == [20, 20]
+    assert [row["step"] for row in last] == [30, 30]
+    assert chosen[0]["val_score"] == chosen[1]["val_score"] == math.log(problem.FLOOR)
+    assert not any(row["diverged"] for row in rows)
+    out.failed[1] = 1
+    rows = trainer.rows(train.Try(0.01, (1.0, 0.0), task=0))
+    assert [row["val_score"] is None for row in rows] == [False, True, False, True]
+
+
 def start(config, *arguments):
     """The command in a process of its own."""
     folder = str(config.out.parent)
