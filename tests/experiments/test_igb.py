@@ -446,4 +446,4 @@ def test_the_gpu_preset_traces(folder):
             return jax.vmap(program.step, (0, None))(state, batch)
 
         _, logged = jax.eval_shape(once)
-        assert logged["losses"].shape == (len(runs), 2)
+        assert logged["task_losses"].shape == (len(runs), 2)
