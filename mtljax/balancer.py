@@ -524,9 +524,34 @@ def choose_state(keep: Any, new: Any, old: Any) -> Any:
 
     def leaf(n, o):
         # scan requires a constant sharding as well as constant dtypes.
-        return o if n is o else jnp.where(keep, placement.like(_like(n, o), o), o)
+        return o if n is o else choose(keep, placement.like(_like(n, o), o), o)
 
     return jax.tree.map(leaf, new, old)
+
+
+def choose(keep: Any, new: Any, old: Any) -> Any:
+    """Returns ``jnp.where(keep, new, old)`` for arrays that may contain random keys.
+
+    ``jax_debug_key_reuse`` treats a selection as a use of both keys. The old key is
+    selected only if the numbers that were sampled from it are discarded, so it may be
+    returned again.
+    """
+    new, old = clone_keys((new, old))
+    return clone_keys(jnp.where(keep, new, old))
+
+
+def clone_keys(tree: Any) -> Any:
+    """Marks every random key of a tree as unused, without a change of its value.
+
+    Use it where the same numbers are sampled again on purpose, for example by a second
+    evaluation of the losses of a batch. ``jax_debug_key_reuse`` would raise an error.
+    """
+
+    def leaf(x):
+        is_key = jnp.issubdtype(getattr(x, "dtype", float), jax.dtypes.prng_key)
+        return jax.random.clone(x) if is_key else x
+
+    return jax.tree.map(leaf, tree)
 
 
 def _like(new: Any, old: Any) -> Any:
@@ -982,7 +1007,7 @@ def observe(
     look = balancer.observe
     if look is None:
         return state
-    kind = type(balancer.init({}))
+    kind = type(jax.eval_shape(balancer.init, {}))
 
     def is_state(node):
         return isinstance(node, kind)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from mtljax import stack
-from mtljax.balancer import task_vector
+from mtljax.balancer import choose, task_vector
 
 
 def masked_task_means(values: Any, present: Any) -> tuple[Any, Any]:
@@ -179,9 +179,7 @@ def skip_absent(
             if mask is not None:
                 here = mask[task]
                 moved = jax.tree.map(lambda u, here=here: jnp.where(here, u, 0), moved)
-                new = jax.tree.map(
-                    lambda n, o, here=here: jnp.where(here, n, o), new, old
-                )
+                new = jax.tree.map(lambda n, o, here=here: choose(here, n, o), new, old)
             found.append(moved)
             tasks[task] = new
 

@@ -32,6 +32,32 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/") or "(root)"
 
 
+def dtype_of(leaf: Any) -> Any:
+    """Returns the dtype of an array or a number, and None for any other leaf."""
+    # jnp.result_type does not accept float0, the dtype of integer gradients.
+    if hasattr(leaf, "dtype"):
+        return leaf.dtype
+    numbers = bool | int | float | complex
+    return jnp.result_type(leaf) if isinstance(leaf, numbers) else None
+
+
+def why_unbalanced(leaf: Any) -> str | None:
+    """Returns why a leaf cannot be balanced, as the end of a sentence, or None.
+
+    The inner products are those of real arrays, and JAX does not promote floating-point
+    types of 8 bits.
+    """
+    dtype = dtype_of(leaf)
+    if dtype is None:
+        return f"is a {type(leaf).__name__}; only arrays can be balanced."
+    if not jnp.issubdtype(dtype, jnp.floating):
+        shown = "float0" if dtype == jax.dtypes.float0 else dtype
+        return f"has dtype {shown}; only real floating-point leaves can be balanced."
+    if jnp.finfo(dtype).bits < 16:
+        return f"has dtype {dtype}; only leaves of at least 16 bits can be balanced."
+    return None
+
+
 def check(
     grads: Any, num_tasks: int, name: str = "balancer", params: Any = None
 ) -> None:
@@ -59,14 +85,9 @@ def check(
                 f"its first axis must be num_tasks={num_tasks}. Pass stacked gradients "
                 "as mtljax.value_and_task_grads returns them."
             )
-        # jnp.result_type does not accept float0, the dtype of integer gradients.
-        dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            shown = "float0" if dtype == jax.dtypes.float0 else dtype
-            raise ValueError(
-                f"{name}: gradient {path_name(path)!r} has dtype {shown}; only real "
-                "floating-point leaves can be balanced."
-            )
+        why = why_unbalanced(leaf)
+        if why is not None:
+            raise ValueError(f"{name}: gradient {path_name(path)!r} {why}")
     shapes = {
         path: jnp.shape(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -115,7 +136,14 @@ def cross_gramian(left: Grads, right: Grads) -> Gramian:
 
     Returns:
       The cross Gramian, shape ``[T, T]``.
+
+    Raises:
+      ValueError: If a leaf is not a real floating-point array.
     """
+    for path, row in jax.tree_util.tree_leaves_with_path((left, right)):
+        why = why_unbalanced(row)
+        if why is not None:
+            raise ValueError(f"gramian: gradient {path_name(path[1:])!r} {why}")
 
     def leaf(a, b):
         # Contract all axes of the leaf. A reshape would gather sharded axes.

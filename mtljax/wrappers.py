@@ -383,7 +383,7 @@ def reuse(balancer: Balancer, *, every: int) -> Balancer:
         fresh = renew(state, losses=losses, mask=mask, **inputs)
         kept = keep(state, losses=losses, mask=mask)
         again = refresh(state, mask)
-        return jax.tree.map(lambda a, b: jnp.where(again, a, b), fresh, kept)
+        return choose_state(again, fresh, kept)
 
     def observe(state, *, losses, mask=None):
         assert balancer.observe is not None

@@ -15,6 +15,7 @@ from mtljax.balancer import (
     as_mask,
     check_choice,
     check_num_tasks,
+    choose,
     commit,
 )
 
@@ -123,7 +124,7 @@ def adatask(
         new = states.narrow(new, state.tasks, rounding)
 
         def kept(n, o):
-            return jnp.where(present.reshape((-1,) + (1,) * (n.ndim - 1)), n, o)
+            return choose(present.reshape((-1,) + (1,) * (n.ndim - 1)), n, o)
 
         moved = AdaTaskState(
             state.batch + present.any().astype(jnp.int32),

@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from mtljax import placement, stack
+from mtljax.balancer import clone_keys
 
 Moments: TypeAlias = Literal["full", "bfloat16"]
 
@@ -154,7 +155,7 @@ def read(states: Any, index: Array) -> Any:
             return x[0]
         return jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
 
-    return jax.tree.map(leaf, states)
+    return clone_keys(jax.tree.map(leaf, states))  # the step replaces the keys it reads
 
 
 def widen(optimizer: optax.GradientTransformation, params: Any, state: Any) -> Any:

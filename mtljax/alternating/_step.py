@@ -19,7 +19,7 @@ from mtljax.alternating._gradients import (
 )
 from mtljax.alternating._parts import Parts, put_rows, take_rows
 from mtljax.alternating._schedule import DROPOUT, ROUNDING, Rounds, draw_key
-from mtljax.balancer import Balancer
+from mtljax.balancer import Balancer, choose, clone_keys
 from mtljax.gradients import value_and_balanced_grad
 from mtljax.gradients.linearized import Options
 from mtljax.types import Losses, Mask
@@ -156,7 +156,7 @@ def _where(keep: Any, new: Any, old: Any) -> Any:
 
     def leaf(n, o):
         n = n if n.dtype == o.dtype else n.astype(o.dtype)
-        return n if keep is None else jnp.where(keep, n, o)
+        return n if keep is None else choose(keep, n, o)
 
     return jax.tree.map(leaf, new, old)
 
@@ -311,7 +311,7 @@ def _step_rows(run: Run, group: Group, out: Outcome, carry: Carry):
 
     updates, new, healthy = jax.vmap(one)(
         parts.rows(out.own_grad),
-        jax.tree.map(lambda x: take_rows(x, group.tasks), run.before.rows),
+        clone_keys(jax.tree.map(lambda x: take_rows(x, group.tasks), run.before.rows)),
         old,
         out.losses,
     )

@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from mtljax.balancer import check_choice
+from mtljax.balancer import check_choice, choose
 from mtljax.forkmerge import _checks as checks
 from mtljax.forkmerge._branches import (
     BranchStep,
@@ -621,11 +621,9 @@ class ForkMerge:
 
 
 def _where(flags: Array, new: Any, old: Any) -> Any:
-    """Applies ``jnp.where`` over the leading axes of every leaf."""
+    """Selects the new or the old values along the leading axes of every leaf."""
 
     def leaf(n, o):
-        return jnp.where(
-            flags.reshape(flags.shape + (1,) * (n.ndim - flags.ndim)), n, o
-        )
+        return choose(flags.reshape(flags.shape + (1,) * (n.ndim - flags.ndim)), n, o)
 
     return jax.tree.map(leaf, new, old)

@@ -13,7 +13,7 @@ from mtljax.gradients._gramian.cost import cheap_heads, combining_pays, pays
 from mtljax.gradients._gramian.cost import passes as default_passes
 from mtljax.gradients._gramian.plan import Plan, common_plan, plan
 from mtljax.gradients._primitives import CUSTOM_VJP, bodies
-from mtljax.gradients._program import Program, is_float, trace
+from mtljax.gradients._program import Program, trace
 from mtljax.gradients.linearized import (
     AxisName,
     Leaves,
@@ -64,14 +64,7 @@ def find_uses(
       ValueError: If a parameter is not a real floating-point array.
     """
     leaves = split_leaves(params, options.labels)
-    paths = jax.tree_util.tree_leaves_with_path(params)
-    for (path, leaf), mark in zip(paths, leaves.marks, strict=True):
-        if mark != "frozen" and not is_float(jnp.result_type(leaf)):
-            raise ValueError(
-                f"parameter {stack.path_name(path)!r} has dtype "
-                f"{jnp.result_type(leaf)}; only real floating-point leaves can be "
-                "balanced."
-            )
+    leaves.check_balanced("shared", "own")
     # Frozen leaves are constants of the program.
     trained = [i for i, mark in enumerate(leaves.marks) if mark != "frozen"]
     values = placement.cast([leaves.values[i] for i in trained], options.axes)
@@ -352,7 +345,7 @@ def choose(
         return Choice(uses, passes(uses, stacked=False))
     leaves = split_leaves(params, options.labels)
     trained = leaves.of("shared") + leaves.of("own")
-    if not all(is_float(jnp.result_type(leaf)) for leaf in trained):
+    if any(stack.why_unbalanced(leaf) for leaf in trained):
         return Choice(None, asked)
     try:
         uses = find_uses(function, params, options, measured)
@@ -485,6 +478,7 @@ def cross_task_gramian(
             ]
             losses = [one.losses for one in found]
             _check_equal_tasks(*losses)
+            found[0].leaves.check_balanced("shared")
             rows = [one.stacked() for one in found]
             return *named(*losses), stack.cross_gramian(*rows)
         # Both sides of a product must have the same form.

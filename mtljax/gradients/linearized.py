@@ -19,7 +19,7 @@ import optax
 from jaxtyping import Array, Scalar
 
 from mtljax import placement, stack
-from mtljax.balancer import as_mask, check_choice, task_vector
+from mtljax.balancer import as_mask, check_choice, clone_keys, task_vector
 from mtljax.gradients._pullback import pullback
 from mtljax.gradients.labels import resolve_labels
 from mtljax.gradients.passes import Body, Passes, map_tasks, pick
@@ -161,6 +161,50 @@ class Leaves(NamedTuple):
     treedef: Any
     marks: list[str]
     labelled: bool
+    paths: list[str]
+
+    def some(self, only: Sequence[int]) -> "Leaves":
+        """Returns some of the shared leaves, without a tree."""
+        chosen = [self.numbers("shared")[i] for i in only]
+        return self._replace(
+            values=[self.values[i] for i in chosen],
+            marks=["shared"] * len(chosen),
+            paths=[self.paths[i] for i in chosen],
+        )
+
+    def check_trained(self) -> "Leaves":
+        """Returns the leaves if all that are not frozen have a gradient.
+
+        Raises:
+          ValueError: If a shared or own leaf is not an array of real or complex
+            floating-point numbers, or if a frozen leaf is not an array.
+        """
+        for path, mark, leaf in zip(self.paths, self.marks, self.values, strict=True):
+            dtype = stack.dtype_of(leaf)
+            if dtype is None:
+                remedy = "Pass it in another argument."
+            elif mark == "frozen" or jnp.issubdtype(dtype, jnp.inexact):
+                continue
+            else:
+                remedy = "Label it 'frozen', or pass it in another argument."
+            raise ValueError(
+                f"parameter {path!r} {stack.why_unbalanced(leaf)} {remedy}"
+            )
+        return self
+
+    def check_balanced(self, *labels: str) -> None:
+        """Raises an error if a leaf with one of the labels has no inner product.
+
+        Raises:
+          ValueError: If a leaf is complex, or has less than 16 bits.
+        """
+        for path, mark, leaf in zip(self.paths, self.marks, self.values, strict=True):
+            why = stack.why_unbalanced(leaf) if mark in labels else None
+            if why is not None:
+                hint = ""
+                if jnp.issubdtype(stack.dtype_of(leaf), jnp.complexfloating):
+                    hint = " Store its real and its imaginary part as two leaves."
+                raise ValueError(f"parameter {path!r} {why}{hint}")
 
     def numbers(self, label: str) -> list[int]:
         """Returns the numbers of the leaves with a label."""
@@ -184,6 +228,7 @@ class Leaves(NamedTuple):
 
     def gramian(self, rows: Sequence[Any], region: "Region") -> Gramian:
         """Returns inner products of stacked gradients, also of split parameters."""
+        self.check_balanced("shared")
         parts: dict[Axes, list[Any]] = {}
         for row, leaf in zip(rows, self.of("shared"), strict=True):
             sums = region.sums(leaf)
@@ -216,10 +261,23 @@ class Leaves(NamedTuple):
 
 def split_leaves(params: Params, labels: Any) -> Leaves:
     """Sorts the leaves by their labels; without labels all leaves are shared."""
-    values, treedef = jax.tree.flatten(params)
     if labels is None:
-        return Leaves(values, treedef, ["shared"] * len(values), False)
-    return Leaves(values, treedef, resolve_labels(labels, params), True)
+        marks = ["shared"] * len(jax.tree.leaves(params))
+    else:
+        marks = resolve_labels(labels, params)
+    return marked_leaves(params, marks, labels is not None)
+
+
+def marked_leaves(params: Params, marks: list[str], labelled: bool) -> Leaves:
+    """Returns the leaves with given labels.
+
+    Raises:
+      ValueError: If a leaf that is not frozen has no gradient.
+    """
+    flat, treedef = jax.tree_util.tree_flatten_with_path(params)
+    paths = [stack.path_name(path) for path, _ in flat]
+    values = [leaf for _, leaf in flat]
+    return Leaves(values, treedef, marks, labelled, paths).check_trained()
 
 
 def unsplit(leaf: Any, axes: Axes) -> Axes:
@@ -271,14 +329,26 @@ class VectorLosses:
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         names: Sequence[str] | None = None,
+        *,
+        repeats: bool = False,
     ):
         """Stores the function and the arguments of the call."""
         self.function, self.args, self.kwargs = function, args, kwargs
         self.names = None if names is None else tuple(names)
+        self.repeats = repeats
+
+    def again(self) -> "VectorLosses":
+        """Returns a function that samples the same random numbers as the first call."""
+        return VectorLosses(
+            self.function, self.args, self.kwargs, self.names, repeats=True
+        )
 
     def __call__(self, params: Params) -> Any:
         """Returns the losses as a vector, with the auxiliary output if there is one."""
-        out = self.function(params, *self.args, **self.kwargs)
+        args, kwargs = self.args, self.kwargs
+        if self.repeats:
+            args, kwargs = clone_keys((args, kwargs))
+        out = self.function(params, *args, **kwargs)
         if isinstance(out, Mapping):
             return self._vector(out)
         if isinstance(out, tuple) and len(out) == 2 and isinstance(out[0], Mapping):
@@ -409,8 +479,7 @@ class Linearized(NamedTuple):
             rows = self.stacked()
             return self.leaves.gramian(rows, self.region), rows
         rows = self.local_rows(self.only)
-        values = [self.leaves.of("shared")[i] for i in self.only]
-        part = self.leaves._replace(values=values, marks=["shared"] * len(values))
+        part = self.leaves.some(self.only)
         rows = part.summed(rows, self.region.axes)
         return part.gramian(rows, self.region), None
 

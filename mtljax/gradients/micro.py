@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mtljax import placement, stack
+from mtljax.balancer import clone_keys
 from mtljax.gradients.linearized import (
     Leaves,
     Linearized,
@@ -140,7 +141,7 @@ def accumulate(
             f"{name}: micro_batches does not support mtljax.separate. Split the "
             "batches of the tasks in the loss."
         )
-    batches = split_batch(list(call.args), count)
+    split = split_batch(list(call.args), count)
 
     def forward(batch) -> Linearized | Represented:
         one = VectorLosses(call.function, batch, call.kwargs, call.names)
@@ -155,13 +156,17 @@ def accumulate(
         return found
 
     def sweep(function):
-        """Returns the mean over the micro-batches, and the auxiliary outputs."""
+        """Returns the mean over the micro-batches, and the auxiliary outputs.
+
+        All loops sample the same random numbers.
+        """
+        first, batches = clone_keys((split, split))
+        first = jax.tree.map(lambda x: x[0], first)
 
         def one(batch):
             found = forward(batch)
             return function(found), (found.aux, found.region.mask)
 
-        first = jax.tree.map(lambda x: x[0], batches)
         types = jax.make_jaxpr(lambda b: one(b)[0])(first).out_avals
         shape = jax.eval_shape(lambda b: one(b)[0], first)
         zeros = [placement.zeros(aval) for aval in types]

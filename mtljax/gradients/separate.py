@@ -21,6 +21,7 @@ from mtljax.gradients.linearized import (
     Region,
     check_losses,
     make_region,
+    marked_leaves,
 )
 from mtljax.types import Gramian, Losses, Params, Weights
 
@@ -266,11 +267,10 @@ def _labelled(
     task: Separate, params: Params, options: Options
 ) -> tuple[Leaves, list[int | None]]:
     """Returns the leaves and the axis of the tasks in each; one with an axis is own."""
-    values, treedef = jax.tree.flatten(params)
     axes = task.param_axes(params)
     implied = ["own" if axis == 0 else "shared" for axis in axes]
     if options.labels is None:
-        return Leaves(values, treedef, implied, "own" in implied), axes
+        return marked_leaves(params, implied, "own" in implied), axes
     marks = resolve_labels(options.labels, params)
     paths = jax.tree_util.tree_leaves_with_path(params)
     for (path, _), mark, axis in zip(paths, marks, axes, strict=True):
@@ -279,7 +279,7 @@ def _labelled(
                 f"separate: parameter {stack.path_name(path)!r} has a slice per task "
                 "by in_axes, but labels mark it as 'shared'. Label it 'own'."
             )
-    return Leaves(values, treedef, marks, True), axes
+    return marked_leaves(params, marks, True), axes
 
 
 def with_labels(task: Separate, params: Params, options: Options) -> Options:

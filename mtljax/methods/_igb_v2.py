@@ -15,6 +15,7 @@ from mtljax.balancer import (
     Balancer,
     check_choice,
     check_number,
+    clone_keys,
     factory,
     from_weights,
 )
@@ -286,7 +287,8 @@ def igb_v2(
     )
 
     def init():
-        agent_key, next_key = jax.random.split(key)
+        # The clone allows several calls of init, which return the same state.
+        agent_key, next_key = jax.random.split(clone_keys(key))
         networks = _sac.init_agent(
             agent_key,
             num_tasks,

@@ -13,6 +13,7 @@ from mtljax.gradients import pullback
 from mtljax.gradients.linearized import (
     Linearized,
     Options,
+    VectorLosses,
     checked_losses,
     linearize,
     make_region,
@@ -30,7 +31,7 @@ class Passes(NamedTuple):
     """
 
     first: Linearized
-    function: Callable[[Params], Any]  # the local losses (and an auxiliary output)
+    function: VectorLosses  # the local losses (and an auxiliary output)
     mask: Any  # as the user passed it, for this device
     name: str
     basis: Array  # [T, T], rows of absent tasks zero
@@ -132,7 +133,7 @@ class Passes(NamedTuple):
 
 
 def first_pass(
-    function: Callable[[Params], Any],
+    call: VectorLosses,
     params: Params,
     options: Options,
     *,
@@ -140,12 +141,12 @@ def first_pass(
     name: str,
 ) -> Passes:
     """Runs one forward pass at the parameters, and keeps what later passes need."""
-    first = linearize(function, params, options, mask=mask, name=name)
+    first = linearize(call, params, options, mask=mask, name=name)
     num_tasks = first.losses.shape[0]
     basis = jnp.eye(num_tasks, dtype=first.losses.dtype)
     if first.region.mask is not None:
         basis = jnp.where(first.region.mask[:, None], basis, 0)
-    return Passes(first, function, mask, name, basis)
+    return Passes(first, call.again(), mask, name, basis)
 
 
 def only(losses: Losses, basis: Array) -> Array:
