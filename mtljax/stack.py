@@ -11,6 +11,9 @@ from jaxtyping import Scalar
 from mtljax import placement
 from mtljax.types import Grads, Gramian, Mask, Update, Weights
 
+# optax.MultiSteps and optax.flatten pass gradients of another shape to a balancer.
+WRAPPED = "Wrappers such as optax.MultiSteps go around the rest of the chain only."
+
 
 def promoted(*dtypes: Any) -> Any:
     """Returns the dtype to which the dtypes are promoted.
@@ -83,7 +86,7 @@ def check(
             raise ValueError(
                 f"{name}: gradient {path_name(path)!r} has shape {jnp.shape(leaf)}; "
                 f"its first axis must be num_tasks={num_tasks}. Pass stacked gradients "
-                "as mtljax.value_and_task_grads returns them."
+                f"as mtljax.value_and_task_grads returns them. {WRAPPED}"
             )
         why = why_unbalanced(leaf)
         if why is not None:
@@ -98,7 +101,8 @@ def check(
             raise ValueError(
                 f"{name}: gradient {path_name(path)!r} has shape {jnp.shape(leaf)}, "
                 f"but its parameter has shape {expected[1:]}; stacked gradients have "
-                f"shape {expected}, as mtljax.value_and_task_grads returns them."
+                f"shape {expected}, as mtljax.value_and_task_grads returns them. "
+                f"{WRAPPED}"
             )
 
 
@@ -138,8 +142,10 @@ def cross_gramian(left: Grads, right: Grads) -> Gramian:
       The cross Gramian, shape ``[T, T]``.
 
     Raises:
-      ValueError: If a leaf is not a real floating-point array.
+      ValueError: If a tree is empty, or if a leaf is not a real floating-point array.
     """
+    if not jax.tree.leaves(left):
+        raise ValueError("gramian: the gradients are an empty tree.")
     for path, row in jax.tree_util.tree_leaves_with_path((left, right)):
         why = why_unbalanced(row)
         if why is not None:

@@ -55,7 +55,12 @@ def check_steps(step, state):
         jax.eval_shape(loop, state)
 
 
-@pytest.mark.parametrize("name", [*RANDOM, *wrapped()])
+SLOW = pytest.param("igb_v2", marks=pytest.mark.deep)
+
+
+@pytest.mark.parametrize(
+    "name", [*(SLOW if n == "igb_v2" else n for n in RANDOM), *wrapped()]
+)
 def test_no_balancer_reuses_a_key(name):
     balancer = build(name) if name in RANDOM else wrapped()[name]
     with jax.debug_key_reuse(True):

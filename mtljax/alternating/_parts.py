@@ -47,7 +47,13 @@ def _flat_labels(name: str, labels: Any, params: Params) -> list[Any]:
     return jax.tree.leaves(full)
 
 
-def _check(name: str, path: str, label: Any, shape: tuple[int, ...], num_tasks: int):
+def _check(name: str, path: str, label: Any, leaf: Any, num_tasks: int):
+    dtype, shape = stack.dtype_of(leaf), jnp.shape(leaf)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
+        raise ValueError(
+            f"{name}: parameter {path!r} has dtype {dtype}, but only floating-point "
+            "arrays have a gradient. Pass it to the loss in the batch."
+        )
     if label == "shared":
         return
     if label == "own":
@@ -177,7 +183,7 @@ def make_parts(name: str, labels: Any, params: Params, num_tasks: int) -> Parts:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     flat = _flat_labels(name, labels, params)
     for (path, leaf), label in zip(leaves, flat, strict=True):
-        _check(name, stack.path_name(path), label, jnp.shape(leaf), num_tasks)
+        _check(name, stack.path_name(path), label, leaf, num_tasks)
     if "shared" not in flat:
         paths = ", ".join(stack.path_name(path) for path, _ in leaves)
         raise ValueError(

@@ -1,7 +1,7 @@
 """Labels of parameters: shared by the tasks, own to one task, or frozen."""
 
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
 import jax
@@ -135,6 +135,29 @@ def resolve_labels(labels: Any, params: Params) -> list[Any]:
     return flat
 
 
+def check_trained(paths: Sequence[str], marks: Sequence[Any], values: Sequence[Any]):
+    """Checks that all leaves that are not frozen have a gradient.
+
+    Args:
+      paths: Path of every leaf.
+      marks: Label of every leaf.
+      values: The leaves.
+
+    Raises:
+      ValueError: If a leaf that is not frozen is not an array of real or complex
+        floating-point numbers, or if a frozen leaf is not an array.
+    """
+    for path, mark, leaf in zip(paths, marks, values, strict=True):
+        dtype = stack.dtype_of(leaf)
+        if dtype is None:
+            remedy = "Pass it in another argument."
+        elif mark == "frozen" or jnp.issubdtype(dtype, jnp.inexact):
+            continue
+        else:
+            remedy = "Label it 'frozen', or pass it in another argument."
+        raise ValueError(f"parameter {path!r} {stack.why_unbalanced(leaf)} {remedy}")
+
+
 def resolve_measure(measure: Any, params: Params, marks: Sequence[str]) -> list[int]:
     """Returns the numbers of the shared leaves that ``measure`` selects.
 
@@ -227,7 +250,8 @@ def check_labels(
     The check costs T backward passes. Call it once before training, outside ``jit``.
 
     Args:
-      task_losses: See :func:`value_and_task_grads` (without ``has_aux``).
+      task_losses: See :func:`value_and_task_grads` (without ``has_aux``). It may return
+        a dictionary of losses.
       labels: See :func:`value_and_balanced_grad`.
       params: Parameters.
       *args: Further arguments of ``task_losses``.
@@ -245,14 +269,28 @@ def check_labels(
         ...
       ValueError: labels: parameter 'heads' is labelled 'own' but tasks [0, 1] ...
     """
-    rows = jax.jacrev(task_losses)(params, *args)
     flat = resolve_labels(labels, params)
-    leaves = jax.tree_util.tree_leaves_with_path(rows)
-    for (path, row), label in zip(leaves, flat, strict=True):
-        touched = jnp.abs(row).max(axis=tuple(range(1, row.ndim))) > 0
-        tasks = jnp.flatnonzero(touched).tolist()
-        if label == "own" and len(tasks) > 1:
+    paths, (values, treedef) = _paths(params), jax.tree.flatten(params)
+    check_trained(paths, flat, values)
+    own = [i for i, label in enumerate(flat) if label == "own"]
+
+    def losses(parts):
+        full = list(values)
+        for i, part in zip(own, parts, strict=True):
+            full[i] = part
+        found = task_losses(jax.tree.unflatten(treedef, full), *args)
+        if isinstance(found, Mapping):
+            names.extend(found)
+            found = jnp.stack([jnp.asarray(loss) for loss in found.values()])
+        return found
+
+    names: list[str] = []
+    rows = jax.jacrev(losses)([values[i] for i in own]) if own else []
+    for i, row in zip(own, rows, strict=True):
+        touched = (jnp.abs(row) > 0).any(tuple(range(1, row.ndim)))
+        tasks = [names[t] if names else t for t in jnp.flatnonzero(touched).tolist()]
+        if len(tasks) > 1:
             raise ValueError(
-                f"labels: parameter {stack.path_name(path)!r} is labelled 'own' but "
-                f"tasks {tasks} all depend on it; label it 'shared'."
+                f"labels: parameter {paths[i]!r} is labelled 'own' but tasks {tasks} "
+                "all depend on it; label it 'shared'."
             )

@@ -21,7 +21,7 @@ from jaxtyping import Array, Scalar
 from mtljax import placement, stack
 from mtljax.balancer import as_mask, check_choice, clone_keys, task_vector
 from mtljax.gradients._pullback import pullback
-from mtljax.gradients.labels import resolve_labels
+from mtljax.gradients.labels import check_trained, resolve_labels
 from mtljax.gradients.passes import Body, Passes, map_tasks, pick
 from mtljax.placement import Axes, Backward
 from mtljax.types import Gramian, Losses, Mask, Params, Weights
@@ -172,32 +172,15 @@ class Leaves(NamedTuple):
             paths=[self.paths[i] for i in chosen],
         )
 
-    def check_trained(self) -> "Leaves":
-        """Returns the leaves if all that are not frozen have a gradient.
-
-        Raises:
-          ValueError: If a shared or own leaf is not an array of real or complex
-            floating-point numbers, or if a frozen leaf is not an array.
-        """
-        for path, mark, leaf in zip(self.paths, self.marks, self.values, strict=True):
-            dtype = stack.dtype_of(leaf)
-            if dtype is None:
-                remedy = "Pass it in another argument."
-            elif mark == "frozen" or jnp.issubdtype(dtype, jnp.inexact):
-                continue
-            else:
-                remedy = "Label it 'frozen', or pass it in another argument."
-            raise ValueError(
-                f"parameter {path!r} {stack.why_unbalanced(leaf)} {remedy}"
-            )
-        return self
-
     def check_balanced(self, *labels: str) -> None:
-        """Raises an error if a leaf with one of the labels has no inner product.
+        """Raises an error if leaves with one of the labels have no inner product.
 
         Raises:
-          ValueError: If a leaf is complex, or has less than 16 bits.
+          ValueError: If no leaf has one of the labels, or if such a leaf is complex or
+            has less than 16 bits.
         """
+        if not set(labels) & set(self.marks):
+            raise ValueError("no parameter is shared, so there is nothing to balance.")
         for path, mark, leaf in zip(self.paths, self.marks, self.values, strict=True):
             why = stack.why_unbalanced(leaf) if mark in labels else None
             if why is not None:
@@ -277,7 +260,8 @@ def marked_leaves(params: Params, marks: list[str], labelled: bool) -> Leaves:
     flat, treedef = jax.tree_util.tree_flatten_with_path(params)
     paths = [stack.path_name(path) for path, _ in flat]
     values = [leaf for _, leaf in flat]
-    return Leaves(values, treedef, marks, labelled, paths).check_trained()
+    check_trained(paths, marks, values)
+    return Leaves(values, treedef, marks, labelled, paths)
 
 
 def unsplit(leaf: Any, axes: Axes) -> Axes:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from mtljax import placement, stack
 from mtljax.balancer import task_vector
@@ -49,8 +50,9 @@ def through(encode: Callable[..., Any], losses: Callable[..., Any]) -> Through:
 
     Args:
       encode: A function ``encode(params, *args, **kwargs)`` that returns the
-        representation z, any tree of arrays. It must not read parameters that are
-        labelled ``"own"``.
+        representation z, any tree of arrays. Integer and boolean arrays, such as a
+        mask, are not differentiated. It must not read parameters that are labelled
+        ``"own"``.
       losses: A function ``losses(params, z, *args, **kwargs)`` that returns the losses,
         shape ``[T]``, or ``(losses, aux)``.
 
@@ -97,6 +99,13 @@ class Represented(NamedTuple):
 
         Examples do not mix in a representation, so the Gramian is a sum over devices.
         """
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.z):
+            why = stack.why_unbalanced(leaf)
+            if why is not None:
+                raise ValueError(
+                    "measure='representation': the representation "
+                    f"{stack.path_name(path)!r} {why}"
+                )
         products = self._of_products()
         if products is not None:
             return products, None
@@ -174,16 +183,17 @@ def linearize_through(
     _check_trunk(task, leaves, own, args, kwargs)
 
     def trunk(shared):
-        return task.encode(leaves.tree(shared, own, frozen), *args, **kwargs)
+        z = task.encode(leaves.tree(shared, own, frozen), *args, **kwargs)
+        return _smooth_part(z), _smooth_part(z, False)
 
     def heads(shared, own, z):
-        after = VectorLosses(task.losses, (z, *args), kwargs, call.names)
+        after = VectorLosses(task.losses, (_whole(z, rest), *args), kwargs, call.names)
         out = after(leaves.tree(shared, own, frozen))
         call.names = after.names
         return checked_losses(out, options.has_aux)
 
     mode = options.backward
-    z, pull_trunk, _ = pullback(trunk, shared, backward=mode)
+    z, pull_trunk, rest = pullback(trunk, shared, has_aux=True, backward=mode)
     local, pull_heads, aux = pullback(
         heads, shared, own, z, has_aux=True, backward=mode
     )
@@ -202,6 +212,27 @@ def linearize_through(
         z=z,
         split=split,
         options=options,
+    )
+
+
+def _is_hole(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
+
+
+def _smooth_part(tree: Any, smooth: bool = True) -> Any:
+    """Returns the leaves that have a gradient, or those that have none."""
+
+    def leaf(x):
+        found = jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+        return x if found == smooth else optax.MaskedNode()
+
+    return jax.tree.map(leaf, tree)
+
+
+def _whole(smooth: Any, rest: Any) -> Any:
+    """Returns the tree of both parts."""
+    return jax.tree.map(
+        lambda x, y: y if _is_hole(x) else x, smooth, rest, is_leaf=_is_hole
     )
 
 

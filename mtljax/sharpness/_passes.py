@@ -142,6 +142,7 @@ def first_pass(
 ) -> Passes:
     """Runs one forward pass at the parameters, and keeps what later passes need."""
     first = linearize(call, params, options, mask=mask, name=name)
+    first.leaves.check_balanced("shared", "own")
     num_tasks = first.losses.shape[0]
     basis = jnp.eye(num_tasks, dtype=first.losses.dtype)
     if first.region.mask is not None:
