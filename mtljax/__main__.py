@@ -24,11 +24,12 @@ import optax
 
 import mtljax
 from mtljax.catalogue import WRAPPERS, method_reads, wrappers_table
-from mtljax.methods import METHODS, Method, methods_table
+from mtljax.methods import METHODS, Method, find_row, methods_table
 
 ERROR, MISSING, CLOSED = 2, 3, 141  # exit statuses
 FAMILIES = ("loss balancing", "gradient balancing")
 READS = ("nothing", "losses", "Gramian", "gradients")
+_STATE = "without the last task weights and the solver status"
 KINDS = ("losses", "weights", "cosines", "tradeoff")
 
 
@@ -74,10 +75,23 @@ def _parser() -> argparse.ArgumentParser:
         return new
 
     new = command("methods", _methods, "Lists the methods.")
-    new.add_argument("--family", choices=FAMILIES)
-    new.add_argument("--reads", type=_reads, choices=READS)
     new.add_argument(
-        "--format", choices=("table", "markdown", "json", "csv"), default="table"
+        "--family",
+        type=_choice(FAMILIES),
+        choices=FAMILIES,
+        help="one family only; `loss` and `gradient` are accepted, too",
+    )
+    new.add_argument(
+        "--reads",
+        type=_choice(READS),
+        choices=READS,
+        help="only methods that read this, see the documentation of `Balancer.needs`",
+    )
+    new.add_argument(
+        "--format",
+        choices=("table", "markdown", "json", "csv"),
+        default="table",
+        help="the default, `table`, is wrapped to the width of the terminal",
     )
     new = command("show", _show, "Prints the documentation of one method or wrapper.")
     new.add_argument("name", help="name or acronym, for example cagrad or Nash-MTL")
@@ -116,9 +130,14 @@ def _version() -> str:
     )
 
 
-def _reads(text: str) -> str:
-    """Accepts the choices of --reads in any case."""
-    return next((name for name in READS if name.lower() == text.lower()), text)
+def _choice(names: Sequence[str]) -> Callable[[str], str]:
+    """Accepts one of some names in any case, or the beginning of exactly one."""
+
+    def read(text: str) -> str:
+        found = [name for name in names if name.lower().startswith(text.lower())]
+        return found[0] if len(found) == 1 else text
+
+    return read
 
 
 def _tables(options: Any) -> None:
@@ -126,7 +145,8 @@ def _tables(options: Any) -> None:
     print(methods_table())
     print()
     print(wrappers_table())
-    print(f"\n{len(METHODS)} methods and {len(WRAPPERS)} wrappers.")
+    print(f"\n{len(METHODS)} methods and {len(WRAPPERS)} wrappers for T tasks.")
+    print(f'The column "state" counts numbers, {_STATE}.')
 
 
 def _row(method: Method) -> dict[str, str]:
@@ -184,7 +204,10 @@ def _wrapped(rows: Sequence[dict[str, str]]) -> str:
 
 
 def _show(options: Any) -> None:
-    found = WRAPPERS.get(options.name) or mtljax.get_method(options.name)
+    found, hint = find_row(options.name, {**METHODS, **WRAPPERS})
+    if found is None:
+        hint = hint or "`mtljax` without a command lists all names."
+        raise ValueError(f"no method or wrapper has the name {options.name!r}; {hint}")
     signature = inspect.signature(found.factory)
     plain = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
     text = signature.replace(parameters=plain, return_annotation=signature.empty)
@@ -195,7 +218,7 @@ def _show(options: Any) -> None:
         print(f"{found.label}, {found.family}")
         print(f"reads   {method_reads(found)}")
         print(f"cost    {found.cost}")
-        print(f"state   {found.state}")
+        print(f"state   {found.state}, {_STATE}")
     else:
         print(f"{found.label}, wrapper")
         print(f"wraps   {found.needs}")

@@ -62,7 +62,7 @@ WRAPPERS: dict[str, Wrapper] = {
 
 
 def wrappers_table() -> str:
-    """Returns the Markdown table of the wrappers that the README contains.
+    """Returns the Markdown table of the wrappers.
 
     Examples:
       >>> print(wrappers_table().splitlines()[2][:26])

@@ -60,10 +60,18 @@ def test_methods_in_four_formats(capsys):
         if form == "csv":
             assert list(csv.DictReader(io.StringIO(out))) == rows
     assert {row["reads"] for row in rows} == {"Gramian"}
-    assert main(["methods", "--family", "loss balancing", "--format", "json"]) == 0
-    names = {row["name"] for row in json.loads(capsys.readouterr().out)}
-    families = mtljax.METHODS.values()
-    assert names == {m.name for m in families if m.family == "loss balancing"}
+    for family in ("loss balancing", "Loss"):
+        assert main(["methods", "--family", family, "--format", "json"]) == 0
+        names = {row["name"] for row in json.loads(capsys.readouterr().out)}
+        families = mtljax.METHODS.values()
+        assert names == {m.name for m in families if m.family == "loss balancing"}
+
+
+@pytest.mark.parametrize("reads", ["gra", "x"])  # two choices, and none
+def test_the_beginning_of_a_choice_must_be_unique(reads, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["methods", "--reads", reads])
+    assert "'gradients'" in capsys.readouterr().err
 
 
 def test_the_table_fits_the_terminal(capsys, monkeypatch):
@@ -84,10 +92,19 @@ def test_show(name, capsys):
     assert ":func:" not in out
 
 
-def test_show_an_unknown_name(capsys):
-    assert main(["show", "nash_mlt"]) == 2
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("nash_mlt", "'nash_mtl'"),
+        ("composee", "'compose'"),
+        ("zzz", "`mtljax` without a command lists all names."),
+    ],
+)
+def test_show_an_unknown_name(name, text, capsys):
+    assert main(["show", name]) == 2
     error = capsys.readouterr().err
-    assert "'nash_mtl'" in error
+    assert error.startswith(f"mtljax: no method or wrapper has the name {name!r};")
+    assert text in error
     assert len(error.splitlines()) == 1
 
 
@@ -181,11 +198,13 @@ def test_report_is_self_contained(runs, tmp_path, capsys):
     assert file.stat().st_size < 2e6
 
 
-def test_wrappers_are_shown(capsys):
-    assert main(["show", "compose"]) == 0
-    output = capsys.readouterr().out
-    assert output.startswith("compose(")
-    assert "A ∘ B, wrapper" in output
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [("compose", "A ∘ B, wrapper"), ("cr-mogm", "CR-MOGM, wrapper")],
+)
+def test_wrappers_are_shown(name, line, capsys):
+    assert main(["show", name]) == 0
+    assert line in capsys.readouterr().out.splitlines()
 
 
 def test_a_metric_that_a_figure_does_not_show_is_an_error(runs, tmp_path, capsys):

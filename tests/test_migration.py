@@ -32,13 +32,25 @@ TORCHJD = {
     "upgrad(T)": (0.2929, 1.9004, 1.9004),
     "dualproj(T)": (0.5563, 1.1109, 1.1109),
     "conflict_free(T)": (0.1588, 2.0706, 2.0706),
+    "linear(T, weights=weights)": (3, 1, 1),
+    "pcd(T)": (-0.8200, 2.9434, 2.9434),
+    "modo(T, gamma=0.1)": (-4, 1, 1),
+    'sdmgrad(T, inner="reference")': (4.8462, 1, 1),
+    "cosmos(T, lam=2.0)": (3.6633, 0.6368, 0.6368),
+    "dwa(T, window=steps_per_epoch)": (2, 2, 2),
+    "famo(T)": (-2, 1, 1),
+    "geometric_mean(T)": (-2.5, 1.25, 1.25),
+    "imtl_l(T)": (2, 2, 2),
+    "pbi(T, theta=5.0)": (36.7696, 1.4142, 1.4142),
+    "stch(T, mu=1.0)": (1.3959, 0.5, 0.5),
+    "uncertainty(T)": (1, 1, 1),
 }
 
 
 def build(call, num_tasks=2):
     names = {name: getattr(mtljax, name) for name in NAMES}
     names |= {"T": num_tasks, "key": jax.random.key(0), "steps_per_epoch": 10}
-    names |= {"balancer": mtljax.linear(num_tasks)}
+    names |= {"balancer": mtljax.linear(num_tasks), "weights": (0.3, 0.7)}
     return eval(call.replace("normalize=...", 'normalize="l2"'), names)
 
 
@@ -55,6 +67,16 @@ def test_updates_of_torchjd(call):
         clip = optax.clip_by_global_norm(1.0)
         found, _ = clip.update(found, clip.init(found))
     np.testing.assert_allclose(found, TORCHJD[call], atol=1e-3)
+
+
+def test_excess_mtl_differs_from_torchjd_in_the_first_step():
+    call = 'excess_mtl(T, compat="torchjd")'
+    assert f"`{call}` | 4.8080, 1, 1 | 1, 1, 1 |" in TEXT
+    np.testing.assert_allclose(update(build(call)), (1, 1, 1), atol=1e-3)
+    # The first excess risks are the sums of |g|. TorchJD does not divide them by
+    # themselves, so its weights are their softmax.
+    weights = jax.nn.softmax(jnp.abs(JACOBIAN).sum(1))
+    np.testing.assert_allclose(weights @ JACOBIAN, (4.8080, 1, 1), atol=1e-3)
 
 
 def calls():

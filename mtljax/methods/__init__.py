@@ -42,6 +42,7 @@ from mtljax.methods._random_loss_weighting import (
 )
 from mtljax.methods._registry import METHODS as METHODS
 from mtljax.methods._registry import Method as Method
+from mtljax.methods._registry import find_row as find_row
 from mtljax.methods._registry import get_method as get_method
 from mtljax.methods._registry import methods_table as methods_table
 from mtljax.methods._registry import source_link as source_link

@@ -101,7 +101,9 @@ def excess_mtl(
       step_size: Step size η, positive. The authors' README and TorchJD use 1. The
         default of LibMTL is 1e-2.
       compat: Native scale of the weights. They sum to T with ``"official"``, as in
-        LibMTL, and to 1 with ``"torchjd"``.
+        LibMTL, and to 1 with ``"torchjd"``. TorchJD 0.18 without warm-up steps does not
+        divide the excess risks of the first step, so that its weights are not equal
+        there. This is not reproduced.
       scale: ``"native"``, or weights that sum to T (``"sum"``) or 1 (``"mean"``).
 
     Returns:

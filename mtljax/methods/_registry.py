@@ -1,10 +1,9 @@
 """The table of all methods, for documentation, tests and experiments."""
 
 import difflib
-import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -161,25 +160,30 @@ def get_method(name: str) -> Method:
       >>> get_method("Nash-MTL").name
       'nash_mtl'
     """
-    found = _names().get(_plain(name))
+    found, hint = find_row(name, METHODS)
     if found is None:
-        close = difflib.get_close_matches(_plain(name), _names(), n=3, cutoff=0.5)
-        close = list(dict.fromkeys(_names()[match] for match in close))
-        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else ""
         hint = hint or "mtljax.METHODS lists all names."
         raise ValueError(f"get_method: no method has the name {name!r}; {hint}")
-    return METHODS[found]
+    return found
+
+
+def find_row(name: str, rows: Mapping[str, Any]) -> tuple[Any, str]:
+    """Returns the row with this name or label, or None and a hint with similar names.
+
+    Only letters and digits are compared, without regard to case. The hint is empty if
+    no name is similar.
+    """
+    labels = {_plain(row.label): row for row in rows.values()}
+    known = labels | {_plain(row.name): row for row in rows.values()}
+    found = known.get(_plain(name))
+    close = difflib.get_close_matches(_plain(name), known, n=3, cutoff=0.5)
+    similar = dict.fromkeys(repr(known[match].name) for match in close)
+    hint = f"did you mean {' or '.join(similar)}?" if similar else ""
+    return found, "" if found else hint
 
 
 def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
-
-
-@functools.cache
-def _names() -> dict[str, str]:
-    """Maps the plain names and labels of all methods to the names of the factories."""
-    labels = {_plain(method.label): name for name, method in METHODS.items()}
-    return labels | {_plain(name): name for name in METHODS}
 
 
 def source_link(source: str) -> str:

@@ -126,7 +126,7 @@ def sdmgrad(
         default of the authors' class is 0.6.
       inner: ``"exact"`` or ``"reference"``. The latter is the loop of the authors,
         LibMTL and TorchJD. It starts at the weights of the last step and uses the
-        matrix divided by the squared mean gradient norm. TorchJD does not divide.
+        matrix divided by the squared mean gradient norm.
       learning_rate: Step size of this loop. The authors' code and TorchJD use 10, and
         LibMTL uses 5.
       momentum: Momentum of this loop, in [0, 1).
