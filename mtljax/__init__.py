@@ -9,6 +9,7 @@ imported when it is first used as an attribute. ``mtljax.models``, ``mtljax.data
 
 import importlib
 import pkgutil
+import sys
 from typing import Any
 
 from mtljax import alternating as alternating
@@ -174,7 +175,12 @@ def __getattr__(name: str) -> Any:
     """Imports a public module when it is first used as an attribute."""
     if not name.startswith("_") and name in _modules():
         return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # With the name and the module, Python shows similar names in the traceback.
+    raise AttributeError(
+        f"module {__name__!r} has no attribute {name!r}",
+        name=name,
+        obj=sys.modules[__name__],
+    )
 
 
 def __dir__() -> list[str]:

@@ -354,7 +354,7 @@ def task_vector(
     if set(values) != set(names):
         raise ValueError(
             f"the tasks are {list(names)}, but a dict with the names {list(values)} "
-            "was given."
+            "was given. Use the names of the balancer."
         )
     return numpy.stack([numpy.asarray(values[name]) for name in names], axis)
 

@@ -2,6 +2,7 @@
 
 import functools
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,6 +14,8 @@ from mtljax.types import Grads, Gramian, Mask, Update, Weights
 
 # optax.MultiSteps and optax.flatten pass gradients of another shape to a balancer.
 WRAPPED = "Wrappers such as optax.MultiSteps go around the rest of the chain only."
+
+_SHOWN = 8  # maximum number of paths in an error message
 
 
 def promoted(*dtypes: Any) -> Any:
@@ -59,6 +62,58 @@ def why_unbalanced(leaf: Any) -> str | None:
     if jnp.finfo(dtype).bits < 16:
         return f"has dtype {dtype}; only leaves of at least 16 bits can be balanced."
     return None
+
+
+def per_leaf(prefix: Any, tree: Any, name: str) -> list[Any]:
+    """Returns one value per leaf of the parameters, from a tree or a prefix of it.
+
+    Args:
+      prefix: Values in a tree like the parameters, or in a prefix of it. None is a
+        value.
+      tree: The parameters.
+      name: Name of the argument, with which the error message starts.
+
+    Returns:
+      A list in the order of ``jax.tree.leaves(tree)``.
+
+    Raises:
+      ValueError: If ``prefix`` is not a prefix of ``tree``. The message contains the
+        first paths of both.
+
+    Examples:
+      >>> per_leaf({"a": 0, "b": None}, {"a": (5.0, 6.0), "b": 7.0}, "axes")
+      [0, 0, None]
+    """
+    is_none = lambda x: x is None
+    values: list[Any] = []
+
+    def extend(value, sub):
+        values.extend([value] * len(jax.tree.leaves(sub)))
+
+    try:
+        jax.tree.map(extend, prefix, tree, is_leaf=is_none)
+    except (ValueError, TypeError):
+        given = jax.tree_util.tree_leaves_with_path(prefix, is_leaf=is_none)
+        known = jax.tree_util.tree_leaves_with_path(tree)
+        raise ValueError(
+            f"{name} must be a tree like the parameters, or a prefix of it. It has the "
+            f"paths {listing([path_name(path) for path, _ in given])}, and the "
+            f"parameters have {listing([path_name(path) for path, _ in known])}."
+        ) from None
+    return values
+
+
+def listing(paths: Sequence[str]) -> str:
+    """Returns the first paths of a tree as text for an error message.
+
+    Args:
+      paths: Names of all leaves.
+
+    Returns:
+      At most 8 paths, and their number if there are more.
+    """
+    more = f", … ({len(paths)} in all)" if len(paths) > _SHOWN else ""
+    return ", ".join(paths[:_SHOWN]) + more
 
 
 def check(

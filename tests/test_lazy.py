@@ -57,6 +57,13 @@ def test_every_public_module_is_an_attribute():
     assert done.returncode == 0, done.stderr
 
 
+def test_an_unknown_name_is_an_error_with_the_name_and_the_module():
+    """Python compares these with ``dir``, and adds similar names to the traceback."""
+    with pytest.raises(AttributeError, match="no attribute 'nashmtl'") as caught:
+        mtljax.nashmtl  # noqa: B018
+    assert (caught.value.name, caught.value.obj) == ("nashmtl", mtljax)
+
+
 def test_dir_lists_modules_before_they_are_imported():
     done = run("import mtljax; print(*dir(mtljax))")
     names = done.stdout.split()

@@ -1,5 +1,7 @@
 """Algebra on stacked trees against the same on one flat matrix in float64."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,6 +74,22 @@ def test_select_zeroes_also_what_is_not_finite():
     ):
         assert (after[1] == 0).all()
         np.testing.assert_array_equal(after[::2], before[::2])
+
+
+def test_per_leaf_names_the_paths_of_both_trees():
+    params = {"a": (1.0, {"b": 2.0, "c": None}), "d": [3.0]}
+    assert stack.per_leaf(None, params, "x") == [None] * 3
+    assert stack.per_leaf({"a": (1, 2), "d": [None]}, params, "x") == [1, 2, None]
+    message = (
+        "x must be a tree like the parameters, or a prefix of it. It has the paths "
+        "a, e, and the parameters have a/0, a/1/b, d/0."
+    )
+    for wrong in ({"a": 1, "e": 2}, {"a": 1, "e": None}):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            stack.per_leaf(wrong, params, "x")
+    many = {f"{i:02}": 0.0 for i in range(20)}
+    with pytest.raises(ValueError, match=r"have 00, 01.*07, … \(20 in all\)\.$"):
+        stack.per_leaf({"a": 1}, many, "x")
 
 
 def test_path_name():

@@ -1,4 +1,4 @@
-"""flax nnx: BatchNorm and dropout, whose variables are an auxiliary output."""
+"""flax nnx: BatchNorm and dropout, with variables as auxiliary output."""
 
 import jax
 import jax.numpy as jnp

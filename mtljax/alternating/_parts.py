@@ -35,16 +35,7 @@ def _flat_labels(name: str, labels: Any, params: Params) -> list[Any]:
             f"{name}: labels={labels!r} is not a tree. Pass a tree of labels with the "
             "structure of the parameters, a prefix of it, or a function of the path."
         )
-    try:
-        full = jax.tree.map(
-            lambda label, sub: jax.tree.map(lambda _: label, sub), labels, params
-        )
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{name}: labels must be a tree like the parameters, or a prefix of it: "
-            f"{error}"
-        ) from None
-    return jax.tree.leaves(full)
+    return stack.per_leaf(labels, params, f"{name}: labels")
 
 
 def _check(name: str, path: str, label: Any, leaf: Any, num_tasks: int):

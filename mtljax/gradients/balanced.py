@@ -5,7 +5,7 @@ gradients. :func:`value_and_balanced_grad` selects an engine that computes no mo
 this. All engines return the same update up to rounding.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -18,6 +18,7 @@ from mtljax.gradients.gramian import linearize_any
 from mtljax.gradients.labels import resolve_measure
 from mtljax.gradients.linearized import (
     AxisName,
+    Leaves,
     Options,
     Strategy,
     VectorLosses,
@@ -152,8 +153,9 @@ def value_and_balanced_grad(
     Raises:
       ValueError: If the number of losses differs from ``balancer.num_tasks``, if
         ``task_losses`` does not return a vector, if the balancer does not support the
-        options, or if ``heads="weighted"`` is used with a balancer that has no task
-        weights.
+        options, if ``heads="weighted"`` is used with a balancer that has no task
+        weights, if a parameter that is not frozen is no floating-point array, or if the
+        update of ``balancer`` does not have the shapes of the parameters.
 
     Examples:
       >>> import jax, jax.numpy as jnp, mtljax, optax
@@ -176,6 +178,12 @@ def value_and_balanced_grad(
       norms. Quinton and Rey, `Jacobian Descent for Multi-Objective Optimization
       <https://arxiv.org/abs/2406.16232>`_, 2024, use it for the Gramian.
     """
+    if not callable(getattr(balancer, "update", None)):
+        raise ValueError(
+            "value_and_balanced_grad: balancer must be a mtljax.Balancer or an optax "
+            f"transformation, not {balancer!r}. Call the method first, for example "
+            "mtljax.cagrad(2)."
+        )
     needs = getattr(balancer, "needs", "grads")
     name = getattr(balancer, "name", "the transformation")
     check_choice("value_and_balanced_grad", "heads", heads, Heads)
@@ -243,6 +251,19 @@ def _check_whole(found: Any, name: str) -> None:
             )
 
 
+def _check_update(update: Sequence[Any], leaves: Leaves, name: str) -> None:
+    """Raises an error if a transformation has not combined the tasks."""
+    wanted = [jnp.shape(leaf) for leaf in leaves.of("shared")]
+    shapes = [jnp.shape(leaf) for leaf in update]
+    for shape, expected in zip(shapes, wanted, strict=False):
+        if shape != expected:
+            raise ValueError(
+                f"value_and_balanced_grad: {name} returned an update of shape {shape} "
+                f"for a parameter of shape {expected}. Pass a balancer, or a chain "
+                "whose first transformation is a balancer."
+            )
+
+
 class _Setup(NamedTuple):
     """The options that are known before the parameters."""
 
@@ -294,6 +315,7 @@ def _step(
         transform = optax.with_extra_args_support(balancer)
         update, new = transform.update(stacked, state, losses=losses, **inputs)
         shared, own = jax.tree.leaves(update), found.own(ones)
+        _check_update(shared, found.leaves, name)
     else:
         measured, cache = None, None
         if setup.engine != "losses":

@@ -245,7 +245,8 @@ def task_gramian(
       forward and T backward passes.
 
     Raises:
-      ValueError: If an option is unknown, if the losses are not a vector, or if
+      ValueError: If an option is unknown, if the losses are not a vector, if a
+        parameter that is not frozen is no floating-point array, or if
         ``engine="gramian"`` is used with an unsupported ``custom_vjp`` rule.
 
     Examples:

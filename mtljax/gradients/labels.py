@@ -11,17 +11,10 @@ import optax
 from mtljax import stack
 from mtljax.types import Label, Params
 
-_SHOWN = 8  # maximum number of paths in an error message
-
 
 def _paths(params: Params) -> list[str]:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return [stack.path_name(path) for path, _ in leaves]
-
-
-def _listing(paths: Sequence[str]) -> str:
-    more = f", … ({len(paths)} in all)" if len(paths) > _SHOWN else ""
-    return ", ".join(paths[:_SHOWN]) + more
 
 
 def label_params(
@@ -62,7 +55,7 @@ def label_params(
             if not any(_matches(path, pattern) for path in paths):
                 raise ValueError(
                     f"label_params: {label}={pattern!r} matches no parameter; the "
-                    f"paths are {_listing(paths)}."
+                    f"paths are {stack.listing(paths)}."
                 )
 
     def label_of(path, _):
@@ -107,15 +100,7 @@ def resolve_labels(labels: Any, params: Params) -> list[Any]:
         paths = jax.tree_util.tree_leaves_with_path(params)
         flat = [labels(stack.path_name(path)) for path, _ in paths]
     else:
-        try:
-            full = jax.tree.map(
-                lambda label, sub: jax.tree.map(lambda _: label, sub), labels, params
-            )
-        except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"labels must be a tree like the parameters, or a prefix of it: {error}"
-            ) from None
-        flat = jax.tree.leaves(full)
+        flat = stack.per_leaf(labels, params, "labels")
     for path, label in zip(_paths(params), flat, strict=True):
         if label not in get_args(Label):
             raise ValueError(
@@ -125,12 +110,12 @@ def resolve_labels(labels: Any, params: Params) -> list[Any]:
     if "shared" not in flat:
         raise ValueError(
             "labels mark no parameter as 'shared'; the paths are "
-            f"{_listing(_paths(params))}."
+            f"{stack.listing(_paths(params))}."
         )
     if not {"own", "frozen"} & set(flat):
         raise ValueError(
             "labels mark no parameter as 'own' or 'frozen'; the paths are "
-            f"{_listing(_paths(params))}. Leave labels out if all are shared."
+            f"{stack.listing(_paths(params))}. Leave labels out if all are shared."
         )
     return flat
 
@@ -178,16 +163,8 @@ def resolve_measure(measure: Any, params: Params, marks: Sequence[str]) -> list[
     elif callable(measure):
         found = [bool(measure(path)) for path in paths]
     else:
-        try:
-            full = jax.tree.map(
-                lambda flag, sub: jax.tree.map(lambda _: flag, sub), measure, params
-            )
-        except (ValueError, TypeError) as error:
-            raise ValueError(
-                "measure must be paths, a function of the path, or a tree of booleans "
-                f"like the parameters: {error}"
-            ) from None
-        found = [bool(flag) for flag in jax.tree.leaves(full)]
+        flags = stack.per_leaf(measure, params, "measure, if it is not paths,")
+        found = [bool(flag) for flag in flags]
     for path, chosen, mark in zip(paths, found, marks, strict=True):
         if chosen and mark != "shared":
             raise ValueError(
@@ -197,7 +174,7 @@ def resolve_measure(measure: Any, params: Params, marks: Sequence[str]) -> list[
     if not any(found):
         raise ValueError(
             f"measure={measure!r} selects no parameter; the paths are "
-            f"{_listing(paths)}."
+            f"{stack.listing(paths)}."
         )
     return [i for i, chosen in enumerate(found) if chosen]
 

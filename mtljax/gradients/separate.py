@@ -67,20 +67,7 @@ class Separate:
         """Returns the axis of the tasks in every leaf; None if the leaf is shared."""
         if self.names is not None:
             return [None] * len(jax.tree.leaves(params))
-        try:
-            full = jax.tree.map(
-                lambda axis, sub: jax.tree.map(lambda _: (axis,), sub),
-                self.in_axes[0],
-                params,
-                is_leaf=lambda x: x is None,
-            )
-        except (ValueError, TypeError) as error:
-            raise ValueError(
-                "separate: in_axes[0] must be a tree like the parameters, or a prefix "
-                f"of it: {error}"
-            ) from None
-        found = jax.tree.leaves(full, is_leaf=lambda x: isinstance(x, tuple))
-        axes = [axis for (axis,) in found]
+        axes = stack.per_leaf(self.in_axes[0], params, "separate: in_axes[0]")
         if any(axis not in (None, 0) for axis in axes):
             raise ValueError(
                 f"separate: axes of parameters must be None or 0, not {axes}."
@@ -99,7 +86,7 @@ def ordered(task: Separate, names: Sequence[str] | None) -> Separate:
     if set(names) != set(task.names):
         raise ValueError(
             f"the tasks are {list(names)}, but separate was given losses for "
-            f"{list(task.names)}."
+            f"{list(task.names)}. Use the names of the balancer."
         )
     return Separate({name: task.losses[name] for name in names}, task.in_axes)
 

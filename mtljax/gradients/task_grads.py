@@ -81,8 +81,8 @@ def value_and_task_grads(
       finite either, because ``0 * NaN`` is NaN in the backward pass.
 
     Raises:
-      ValueError: If the losses are not a vector, or if a label is unknown or matches no
-        parameter.
+      ValueError: If the losses are not a vector, if a label is unknown or matches no
+        parameter, or if a parameter that is not frozen is no floating-point array.
 
     Examples:
       >>> import jax.numpy as jnp

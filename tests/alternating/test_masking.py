@@ -198,7 +198,7 @@ def test_check_owners():
             "no parameter is shared; the parameters are heads/a",
         ),
         ("own", "labels='own' is not a tree"),
-        ({"trunk": "shared"}, "labels must be a tree like the parameters"),
+        ({"trunk": "shared"}, r"labels must be a tree.*has the paths trunk, and the"),
         (lambda path: "own" if "trunk" in path else "shared", None),
         (lambda path: 5 if "trunk" in path else "shared", "'trunk' is labelled 5"),
     ],

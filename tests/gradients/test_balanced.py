@@ -290,3 +290,9 @@ def test_errors():
     function = mtljax.value_and_balanced_grad(task_losses, mtljax.linear(3))
     with pytest.raises(ValueError, match=r"mask has shape \(2,\); it must be \(3,\)"):
         function(PARAMS, state, BATCHES[0], mask=jnp.ones(2, bool))
+    with pytest.raises(ValueError, match="Call the method first"):
+        mtljax.value_and_balanced_grad(task_losses, mtljax.linear)
+    adam = optax.adam(1e-3)  # keeps the task axis
+    function = mtljax.value_and_balanced_grad(lambda p: jnp.stack([p.sum()] * 2), adam)
+    with pytest.raises(ValueError, match=r"of shape \(2, 4\) for a parameter.*\(4,\)"):
+        function(jnp.ones(4), adam.init(jnp.ones((2, 4))))

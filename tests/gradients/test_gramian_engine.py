@@ -915,6 +915,9 @@ def test_errors():
     p = {"a": jnp.ones((2, 2)), "n": jnp.ones(2, int)}
     with pytest.raises(ValueError, match=r"'n' has dtype int32; only real floating"):
         mtljax.task_gramian(lambda p: p["a"].sum(1), engine="gramian")(p)
+    p["n"] = jnp.ones(2, complex)
+    with pytest.raises(ValueError, match=r"'n' has dtype complex64; only real float"):
+        mtljax.task_gramian(lambda p: p["a"].sum(1), engine="gramian")(p)
     with pytest.raises(ValueError, match="task_gramian: engine='loss' is not one of"):
         mtljax.task_gramian(lambda p: p, engine="loss")
     balancer = mtljax.graddrop(2, key=jax.random.key(0))

@@ -46,7 +46,7 @@ def test_label_params_errors():
     ("labels", "message"),
     [
         ("own", "labels='own' is a string"),
-        ({"trunk": "shared"}, "a tree like the parameters, or a prefix"),
+        ({"trunk": "shared"}, "has the paths trunk, and the parameters have heads/0"),
         ({"trunk": "shared", "heads": "private"}, "'heads/0/kernel'.*'private'"),
         ({"trunk": "own", "heads": "own"}, "mark no parameter as 'shared'"),
         ({"trunk": "shared", "heads": "shared"}, "as 'own'.*Leave labels out"),

@@ -345,6 +345,33 @@ def test_separate_losses_of_unequal_shapes():
     close(grad, masked[1])
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_separate_accepts_parameters_in_tuples(shared):
+    """The update of ``(w, v)`` is that of the same parameters in a dict."""
+    head = jnp.ones(3) if shared else jnp.ones((3, 3))
+    x = jnp.arange(24.0).reshape(3, 2, 4) / 24
+    params = {"v": head, "w": jnp.ones((4, 3))}
+    axes = {"v": None if shared else 0, "w": None}
+
+    def loss(p, x):
+        return jnp.mean((jnp.tanh(x @ p["w"]) @ p["v"] - 1) ** 2)
+
+    def step(function, params, axes):
+        balancer = mtljax.linear(3)
+        function = mtljax.separate(function, in_axes=(axes, 0))
+        step = mtljax.value_and_balanced_grad(function, balancer)
+        return step(params, balancer.init(params), x)[1]
+
+    expected = step(loss, params, axes)
+    found = step(
+        lambda p, x: loss({"v": p[0], "w": p[1]}, x),
+        (params["v"], params["w"]),
+        (axes["v"], axes["w"]),
+    )
+    for a, b in zip(found, jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_errors_of_separate():
     params, batches, separate = separate_problem()
     with pytest.raises(ValueError, match="must have an entry for params and for each"):
