@@ -23,7 +23,7 @@ import jax
 import optax
 
 import mtljax
-from mtljax.catalogue import WRAPPERS, method_reads, wrappers_table
+from mtljax.catalogue import WRAPPERS, Wrapper, method_reads, wrappers_table
 from mtljax.methods import METHODS, Method, find_row, methods_table
 
 ERROR, MISSING, CLOSED = 2, 3, 141  # exit statuses
@@ -93,8 +93,12 @@ def _parser() -> argparse.ArgumentParser:
         default="table",
         help="the default, `table`, is wrapped to the width of the terminal",
     )
-    new = command("show", _show, "Prints the documentation of one method or wrapper.")
-    new.add_argument("name", help="name or acronym, for example cagrad or Nash-MTL")
+    new = command("show", _show, "Prints the documentation of a method or function.")
+    new.add_argument(
+        "name",
+        help="name or acronym of a method, for example cagrad or Nash-MTL, or name of "
+        "a function, for example reuse",
+    )
 
     runs = "folders of runs (with metrics.jsonl or results.jsonl), or folders of these"
     new = command("compare", _compare, "Compares training runs in a table.")
@@ -204,16 +208,23 @@ def _wrapped(rows: Sequence[dict[str, str]]) -> str:
 
 
 def _show(options: Any) -> None:
-    found, hint = find_row(options.name, {**METHODS, **WRAPPERS})
-    if found is None:
-        hint = hint or "`mtljax` without a command lists all names."
-        raise ValueError(f"no method or wrapper has the name {options.name!r}; {hint}")
-    signature = inspect.signature(found.factory)
+    name = options.name
+    found, hint = find_row(name, {**METHODS, **WRAPPERS})
+    public = getattr(mtljax, name) if name in mtljax.__all__ else None
+    function = found.factory if found else public
+    if not inspect.isfunction(function):
+        hint = hint or "`mtljax` without a command lists all methods and wrappers."
+        raise ValueError(f"no method, wrapper or function is called {name!r}; {hint}")
+    signature = inspect.signature(function)
     plain = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
     text = signature.replace(parameters=plain, return_annotation=signature.empty)
-    arxiv = found.source[:4].isdigit()
-    source = f"https://arxiv.org/abs/{found.source}" if arxiv else found.source
-    print(f"{found.name}{text}\n")
+    print(f"{function.__name__}{text}\n")
+    if found:
+        _show_row(found)
+    print(_plain(inspect.getdoc(function) or ""))
+
+
+def _show_row(found: Method | Wrapper) -> None:
     if isinstance(found, Method):
         print(f"{found.label}, {found.family}")
         print(f"reads   {method_reads(found)}")
@@ -222,8 +233,9 @@ def _show(options: Any) -> None:
     else:
         print(f"{found.label}, wrapper")
         print(f"wraps   {found.needs}")
+    arxiv = found.source[:4].isdigit()
+    source = f"https://arxiv.org/abs/{found.source}" if arxiv else found.source
     print(f"source  {source}\n")
-    print(_plain(inspect.getdoc(found.factory) or ""))
 
 
 def _plain(text: str) -> str:

@@ -97,13 +97,16 @@ def test_show(name, capsys):
     [
         ("nash_mlt", "'nash_mtl'"),
         ("composee", "'compose'"),
-        ("zzz", "`mtljax` without a command lists all names."),
+        ("zzz", "`mtljax` without a command lists all methods and wrappers."),
+        ("training", "'training'"),  # a module, which is not imported
     ],
 )
 def test_show_an_unknown_name(name, text, capsys):
     assert main(["show", name]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"mtljax: no method or wrapper has the name {name!r};")
+    assert error.startswith(
+        f"mtljax: no method, wrapper or function is called {name!r};"
+    )
     assert text in error
     assert len(error.splitlines()) == 1
 
@@ -200,9 +203,13 @@ def test_report_is_self_contained(runs, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("name", "line"),
-    [("compose", "A ∘ B, wrapper"), ("cr-mogm", "CR-MOGM, wrapper")],
+    [
+        ("compose", "A ∘ B, wrapper"),
+        ("cr-mogm", "CR-MOGM, wrapper"),
+        ("reuse", "reuse(balancer, *, every)"),
+    ],
 )
-def test_wrappers_are_shown(name, line, capsys):
+def test_wrappers_and_functions_are_shown(name, line, capsys):
     assert main(["show", name]) == 0
     assert line in capsys.readouterr().out.splitlines()
 

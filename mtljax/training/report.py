@@ -143,7 +143,10 @@ def figure(
     curves = _curves(runs, _PLACES[kind])
     if not curves:
         fields = ", ".join(sorted({name for name, _ in _PLACES[kind]}))
-        raise ValueError(f"The rows contain no {kind}: no field {fields}.")
+        raise ValueError(
+            f"The rows contain no {kind}. The step must return a metric with one of "
+            f"these names: {fields}."
+        )
     return _draw(kind, curves, _column_names(kind, runs, curves))
 
 
