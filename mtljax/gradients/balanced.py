@@ -154,8 +154,8 @@ def value_and_balanced_grad(
       ValueError: If the number of losses differs from ``balancer.num_tasks``, if
         ``task_losses`` does not return a vector, if the balancer does not support the
         options, if ``heads="weighted"`` is used with a balancer that has no task
-        weights, if a parameter that is not frozen is no floating-point array, or if the
-        update of ``balancer`` does not have the shapes of the parameters.
+        weights, if a parameter that is not frozen is not a floating-point array, or if
+        the update of ``balancer`` does not have the shapes of the parameters.
 
     Examples:
       >>> import jax, jax.numpy as jnp, mtljax, optax

@@ -246,7 +246,7 @@ def task_gramian(
 
     Raises:
       ValueError: If an option is unknown, if the losses are not a vector, if a
-        parameter that is not frozen is no floating-point array, or if
+        parameter that is not frozen is not a floating-point array, or if
         ``engine="gramian"`` is used with an unsupported ``custom_vjp`` rule.
 
     Examples:

@@ -82,7 +82,7 @@ def value_and_task_grads(
 
     Raises:
       ValueError: If the losses are not a vector, if a label is unknown or matches no
-        parameter, or if a parameter that is not frozen is no floating-point array.
+        parameter, or if a parameter that is not frozen is not a floating-point array.
 
     Examples:
       >>> import jax.numpy as jnp
