@@ -322,6 +322,7 @@ def test_images_have_alternative_texts(runs, tmp_path):
         assert "<right>" in image["alt"]
 
 
+@pytest.mark.deep
 def test_report_of_many_tasks_and_runs(tmp_path):
     """Long tables are folded, and no figure has more than 12 panels or 8 lines."""
     rng = np.random.default_rng(0)
