@@ -55,6 +55,9 @@ def _orbax():
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_QuietOrbax())
     sys.unraisablehook = functools.partial(_quiet_hook, sys.unraisablehook)
+    # A failed save leaves the writes of other arrays behind, which it has not started.
+    late = "coroutine '.*serialize.*' was never awaited"
+    warnings.filterwarnings("ignore", late, RuntimeWarning)
     return ocp
 
 
