@@ -1,3 +1,4 @@
+import gc
 import os
 import pathlib
 import subprocess
@@ -24,6 +25,8 @@ def pytest_configure(config):
     """
     if config.getoption("markexpr") != "not deep":
         return
+    # Programs of earlier tests stay in caches. Collections would visit all of them.
+    gc.set_threshold(50_000, 50, 100)
     _skip_fusion_emitters()
     options = {
         "jax_compilation_cache_dir": str(CACHE),
