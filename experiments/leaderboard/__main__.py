@@ -18,14 +18,18 @@ def main(config: Config, command: str) -> None:
     for name in config.add:
         external(name)  # a mistyped name is found before anything is trained
     from experiments.common.report import Screen
-    from experiments.leaderboard import queue, report
+    from experiments.leaderboard import packed, queue, report
 
     screen = Screen()
     if config.check_sets:
         from experiments.leaderboard.reference import check_sets
 
         sys.exit(1 if check_sets(config, screen.say) else 0)
+    start = packed.read_start(config)
     queue.open_folder(config)
+    if start:
+        taken = packed.take_over(config, start)
+        screen.say(f"{taken} finished jobs taken from {config.start_from}")
     if config.recheck:
         from experiments.leaderboard.recheck import recheck, sentence
 

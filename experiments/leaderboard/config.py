@@ -131,6 +131,8 @@ class Config(common.Tuned):
     recheck: Size = 0
     """Only train this number of finished cells again, chosen at random, and compare.
     The exit status is 1 if a number differs."""
+    start_from: pathlib.Path | None = None
+    """Folder of a report whose finished rows are not trained again."""
     report_to: pathlib.Path | None = None
     """Folder of the files of the report. The default is --out, which has the jobs."""
     out: pathlib.Path = pathlib.Path("results/leaderboard")

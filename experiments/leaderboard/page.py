@@ -464,8 +464,9 @@ def text(
         parts += ["## Δm by group of related sets", groups_table(table)]
         parts += ["## Details", common.markdown(DETAILS, map(detail_line, table))]
         parts += ["## Notes", bullets(notes(result, config))]
-    about = {**head["versions"], "commit": head["commit"], "device": head["device"]}
-    names = ("python", "jax", "optax", "mtljax", "commit", "device")
     parts += ["## Limits", LIMITS]
-    parts.append(common.markdown(names, [[about[n] for n in names]], left=len(names)))
+    names = ("started", "python", "jax", "optax", "mtljax", "commit", "device")
+    abouts = [{**h["versions"], **h} for h in (*head.get("earlier", ()), head)]
+    lines = [[about.get(n, "") for n in names] for about in abouts]
+    parts.append(common.markdown(names, lines, left=len(names)))
     return "\n\n".join(parts) + "\n"

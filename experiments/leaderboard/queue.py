@@ -22,6 +22,7 @@ from mtljax import training
 MAY_DIFFER = (
     *("sets", "methods", "add", "jobs", "train_only", "report_only", "plots"),
     *("cost_sets", "cost_rounds", "tensorboard", "check_sets", "recheck"),
+    "start_from",
 )
 """Options that do not change the numbers of a job."""
 POLL = 0.5  # seconds
@@ -82,14 +83,21 @@ def open_folder(config: Config) -> None:
     else:
         write(path, json.dumps(about(config), indent=1, sort_keys=True) + "\n")
         return
+    advice = " Choose another --out, or --overwrite."
+    check_settings(config, old, str(config.out), advice)
+    if not (config.resume or reading or config.train_only):
+        raise ConfigError(f"{config.out} has results. Add --resume or --overwrite.")
+
+
+def check_settings(
+    config: Config, old: Mapping[str, Any], where: str, advice: str = ""
+) -> None:
+    """Raises a :class:`ConfigError` if results belong to other settings."""
     differ = [key for key, value in about(config).items() if old.get(key) != value]
     if differ:
         raise ConfigError(
-            f"{config.out} has results of other settings ({', '.join(differ)}). Choose "
-            "another --out, or --overwrite."
+            f"{where} has results of other settings ({', '.join(differ)}).{advice}"
         )
-    if not (config.resume or reading or config.train_only):
-        raise ConfigError(f"{config.out} has results. Add --resume or --overwrite.")
 
 
 def write(path: pathlib.Path, text: str) -> None:
@@ -161,6 +169,12 @@ def train_job(config: Config, job: Job, rates: Sequence[float]) -> float:
 
     start, cpu = time.perf_counter(), time.process_time()
     on = train.cached_problem(config, job.set)
+    for line in read_rows(config.out, [Job(job.set, EQUAL)])[:1]:
+        if line["data"] != on.digest:
+            raise ConfigError(
+                f"The data of {job.set} are not those of the finished rows in "
+                f"{config.out}."
+            )
     rows, error = [], None
     try:
         rows = train.train_row(config, on, job.row, rates)
@@ -182,9 +196,14 @@ def train_job(config: Config, job: Job, rates: Sequence[float]) -> float:
         save(folder / "cost.json", train.step_cost(config, on, job.row))
     seconds = time.perf_counter() - start
     save(folder / "time.json", {"seconds": seconds, "cpu": time.process_time() - cpu})
-    text = "".join(json.dumps(training.to_json(row)) + "\n" for row in (first, *rows))
-    write(folder / "rows.jsonl", text)
+    finish(job, config.out, (first, *rows))
     return seconds
+
+
+def finish(job: Job, out: pathlib.Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Writes the rows of a job, which finishes it."""
+    text = "".join(json.dumps(training.to_json(line)) + "\n" for line in lines)
+    write(job.folder(out) / "rows.jsonl", text)
 
 
 def save(path: pathlib.Path, value: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from experiments.common.config import ConfigError
 from experiments.common.replay import difference
-from experiments.leaderboard import queue, report, train
+from experiments.leaderboard import packed, queue, report, train
 from experiments.leaderboard.config import Config
 from experiments.leaderboard.queue import Job
 from mtljax import training
@@ -28,13 +28,9 @@ Lines = Sequence[Mapping[str, Any]]
 def finished(config: Config) -> dict[Job, Lines]:
     """Lines of the finished jobs with rows, from the jobs or from the packed rows."""
     lines = queue.read_rows(config.out, queue.jobs(config))
-    packed = config.out / "results.jsonl.gz"
-    if not lines and packed.is_file():
-        lines = report.unpack(packed)
-    found: dict[Job, list[Mapping[str, Any]]] = {}
-    for line in lines:
-        found.setdefault(Job(line["set"], line["row"]), []).append(line)
-    return {job: mine for job, mine in found.items() if len(mine) > 1}
+    if not lines and (config.out / packed.ROWS).is_file():
+        lines = packed.unpack(config.out / packed.ROWS)
+    return {job: mine for job, mine in packed.by_job(lines).items() if len(mine) > 1}
 
 
 def sample(jobs: Sequence[Job], count: int) -> list[Job]:

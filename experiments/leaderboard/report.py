@@ -5,8 +5,6 @@ networks, in percent. It is positive if a row is worse. Statistics use the sets 
 every row is finished.
 """
 
-import gzip
-import io
 import json
 import math
 import pathlib
@@ -19,7 +17,7 @@ import mtljax
 from experiments.common import problem as problems
 from experiments.common import provenance, statistics
 from experiments.common.selection import select
-from experiments.leaderboard import queue
+from experiments.leaderboard import packed, queue
 from experiments.leaderboard.config import (
     AUXILIARY,
     EQUAL,
@@ -538,21 +536,6 @@ class Result(NamedTuple):
 # --- files ----------------------------------------------------------------------------
 
 
-def pack(lines: Sequence[Mapping[str, Any]]) -> bytes:
-    """Compresses lines. Equal lines are equal bytes: no time and no name is stored."""
-    buffer = io.BytesIO()
-    with gzip.GzipFile("", "wb", compresslevel=9, fileobj=buffer, mtime=0) as file:
-        for line in lines:
-            file.write((json.dumps(line) + "\n").encode())
-    return buffer.getvalue()
-
-
-def unpack(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Reads the lines of a ``results.jsonl.gz``."""
-    text = gzip.decompress(path.read_bytes()).decode()
-    return [json.loads(line) for line in text.splitlines()]
-
-
 def costs_of(config: Config, old: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Costs of each row: medians over the measured sets, and seconds over all sets.
 
@@ -602,10 +585,10 @@ def write(config: Config, command: str) -> tuple[list[pathlib.Path], str]:
     """
     from experiments.leaderboard import figures, page, reference
 
-    packed = config.out / "results.jsonl.gz"
+    source = config.out / packed.ROWS
     lines = queue.read_rows(config.out, queue.jobs(config))
-    fresh = bool(lines) or not packed.is_file()
-    lines = lines if fresh else unpack(packed)
+    fresh = bool(lines) or not source.is_file()
+    lines = lines if fresh else packed.unpack(source)
     old = read_json(config.out / "leaderboard.json")
     references = old.get("references", {})
     if fresh:
@@ -618,7 +601,10 @@ def write(config: Config, command: str) -> tuple[list[pathlib.Path], str]:
     for name, about in result.board.about.items():
         problems.LOADED[name] = {"digest": about["data"], "shared": {}}
     head = {} if fresh else read_json(config.out / "header.json")
-    head = head or provenance.header(config, command=command)
+    earlier = packed.earlier(config.out)
+    head = head or provenance.header(
+        config, command=command, **({"earlier": earlier} if earlier else {})
+    )
     folder = config.report_to or config.out
     drawn = figures.write(config, result)
     queue.write(folder / "header.json", to_text(head))
@@ -626,9 +612,8 @@ def write(config: Config, command: str) -> tuple[list[pathlib.Path], str]:
     queue.write(folder / "leaderboard.json", to_text(said))
     text = page.text(result, config, head, [path.stem for path in drawn])
     queue.write(folder / "LEADERBOARD.md", text)
-    data = pack(lines)
-    (folder / packed.name).write_bytes(data)
-    names = (packed.name, "header.json", "leaderboard.json", "LEADERBOARD.md")
+    (folder / packed.ROWS).write_bytes(packed.pack(lines))
+    names = (packed.ROWS, "header.json", "leaderboard.json", "LEADERBOARD.md")
     found = [said["answer"], *page.conclusions(result.values, result.table)]
     found += said["checks"]
     return [*(folder / name for name in names), *drawn], "\n".join(found)

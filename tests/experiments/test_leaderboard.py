@@ -25,6 +25,7 @@ from experiments.leaderboard import __main__ as command
 from experiments.leaderboard import (
     figures,
     options,
+    packed,
     page,
     problem,
     queue,
@@ -543,12 +544,12 @@ def test_labels_are_moved_apart():
 
 def test_equal_rows_are_equal_bytes(tmp_path):
     lines = made_up({EQUAL: 1.0})
-    first = report.pack(lines)
+    first = packed.pack(lines)
     assert first[4:8] == bytes(4)  # gzip stores the time there
-    assert report.pack(lines) == first
+    assert packed.pack(lines) == first
     path = tmp_path / "results.jsonl.gz"
     path.write_bytes(first)
-    assert report.unpack(path) == lines
+    assert packed.unpack(path) == lines
 
 
 # --- errors and losses ----------------------------------------------------------------
@@ -1054,7 +1055,7 @@ def test_sets_without_signal_are_refused(mine, capsys):
 
 def test_finished_cells_are_trained_again(finished, tmp_path, capsys):
     """The first cell is equal bit by bit. The second one is changed by 1e-6."""
-    lines = report.unpack(finished.out / "results.jsonl.gz")
+    lines = packed.unpack(finished.out / "results.jsonl.gz")
     jobs = list(dict.fromkeys(queue.Job(x["set"], x["row"]) for x in lines))
     chosen = recheck.sample(jobs, 2)
     at = next(
@@ -1063,7 +1064,7 @@ def test_finished_cells_are_trained_again(finished, tmp_path, capsys):
         if queue.Job(x["set"], x["row"]) == chosen[1] and "test" in x
     )
     lines[at]["test"][0] += 1e-6
-    (tmp_path / "results.jsonl.gz").write_bytes(report.pack(lines))
+    (tmp_path / "results.jsonl.gz").write_bytes(packed.pack(lines))
     text = (finished.out / "header.json").read_text()
     (tmp_path / "header.json").write_text(text)
     with pytest.raises(SystemExit) as stop:
@@ -1113,7 +1114,7 @@ def committed_result():
         k: tuple(v) if isinstance(v, list) else v for k, v in head["config"].items()
     }
     config = Config(**given)
-    lines = report.unpack(COMMITTED / "results.jsonl.gz")
+    lines = packed.unpack(COMMITTED / "results.jsonl.gz")
     return (
         report.result_of(config, lines, old["costs"], old["references"]),
         config,
@@ -1191,6 +1192,65 @@ def test_an_added_method_trains_its_own_jobs_only(finished):
     values = report.values_of(board, more.rows)
     assert report.kind_of(names[0]) == "external"
     assert values.missing == [names[1]]
+
+
+def test_a_run_continues_from_a_report(finished, tmp_path):
+    """Only the new method is trained, and the old rows remain as they are."""
+    report_to = tmp_path / "report"
+    command.main(
+        dataclasses.replace(finished, report_only=True, report_to=report_to), ""
+    )
+    more = dataclasses.replace(
+        finished, out=tmp_path / "more", add=("mine_board:twice",), start_from=report_to
+    )
+    command.main(more, "test")
+    old, new = (packed.unpack(f / packed.ROWS) for f in (report_to, more.out))
+    assert [line for line in new if line["row"] != "mine_board:twice"] == old
+    trained = [job.row for job in queue.jobs(more) if own_seconds(job, more.out)]
+    assert trained == ["mine_board:twice"]
+    before, board = (
+        packed.read(f / "leaderboard.json")["costs"] for f in (report_to, more.out)
+    )
+    assert board.keys() == {*before, "mine_board:twice"}
+    for row, cost in before.items():
+        assert board[row] == pytest.approx(cost)
+    head = packed.read(more.out / "header.json")
+    assert head["earlier"] == [packed.read(report_to / "header.json")]
+    # A second call takes nothing and trains nothing.
+    same = (more.out / packed.ROWS).read_bytes()
+    command.main(dataclasses.replace(more, resume=True), "test")
+    assert (more.out / packed.ROWS).read_bytes() == same
+    assert packed.read(more.out / "header.json")["earlier"] == head["earlier"]
+
+
+def own_seconds(job, out):
+    return "seconds" in packed.read(job.folder(out) / "time.json")
+
+
+def test_reports_from_which_no_run_can_continue(finished, tmp_path):
+    start = dataclasses.replace(
+        finished, out=tmp_path / "out", start_from=finished.out, resume=True
+    )
+    with pytest.raises(ConfigError, match=r"other settings \(steps\)"):
+        command.main(dataclasses.replace(start, steps=40), "")
+    copy = tmp_path / "report"
+    copy.mkdir()
+    start = dataclasses.replace(start, start_from=copy)
+    with pytest.raises(ConfigError, match=r"has no results\.jsonl\.gz"):
+        command.main(start, "")
+    for name in (packed.ROWS, "header.json", "leaderboard.json"):
+        (copy / name).write_bytes((finished.out / name).read_bytes())
+    rows = (finished.out / packed.ROWS).read_bytes()
+    (copy / packed.ROWS).write_bytes(rows[:-9])
+    with pytest.raises(ConfigError, match="is damaged"):
+        command.main(start, "")
+    lines = packed.unpack(finished.out / packed.ROWS)
+    for line in lines:
+        if line.get("kind") == "job":
+            line["data"] = "other"
+    (copy / packed.ROWS).write_bytes(packed.pack(lines))
+    with pytest.raises(ConfigError, match="data of mine_board:tables are not those"):
+        command.main(dataclasses.replace(start, add=("mine_board:twice",)), "")
 
 
 def test_heads_follow_their_own_losses(mine):
