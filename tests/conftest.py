@@ -60,6 +60,14 @@ def _skip_fusion_emitters():
         os.environ["XLA_FLAGS"] = flags
 
 
+def pytest_collection_finish(session):
+    """The tests of one process run on one device, whatever modules are imported."""
+    del session
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "device_count" in flags:
+        raise pytest.UsageError(f"A collected module has set XLA_FLAGS to {flags!r}.")
+
+
 @pytest.fixture
 def as_users():
     """Signatures are checked in tests only; this shows the errors that users see."""

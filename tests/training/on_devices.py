@@ -7,7 +7,8 @@ import tempfile
 from pathlib import Path
 
 FLAG = "--xla_force_host_platform_device_count=8"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}"
+if __name__ == "__main__":  # and not where doctests are collected
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}"
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 import jax
 import mesh_toy

@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 
 FLAG = "--xla_force_host_platform_device_count=4"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}"
-os.environ["JAX_CPU_COLLECTIVES_IMPLEMENTATION"] = "gloo"
+if __name__ == "__main__":  # and not where doctests are collected
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}"
+    os.environ["JAX_CPU_COLLECTIVES_IMPLEMENTATION"] = "gloo"
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 import jax
 import mesh_toy
