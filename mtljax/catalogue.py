@@ -1,20 +1,25 @@
 """The table of wrappers, which build a balancer from other balancers."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
-from mtljax.balancer import Balancer
 from mtljax.methods import Method, source_link
 from mtljax.sharpness import flat_split
-from mtljax.wrappers import compose, per_layer, smooth_weights
+from mtljax.wrappers import (
+    compose,
+    inject_hyperparams,
+    per_layer,
+    reuse,
+    smooth_weights,
+)
 
 
 class Wrapper(NamedTuple):
     """A row of the table of wrappers."""
 
-    factory: Callable[..., Balancer]
+    factory: Callable[..., Any]
     label: str  # name in the literature
     source: str  # arXiv id, or the venue if there is none
     needs: str  # balancers that the wrapper accepts
@@ -56,6 +61,20 @@ WRAPPERS: dict[str, Wrapper] = {
             "2211.13723",
             "any, on the gradients of `sharpness.sam_task_grads`",
             "balances the loss part and the flat part of SAM separately",
+        ),
+        Wrapper(
+            reuse,
+            "every k steps",
+            "2202.01017",
+            "one with task weights",
+            "computes the weights every k steps and reuses them in between",
+        ),
+        Wrapper(
+            inject_hyperparams,
+            "schedules",
+            "optax",
+            "a factory, such as `cagrad`",
+            "stores the float hyper-parameters in the state and schedules them",
         ),
     )
 }

@@ -236,7 +236,7 @@ CORE = {
 
 def core_page() -> list[str]:
     """The names of ``mtljax`` that are neither methods nor modules."""
-    wrappers = [*WRAPPERS, "reuse", "inject_hyperparams"]
+    wrappers = list(WRAPPERS)
     listed = {*METHODS, *wrappers, "IGBAgent", "IGBPhases"}
     names = {
         name
