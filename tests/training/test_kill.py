@@ -97,9 +97,11 @@ def test_a_signal_saves_and_sets_the_exit_status(
 
 @pytest.mark.parametrize("how", [("--resume", "auto"), ("--overwrite",)])
 def test_two_starts_in_one_directory(tmp_path, uninterrupted, how):
-    first = start(tmp_path, "--slow", 0.1, *how)
+    first = start(tmp_path, "--slow", 0.05, *how)
     wait_for_rows(tmp_path, 3, first)
+    first.send_signal(signal.SIGSTOP)  # it must not finish before the other starts
     out, err = start(tmp_path, *how).communicate(timeout=60)
+    first.send_signal(signal.SIGCONT)
     assert err.count("\n") == 1
     assert f"{tmp_path} is in use by process {first.pid} on " in err
     out, err = first.communicate(timeout=90)
