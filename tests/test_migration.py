@@ -95,3 +95,119 @@ def test_calls_return_an_update(call):
     found = update(build(call, num_tasks), jacobian, jnp.arange(1.0, num_tasks + 1))
     assert found.shape == (8,)
     assert jnp.isfinite(found).all()
+
+
+# --- the same rows, computed by TorchJD ---------------------------------------------
+
+
+def rows():
+    """Rows ``(calls of TorchJD, our calls, its update, our update)`` of the tables."""
+    section = TEXT.split("## TorchJD 0.18")[1].split("\n## ")[0]
+    for part, text in zip(PARTS, section.split("\n### ")[1:], strict=True):
+        lines = re.findall(r"^\| (`.*) \|$", text, flags=re.MULTILINE)
+        for line in lines:
+            their, our, *numbers, _ = [cell.strip() for cell in f"{line} ".split("|")]
+            names = [re.findall(r"`(.+?)`", cell) for cell in (their, our)]
+            for pair in zip(*names, strict=True):
+                row = (part, *pair, *numbers)
+                yield pytest.param(row, id=f"{part}-{pair[0]}")
+
+
+PARTS = ("aggregation", "scalarization")
+ROWS = list(rows())
+FIXED = [row for row in ROWS if row.values[0][3] not in ("", "random")]
+RANDOM = [row for row in ROWS if row.values[0][3] == "random"]
+# Rows without numbers. Two of the methods need more than two tasks.
+OTHERS = {
+    "Krum(...)": (
+        "Krum(1, n_selected=2)",
+        'krum(T, num_byzantine=1, num_selected=2, compat="torchjd")',
+    ),
+    "TrimmedMean(...)": ("TrimmedMean(1)", "trimmed_mean(T)"),
+    "CRMOGMWeighting(w)": (
+        "CRMOGMWeighting(UPGradWeighting())",
+        "smooth_weights(upgrad(T))",
+    ),
+}
+
+
+@pytest.fixture
+def torchjd():
+    """A function that returns the update of a call of TorchJD, or of an object."""
+    reason = "the comparison needs the extra `bench`"
+    torch = pytest.importorskip("torch", reason=reason)
+    pytest.importorskip("torchjd", reason=reason, exc_type=ImportError)
+    libraries = {part: pytest.importorskip(f"torchjd.{part}") for part in PARTS}
+
+    def run(part, call, jacobian=JACOBIAN, losses=LOSSES):
+        matrix = torch.tensor(np.asarray(jacobian), dtype=torch.float64)
+        if isinstance(call, str):
+            equal = part == "scalarization"
+            weights = torch.tensor([0.5, 0.5] if equal else [0.3, 0.7]).double()
+            names = {**vars(libraries[part]), "weights": weights, "T": len(matrix)}
+            call = eval(call, names)
+            if isinstance(call, torch.nn.Module):
+                call = call.double()
+        if part == "scalarization":
+            values = torch.tensor(np.asarray(losses), dtype=torch.float64)
+            values.requires_grad_()
+            (found,) = torch.autograd.grad(call(values), values)
+            return call, (found @ matrix).numpy()
+        if isinstance(call, libraries[part].Weighting):
+            return call, (call(matrix @ matrix.T) @ matrix).detach().numpy()
+        return call, call(matrix).detach().numpy()
+
+    torch.manual_seed(0)
+    return run
+
+
+cvxpy_warns = pytest.mark.filterwarnings("ignore")
+
+
+def test_every_row_is_compared():
+    named = [row.values[0][1] for row in ROWS]
+    assert set(named) - {row.values[0][1] for row in FIXED + RANDOM} == OTHERS.keys()
+    assert len(FIXED) == len(TORCHJD) + 1  # the row of excess_mtl
+    assert len(RANDOM) == 3
+
+
+@cvxpy_warns
+@pytest.mark.parametrize("row", FIXED)
+def test_torchjd_returns_the_numbers_of_its_row(torchjd, row):
+    part, their, our, numbers, ours = row
+    wanted = [float(x) for x in numbers.split(",")]
+    np.testing.assert_allclose(torchjd(part, their)[1], wanted, atol=1e-3)
+    same = ours.startswith("the same")
+    wanted = wanted if same else [float(x) for x in ours.split(",")]
+    np.testing.assert_allclose(update(build(our)), wanted, atol=1e-3)
+
+
+@pytest.mark.parametrize("row", RANDOM)
+def test_random_updates_have_the_distribution_of_torchjd(torchjd, row):
+    part, their, our, *_ = row
+    count = 2000
+    wanted = np.array([torchjd(part, their)[1] for _ in range(count)])
+
+    def one(key):
+        names = {name: getattr(mtljax, name) for name in NAMES}
+        return update(eval(our, {**names, "T": 2, "key": key}))
+
+    found = jax.vmap(one)(jax.random.split(jax.random.key(1), count))
+    if "GradDrop" in their:  # each coordinate has at most two values
+        assert set(np.unique(found)) == set(np.unique(wanted)) == {-4.0, 2.0, 6.0}
+    # The mean difference of the quantiles of each coordinate.
+    error = np.abs(np.sort(found, axis=0) - np.sort(wanted, axis=0)).mean(0)
+    assert (error <= 0.03 * np.ptp(wanted)).all()
+
+
+@pytest.mark.parametrize("row", OTHERS)
+def test_rows_without_numbers(torchjd, row):
+    their, our = OTHERS[row]
+    keys = jax.random.split(jax.random.key(2), 3)
+    balancer = build(our, 5)
+    state = balancer.init(jnp.zeros(8))
+    for key in keys:  # the averages of weights depend on earlier steps
+        jacobian = jax.random.normal(key, (5, 8)) + 0.3
+        found, state = balancer.update(jacobian, state)
+        their, wanted = torchjd("aggregation", their, jacobian)
+        np.testing.assert_allclose(found, wanted, atol=1e-3)
