@@ -70,6 +70,55 @@ def test_runs(source, capsys, monkeypatch):
     assert "mtljax" in capsys.readouterr().out
 
 
+# Starts of five from which a run reaches the Pareto set, at scale 1 and 0.1.
+COUNTS = {
+    "equal weights": [3, 4],
+    "scale invariant": [3, 3],
+    "uncertainty": [3, 4],
+    "FAMO": [3, 3],
+    "PCGrad": [3, 4],
+    "CAGrad": [3, 4],
+    "UPGrad": [3, 4],
+    "Aligned-MTL": [5, 4],
+    "MGDA": [5, 5],
+    "IMTL-G": [5, 5],
+    "Nash-MTL": [5, 5],
+    "FairGrad": [5, 5],
+}
+VOLUMES = {"linear": 0.2516, "stch": 0.4948, "cosmos": 0.4572}
+
+
+def full(name, monkeypatch):
+    """The variables of a notebook after a run with all its steps."""
+    monkeypatch.delenv("MTLJAX_NOTEBOOK_FAST", raising=False)
+    matplotlib.use("agg")
+    monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
+    with matplotlib.rc_context():
+        return runpy.run_path(str(ROOT / "notebooks" / f"{name}.py"))
+
+
+def test_the_view_shows_the_counts():
+    printed = [o.get("text", "") for o in outputs(ROOT / "notebooks/toy_problem.py")]
+    lines = re.findall(
+        r"^(.+?) +scale 1: (\d) of 5 +scale 0.1: (\d) of 5$",
+        "".join("".join(text) for text in printed),
+        flags=re.MULTILINE,
+    )
+    assert {name: [int(x) for x in numbers] for name, *numbers in lines} == COUNTS
+
+
+@pytest.mark.deep
+def test_a_full_run_has_the_counts(monkeypatch):
+    counts = full("toy_problem", monkeypatch)["counts"]
+    assert {n: c[0] for n, c in counts.items()} == {n: c[0] for n, c in COUNTS.items()}
+
+
+def test_a_full_run_has_the_hypervolumes(monkeypatch):
+    volumes = full("pareto_front", monkeypatch)["volumes"]
+    for name, value in VOLUMES.items():
+        assert volumes[name] == pytest.approx(value, rel=0.01), name
+
+
 @every
 def test_the_view_is_the_source(source):
     shown = view(source)
