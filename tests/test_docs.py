@@ -22,6 +22,15 @@ PAGES = sorted(
     for file in DOCS.rglob("*.md")
     if file.relative_to(DOCS).parts[0] not in GENERATED
 )
+# Texts of the repository that are pages of the site, and the number of their long
+# blocks that other tests run (test_readme.py, experiments/test_common.py).
+TEXTS = {"README.md": 1, "CONTRIBUTING.md": 0, "experiments/README.md": 1}
+# A Python block in any of the notations of MyST, except for a code cell.
+PYTHON = re.compile(
+    r"^ *(`{3,}|~{3,}|:{3,}) *(?:\{[\w-]*code[\w-]*\} *)?"
+    r"(?:python3?|pycon|py|ipython3?)\b[^\n]*\n(.*?)^ *\1",
+    re.MULTILINE | re.DOTALL,
+)
 ROLE = re.compile(r"\{(\w+)\}`~?(?:[^`<]*<)?([^`<>]+)>?`")
 
 pytestmark = pytest.mark.skipif(not PAGES, reason="the pages are not in this copy")
@@ -65,12 +74,39 @@ def test_references(file):
                 assert exists(target(file, path)), entry
 
 
+def long_blocks(text):
+    """Blocks of more than five lines that no build executes."""
+    blocks = [match[2] for match in PYTHON.finditer(text)]
+    return [block for block in blocks if len(block.strip().splitlines()) > 5]
+
+
+def test_blocks_of_every_notation_are_found():
+    code = "a = 1\n" * 6
+    for start, end in [
+        ("```python", "```"),
+        ("````py", "````"),
+        ("~~~pycon", "~~~"),
+        ("  ```python title=x", "  ```"),
+        ("```{code-block} python", "```"),
+        (":::{code} ipython3", ":::"),
+    ]:
+        assert len(long_blocks(f"Text.\n\n{start}\n{code}{end}\n")) == 1, start
+    for start in ("```{code-cell}", "```bash", "```text"):
+        assert not long_blocks(f"{start}\n{code}```\n")
+    assert not long_blocks("```python\na = 1\n```\n")
+
+
+@pytest.mark.parametrize("path", TEXTS)
+def test_other_texts_have_no_untested_block(path):
+    text = (ROOT / path).read_text(encoding="utf-8")
+    assert len(long_blocks(text)) == TEXTS[path]
+
+
 @pytest.mark.parametrize("file", PAGES, ids=name)
 def test_code_is_executed_or_short(file):
     """A block that is not a cell has at most five lines, so that it is a fragment."""
     text = file.read_text(encoding="utf-8")
-    for block in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S):
-        assert len(block.strip().splitlines()) <= 5, block
+    assert not long_blocks(text)
     cells = re.findall(r"^```\{code-cell\}\n(.*?)^```", text, re.M | re.S)
     if cells:
         assert text.startswith("---\nfile_format: mystnb\n")

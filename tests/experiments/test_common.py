@@ -5,6 +5,7 @@ import importlib
 import math
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import time
 import numpy as np
 import pytest
 
-from experiments.common import replay, report, runs
+from experiments.common import problem, replay, report, runs
 from experiments.common.config import Common
 from experiments.common.problem import Scorer
 from experiments.common.selection import edge_notes, search, select, select_each
@@ -333,6 +334,18 @@ def test_a_data_set_of_a_user(name, tmp_path, monkeypatch):
     _, rows = report.read_rows(path)
     assert rows
     assert {row["seed"] for row in rows if "seed" in row} == {0, 1}
+
+
+def test_the_example_of_the_page_is_a_data_set(tmp_path, monkeypatch):
+    page = (ROOT / "experiments" / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    (tmp_path / "mine.py").write_text(block)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    found = problem.load(Common(), "mine:shapes")
+    assert [len(part["image"]) for part in (found.train, found.val, found.test)] == [
+        2000, 500, 500,
+    ]  # fmt: skip
 
 
 def test_missing_labels_are_masked():
