@@ -1,4 +1,4 @@
-"""Draws the figures of a data set from the rows."""
+"""Draws the figures of the alternating experiment from its result rows."""
 
 import pathlib
 from collections.abc import Mapping

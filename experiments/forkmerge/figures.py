@@ -1,4 +1,4 @@
-"""Draws the figures from the rows."""
+"""Draws the figures of the ForkMerge experiment from its result rows."""
 
 import itertools
 import math

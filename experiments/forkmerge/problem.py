@@ -1,4 +1,4 @@
-"""Data on the device, the model and its measurements.
+"""Data, model and evaluation of the ForkMerge experiment.
 
 Targets and seeds form one axis of G runs. ``State.order`` lists the domains of a run,
 with the target first. Each method therefore sees the target as task 0.

@@ -1,4 +1,4 @@
-"""Options, presets and the list of runs."""
+"""Options, presets and the list of runs of the FS-MTL experiment."""
 
 import dataclasses
 import pathlib

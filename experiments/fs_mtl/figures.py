@@ -1,4 +1,4 @@
-"""Draws the figures from the rows."""
+"""Draws the figures of the FS-MTL experiment from its result rows."""
 
 import pathlib
 from collections.abc import Callable, Mapping

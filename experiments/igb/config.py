@@ -1,4 +1,4 @@
-"""Options, table rows and presets of the experiment."""
+"""Options, table rows and presets of the IGB experiment."""
 
 import dataclasses
 import pathlib

@@ -1,4 +1,4 @@
-"""Trains some finished cells again and compares all their numbers.
+"""Trains finished parts of the leaderboard again and compares the numbers.
 
 A cell is a row on a set, with all its rates and seeds. On the same machine with the
 same versions the numbers are equal bit by bit.

@@ -1,4 +1,4 @@
-"""Options and presets of the experiment."""
+"""Options and presets of the multidigits experiment."""
 
 import dataclasses
 import pathlib

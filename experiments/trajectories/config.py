@@ -1,4 +1,4 @@
-"""Options and presets of the experiment."""
+"""Options and presets of the trajectories experiment."""
 
 import dataclasses
 import pathlib

@@ -1,4 +1,4 @@
-"""Draws the figures from groups of runs."""
+"""Draws the figures of the trajectories experiment from groups of runs."""
 
 import pathlib
 

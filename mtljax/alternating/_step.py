@@ -1,4 +1,4 @@
-"""One inner step, and the operations that are performed once per batch."""
+"""One optimizer step for a group of tasks, and the work of a whole batch."""
 
 import dataclasses
 from collections.abc import Callable
