@@ -21,11 +21,13 @@ ROOT = pathlib.Path(__file__).parent.parent
 # Files whose prose is checked. A pattern is relative to the root of the repository.
 COVERED = (
     "mtljax/**/*.py",
+    "mtljax/**/*.md",
     "docs/*.md",
     "docs/concepts/*.md",
     "docs/guides/*.md",
     "docs/project/*.md",
     "docs/benchmarks/*.md",
+    "docs/conf.py",
     "docs/_ext/*.py",
     "docs/examples/*.py",
     "notebooks/*.py",
