@@ -131,35 +131,34 @@ def skip_absent(
             )
         return names.index(task)
 
-    def groups(tree):
-        """Returns the owner of every leaf, as a tuple of length one."""
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: (number(owner(stack.path_name(path))),), tree
-        )
+    def owners(tree):
+        """Returns the number of the task of every leaf, or None."""
+        paths = jax.tree_util.tree_leaves_with_path(tree)
+        return [number(owner(stack.path_name(path))) for path, _ in paths]
 
     def part(tree, marks, task):
-        return jax.tree.map(
-            lambda x, mark: x if mark[0] == task else optax.MaskedNode(), tree, marks
-        )
-
-    def tasks_of(marks):
-        flat = jax.tree.leaves(marks, is_leaf=lambda x: isinstance(x, tuple))
-        return sorted({mark[0] for mark in flat} - {None})
+        leaves, treedef = jax.tree.flatten(tree)
+        kept = [
+            leaf if mark == task else optax.MaskedNode()
+            for leaf, mark in zip(leaves, marks, strict=True)
+        ]
+        return jax.tree.unflatten(treedef, kept)
 
     def init(params):
-        marks = groups(params)
-        if any(task < 0 for task in tasks_of(marks)):
+        marks = owners(params)
+        tasks = sorted(set(marks) - {None})
+        if any(task < 0 for task in tasks):
             raise ValueError(
                 "skip_absent: owner returned a negative index, but an index of at "
                 "least 0 is required."
             )
         return SkipAbsentState(
             optimizer.init(part(params, marks, None)),
-            {t: optimizer.init(part(params, marks, t)) for t in tasks_of(marks)},
+            {t: optimizer.init(part(params, marks, t)) for t in tasks},
         )
 
     def update(updates, state, params=None, *, mask=None, **extra_args):
-        marks, mask = groups(updates), task_vector(mask, names)
+        marks, mask = owners(updates), task_vector(mask, names)
         if mask is not None and state.tasks and max(state.tasks) >= len(mask):
             raise ValueError(
                 f"skip_absent: owner returned task {max(state.tasks)}, but the mask "
@@ -184,8 +183,8 @@ def skip_absent(
             tasks[task] = new
 
         def pick(*parts):
-            (one,) = [x for x in parts if not isinstance(x, optax.MaskedNode)]
-            return one
+            # A leaf that optax.partition or optax.masked took away is in no part.
+            return next((x for x in parts if not masked(x)), optax.MaskedNode())
 
         def masked(x):
             return isinstance(x, optax.MaskedNode)

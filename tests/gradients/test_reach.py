@@ -1,6 +1,7 @@
 """Set-ups beyond one batch for all tasks, against Jacobians in float64."""
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -556,6 +557,41 @@ def test_skip_absent_is_an_optimizer_per_task():
         (updates["trunk"], updates["heads"][0]),
         (expected["trunk"], expected["heads"][0]),
     )
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+@pytest.mark.parametrize("kind", [lambda a, b: (a, b), Pair, lambda a, b: [a, b]])
+def test_skip_absent_with_tuples_of_heads_and_with_frozen_leaves(kind):
+    """A tuple was read as a mark, and a hole of ``optax.partition`` too."""
+    heads = kind({"w": jnp.ones(1)}, {"w": jnp.ones(1)})
+    params = {"embedding": jnp.ones(3), "heads": heads, "trunk": jnp.ones(2)}
+    tasks = {"0": 0, "first": 0, "1": 1, "second": 1}
+
+    def owner(path):
+        return tasks[path.split("/")[1]] if path.startswith("heads") else None
+
+    skipping = mtljax.skip_absent(optax.adam(0.1), owner)
+    grads = jax.tree.map(lambda p: 0.5 * p, params)
+    mask = jnp.array([True, False])
+    expected, _ = skipping.update(grads, skipping.init(params), params, mask=mask)
+    np.testing.assert_array_equal(expected["heads"][1]["w"], 0)
+    close(expected["heads"][0]["w"], jnp.array([-0.1]), 1e-6)
+
+    trained = {"embedding": "frozen", "heads": "rest", "trunk": "rest"}
+    partitioned = optax.partition(
+        {"rest": skipping, "frozen": optax.set_to_zero()}, trained
+    )
+    flags = {name: label == "rest" for name, label in trained.items()}
+    for optimizer in partitioned, optax.masked(skipping, flags):
+        found, _ = optimizer.update(grads, optimizer.init(params), params, mask=mask)
+        for name in ("heads", "trunk"):
+            jax.tree.map(np.testing.assert_array_equal, found[name], expected[name])
+    updates, _ = partitioned.update(grads, partitioned.init(params), params, mask=mask)
+    np.testing.assert_array_equal(updates["embedding"], 0)
 
 
 def flops(function, *args):
