@@ -159,6 +159,13 @@ def skip_absent(
 
     def update(updates, state, params=None, *, mask=None, **extra_args):
         marks, mask = owners(updates), task_vector(mask, names)
+        found = state.tasks if isinstance(state, SkipAbsentState) else None
+        if found is None or not set(marks) <= {None, *found}:
+            raise ValueError(
+                f"skip_absent: owner returned tasks {sorted(set(marks) - {None})}, but "
+                f"the state is a {type(state).__name__} of tasks {sorted(found or ())}."
+                " Create it with init(params) of this optimizer."
+            )
         if mask is not None and state.tasks and max(state.tasks) >= len(mask):
             raise ValueError(
                 f"skip_absent: owner returned task {max(state.tasks)}, but the mask "

@@ -16,6 +16,7 @@ from mtljax.balancer import (
     as_losses,
     as_mask,
     check_number,
+    check_state,
     choose_state,
     commit,
     factory,
@@ -343,13 +344,21 @@ def reuse(balancer: Balancer, *, every: int) -> Balancer:
     num_tasks = balancer.num_tasks
     name = f"reuse({balancer.name})"
 
-    def init(params):
+    def start(inner):
         ones = jnp.ones(num_tasks, float)
-        return ReuseState(
-            balancer.init(params), ones, jnp.zeros(num_tasks, bool), jnp.int32(0), ones
-        )
+        return ReuseState(inner, ones, jnp.zeros(num_tasks, bool), jnp.int32(0), ones)
+
+    def init(params):
+        return start(balancer.init(params))
+
+    def check(state):
+        check_type(name, state, ReuseState)
+        # The inner balancer checks its own state.
+        own = jax.eval_shape(lambda: start(()))
+        check_state(name, state._replace(inner=()), own)
 
     def refresh(state, mask=None):
+        check(state)
         present = as_mask(name, num_tasks, mask)
         return (state.steps % every == 0) | (present & ~state.seen).any()
 
@@ -379,7 +388,7 @@ def reuse(balancer: Balancer, *, every: int) -> Balancer:
         )
 
     def weigh(state, *, losses=None, mask=None, **inputs):
-        check_type(name, state, ReuseState)
+        check(state)
         fresh = renew(state, losses=losses, mask=mask, **inputs)
         kept = keep(state, losses=losses, mask=mask)
         again = refresh(state, mask)
@@ -387,6 +396,7 @@ def reuse(balancer: Balancer, *, every: int) -> Balancer:
 
     def observe(state, *, losses, mask=None):
         assert balancer.observe is not None
+        check(state)
         inner = balancer.observe(state.inner, losses=losses, mask=mask)
         return state._replace(inner=inner)
 
@@ -614,6 +624,12 @@ def _injected(
 
     def inner_of(state):
         check_type(name, state, InjectState)
+        if set(state.hyperparams) != {*values, *schedules}:
+            raise ValueError(
+                f"{name}: the state has the hyper-parameters "
+                f"{sorted(state.hyperparams)}, but {sorted({*values, *schedules})} are "
+                "required. Create it with init(params) of this balancer."
+            )
         hyperparams = {**state.hyperparams, **scheduled(state.step)}
         return method(**static, **hyperparams), hyperparams
 

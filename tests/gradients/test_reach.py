@@ -802,6 +802,34 @@ def test_frozen_integers_and_names_of_scheduled_balancers():
     assert np.isfinite(grad["w"]).all()
 
 
+def test_a_state_of_another_balancer_raises_one_sentence():
+    """``reuse`` reads its state before the inner balancer can check it."""
+    params = {"w": jnp.ones(2)}
+    balancer = mtljax.reuse(mtljax.famo(2), every=2)
+    step = mtljax.value_and_balanced_grad(lambda p: p["w"] ** 2, balancer)
+    other = mtljax.mgda(2).init(params)
+    wrong = mtljax.reuse(mtljax.famo(3), every=2).init(params)
+    losses = jnp.ones(2)
+    with pytest.raises(ValueError, match="of type MGDAState, not ReuseState"):
+        step(params, other)
+    with pytest.raises(ValueError, match="of type MGDAState, not ReuseState"):
+        balancer.observe(other, losses=losses)
+    with pytest.raises(ValueError, match=r"'kept' of the state has shape \(3,\)"):
+        step(params, wrong)
+    with pytest.raises(ValueError, match=r"'kept' of the state has shape \(3,\)"):
+        balancer.update({"w": jnp.ones((2, 2))}, wrong, losses=losses)
+    injected = mtljax.inject_hyperparams(mtljax.cagrad)(2, c=0.1)
+    decaying = mtljax.inject_hyperparams(mtljax.gradient_norm_weighting)(2, decay=0.5)
+    with pytest.raises(ValueError, match=r"hyper-parameters \['decay'\], but \['c'\]"):
+        injected.update({"w": jnp.ones((2, 2))}, decaying.init(params))
+    skipping = mtljax.skip_absent(optax.sgd(0.1), lambda _: 1)
+    with pytest.raises(ValueError, match="state is a MGDAState"):
+        skipping.update(params, other, params)
+    shared = mtljax.skip_absent(optax.sgd(0.1), lambda _: None).init(params)
+    with pytest.raises(ValueError, match=r"returned tasks \[1\]"):
+        skipping.update(params, shared, params)
+
+
 def test_errors_of_owners_and_of_composed_names():
     params = {"w": jnp.ones(2)}
     mask = jnp.ones(2, bool)
