@@ -303,6 +303,9 @@ def reuse(balancer: Balancer, *, every: int) -> Balancer:
     weights are scaled to the previous sum. Under ``vmap`` over the state both programs
     run.
 
+    Apply it last. Inside another wrapper, such as :func:`mtljax.smooth_weights`, the
+    weights are the same, but all T backward passes run in every step.
+
     Args:
       balancer: A balancer with task weights.
       every: Number of steps k between two computations, at least 1. The Nash-MTL paper

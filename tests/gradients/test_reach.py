@@ -432,6 +432,23 @@ def train(balancer, engine, masks):
     return np.array(weights), params
 
 
+def test_reuse_saves_passes_as_the_last_wrapper_only():
+    """Inside another wrapper the weights are equal, and no step is cheaper."""
+
+    def losses(params):
+        return jnp.stack([jnp.sum(jnp.tanh(k * params) ** 2) for k in (1.0, 2.0)])
+
+    def branches(balancer):
+        step = mtljax.value_and_balanced_grad(losses, balancer)
+        params = jnp.arange(3.0)
+        program = jax.make_jaxpr(step)(params, balancer.init(params)).jaxpr
+        return sum(equation.primitive.name == "cond" for equation in program.eqns)
+
+    smooth, inner = mtljax.smooth_weights, mtljax.mgda(2)
+    assert branches(mtljax.reuse(smooth(inner), every=2)) == 1
+    assert branches(smooth(mtljax.reuse(inner, every=2))) == 0
+
+
 @pytest.mark.parametrize("engine", ["gramian", "stacked"])
 def test_reuse_computes_weights_every_third_step(engine):
     masks = [jnp.ones(TASKS, bool)] * 7
