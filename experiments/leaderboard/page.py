@@ -121,7 +121,7 @@ def conclusions(values: Values, table: Table) -> list[str]:
         )
     p = report.friedman_p(values)
     if math.isfinite(p):
-        found.append(f"Friedman's test over all ranked rows has p = {chance(p)}.")
+        found.append(f"Friedman's test over all ranked rows has {equation(p)}.")
     best = {
         "mean rank": min(methods, key=lambda e: e["rank"]),
         "mean Δm": min(methods, key=lambda e: e["delta_m"]),
@@ -145,8 +145,19 @@ def _random_weights(values: Values) -> list[str]:
     return [
         f"The static weights with the same number of tries are drawn at random. They "
         f"differ from equal weights by {differences.mean():+.1f} Δm points "
-        f"(p = {chance(p)})."
+        f"({equation(p)})."
     ]
+
+
+def equation(p: float) -> str:
+    """A p-value with its sign.
+
+    Examples:
+      >>> equation(0.0571), equation(1e-9)
+      ('p = 0.057', 'p < 0.0001')
+    """
+    text = chance(p)
+    return f"p {text}" if text.startswith("<") else f"p = {text}"
 
 
 def _within(values: Values, methods: Table) -> list[str]:
