@@ -136,6 +136,9 @@ def skip_absent(
         paths = jax.tree_util.tree_leaves_with_path(tree)
         return [number(owner(stack.path_name(path))) for path, _ in paths]
 
+    def tasks_of(marks):
+        return sorted({task for task in marks if task is not None})
+
     def part(tree, marks, task):
         leaves, treedef = jax.tree.flatten(tree)
         kept = [
@@ -146,7 +149,7 @@ def skip_absent(
 
     def init(params):
         marks = owners(params)
-        tasks = sorted(set(marks) - {None})
+        tasks = tasks_of(marks)
         if any(task < 0 for task in tasks):
             raise ValueError(
                 "skip_absent: owner returned a negative index, but an index of at "
@@ -162,7 +165,7 @@ def skip_absent(
         found = state.tasks if isinstance(state, SkipAbsentState) else None
         if found is None or not set(marks) <= {None, *found}:
             raise ValueError(
-                f"skip_absent: owner returned tasks {sorted(set(marks) - {None})}, but "
+                f"skip_absent: owner returned tasks {tasks_of(marks)}, but "
                 f"the state is a {type(state).__name__} of tasks {sorted(found or ())}."
                 " Create it with init(params) of this optimizer."
             )
