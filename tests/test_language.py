@@ -244,7 +244,8 @@ def read(files):
 
 def covered():
     matches = {glob: set(ROOT.glob(glob)) for glob in COVERED}
-    assert all(matches.values()), matches
+    if (ROOT / ".github").is_dir():  # the sdist leaves some texts out
+        assert all(matches.values()), matches
     return read(set().union(*matches.values()))
 
 

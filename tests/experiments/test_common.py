@@ -367,6 +367,10 @@ def test_missing_labels_are_masked():
     np.testing.assert_allclose(size.scores(predicted, target)["size_r2"], 0.5)
 
 
+@pytest.mark.skipif(
+    not (ROOT / "experiments" / "igb" / "results").is_dir(),
+    reason="the sdist has no rows",
+)
 def test_every_experiment_names_a_committed_row_to_replay():
     for name in replay.NAMES:
         module = importlib.import_module(f"experiments.{name}.replay")
