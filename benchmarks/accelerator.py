@@ -15,7 +15,10 @@ runs the whole program on the CPU with tiny sizes and writes
 """
 
 import argparse
+import contextlib
+import functools
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -37,6 +40,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BUDGET = 460.0  # seconds, the sum of the times of the plan
 REHEARSAL = 2000.0  # a small or busy CPU is slow
+WARMED_S = 35.0  # the time limit of a cell whose programs were compiled in advance
 START_S = 60.0  # a process must begin its next job within this time
 PATIENCE = 5  # factor of the time limits in a rehearsal
 CHECKED = ("smoke", "correctness")
@@ -130,26 +134,33 @@ def check_parts(rehearse: bool) -> list[Part]:
     ]
 
 
-def sizes(rehearse: bool) -> dict[str, list[tuple[Row, tuple[int, ...]]]]:
-    """Returns sizes and numbers of tasks of each timed model, most important first."""
+def sizes(rehearse: bool) -> dict[str, list[tuple[str, Row, tuple[int, ...]]]]:
+    """Returns the sizes of each timed model, most important first.
+
+    A size is its name in the rows, the arguments of the model and the numbers of tasks.
+    """
     if rehearse:
         small = {"sequences": 2, "length": 4, "layers": 1, "width": 16}
         return {
-            "mlp": [({"examples": 8, "width": 16}, (3,))],
-            "transformer": [(small, (3,))],
-            "resnet18": [({"examples": 2, "channels": 2}, (2,))],
+            "mlp": [("width 16, N=8", {"examples": 8, "width": 16}, (3,))],
+            "transformer": [("1 layers of 16, 2x4 tokens", small, (3,))],
+            "resnet18": [
+                ("2 channels, 32x32, N=2", {"examples": 2, "channels": 2}, (2,))
+            ],
         }
     layers = {"layers": 4, "width": 256}
+    few = {"sequences": 4, "length": 64, **layers}
+    many = {"sequences": 32, "length": 256, **layers}
     return {
-        "mlp": [({"examples": 128, "width": 512}, (3, 11, 40))],
+        "mlp": [("width 512, N=128", {"examples": 128, "width": 512}, (3, 11, 40))],
         "transformer": [
-            ({"sequences": 4, "length": 64, **layers}, (3, 11, 40)),
-            ({"sequences": 32, "length": 256, **layers}, (3, 11, 40)),
+            ("4 layers of 256, 4x64 tokens", few, (3, 11, 40)),
+            ("4 layers of 256, 32x256 tokens", many, (3, 11, 40)),
         ],
         "resnet18": [
-            ({"examples": 128}, (3, 11)),
-            ({"examples": 32}, (3, 11)),
-            ({"examples": 128}, (40,)),
+            ("32x32, N=128", {"examples": 128}, (3, 11)),
+            ("32x32, N=32", {"examples": 32}, (3, 11)),
+            ("32x32, N=128", {"examples": 128}, (40,)),
         ],
     }
 
@@ -164,9 +175,15 @@ def time_parts(rehearse: bool) -> list[Part]:
         # TF32 is the default on the device; the exact products come second.
         precisions = ("tf32", "highest") if model == "mlp" else ("tf32",)
         cases = [
-            {"model": model, "options": options, "tasks": t, "precision": precision}
+            {
+                "model": model,
+                "size": size,
+                "options": options,
+                "tasks": t,
+                "precision": precision,
+            }
             for precision in precisions
-            for options, tasks in cells
+            for size, options, tasks in cells
             for t in tasks
         ]
         seconds = 0.2 if rehearse else 3.0
@@ -181,6 +198,38 @@ def time_parts(rehearse: bool) -> list[Part]:
     return [*parts, Part("peaks", "mtljax", 452, peaks, fresh=True)]
 
 
+def warm_part(parts: Iterable[Part], seconds: float) -> Part:
+    """Returns the part that compiles the programs of the timed parts in advance.
+
+    The first cells of all models come first.
+    """
+    queues = [p.jobs for p in parts if p.name in ENDS and p.side == "mtljax"]
+    rounds = itertools.zip_longest(*queues)
+    jobs = [job for each in rounds for job in each if job is not None]
+    cells = [job.options for job in jobs]
+    return Part("warm", "mtljax", seconds, [Job("warm", seconds, {"cells": cells})])
+
+
+def quicker(part: Part) -> Part:
+    """Returns the part with the time limits after the compilation in advance."""
+    if part.name not in ENDS or part.side != "mtljax":
+        return part
+    jobs = [job._replace(limit_s=min(job.limit_s, WARMED_S)) for job in part.jobs]
+    return part._replace(jobs=jobs)
+
+
+def deadline(part: Part, budget: float, warm: float) -> float:
+    """Returns the second at which a part must end.
+
+    The timed parts share the time after the compilation in advance.
+    """
+    checks_end = 150.0
+    if not warm or part.name in CHECKED:
+        return part.end_s * budget / BUDGET
+    share = (part.end_s - checks_end) / (BUDGET - checks_end)
+    return warm + share * (budget - warm)
+
+
 # --- the file -----------------------------------------------------------------------
 
 
@@ -190,11 +239,13 @@ class Results:
     def __init__(self, path: pathlib.Path, about: Row):
         self.path, self.about = path, about
         self.rows: dict[tuple[Any, ...], Row] = {}
+        self.lock = threading.Lock()
 
     def resume(self, parts: Iterable[Part]) -> list[Part]:
         """Reads an earlier file. Returns the parts without the jobs that it contains.
 
         The rows that report a lack of time are removed, because their jobs run again.
+        Jobs without any row run too: the earlier run was stopped before them.
         """
         if not self.path.exists():
             raise SystemExit(f"benchmarks.accelerator: no file to resume, {self.path}.")
@@ -202,8 +253,14 @@ class Results:
         self.about["earlier"] = [*earlier["about"].pop("earlier", []), earlier["about"]]
         left = []
         for part in parts:
-            late = [row for row in earlier["rows"] if unfinished(row, part)]
-            jobs = [job for job in part.jobs if any(job.matches(row) for row in late)]
+            rows = [row for row in earlier["rows"] if of_part(row, part)]
+            late = [row for row in rows if unfinished(row)]
+            jobs = [
+                job
+                for job in part.jobs
+                if any(job.matches(row) for row in late)
+                or not any(job.matches(row) for row in rows)
+            ]
             left.append(part._replace(jobs=jobs))
             earlier["rows"] = [row for row in earlier["rows"] if row not in late]
         for row in earlier["rows"]:
@@ -221,8 +278,12 @@ class Results:
                 full["error"] = full["error"] or f"{name} is not finite"
         key = tuple(str(full[name]) for name in NAMES)
         known = {k: v for k, v in full.items() if v is not None}
-        self.rows[key] = {**self.rows.get(key, full), **known}
-        self.write()
+        with self.lock:
+            earlier = self.rows.get(key, full)
+            if earlier["compile_s"] is not None:
+                known.pop("compile_s", None)  # the later one was read from the cache
+            self.rows[key] = {**earlier, **known}
+            self.write()
 
     def write(self, summary: Row | None = None) -> None:
         """Replaces the file atomically."""
@@ -234,11 +295,15 @@ class Results:
         os.replace(partial, self.path)
 
 
-def unfinished(row: Row, part: Part) -> bool:
-    """Whether a row reports that a job of the part had not enough time."""
-    same = row["part"] == part.name and row["side"] == part.side
+def of_part(row: Row, part: Part) -> bool:
+    """Whether a row is from a job of the part."""
+    return row["part"] == part.name and row["side"] == part.side
+
+
+def unfinished(row: Row) -> bool:
+    """Whether a row reports that its job had not enough time."""
     late = ("time limit", "not run")
-    return same and any(words in (row["error"] or "") for words in late)
+    return any(words in (row["error"] or "") for words in late)
 
 
 def command_output(*command: str) -> str | None:
@@ -357,10 +422,21 @@ def run_part(part: Part, end: float, env: dict[str, str], results: Results) -> N
 
 
 def run_process(
-    part: Part, jobs: list[Job], end: float, env: dict[str, str], results: Results
+    part: Part,
+    jobs: list[Job],
+    end: float,
+    env: dict[str, str],
+    results: Results,
+    *,
+    live: list[Process] | None = None,
 ) -> int:
-    """Runs jobs in one process until one fails. Returns the number that ended."""
+    """Runs jobs in one process until one fails. Returns the number that ended.
+
+    The process is added to ``live``.
+    """
     process = Process(part, jobs, end, env)
+    if live is not None:
+        live.append(process)
     current, until = 0, min(end, time.time() + START_S)
     reason = None
     try:
@@ -387,6 +463,26 @@ def run_process(
         return current
     report(results, part, jobs[current].row | {"error": reason or last})
     return current + 1
+
+
+@contextlib.contextmanager
+def compiling(part: Part, begin: float, env: dict[str, str], results: Results):
+    """Compiles programs in the background. Yields a function that waits for the end."""
+    live: list[Process] = []
+    end = begin + part.end_s
+    (job,) = part.jobs
+    if not part.end_s or not job.options["cells"]:
+        yield lambda: None
+        return
+    run = functools.partial(run_process, part, [job], end, env, results, live=live)
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield thread.join
+    finally:
+        for process in live:
+            process.process.kill()
+        thread.join()
 
 
 def check_platform(about: Row) -> None:
@@ -441,6 +537,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--resume", action="store_true", help="run only what lacked time in the file"
     )
     parser.add_argument("--cache", help="a folder that keeps compiled programs")
+    parser.add_argument(
+        "--warm",
+        type=float,
+        default=0.0,
+        help="compile the programs of the timed parts in a separate process until this "
+        "second, while the checks run",
+    )
     asked = parser.parse_args(arguments)
     if asked.budget is None:
         asked.budget = REHEARSAL if asked.rehearse else BUDGET
@@ -463,9 +566,14 @@ def main() -> int:
             for part in plan(asked.rehearse)
             if part.name in asked.only and part.side in asked.side
         ]
-        for part in results.resume(parts) if asked.resume else parts:
-            if part.jobs:
-                end = begin + part.end_s * asked.budget / BUDGET
+        parts = results.resume(parts) if asked.resume else parts
+        if asked.warm:
+            parts = [quicker(part) for part in parts]
+        with compiling(warm_part(parts, asked.warm), begin, env, results) as wait:
+            for part in parts:
+                if part.name not in CHECKED:
+                    wait()
+                end = begin + deadline(part, asked.budget, asked.warm)
                 run_part(part, end, env, results)
     results.about["seconds"] = round(time.time() - begin, 1)
     rows = list(results.rows.values())

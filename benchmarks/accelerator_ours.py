@@ -1,6 +1,7 @@
 """The process of ``benchmarks.accelerator`` that runs this library."""
 
 import concurrent.futures
+import contextlib
 import functools
 import inspect
 import json
@@ -539,9 +540,11 @@ class Step:
         jax.block_until_ready((self.params, self.losses))
 
 
-def block(step: Any, least: float) -> float:
-    """Returns the seconds of one step, averaged over at least ``least`` seconds."""
-    runs, seconds = 1, 0.0
+def block(step: Any, least: float, runs: int = 1) -> tuple[float, int]:
+    """Returns the seconds of one step and the number of steps that were timed.
+
+    The steps take at least ``least`` seconds together. Their number starts at ``runs``.
+    """
     while True:
         start = time.perf_counter()
         for _ in range(runs):
@@ -549,7 +552,7 @@ def block(step: Any, least: float) -> float:
         step.wait()
         seconds = time.perf_counter() - start
         if seconds >= least:
-            return seconds / runs
+            return seconds / runs, runs
         runs = max(runs * 2, math.ceil(runs * least / max(seconds, 1e-9)))
 
 
@@ -558,6 +561,7 @@ def timed(
 ) -> Iterator[tuple[Any, Row]]:
     """Times steps alternately. Yields key and row of each, or its error."""
     times: dict[Any, list[float]] = {}
+    runs: dict[Any, int] = {}
     for key, step in list(steps.items()):
         try:
             for _ in range(WARM_UP):
@@ -571,7 +575,8 @@ def timed(
     for turn in range(MOST):
         for key in list(times):
             try:
-                times[key].append(block(steps[key], least))
+                found, runs[key] = block(steps[key], least, runs.get(key, 1))
+                times[key].append(found)
             except Exception as error:
                 del times[key]
                 yield key, {"error": reason(error)}
@@ -593,6 +598,7 @@ class Cell(NamedTuple):
     """A model of one size with T tasks in one precision."""
 
     model: str
+    size: str  # the name of the options
     options: Row
     tasks: int
     precision: str
@@ -636,6 +642,41 @@ def compiled(
             yield contender, made[contender], result
     if same is not None:
         yield AUTO, None, {"auto": f"{same.engine}, {same.strategy}"}
+
+
+def warm(cells: list[Row], until: float) -> Rows:
+    """Compiles the programs of several cells, so that the cache contains them.
+
+    Errors are left to the timed parts, which repeat them.
+    """
+    pool = concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    started: dict[concurrent.futures.Future[Row], Row] = {}
+    programs: set[str] = set()
+    for options in cells:
+        cell = Cell(**options)
+        problem = cell.problem
+        for contender in contenders(cell.model):
+            try:
+                step = cell.step(problem, contender)
+            except Exception:
+                continue
+            program = step.lowered.as_text()
+            if program not in programs and time.time() < until:
+                programs.add(program)
+                row = cell.row(problem, contender._asdict()) | {"part": cell.model}
+                started[pool.submit(step.compile)] = row
+        yield from ended(started, 0.0)
+    yield from ended(started, until - time.time())
+    pool.shutdown(wait=False, cancel_futures=True)
+
+
+def ended(started: dict[concurrent.futures.Future[Row], Row], timeout: float) -> Rows:
+    """Removes and yields the compilations that end within the time."""
+    with contextlib.suppress(TimeoutError):
+        for future in concurrent.futures.as_completed(list(started), max(timeout, 0)):
+            row = started.pop(future)
+            if future.exception() is None:
+                yield row | future.result()
 
 
 def duplicate(made: dict[Contender, Step]) -> Contender | None:
@@ -745,6 +786,7 @@ KINDS: dict[str, Callable[..., Rows]] = {
     "methods": methods,
     "solvers": solvers,
     "seeds": seeds,
+    "warm": warm,
     "steps": steps,
     "peak": peak,
 }

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 
 from benchmarks import accelerator, accelerator_report
@@ -89,7 +90,7 @@ def test_rows_of_one_case_are_merged(tmp_path):
     results = Results(tmp_path / "found.json", {})
     case = {"part": "mlp", "side": "mtljax", "model": "mlp", "tasks": 3}
     results.add({**case, "compile_s": 2.0})
-    results.add({**case, "ms": 5.0})
+    results.add({**case, "ms": 5.0, "compile_s": 0.1})  # read from the cache
     results.add({**case, "tasks": 11, "ms": float("nan")})
     first, second = json.loads((tmp_path / "found.json").read_text())["rows"]
     assert set(first) == set(accelerator.FIELDS)
@@ -148,6 +149,11 @@ def test_the_plan_fits_into_its_budget():
         ends = [part.end_s for part in parts]
         assert ends == sorted(ends)
         assert ends[-1] < accelerator.BUDGET
+        warm = [accelerator.deadline(part, 560.0, 390.0) for part in parts]
+        assert warm == sorted(warm)
+        checks = [part.name in accelerator.CHECKED for part in parts]
+        assert [end > 390 for end in warm] == [not check for check in checks]
+        assert warm[-1] < 560
     assert accelerator.BUDGET <= 480
 
 
@@ -155,9 +161,10 @@ def test_a_resumed_run_repeats_the_jobs_that_lacked_time(tmp_path):
     jobs = [
         Job("engines", 9, {"model": "mlp", "tasks": 3}),
         Job("engines", 9, {"model": "scan", "tasks": 3}),
-        Job("engines", 9, {"model": "scan", "tasks": 11}),
+        Job("engines", 9, {"model": "scan", "tasks": 11}),  # has no row
         Job("methods", 9, {"share": [0, 4], "tasks": 3}),
         Job("methods", 9, {"share": [0, 4], "tasks": 11}),
+        Job("seeds", 9, {"tasks": 3}),  # has no row
     ]
     part = Part("correctness", "mtljax", 9, jobs)
     timed = Part("mlp", "mtljax", 9, [Job("steps", 9, {"model": "mlp", "tasks": 3})])
@@ -173,7 +180,7 @@ def test_a_resumed_run_repeats_the_jobs_that_lacked_time(tmp_path):
 
     second = Results(first.path, {"device": "a"})
     left, none = second.resume([part, timed])
-    assert left.jobs == [jobs[1], jobs[4]]
+    assert left.jobs == [jobs[1], jobs[2], jobs[4], jobs[5]]
     assert none.jobs == []
     errors = [row["error"] for row in second.rows.values()]
     assert errors == [None, "ValueError: no", None]
@@ -216,7 +223,26 @@ def test_the_jobs_of_the_plan_are_accepted():
                 inspect.signature(function).bind(**job.options, until=0.0)
                 if job.kind in ("steps", "peak"):
                     fields = {k: v for k, v in job.options.items() if k != "engine"}
-                    accelerator_ours.Cell(**fields)
+                    cell = accelerator_ours.Cell(**fields)
+                    assert cell.problem.size == cell.size
+
+
+def test_programs_are_compiled_in_advance(tmp_path, monkeypatch):
+    from benchmarks import accelerator_ours
+
+    chosen = [accelerator_ours.Contender("linear", "losses")]
+    monkeypatch.setattr(accelerator_ours, "contenders", lambda model: chosen)
+    part = accelerator.warm_part(accelerator.plan(rehearse=True), 60.0)
+    (job,) = part.jobs
+    models = [cell["model"] for cell in job.options["cells"]]
+    assert models == ["mlp", "transformer", "resnet18", "mlp"]
+    cells = job.options["cells"][:2]
+    # The models of the benchmark promote ranks, which the tests forbid elsewhere.
+    with jax.numpy_rank_promotion("allow"):
+        rows = list(accelerator_ours.warm(cells, until=time.time() + 60))
+    assert {row["part"] for row in rows} == {"mlp", "transformer"}
+    assert all(row["compile_s"] > 0 and row["engine"] == "losses" for row in rows)
+    assert list(accelerator_ours.warm(cells, until=0.0)) == []
 
 
 def test_the_smoke_part_of_the_rehearsal(tmp_path):
