@@ -251,6 +251,9 @@ class Results:
             raise SystemExit(f"benchmarks.accelerator: no file to resume, {self.path}.")
         earlier = json.loads(self.path.read_text())
         self.about["earlier"] = [*earlier["about"].pop("earlier", []), earlier["about"]]
+        # TorchJD's processes do not name the device.
+        known = {"platform", "device"} & earlier["about"].keys()
+        self.about |= {name: earlier["about"][name] for name in known}
         left = []
         for part in parts:
             rows = [row for row in earlier["rows"] if of_part(row, part)]
@@ -322,7 +325,7 @@ PACKAGES += ("torch", "torchjd")
 SWITCHES = ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_DEFAULT_MATMUL_PRECISION")
 
 
-def header(rehearse: bool, budget: float) -> Row:
+def header(rehearse: bool, budget: float, warm: float) -> Row:
     """Returns the versions and settings on which the numbers depend."""
     query = "--query-gpu=name,driver_version,memory.total,power.limit"
     about: Row = {"rehearsal": rehearse, "budget_s": budget}
@@ -331,6 +334,7 @@ def header(rehearse: bool, budget: float) -> Row:
     told = os.environ.get("GIT_COMMIT")
     about["commit"] = told or command_output("git", "rev-parse", "HEAD")
     about["python"] = platform.python_version()
+    about["warm_s"] = warm
     about["cores"] = len(os.sched_getaffinity(0))
     about["nvidia_smi"] = command_output("nvidia-smi", query, "--format=csv,noheader")
     for package in PACKAGES:
@@ -557,7 +561,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     asked.out.mkdir(parents=True, exist_ok=True)
     name = "accelerator-rehearsal" if asked.rehearse else "accelerator"
-    about = header(asked.rehearse, asked.budget)
+    about = header(asked.rehearse, asked.budget, asked.warm)
     results = Results(asked.out / f"{name}.json", about)
     with tempfile.TemporaryDirectory() as folder:
         env = environment(asked.rehearse, asked.cache or folder)

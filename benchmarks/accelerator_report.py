@@ -131,28 +131,37 @@ def page(found: Row) -> str:
     within = [row for row in compared if row["rel_error"] <= row["tolerance"]]
     late = [row for row in checks if row["error"]]
     largest = max(row["rel_error"] for row in compared)
+    runs = [*about.get("earlier", ()), about]
+    started = f"{len(runs)} runs" if len(runs) > 1 else "One run"
+    shown = {k: each for k, each in cells(rows).items() if k[-1] == "tf32"}
+    complete = [cell_summary(k, each) for k, each in shown.items()]
+    regrets = [cell["regret"] for cell in complete if "regret" in cell]
     lines = [
         "# One accelerator",
         "",
         f"`python -m benchmarks.accelerator`, {about['device']}, jax {about['jax']}, "
-        f"torch {about['torch']}, TorchJD {about['torchjd']}. The run stopped after "
-        f"{about['seconds']:.0f} s.",
+        f"torch {about['torch']}, TorchJD {about['torchjd']}. {started} of "
+        f"together {sum(run['seconds'] for run in runs):.0f} s. The rows of this "
+        f"library are from {about['commit'][:7]}; those of TorchJD can be from any of "
+        "the runs.",
         "",
         f"**Correctness.** {len(compared)} comparisons with float64 on the CPU, of "
         f"which {len(within)} are within their tolerance. The largest relative error "
-        f"is {largest:.1e}. {len(late)} jobs or cases had no time left.",
+        f"is {largest:.1e}. {len(late) or 'No'} jobs or cases had no time left.",
         "",
         "**Steps** with UPGrad, in ms (median). Matrix products use TF32. Cells "
         "without a number were not compiled within the time of the run. The last two "
         "columns are the fastest of TorchJD's ways to compute UPGrad, and its time "
-        'divided by that of `engine="auto"`.',
+        'divided by that of `engine="auto"`. In the '
+        f'{len(regrets)} cells with all engines, `engine="auto"` takes at most '
+        f"{max(regrets, default=0):.0%} more time than the fastest one.",
         "",
         "| model | T | "
         + " | ".join(name for name, _ in COLUMNS)
         + " | TorchJD | ratio |",
         "|:--|--:|" + "--:|" * (len(COLUMNS) + 2),
     ]
-    for key, each in cells(rows).items():
+    for key, each in shown.items():
         model, size, tasks, _ = key
         times = {
             (row["side"], row["method"], row["engine"], row["strategy"]): row["ms"]
@@ -167,12 +176,13 @@ def page(found: Row) -> str:
         lines.append(f"| {model}, {size} | {tasks} | " + " | ".join(texts) + " |")
     lines += [
         "",
-        "**Compilation** in seconds, up to eight programs at the same time:",
+        "**Compilation** in seconds, up to sixteen programs at the same time, so that "
+        "one program alone takes less:",
         "",
         "| model | T | equal weights | Gramian | stacked, vmap | stacked, map |",
         "|:--|--:|--:|--:|--:|--:|",
     ]
-    for (model, size, tasks, _), each in cells(rows).items():
+    for (model, size, tasks, _), each in shown.items():
         seconds = {
             (row["side"], row["method"], row["engine"], row["strategy"]): row
             for row in each
@@ -181,7 +191,28 @@ def page(found: Row) -> str:
         if any(found_rows):
             texts = ["" if not row else f"{row['compile_s']:.1f}" for row in found_rows]
             lines.append(f"| {model}, {size} | {tasks} | " + " | ".join(texts) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *memory(rows)]) + "\n"
+
+
+def memory(rows: list[Row]) -> list[str]:
+    """Returns the lines of the table of the peak memory."""
+    found: dict[tuple[str, str, int], dict[str, float]] = {}
+    for row in rows:
+        if row["part"] == "peaks" and row["peak_mb"] is not None:
+            key = row["model"], row["size"], row["tasks"]
+            found.setdefault(key, {})[row["engine"]] = row["peak_mb"]
+    lines = [
+        "",
+        "**Memory**: the largest amount that the allocator held, in MiB.",
+        "",
+        "| model | T | equal weights | Gramian | stacked, vmap |",
+        "|:--|--:|--:|--:|--:|",
+    ]
+    for (model, size, tasks), peaks in found.items():
+        engines = ("losses", "gramian", "stacked")
+        texts = [f"{peaks[e]:.0f}" if e in peaks else "" for e in engines]
+        lines.append(f"| {model}, {size} | {tasks} | " + " | ".join(texts) + " |")
+    return lines
 
 
 def main() -> None:
