@@ -1,5 +1,6 @@
 """Writes the sentences and tables of ``LEADERBOARD.md``."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -50,6 +51,32 @@ def winners(table: Table, reference: str) -> list[Mapping[str, Any]]:
         and entry[reference]["adjusted"] < LEVEL
         and entry[reference]["mean"] < 0
     ]
+
+
+def losers(table: Table, reference: str) -> list[Mapping[str, Any]]:
+    """Methods that are significantly worse than a reference over the sets."""
+    return [
+        entry
+        for entry in methods_of(table)
+        if reference in entry
+        and entry[reference]["adjusted"] < LEVEL
+        and entry[reference]["mean"] > 0
+    ]
+
+
+def subject(entries: Table) -> str:
+    """The labels of methods as the subject of a sentence.
+
+    Examples:
+      >>> subject([]), subject([{"label": "UW"}])
+      ('No method is', 'UW is')
+      >>> subject([{"label": "UW"}, {"label": "SI"}, {"label": "GLS"}])
+      'UW, SI and GLS are'
+    """
+    if not entries:
+        return "No method is"
+    *first, last = (entry["label"] for entry in entries)
+    return f"{', '.join(first)} and {last} are" if first else f"{last} is"
 
 
 def answer(values: Values, table: Table) -> str:
@@ -110,6 +137,7 @@ def conclusions(values: Values, table: Table) -> list[str]:
             else ""
         ),
         *_random_weights(values),
+        *_worse(table),
         *_within(values, methods),
         *_seeds(values),
     ]
@@ -160,6 +188,14 @@ def equation(p: float) -> str:
     return f"p {text}" if text.startswith("<") else f"p = {text}"
 
 
+def _worse(table: Table) -> list[str]:
+    """The methods that are worse than equal weights."""
+    found = losers(table, "equal")
+    if not found:
+        return []
+    return [f"{subject(found)} worse than equal weights (Wilcoxon, Holm)."]
+
+
 def _within(values: Values, methods: Table) -> list[str]:
     """What the tests over seeds show within the sets."""
     tested = [entry for entry in methods if "equal" in entry]
@@ -169,9 +205,9 @@ def _within(values: Values, methods: Table) -> list[str]:
     better = [e for e in tested if e["equal"]["better"]]
     worse = [e for e in tested if e["equal"]["worse"]]
     text = (
-        f"Within single sets (paired over {seeds} seeds, Holm within the set), "
-        f"{counted(len(better), 'method')} beat equal weights on at least one set, and "
-        f"{len(worse)} lose on at least one."
+        f"Within single sets (paired over {seeds} seeds, Holm within the set): "
+        f"{subject(better)} better than equal weights on at least one set. "
+        f"{subject(worse)} worse on at least one."
     )
     if better:
         most = max(better, key=lambda e: (e["equal"]["better"], -e["equal"]["worse"]))
@@ -224,6 +260,11 @@ def checks(board: Board, values: Values, table: Table) -> list[str]:
         same = all(np.array_equal(a.chosen, b.chosen, equal_nan=True) for a, b in pairs)
         word = "equal" if same else "NOT equal"
         found.append(f"`linear` and equal weights are {word} bit by bit.")
+    rows = [entry for entry in methods_of(table) if entry["row"] in values.deltas]
+    for one, other in itertools.combinations(rows, 2):
+        scores = [values.deltas[entry["row"]] for entry in (one, other)]
+        if np.array_equal(*scores):
+            found.append(f"{subject([one, other])} equal bit by bit, so count as one.")
     means = {row: by_row[row]["delta_m"] for row in PLANTED if row in by_row}
     others = [e["delta_m"] for e in methods_of(table)]
     if len(means) == len(PLANTED) and others:

@@ -231,20 +231,29 @@ def test_sentences_follow_from_the_tests():
         "static weights that were tuned with the same number of tries."
     )
     # Without noise, both methods differ from equal weights on each set.
-    assert "1 method beat equal weights on at least one set, and 1 lose" in found[2]
-    assert "The most sets are won by DWA: 8, and 0 lost." in found[2]
+    assert found[2] == "PCGrad is worse than equal weights (Wilcoxon, Holm)."
+    assert "DWA is better than equal weights on at least one set." in found[3]
+    assert "PCGrad is worse on at least one." in found[3]
+    assert "The most sets are won by DWA: 8, and 0 lost." in found[3]
     found = page.checks(board, values, table)
     assert any("`linear` and equal weights are equal bit by bit" in x for x in found)
+    assert not any("count as one" in x for x in found)
     # Nothing is better than itself.
     same = {EQUAL: 1.0, STATIC: 1.0, "dwa": 1.0, "pcgrad": 1.0}
     board, values = values_of(made_up(same, sets=8, noise=0.01), tuple(same))
     table = report.entries(board, values, {})
-    assert ", 0 of 2 methods beat equal weights" in page.conclusions(values, table)[0]
+    found = page.conclusions(values, table)
+    assert ", 0 of 2 methods beat equal weights" in found[0]
+    assert not any("worse than equal weights" in x for x in found)
+    assert any("No method is better than equal weights" in x for x in found)
     assert page.answer(values, table) == (
         f"{page.TUNE}: none of 2 methods on 8 sets is shown to be better than both "
         "equal weights and static weights that were tuned with the same number of "
         "tries."
     )
+    board, values = values_of(made_up(same, sets=2), tuple(same))
+    found = page.checks(board, values, report.entries(board, values, {}))
+    assert "DWA and PCGrad are equal bit by bit, so count as one." in found
     # A method that beats only random static weights is not recommended.
     worse = {EQUAL: 1.0, STATIC: 1.5, "dwa": 1.0, "pcgrad": 1.0}
     board, values = values_of(made_up(worse, sets=8, noise=0.01), tuple(worse))
