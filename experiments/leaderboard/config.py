@@ -190,7 +190,7 @@ PRESETS = {
             out=pathlib.Path("results/leaderboard-gpu"),
         ),
     ),
-    "cpu": ("Ten hours of one CPU core (estimated): 12 sets, all methods.", Config()),
+    "cpu": ("Ten hours of one CPU core: 12 sets, all methods.", Config()),
     "all": (
         "The same with all sets.",
         Config(sets=tuple(SETS), out=pathlib.Path("results/leaderboard-all")),

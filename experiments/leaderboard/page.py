@@ -164,6 +164,29 @@ def conclusions(values: Values, table: Table) -> list[str]:
     return found
 
 
+def partial_table(board: Board, values: Values) -> list[str]:
+    """The rows that do not run on all sets, next to equal weights on their sets."""
+    found = report.partial(board, values)
+    if not found:
+        return []
+    lines = [
+        [
+            e["label"],
+            e["sets"],
+            *map(number, (e["delta_m"], e["equal"])),
+            chance(e["p"]),
+        ]
+        for e in found
+    ]
+    head = ("row", "sets", "Δm", "Δm of equal weights", "p")
+    text = (
+        "The notes name the sets on which these rows do not run. p is that of "
+        "Wilcoxon's test against equal weights on the other sets, without a correction."
+    )
+    table = common.markdown(head, lines)
+    return ["## Methods that do not run on all sets", text, table]
+
+
 def _random_weights(values: Values) -> list[str]:
     """Whether static weights drawn at random are better than equal weights."""
     if not {EQUAL, STATIC} <= values.deltas.keys():
@@ -514,6 +537,7 @@ def text(
         more = shown("rates", "seeds", "cost")
         parts += ["## Learning rates, seeds and cost", *more] if more else []
         parts += ["## Δm by group of related sets", groups_table(table)]
+        parts += partial_table(board, values)
         parts += ["## Details", common.markdown(DETAILS, map(detail_line, table))]
         parts += ["## Notes", bullets(notes(result, config))]
     parts += ["## Limits", LIMITS]

@@ -249,6 +249,38 @@ def values_of(board: Board, rows: Sequence[str]) -> Values:
     return Values(sets, found["chosen"], found["last"], missing)
 
 
+def partial(board: Board, values: Values) -> list[dict[str, Any]]:
+    """Entries of the rows that run on some of the complete sets.
+
+    Equal weights on the same sets stand beside them. p is that of Wilcoxon's test of the
+    difference, without a correction.
+    """
+    found = []
+    for row in values.missing:
+        sets = [name for name in values.sets if row in board.cells[name]]
+        if not sets or EQUAL not in values.deltas:
+            continue
+        cells = {name: board.cells[name] for name in sets}
+        delta = np.stack(
+            [
+                delta_m(each[row], each[SINGLE], board.about[name]["counted"])
+                for name, each in cells.items()
+            ]
+        )
+        equal = values.deltas[EQUAL][[values.sets.index(name) for name in sets]]
+        found.append(
+            {
+                "row": row,
+                "label": label_of(row),
+                "sets": len(sets),
+                "delta_m": float(delta.mean()),
+                "equal": float(equal.mean()),
+                "p": statistics.wilcoxon((delta - equal).mean(1)),
+            }
+        )
+    return found
+
+
 def kind_of(row: str) -> str:
     """Whether a row is a method, an external or auxiliary one, a control or planted."""
     if row in PLANTED:
@@ -640,6 +672,7 @@ def as_json(result: Result) -> dict[str, Any]:
         "detectable": detectable(values),
         "seeds": {name: one._asdict() for name, one in seed_spread(values).items()},
         "rows": table,
+        "partial": partial(board, values),
         "costs": dict(costs),
         "references": dict(references),
         "errors": {f"{s}: {r}": why for (s, r), why in board.errors.items()},

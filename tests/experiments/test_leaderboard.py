@@ -349,8 +349,17 @@ def test_incomplete_rows():
         for x in lines
         if (x["set"], x["row"]) != ("set:3", "dwa") or x.get("kind") == "job"
     ]
+    complete = values_of(lines)[1]
+    kept = [i for i, name in enumerate(complete.sets) if name != "set:3"]
     board, values = values_of(refused)
     assert len(values.sets) == 6
+    (entry,) = report.partial(board, values)
+    assert (entry["label"], entry["sets"]) == ("DWA", 5)
+    for name, row in (("delta_m", "dwa"), ("equal", EQUAL)):
+        assert entry[name] == pytest.approx(complete.deltas[row][kept].mean())
+    *_, table = page.partial_table(board, values)
+    assert f"| DWA | 5 | {page.number(entry['delta_m'])} |" in table
+    assert page.partial_table(board, complete) == []
     assert values.missing == ["dwa"]
     text = "\n".join(page.notes(result_of(board, values), Config()))
     assert "DWA does not run on set:3 (needs 3 tasks)." in text
