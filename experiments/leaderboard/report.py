@@ -252,8 +252,8 @@ def values_of(board: Board, rows: Sequence[str]) -> Values:
 def partial(board: Board, values: Values) -> list[dict[str, Any]]:
     """Entries of the rows that run on some of the complete sets.
 
-    Equal weights on the same sets stand beside them. p is that of Wilcoxon's test of the
-    difference, without a correction.
+    An entry also has the Δm of equal weights on the same sets. p is that of Wilcoxon's
+    test of the difference, without a correction.
     """
     found = []
     for row in values.missing:
