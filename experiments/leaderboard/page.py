@@ -285,8 +285,7 @@ def checks(board: Board, values: Values, table: Table) -> list[str]:
         found.append(f"`linear` and equal weights are {word} bit by bit.")
     rows = [entry for entry in methods_of(table) if entry["row"] in values.deltas]
     for one, other in itertools.combinations(rows, 2):
-        scores = [values.deltas[entry["row"]] for entry in (one, other)]
-        if np.array_equal(*scores):
+        if np.array_equal(values.deltas[one["row"]], values.deltas[other["row"]]):
             found.append(f"{subject([one, other])} equal bit by bit, so count as one.")
     means = {row: by_row[row]["delta_m"] for row in PLANTED if row in by_row}
     others = [e["delta_m"] for e in methods_of(table)]
