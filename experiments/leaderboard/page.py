@@ -42,26 +42,20 @@ def methods_of(table: Table) -> list[Mapping[str, Any]]:
     return [entry for entry in table if entry["kind"] in ("method", "external")]
 
 
+def different(table: Table, reference: str) -> list[Mapping[str, Any]]:
+    """Methods that differ significantly from a reference over the sets."""
+    tested = [entry for entry in methods_of(table) if reference in entry]
+    return [entry for entry in tested if entry[reference]["adjusted"] < LEVEL]
+
+
 def winners(table: Table, reference: str) -> list[Mapping[str, Any]]:
     """Methods that are significantly better than a reference over the sets."""
-    return [
-        entry
-        for entry in methods_of(table)
-        if reference in entry
-        and entry[reference]["adjusted"] < LEVEL
-        and entry[reference]["mean"] < 0
-    ]
+    return [e for e in different(table, reference) if e[reference]["mean"] < 0]
 
 
 def losers(table: Table, reference: str) -> list[Mapping[str, Any]]:
     """Methods that are significantly worse than a reference over the sets."""
-    return [
-        entry
-        for entry in methods_of(table)
-        if reference in entry
-        and entry[reference]["adjusted"] < LEVEL
-        and entry[reference]["mean"] > 0
-    ]
+    return [e for e in different(table, reference) if e[reference]["mean"] > 0]
 
 
 def subject(entries: Table) -> str:
