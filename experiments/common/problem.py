@@ -143,14 +143,14 @@ def model_of(
     config: Any, heads: Mapping[str, int], shape: tuple[int, ...]
 ) -> models.Model:
     """Builds the trunk named by ``config.model``, with one linear head per task."""
+
+    def given(*names: str) -> dict[str, Any]:
+        return {name: getattr(config, name) for name in names if hasattr(config, name)}
+
     options: dict[str, dict[str, Any]] = {
-        "mlp": {"hidden": config.hidden},
-        "lenet": {
-            name: getattr(config, name)
-            for name in ("kernels", "channels")
-            if hasattr(config, name)
-        },
-        "resnet18": {"stem": "imagenet"},
+        "mlp": given("hidden"),
+        "lenet": given("kernels", "channels"),
+        "resnet18": {"stem": "imagenet"} | given("width", "blocks"),
     }
     if config.model != "mlp" and min(shape[:2]) < 12:
         raise ConfigError(

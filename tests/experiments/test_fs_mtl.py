@@ -226,7 +226,8 @@ def test_claims_read_lines_of_the_presets():
         for claim in paper.entries:
             assert {*claim.row, *claim.against} <= known, claim.id
     assert {c.scope for c in paper.entries} == {
-        f"MultiMNIST at 18 x 18, LeNet, {CPU.train_size:,} canvases, {CPU.seeds} seeds"
+        "MultiMNIST, ResNet of 4 narrow blocks, "
+        f"{CPU.train_size:,} canvases, {CPU.seeds} seeds"
     }
 
 
