@@ -204,7 +204,7 @@ PRESETS = {
         ),
     ),
     "cpu": (
-        "80 minutes of one CPU core: six tables, 10 splits, 4 learning rates.",
+        "An hour of one CPU core: six tables, 10 splits, 4 learning rates.",
         Config(
             seeds=10,
             extensions=0,  # more rates would compile every row once more
