@@ -145,7 +145,8 @@ def page(found: Row) -> str:
         f"library are from {about['commit'][:7]}; those of TorchJD can be from any of "
         "the runs.",
         "",
-        f"**Correctness.** {len(compared)} comparisons with float64 on the CPU, of "
+        f"**Correctness.** {len(compared)} comparisons with the CPU in float64 "
+        "(methods that sample numbers: float32), of "
         f"which {len(within)} are within their tolerance. The largest relative error "
         f"is {largest:.1e}. {len(late) or 'No'} jobs or cases had no time left.",
         "",

@@ -135,7 +135,7 @@ PRESETS = {
         ),
     ),
     "cpu": (
-        "The default, 25 minutes of one CPU core: all parts, 10 seeds.",
+        "The default, 22 minutes of one CPU core: all parts, 10 seeds.",
         Config(),
     ),
     "gpu": (

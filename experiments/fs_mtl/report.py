@@ -207,9 +207,9 @@ def caution_2(config: Config, runs: Runs) -> str:
     return markdown(["comparison", "points of accuracy"], body)
 
 
-def conflict_table(runs: Runs) -> str:
+def conflict_table(runs: Runs, kind: str, head: str) -> str:
     """Formats the percentage of probe batches in conflict over epochs."""
-    shares = conflict_shares(runs)
+    shares = conflict_shares(runs, kind)
     epochs = sorted({epoch for found in shares.values() for epoch in found})
     if not epochs:
         return ""
@@ -217,8 +217,7 @@ def conflict_table(runs: Runs) -> str:
         [label, *(pm(found[e], 0) if e in found else "-" for e in epochs)]
         for label, found in shares.items()
     ]
-    head = ["<g₁, g₂> < 0, % of batches", *(f"epoch {e}" for e in epochs)]
-    return markdown(head, body)
+    return markdown([head, *(f"epoch {e}" for e in epochs)], body)
 
 
 def radius_table(runs: Runs) -> str:
@@ -306,13 +305,15 @@ def comparisons(runs: Runs) -> list[str]:
     return parts
 
 
-def conflict_shares(runs: Runs) -> dict[str, dict[int, np.ndarray]]:
+def conflict_shares(
+    runs: Runs, kind: str = "inter_loss"
+) -> dict[str, dict[int, np.ndarray]]:
     """Label -> epoch -> percent of probe batches in conflict, over seeds."""
-    found: dict[str, dict[int, np.ndarray]] = {}
+    name, found = f"probe_{kind}", dict[str, dict[int, np.ndarray]]()
     for entry, rows in runs.rows.items():
-        mine = [row for row in rows if "probe_inter_loss" in row]
+        mine = [row for row in rows if name in row]
         for step in sorted({row["step"] for row in mine}):
-            values = [100 * r["probe_inter_loss"] for r in mine if r["step"] == step]
+            values = [100 * row[name] for row in mine if row["step"] == step]
             epoch = step // runs.steps_per_epoch
             found.setdefault(entry.label, {})[epoch] = np.array(values)
     return found
@@ -354,9 +355,10 @@ def write(config: Config, runs: Runs, command: str, notes: str) -> list[pathlib.
         "## Caution 2: how much needs a balancer?",
         caution_2(config, runs),
         "## Conflict while training",
-        conflict_table(runs),
+        conflict_table(runs, "inter_loss", "⟨g₁, g₂⟩ < 0, % of batches"),
         f"Paper, Multi-MNIST: plain {paper.CONFLICT['plain']}, "
         f"F- {paper.CONFLICT['split']} (epoch: percent).",
+        conflict_table(runs, "intra", "⟨gᵢ, hᵢ⟩ < 0, % of batches and tasks"),
         "## Radii",
         radius_table(runs),
     ]

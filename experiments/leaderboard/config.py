@@ -89,7 +89,7 @@ NULL_SEED = 100
 
 @dataclasses.dataclass(frozen=True)
 class Config(common.Tuned):
-    """Trains every balancer on every set with the same number of tries."""
+    """Trains every balancer on every set with about as many tries."""
 
     sets: tuple[str, ...] = CORE
     """Names of SETS in config.py, or module:function of your own."""

@@ -96,7 +96,7 @@ def answer(values: Values, table: Table) -> str:
         )
         return (
             f"Try {listed}: {len(best)} of {of} beat equal weights and static weights "
-            "that were tuned with the same number of tries."
+            "that were tuned with about as many tries."
         )
     if report.smallest_p(sets, len(methods)) >= LEVEL:
         need = next(
@@ -109,7 +109,7 @@ def answer(values: Values, table: Table) -> str:
         )
     return (
         f"{TUNE}: none of {of} is shown to be better than both equal weights and "
-        "static weights that were tuned with the same number of tries."
+        "static weights that were tuned with about as many tries."
     )
 
 
@@ -123,8 +123,8 @@ def conclusions(values: Values, table: Table) -> list[str]:
     found = [
         f"On {'this' if sets == 1 else 'these'} {counted(sets, 'set')}, "
         f"{beat['equal']} of {counted(len(methods), 'method')} beat equal "
-        f"weights (Wilcoxon, Holm), and {beat['static']} beat static weights with the "
-        "same number of tries."
+        f"weights (Wilcoxon, Holm), and {beat['static']} beat static weights with "
+        "about as many tries."
         + (
             f" A method that is better on every set would have p = {least:.2g}."
             if least >= LEVEL
@@ -138,8 +138,9 @@ def conclusions(values: Values, table: Table) -> list[str]:
     x = report.detectable(values)
     if math.isfinite(x):
         found.append(
-            f"Differences below {x:.1f} Δm points cannot be seen with "
-            f"{counted(sets, 'set')} (one comparison at 5 %, power 80 %)."
+            f"A typical method must differ from equal weights by {x:.1f} Δm points to "
+            f"be detected with {counted(sets, 'set')} (median of the spreads over "
+            "sets; one comparison at 5 %, power 80 %)."
         )
     p = report.friedman_p(values)
     if math.isfinite(p):
@@ -188,9 +189,8 @@ def _random_weights(values: Values) -> list[str]:
     differences = (values.deltas[STATIC] - values.deltas[EQUAL]).mean(1)
     p = wilcoxon(differences)
     return [
-        f"The static weights with the same number of tries are drawn at random. They "
-        f"differ from equal weights by {differences.mean():+.1f} Δm points "
-        f"({equation(p)})."
+        "These static weights (`static-5`) are drawn at random. They differ from equal "
+        f"weights by {differences.mean():+.1f} Δm points ({equation(p)})."
     ]
 
 
@@ -229,7 +229,10 @@ def _within(values: Values, methods: Table) -> list[str]:
     if better:
         most = max(better, key=lambda e: (e["equal"]["better"], -e["equal"]["worse"]))
         won, lost = most["equal"]["better"], most["equal"]["worse"]
-        text += f" The most sets are won by {most['label']}: {won}, and {lost} lost."
+        text += (
+            f" {most['label']} is better on the most sets ({won}), and worse on "
+            f"{lost or 'none'}."
+        )
     return [text]
 
 
@@ -253,10 +256,16 @@ def cost_of(result: Result) -> list[str]:
         found.append(f"training all rows took {time} of one CPU core.")
     timed = [e for e in methods_of(result.table) if e.get("step_ratio")]
     if timed:
-        low, high = (f(timed, key=lambda e: e["step_ratio"]) for f in (min, max))
+        high = max(timed, key=lambda e: e["step_ratio"])
         found.append(
-            f"a step takes {low['step_ratio']:.2g} ({low['label']}) to "
-            f"{high['step_ratio']:.2g} ({high['label']}) times that of equal weights."
+            f"a step takes up to {high['step_ratio']:.2g} times as long as with equal "
+            f"weights ({high['label']})."
+        )
+    own = next((e for e in result.table if e["row"] == EQUAL), {}).get("step_ratio")
+    if own:
+        found.append(
+            f"equal weights, timed like a method, take {own:.2g} of their own time. "
+            f"Ratios that differ from 1 by {abs(own - 1):.2f} or less are noise."
         )
     return [f"Cost: {text}" for text in found]
 
@@ -280,7 +289,10 @@ def checks(board: Board, values: Values, table: Table) -> list[str]:
     rows = [entry for entry in methods_of(table) if entry["row"] in values.deltas]
     for one, other in itertools.combinations(rows, 2):
         if np.array_equal(values.deltas[one["row"]], values.deltas[other["row"]]):
-            found.append(f"{subject([one, other])} equal bit by bit, so count as one.")
+            found.append(
+                f"{subject([one, other])} equal bit by bit. The counts and Holm's "
+                "correction include both."
+            )
     means = {row: by_row[row]["delta_m"] for row in PLANTED if row in by_row}
     others = [e["delta_m"] for e in methods_of(table)]
     if len(means) == len(PLANTED) and others:
@@ -403,14 +415,14 @@ DETAILS = (
 READING = """\
 Δm is the mean relative change of the test error against single-task networks, over
 tasks, seeds and sets: -5 means errors that are 5 % smaller. Lower is better.
-"better / worse" counts the sets with a significant difference over seeds to equal
-weights, or to static weights with the same number of tries. p is that of Wilcoxon's
+"better / worse" counts the sets with a significant difference over seeds from equal
+weights, or from static weights with about as many tries. p is that of Wilcoxon's
 signed-rank test over the sets. Both are corrected by Holm. The step time is relative to
 equal weights, for one run. A method has one try per learning rate."""
 ROWS = """\
-Kinds: a *control* is no method. `equal weights, other seeds` shows what noise alone
-does, `static-25` what more tries of static weights bring. A *main task* method favours
-the first task and has no rank. *Planted* rows check the comparison."""
+Kinds: a *control* is not a method. `equal weights, other seeds` shows the effect of
+noise alone, `static-25` that of more tries of static weights. A *main task* method
+favours the first task and has no rank. *Planted* rows check the comparison."""
 
 
 def _versus(entry: Mapping[str, Any], name: str) -> list[str]:

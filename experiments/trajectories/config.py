@@ -170,7 +170,7 @@ PRESETS = {
         ),
     ),
     "gpu": (
-        "10 minutes on one GPU: the same rows at six rates, 10 seeds.",
+        "10 minutes on one GPU: FashionMTL at six rates, 10 seeds.",
         Config(
             seeds=10,
             together=True,
