@@ -46,8 +46,9 @@ def with_radii(config: Config, entry: Entry, chosen: dict[str, float]) -> list[E
     """An entry at the radii that are tried: that of the F-line, if there is one."""
     if entry.variant == "plain":
         return [entry]
-    if entry.variant != "split" and entry.method in chosen:
-        return [entry._replace(rho=chosen[entry.method])]
+    line = "linear" if entry.method == "random_loss_weighting" else entry.method
+    if (entry.variant != "split" or line != entry.method) and line in chosen:
+        return [entry._replace(rho=chosen[line])]
     return [entry._replace(rho=rho) for rho in config.rhos]
 
 

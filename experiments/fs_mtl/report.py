@@ -362,14 +362,17 @@ def write(config: Config, runs: Runs, command: str, notes: str) -> list[pathlib.
         "## Radii",
         radius_table(runs),
     ]
-    return common.write(config.folder(runs.name), config, result_lines(runs), parts)
+    return common.write(
+        config.folder(runs.name), config, result_lines(runs, config.study), parts
+    )
 
 
-def result_lines(runs: Runs) -> list[dict[str, Any]]:
+def result_lines(runs: Runs, study: str = "") -> list[dict[str, Any]]:
     """Lines by entry, seed and column."""
     lines: list[dict[str, Any]] = []
     for entry, rows in runs.rows.items():
         about: dict[str, Any] = {"set": runs.name, "entry": entry.name}
+        about |= {"study": study} if study else {}
         about["label"] = entry.label
         plain = entry._replace(variant="plain")
         if plain in runs.rows:

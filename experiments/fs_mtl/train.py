@@ -19,7 +19,7 @@ from mtljax import data, sharpness, training
 
 MAY_DIFFER = (
     "sets", "methods", "variants", "ablations", "controls", "epochs", "report_only",
-    "seeds", "first_seed", "longer", "checkpoint_every",
+    "seeds", "first_seed", "longer", "checkpoint_every", "study",
 )  # fmt: skip
 """Fields that a resumed run may change, because they do not affect its numbers."""
 
