@@ -193,7 +193,8 @@ def smooth_weights(balancer: Balancer, *, decay: float | Array = 0.9) -> Balance
 
     Returns:
       A :class:`Balancer` that reads the inputs of the inner balancer. A step costs the
-      passes of the inner balancer. The state has 2 T more numbers.
+      passes of the inner balancer. The state has 2 T more numbers, without
+      ``task_weights``.
 
     Raises:
       ValueError: If ``decay`` is outside [0, 1), or the balancer has no task weights.
@@ -309,12 +310,12 @@ def reuse(balancer: Balancer, *, every: int) -> Balancer:
     Args:
       balancer: A balancer with task weights.
       every: Number of steps k between two computations, at least 1. The Nash-MTL paper
-        uses up to 50.
+        uses 1, and 50 or 100 for reinforcement learning.
 
     Returns:
       A :class:`Balancer` that reads the inputs of the inner balancer. The state is that
-      of the inner balancer and 3 T + 1 numbers. With k = 1 the function returns the
-      inner balancer.
+      of the inner balancer and 2 T + 1 numbers, without ``task_weights``. With k = 1
+      the function returns the inner balancer.
 
     Raises:
       ValueError: If ``every`` is not a positive integer, or the balancer has no task
@@ -437,9 +438,10 @@ def per_layer(
 ) -> Balancer:
     """Balances every leaf, or every group of leaves, separately.
 
-    Each group has its own Gramian, weights and state. A guarantee of the method then
-    holds within each group, but not for the whole gradient. This is the "layer"
-    grouping of GradVac for any method. Random methods use a different key in each
+    Each group has its own Gramian, weights and state. The guarantee that no
+    task gets worse then holds in each group, and so for the whole gradient to first
+    order. Other properties hold within each group only. This is the "layer" grouping of
+    GradVac for any method. Random methods use a different key in each
     group. Every group receives the same losses, masks and side inputs. If the update of
     one group is not finite, all updates are NaN and no state changes.
 

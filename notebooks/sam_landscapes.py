@@ -65,7 +65,8 @@ def accuracy(params, data):
 
 # %% [markdown]
 # Both networks start from the same parameters and read the same batches. The radius 0
-# gives the plain balanced gradient. A step with SAM costs twice as many passes.
+# gives the plain balanced gradient. A step with SAM costs 3 forward and 4 backward
+# passes, and a step with equal weights one of each.
 
 
 # %%

@@ -328,8 +328,9 @@ def alternate(
         all leaves are shared.
       own_optimizer: Optimizer of the own parameters, by default ``optimizer``.
       balancer: Combines the members' gradients of shared parameters within a group. Its
-        number of tasks must be the size of the largest group. Own parameters follow
-        their own loss, and ``Groups.loss`` is not used.
+        number of tasks must be the size of the largest group. It requires
+        ``state="slot"`` or ``"shared"``, and must not need :func:`mtljax.observe`. Own
+        parameters follow their own loss, and ``Groups.loss`` is not used.
       options: See :class:`StepOptions`.
       axis_name: The mapped axis of ``jax.pmap`` or ``jax.shard_map``, if the task loss
         is that of this device's part of the batch, see
@@ -354,7 +355,8 @@ def alternate(
       failure.
 
       Cost per batch: G forward and G backward passes. T backward passes are needed for
-      ``"per_task"`` within groups and for a balancer that reads gradients.
+      ``"per_task"`` within groups and for a balancer that reads the Gramian or the
+      gradients.
       ``"per_batch"`` divides the cost by G. The optimizer state is stored T, G or 1
       times for shared parameters and once for own parameters. The inner steps are one
       compiled loop body. With stacked heads, the compile time does not depend on T.
@@ -362,8 +364,8 @@ def alternate(
     Raises:
       ValueError: If an option is unknown, if ``groups`` is not between 1 and T, if a
         key is missing, if a label is invalid, if the optimizer state cannot be
-        stacked, if the balancer has another number of tasks, or if the task loss is
-        not a scalar.
+        stacked, if the balancer has another number of tasks, needs ``observe`` or is
+        combined with ``state="per_task"``, or if the task loss is not a scalar.
 
     Examples:
       Two tasks have opposite gradients at one weight, one 100 times as large as the

@@ -175,8 +175,9 @@ def multi_mnist(
 
     References:
       Lin et al., `Pareto Multi-Task Learning <https://arxiv.org/abs/1912.12854>`_,
-      2019; Phan et al., `Improving Multi-task Learning via Seeking Task-based Flat
-      Regions <https://arxiv.org/abs/2211.13723>`_, 2022. MNIST: LeCun and Cortes,
+      2019; Phan et al., `Beyond Losses Reweighting: Empowering Multi-Task Learning via
+      the Generalization Perspective <https://arxiv.org/abs/2211.13723>`_, ICCV 2025.
+      MNIST: LeCun and Cortes,
       CC BY-SA 3.0.
     """
     return _build(

@@ -121,8 +121,9 @@ def save_tfds(
     """Writes a data set as array_record files that tensorflow-datasets opens by name.
 
     Args:
-      dataset: The data set. Images and regression targets become ``Tensor`` features,
-        and labels become ``ClassLabel`` features. Empty splits are omitted.
+      dataset: The data set. A class label per image becomes a ``ClassLabel`` feature.
+        Images, regression targets and label maps become ``Tensor`` features with their
+        dtypes. Empty splits are omitted.
       data_dir: Folder of tensorflow-datasets.
       version: Version in the path. An existing set of this version is unchanged.
 
@@ -147,11 +148,12 @@ def save_tfds(
         "image": tfds.features.Tensor(shape=dataset.input_shape, dtype=image_dtype)
     }
     for task in dataset.tasks:
-        if task.kind == "classification":
+        shape = dataset.train[task.name].shape[1:]
+        if task.kind == "classification" and shape == ():
             features[task.name] = tfds.features.ClassLabel(num_classes=task.size)
         else:
-            shape = dataset.train[task.name].shape[1:]
-            features[task.name] = tfds.features.Tensor(shape=shape, dtype=np.float32)
+            dtype = dataset.train[task.name].dtype.type
+            features[task.name] = tfds.features.Tensor(shape=shape, dtype=dtype)
 
     def rows(split: Split) -> Iterator[tuple[int, dict[str, Any]]]:
         for i in range(len(split["image"])):

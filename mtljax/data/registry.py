@@ -143,12 +143,14 @@ def load(
         that returns a :class:`Dataset`.
       data_dir: Folder of the files. It is ignored by sets without files
         (``multidigits``).
-      **options: Keywords of the function of this name: ``seed``, ``train_size``,
-        ``val_size``, ``test_size``. The MultiMNIST family and ``qm9`` also accept
-        ``source`` (``"files"`` or ``"tfds"``) and ``download``. Further keywords are
-        ``subset`` of ``mulan_mtr`` and ``mulan_multilabel``, ``domain`` and ``size`` of
-        ``digit_domains``, ``domain``, ``size`` and ``download`` of ``domainnet``,
-        ``bits`` of ``tox21``, and ``persons`` of ``cmu_faces``.
+      **options: Keywords of the function of this name. Most sets have ``seed``,
+        ``train_size``, ``val_size`` and ``test_size``. ``camvid`` and ``nyuv2_frames``
+        have none of them, ``tox21`` and ``school`` have ``seed`` only, and
+        ``mulan_multilabel`` has no ``test_size``. The MultiMNIST family and ``qm9``
+        also accept ``source`` (``"files"`` or ``"tfds"``) and ``download``. Further
+        keywords are ``subset`` of ``mulan_mtr`` and ``mulan_multilabel``, ``domain``
+        and ``size`` of ``digit_domains``, ``domain``, ``size`` and ``download`` of
+        ``domainnet``, ``bits`` of ``tox21``, and ``persons`` of ``cmu_faces``.
 
     Returns:
       The data set, in memory.

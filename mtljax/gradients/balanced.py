@@ -142,13 +142,16 @@ def value_and_balanced_grad(
       ``(losses, grad, state)``, or ``((losses, aux), grad, state)`` with
       ``has_aux=True``. The losses have shape ``[T]``, or are a dictionary if
       ``task_losses`` returns one. The tree ``grad`` has the structure of ``params``.
-      Create the first state with ``balancer.init(params)``. The boolean array ``mask``
-      of shape ``[T]``, or a dictionary with the names of the tasks, marks the tasks
-      that are present in the batch. The loss of an absent task may be NaN, but its
-      derivative must be finite, because ``0 * NaN`` is NaN in the backward pass. The
-      dictionary ``side`` is passed to the balancer as keyword arguments. If the result,
-      or a loss or gradient of a present task, is not finite, ``grad`` is NaN everywhere
-      and the state is unchanged.
+      Create the first state with ``balancer.init(params)``. With ``labels``, use
+      ``balancer.init(mtljax.shared_params(params, labels))``, which balancers require
+      whose state has the structure of the gradients (``moco``, ``db_mtl``,
+      ``excess_mtl``, ``per_layer``). The boolean array ``mask`` of shape ``[T]``, or a
+      dictionary with the names of the tasks, marks the tasks that are present in the
+      batch. The loss of an absent task may be NaN, but its derivative must be finite,
+      because ``0 * NaN`` is NaN in the backward pass. The dictionary ``side`` is passed
+      to the balancer as keyword arguments. If the result, or a loss or gradient of a
+      present task, is not finite, ``grad`` is NaN everywhere and the state is
+      unchanged.
 
     Raises:
       ValueError: If the number of losses differs from ``balancer.num_tasks``, if

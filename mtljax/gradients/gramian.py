@@ -419,7 +419,7 @@ def cross_task_gramian(
 ) -> Callable[..., Any]:
     """Returns a function that computes inner products of task gradients of two batches.
 
-    The result ``J₁ J₂ᵀ`` is the side input ``cross_gramian`` of ``moco``, ``modo`` and
+    The result ``J₁ J₂ᵀ`` is the side input ``cross_gramian`` of ``modo`` and
     ``sdmgrad``. The Gramian of one batch has noise on its diagonal. The expectation of
     the cross-batch product does not contain this noise. For a product the entries are
     ``<δ_s, (x x'ᵀ) δ'_t>``, as in :func:`task_gramian`.

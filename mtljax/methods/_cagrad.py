@@ -57,8 +57,8 @@ def cagrad(
         that of the authors' toy script. ``"none"`` is the algorithm of the paper and of
         TorchJD.
       scale: ``"native"`` and ``"mean"`` are the mean of the gradients for c = 0.
-        ``"sum"`` multiplies the update by the number of tasks, as in nash-mtl and
-        codebases derived from it.
+        ``"sum"`` multiplies the update by the number of present tasks, as in nash-mtl
+        and codebases derived from it.
 
     Returns:
       A :class:`mtljax.Balancer` that reads the Gramian. A step costs T backward passes.

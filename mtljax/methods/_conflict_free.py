@@ -135,9 +135,10 @@ def conflict_free(
     task if the gradients are linearly independent. Scaling a loss changes only the norm
     of the update.
 
-    If the gradients are linearly dependent, the pseudo-inverse gives the least-squares
-    solution, which may make a task worse. ``state.solver.converged`` is then False, and
-    the residual is the relative norm of the unsatisfied part of the equations. If x is
+    If no direction has these cosines, because the gradients are linearly dependent, the
+    pseudo-inverse gives the least-squares solution, which may make a task worse. The
+    residual is the relative norm of the unsatisfied part of the equations.
+    ``state.solver.converged`` is False if it is at least 0.01, or if x is zero. If x is
     zero because the gradients cancel, the update is zero. A task with a zero gradient
     has no effect.
 

@@ -67,7 +67,8 @@ def cosmos(
         normalised to sum to 1 over the present tasks. It may be traced, for example as
         a ``vmap`` axis.
       scale: ``"native"`` and ``"mean"`` are the mean of the gradients for λ = 0 and
-        equal preferences. ``"sum"`` multiplies the update by the number of tasks.
+        equal preferences. ``"sum"`` multiplies the update by the number of present
+        tasks.
 
     Returns:
       A :class:`mtljax.Balancer` that reads ``losses``, which must not be negative, and

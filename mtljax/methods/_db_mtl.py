@@ -94,7 +94,7 @@ def db_mtl(
     Returns:
       A :class:`mtljax.Balancer` that reads ``losses``, which must not be negative, and
       the stacked gradients. A step costs T backward passes. The state contains T copies
-      of the gradient in float32 and 3 T numbers. Initialise it with the parameters that
+      of the gradient in float32 and 2 T numbers. Initialise it with the parameters that
       are balanced, see :func:`mtljax.shared_params`. With ``beta=0`` the balancer reads
       the Gramian instead of the gradients, and the state has T numbers.
 

@@ -55,8 +55,8 @@ def dwa(
         number of steps per epoch. The default is that of nash-mtl and codebases derived
         from it.
       temperature: Temperature τ of the softmax. The paper uses 2.
-      scale: ``"native"`` and ``"sum"`` are weights that sum to T, as in the paper.
-        ``"mean"`` divides them by T.
+      scale: ``"native"`` and ``"sum"`` are weights that sum to the number of present
+        tasks, as in the paper. ``"mean"`` divides them by this number.
 
     Returns:
       A :class:`mtljax.Balancer` that reads ``losses``. They must not be negative,

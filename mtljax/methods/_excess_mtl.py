@@ -100,15 +100,16 @@ def excess_mtl(
       num_tasks: Number of tasks T, or a sequence of T task names.
       step_size: Step size η, positive. The authors' README and TorchJD use 1. The
         default of LibMTL is 1e-2.
-      compat: Native scale of the weights. They sum to T with ``"official"``, as in
-        LibMTL, and to 1 with ``"torchjd"``. TorchJD 0.18 without warm-up steps does not
-        divide the excess risks of the first step, so that its weights are not equal
-        there. This is not reproduced.
-      scale: ``"native"``, or weights that sum to T (``"sum"``) or 1 (``"mean"``).
+      compat: Native scale of the weights. They sum to the number of present tasks with
+        ``"official"``, as in LibMTL, and to 1 with ``"torchjd"``. TorchJD 0.18 without
+        warm-up steps does not divide the excess risks of the first step, so that its
+        weights are not equal there. This is not reproduced.
+      scale: ``"native"``, or weights that sum to the number of present tasks
+        (``"sum"``) or 1 (``"mean"``).
 
     Returns:
       A :class:`mtljax.Balancer` that reads the stacked gradients. A step costs T
-      backward passes. The state has T numbers per parameter and 3 T numbers. Initialise
+      backward passes. The state has T numbers per parameter and 2 T numbers. Initialise
       it with the parameters that are balanced, see :func:`mtljax.shared_params`.
 
     Raises:

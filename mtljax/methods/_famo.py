@@ -82,7 +82,7 @@ def famo(
         1e-2, and the default of the authors' class is 1e-5.
       min_losses: Lower bound b of the losses, a number or shape ``[T]``.
       scale: ``"native"`` and ``"mean"`` are weights that sum to 1. ``"sum"`` multiplies
-        them by the number of tasks.
+        them by the number of present tasks.
 
     Returns:
       A :class:`mtljax.Balancer` that reads ``losses``, which must be above

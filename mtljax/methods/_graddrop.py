@@ -65,7 +65,7 @@ def graddrop(
       leak: Fraction in [0, 1] of a dropped entry that is kept, one number or shape
         ``[T]``. The main form in the paper uses 0, and the SamsungLabs code uses 0.5.
       scale: ``"native"`` and ``"sum"`` sum the remaining entries. ``"mean"`` divides
-        the sum by the number of tasks, as in the CAGrad code.
+        the sum by the number of present tasks, as in the CAGrad code.
 
     Returns:
       A :class:`mtljax.Balancer` that reads the stacked gradients. A step costs T

@@ -46,7 +46,7 @@ def gradient_norm_weighting(
 
     Returns:
       A :class:`mtljax.Balancer` that reads the diagonal of the Gramian. A step costs T
-      backward passes. The state has 2 T numbers and the number of steps.
+      backward passes. The state has T numbers and the number of steps.
 
     Raises:
       ValueError: If ``decay`` is outside [0, 1), or ``update_every`` is not positive.

@@ -99,8 +99,8 @@ def gradnorm(
         epoch to reproduce it.
       compat: With ``"libmtl"`` the weights are ``w = T softmax(v)`` and v is learned.
         With ``"paper"`` w is learned and renormalised.
-      scale: ``"native"`` and ``"sum"`` are weights that sum to T. ``"mean"`` divides
-        them by T.
+      scale: ``"native"`` and ``"sum"`` are weights that sum to the number of present
+        tasks. ``"mean"`` divides them by this number.
 
     Returns:
       A :class:`mtljax.Balancer` that reads the diagonal of the Gramian and ``losses``,

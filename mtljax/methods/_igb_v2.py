@@ -212,8 +212,9 @@ def igb_v2(
         training and the use of the agent, see :class:`IGBPhases`.
       base: Reference losses ``L_base``, shape ``[T]``, if known.
       schedule: Learning rate of the model for the factor α, a number or an optax
-        schedule. The step is the number of updates of this balancer. With a warm-up
-        from small values α is small, which is probably not intended.
+        schedule. The step is the number of updates of this balancer. The first value
+        must be positive. With a warm-up from small values α is small, which is probably
+        not intended.
       lr_multiplier: Whether rewards are multiplied by α. By default they are if
         ``schedule`` is given, as in the paper. The authors' code has α = 1 on QM9,
         probably by mistake.

@@ -68,7 +68,7 @@ def imtl_g(
       sign_guard: Whether to orient d such that its projections are positive. Not in the
         paper.
       scale: ``"native"`` and ``"mean"`` are weights that sum to 1. ``"sum"`` multiplies
-        them by the number of tasks.
+        them by the number of present tasks.
 
     Returns:
       A :class:`mtljax.Balancer` that reads the Gramian. A step costs T backward passes.

@@ -91,7 +91,7 @@ def krum(
       num_selected: Number of gradients that are averaged. 1 is Krum.
       compat: ``"paper"`` sums squared distances, and ``"torchjd"`` sums distances.
       scale: ``"native"`` and ``"mean"`` average the selected gradients. ``"sum"``
-        multiplies the update by the number of tasks.
+        multiplies the update by the number of present tasks.
 
     Returns:
       A :class:`mtljax.Balancer` that reads the Gramian. A step costs T backward passes.

@@ -63,8 +63,8 @@ def mgda(
         choice of the code of Sener and Koltun, and of LibMTL for representations.
         ``"normalized"`` is that of LibMTL for parameters, and of the FS-MTL code.
       scale: ``"native"`` and ``"mean"`` are weights on the simplex. ``"sum"``
-        multiplies them by the number of tasks, as in nash-mtl and codebases derived
-        from it.
+        multiplies them by the number of present tasks, as in nash-mtl and codebases
+        derived from it.
 
     Returns:
       A :class:`mtljax.Balancer` that reads the Gramian, and positive ``losses`` for

@@ -93,12 +93,12 @@ def moco(
         It also replaces the projection by a softmax, which keeps λ nearly uniform.
         Neither is in the paper.
       scale: ``"native"`` and ``"mean"`` are weights on the simplex. ``"sum"``
-        multiplies them by the number of tasks.
+        multiplies them by the number of present tasks.
 
     Returns:
       A :class:`mtljax.Balancer` that reads the stacked gradients and, with
       ``compat="libmtl"``, ``losses``, which must not be negative. A step costs T
-      backward passes. The state contains T copies of the gradient in float32 and 3 T
+      backward passes. The state contains T copies of the gradient in float32 and 2 T
       numbers. Initialise it with the parameters that are balanced, see
       :func:`mtljax.shared_params`.
 

@@ -55,11 +55,11 @@ def modo(
       rho: Regularisation ρ ≥ 0, which moves λ towards uniform weights. LibMTL and
         TorchJD use 0.1.
       scale: ``"native"`` and ``"mean"`` are weights on the simplex. ``"sum"``
-        multiplies them by the number of tasks.
+        multiplies them by the number of present tasks.
 
     Returns:
       A :class:`mtljax.Balancer` that reads the Gramian. A step costs T backward passes,
-      and 2 T more for the ``cross_gramian`` of two other batches. The state has 2 T
+      and 2 T more for the ``cross_gramian`` of two other batches. The state has T
       numbers.
 
     Raises:

@@ -53,7 +53,7 @@ def nash_mtl(
 
     Returns:
       A :class:`mtljax.Balancer` that reads the Gramian. A step costs T backward passes.
-      The state has T + 5 numbers.
+      The state has T + 4 numbers.
 
     Raises:
       ValueError: If ``update_every`` is not positive.

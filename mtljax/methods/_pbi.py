@@ -77,7 +77,7 @@ def pbi(
         is inferred. The paper uses the best values found until then.
       scale: ``"native"`` are the derivatives with ``‖r‖ = 1``. ``"mean"`` divides them
         by the sum of the entries of ``r/‖r‖``, so that θ = 0 is a weighted mean.
-        ``"sum"`` multiplies this by the number of tasks.
+        ``"sum"`` multiplies this by the number of present tasks.
 
     Returns:
       A :class:`mtljax.Balancer` that reads ``losses`` and the side input

@@ -42,7 +42,7 @@ def random_gradient_weighting(
       key: Key of ``jax.random`` for the weights, stored in the state.
       scale: ``"native"`` and ``"mean"`` are weights that sum to 1, as in the paper,
         LibMTL and ``Random`` of TorchJD. ``"sum"`` multiplies them by the number of
-        tasks.
+        present tasks.
 
     Returns:
       A :class:`mtljax.Balancer` that reads neither the losses nor the gradients. A step

@@ -41,8 +41,8 @@ def random_loss_weighting(
       num_tasks: Number of tasks T, or a sequence of T task names.
       key: Key of ``jax.random`` for the weights, stored in the state.
       scale: ``"native"`` and ``"mean"`` are weights that sum to 1, as in the paper,
-        LibMTL, nash-mtl and TorchJD. ``"sum"`` multiplies them by the number of tasks,
-        as in the IGB code.
+        LibMTL, nash-mtl and TorchJD. ``"sum"`` multiplies them by the number of present
+        tasks, as in the IGB code.
 
     Returns:
       A :class:`mtljax.Balancer` that reads neither the losses nor the gradients. A step

@@ -58,7 +58,7 @@ class Method(NamedTuple):
     family: str  # "loss balancing" or "gradient balancing"
     source: str  # arXiv id, or the venue if there is none
     cost: str  # passes through the network for T tasks
-    state: str  # size of the state, in numbers
+    state: str  # numbers in the state, without task_weights
     promise: str  # one-line summary or guarantee
 
     @property
@@ -108,11 +108,11 @@ METHODS: dict[str, Method] = {
         Method(geometric_mean, "GLS", _LOSS, "1904.08492", _ONE, "0", "minimises the geometric mean of the losses"),
         Method(imtl_l, "IMTL-L", _LOSS, "ICLR 2021", _ONE, "4T", "learns scales such that all scaled losses are one"),
         Method(gradnorm, "GradNorm", _LOSS, "1711.02257", _ALL, "6T", "larger gradients for tasks that train slower"),
-        Method(gradient_norm_weighting, "grad-norm", _LOSS, "2308.08468", _ALL, "2T", "equal norms of all weighted gradients, averaged over time"),
+        Method(gradient_norm_weighting, "grad-norm", _LOSS, "2308.08468", _ALL, "T", "equal norms of all weighted gradients, averaged over time"),
         Method(stch, "STCH", _LOSS, "2402.19078", _ONE, "2T", "a smooth maximum of the losses"),
         Method(cosmos, "COSMOS", _LOSS, "2103.13392", _ONE, "0", "penalises the angle between losses and a preference"),
         Method(pbi, "PBI", _LOSS, "TEVC 2007", _ONE, "0", "penalises the distance of the losses from a preference line"),
-        Method(excess_mtl, "ExcessMTL", _LOSS, "2402.02009", _ALL, "T copies + 3T", "weights from excess risks; robust to label noise"),
+        Method(excess_mtl, "ExcessMTL", _LOSS, "2402.02009", _ALL, "T copies + 2T", "weights from excess risks; robust to label noise"),
         Method(igb_v1, "IGBv1", _LOSS, "2307.15429", _ONE, "4T", "log losses, weighted by their improvable gaps"),
         Method(igb_v2, "IGBv2", _LOSS, "2307.15429", _ONE, "agent, 1e4 (5T + 1)", "log losses, weighted by a soft actor-critic"),
         Method(mgda, "MGDA", _GRAD, "1810.04650", _ALL, "0", "no task gets worse; zero at Pareto stationarity"),
@@ -127,10 +127,10 @@ METHODS: dict[str, Method] = {
         Method(upgrad, "UPGrad", _GRAD, "2406.16232", _ALL, "0", "no task gets worse; linear in each gradient"),
         Method(dualproj, "DualProj", _GRAD, "1706.08840", _ALL, "0", "nearest vector to the mean gradient that makes no task worse"),
         Method(conflict_free, "ConFIG", _GRAD, "2408.11104", _ALL, "0", "equal angles to all task gradients"),
-        Method(sdmgrad, "SDMGrad", _GRAD, "2305.18409", _ALL, "2T", "min-norm direction, regularised to the mean gradient"),
-        Method(modo, "MoDo", _GRAD, "2305.20057", _ALL, "2T", "one step towards the min-norm weights per batch"),
-        Method(moco, "MoCo", _GRAD, "2210.12624", _ALL, "T copies + 3T", "min-norm weights of averaged gradients"),
-        Method(db_mtl, "DB-MTL", _GRAD, "2308.12029", _ALL, "T copies + 3T", "log losses; all gradients of equal norm"),
+        Method(sdmgrad, "SDMGrad", _GRAD, "2305.18409", _ALL, "T", "min-norm direction, regularised to the mean gradient"),
+        Method(modo, "MoDo", _GRAD, "2305.20057", _ALL, "T", "one step towards the min-norm weights per batch"),
+        Method(moco, "MoCo", _GRAD, "2210.12624", _ALL, "T copies + 2T", "min-norm weights of averaged gradients"),
+        Method(db_mtl, "DB-MTL", _GRAD, "2308.12029", _ALL, "T copies + 2T", "log losses; all gradients of equal norm"),
         Method(graddrop, "GradDrop", _GRAD, "2010.06808", _ALL, "key", "one sign per coordinate; the sum in expectation"),
         Method(gcs, "GCS", _GRAD, "1812.02224", _ALL, "0", "auxiliary gradients with a positive cosine to the main one"),
         Method(pcd, "PCD", _GRAD, "2606.29521", _ALL, "2T", "nearest vector to the main gradient with a minimal gain for every other task"),

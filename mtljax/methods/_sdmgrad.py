@@ -132,11 +132,11 @@ def sdmgrad(
       momentum: Momentum of this loop, in [0, 1).
       steps: Number of steps of this loop.
       scale: ``"native"`` and ``"mean"`` are weights on the simplex. ``"sum"``
-        multiplies them by the number of tasks.
+        multiplies them by the number of present tasks.
 
     Returns:
       A :class:`mtljax.Balancer` that reads the Gramian. A step costs T backward passes,
-      and 2 T more for the ``cross_gramian`` of two other batches. The state has 2 T
+      and 2 T more for the ``cross_gramian`` of two other batches. The state has T
       numbers and the solver status.
 
     Raises:

@@ -111,8 +111,9 @@ def stch(
 
     Raises:
       ValueError: If ``mu`` is not positive, the form is unknown, an argument belongs to
-        the other form or does not have T entries, a preference is negative, or all
-        preferences are zero.
+        the other form or does not have T entries, a preference is negative, all
+        preferences are zero, ``warmup_steps`` is missing or negative in the MTL form,
+        or ``nadir_steps`` is less than 1.
 
     Examples:
       >>> import jax.numpy as jnp, mtljax

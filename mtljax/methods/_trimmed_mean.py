@@ -62,7 +62,7 @@ def trimmed_mean(num_tasks: int, *, trim: int = 1, scale: Scale = "native") -> B
         n present tasks at most ``(n − 1) // 2`` entries are removed on each side, so
         that an entry remains.
       scale: ``"native"`` and ``"mean"`` are the trimmed mean. ``"sum"`` multiplies it
-        by the number of tasks.
+        by the number of present tasks.
 
     Returns:
       A :class:`mtljax.Balancer` that reads the stacked gradients. A step costs T

@@ -214,8 +214,8 @@ def flat_split(
 
     References:
       Phan et al., `Beyond Losses Reweighting: Empowering Multi-Task Learning via the
-      Generalization Perspective <https://arxiv.org/abs/2211.13723>`_, 2022. The modes
-      other than ``"split"`` are ablations of this paper.
+      Generalization Perspective <https://arxiv.org/abs/2211.13723>`_, ICCV 2025. The
+      modes other than ``"split"`` are ablations of this paper.
     """
     check_flat_split(balancer, mode)
     name = getattr(balancer, "name", "the transformation")

@@ -157,8 +157,9 @@ def sam_task_grads(
       A function ``f(params, *args, mask=None, sam_key=None, sam_active=None,
       **kwargs)``. It returns ``(losses, SamGrads(loss, flat), own_grads)``, with
       ``(losses, aux)`` in first place if ``has_aux=True``. The losses have shape
-      ``[T]``. The tree ``own_grads`` has the structure of the parameters, with
-      ``optax.MaskedNode()`` for shared ones, as :func:`merge_own` requires.
+      ``[T]``, or are a dictionary if ``task_losses`` returns one. The tree
+      ``own_grads`` has the structure of the parameters, with ``optax.MaskedNode()`` for
+      shared ones, as :func:`merge_own` requires.
 
       The boolean array ``mask`` of shape ``[T]`` marks the tasks that are present. An
       absent task has zero gradients, does not change its head and is not perturbed.
@@ -179,8 +180,8 @@ def sam_task_grads(
 
     Raises:
       ValueError: If a radius is negative or not finite, if an option is unknown or
-        conflicts with another option, if the labels are invalid, or if
-        ``task_losses`` does not return a vector.
+        conflicts with another option, if the labels are invalid, if ``"samo"``
+        has no ``sam_key``, or if ``task_losses`` does not return a vector.
 
     Examples:
       For a quadratic loss with Hessian H, ``h = H ε``. Here ``H_1 = diag(2, 0)`` and
@@ -196,8 +197,8 @@ def sam_task_grads(
 
     References:
       Phan et al., `Beyond Losses Reweighting: Empowering Multi-Task Learning via the
-      Generalization Perspective <https://arxiv.org/abs/2211.13723>`_, 2022 (FS-MTL);
-      Foret et al., `Sharpness-Aware Minimization
+      Generalization Perspective <https://arxiv.org/abs/2211.13723>`_, ICCV 2025
+      (FS-MTL); Foret et al., `Sharpness-Aware Minimization
       <https://arxiv.org/abs/2010.01412>`_, 2020; Kwon et al., `ASAM
       <https://arxiv.org/abs/2102.11600>`_, 2021; SAMO,
       `2507.07883 <https://arxiv.org/abs/2507.07883>`_, 2025.

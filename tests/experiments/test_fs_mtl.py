@@ -360,6 +360,12 @@ def test_radii_and_lengths_are_chosen_and_cut():
     assert train.epochs_of(config, flat) == 2
     chosen = command.with_radii(config, Entry("linear", "direct"), {"linear": 2.0})
     assert [entry.rho for entry in chosen] == [2.0]
+    random = Entry("random_loss_weighting", "split")
+    assert [e.rho for e in command.with_radii(config, random, {"linear": 2.0})] == [2.0]
+    assert len(command.with_radii(config, random, {})) == len(config.rhos)
+    study, table = (report.result_lines(synthetic(), x)[0] for x in ("conflict", ""))
+    assert study["study"] == "conflict"
+    assert "study" not in table
 
 
 def test_differences_at_equal_epochs_and_passes():
