@@ -664,10 +664,10 @@ def rescale(
 ) -> Weights:
     """Converts weights to the requested scale.
 
-    ``"sum"`` is the scale of the sum of the losses: the weights sum to the number of
-    present tasks. ``"mean"`` is the scale of the mean of the losses: the weights sum to
-    1. If the convention of a method is one of the two, its weights are multiplied by a
-    constant. Otherwise (``native="free"``) they are divided by their sum.
+    ``"sum"`` is the scale of the sum of the losses, in which equal weights are 1.
+    ``"mean"`` is that of their mean, in which equal weights are 1 / n for n present
+    tasks. If the convention of a method is one of the two, its weights are multiplied
+    by a constant. Otherwise (``native="free"``) they are normalised to the sum n or 1.
 
     Args:
       weights: Native task weights, shape ``[T]``.

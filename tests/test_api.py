@@ -1,5 +1,9 @@
 """One list of public names; everything that repeats it is compared with it."""
 
+import ast
+import builtins
+import doctest
+import importlib
 import inspect
 import pathlib
 import re
@@ -10,6 +14,10 @@ import mtljax
 from mtljax import methods
 
 ROOT = pathlib.Path(__file__).parent.parent
+SUBPACKAGES = (
+    *("alternating", "data", "forkmerge", "metrics", "models", "sharpness", "solvers"),
+    *("training", "trajectory"),
+)
 
 
 def test_all_is_complete_and_without_repeats():
@@ -120,3 +128,36 @@ def test_every_file_with_a_factory_is_a_registered_method():
 def test_modules_are_mirrored_too(name):
     assert (ROOT / "mtljax" / f"{name}.py").is_file()
     assert (ROOT / "tests" / f"test_{name}.py").is_file()
+
+
+def _undefined(doc):
+    """The names that the examples of a docstring use without defining them."""
+    parser = doctest.DocTestParser()
+    source = "".join(example.source for example in parser.get_examples(doc))
+    defined, used = {*dir(builtins)}, set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Name):
+            (defined if isinstance(node.ctx, ast.Store) else used).add(node.id)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            defined |= {(a.asname or a.name).split(".")[0] for a in node.names}
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef | ast.ExceptHandler):
+            defined.add(node.name)
+        elif isinstance(node, ast.arg):
+            defined.add(node.arg)
+    return used - defined
+
+
+def test_examples_run_as_they_are_copied():
+    """pytest gives examples the names of their module, so it does not see this."""
+    assert _undefined(">>> f(1)") == {"f"}
+    names = ("mtljax", *(f"mtljax.{name}" for name in SUBPACKAGES))
+    seen = 0
+    for package in map(importlib.import_module, names):
+        for name in dir(package):
+            found = getattr(package, name)
+            if name.startswith("_") or not callable(found):
+                continue
+            doc = inspect.getdoc(found) or ""
+            seen += ">>>" in doc
+            assert not _undefined(doc), (package.__name__, name, _undefined(doc))
+    assert seen > 200

@@ -32,6 +32,7 @@ def indexed(task_losses: Callable[..., Any]) -> Callable[..., Any]:
 
     Examples:
       >>> import jax.numpy as jnp
+      >>> from mtljax.alternating import indexed
       >>> task_loss = indexed(lambda params, batch: jnp.array([1.0, 2.0]) * params)
       >>> float(task_loss(3.0, 1, None))
       6.0

@@ -212,6 +212,7 @@ def check_owners(
 
     Examples:
       >>> import jax.numpy as jnp
+      >>> from mtljax.alternating import check_owners
       >>> params = {"trunk": jnp.ones(2), "a": jnp.ones(2), "b": jnp.ones(2)}
       >>> labels = {"trunk": "shared", "a": 0, "b": 1}
       >>> def task_loss(params, task, batch):

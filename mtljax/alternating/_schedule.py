@@ -111,6 +111,7 @@ def balanced_groups(
 
     Examples:
       >>> import jax
+      >>> from mtljax.alternating import balanced_groups
       >>> rows = balanced_groups(jax.random.key(0), 5, 2)
       >>> rows.shape, sorted(rows.ravel().tolist())
       ((2, 3), [0, 1, 2, 3, 4, 5])

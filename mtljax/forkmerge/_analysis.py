@@ -58,6 +58,7 @@ def transfer_gain(
       The gains, in the unit of the score.
 
     Examples:
+      >>> from mtljax.forkmerge import transfer_gain
       >>> transfer_gain([0.7, 0.5], 0.6).tolist()
       [0.1, -0.1]
     """
@@ -82,6 +83,7 @@ def negative_transfer(gains: Numbers, weights: Numbers) -> NegativeTransfer:
       ValueError: If lengths differ, if a weight is negative, or if none is positive.
 
     Examples:
+      >>> from mtljax.forkmerge import negative_transfer
       >>> found = negative_transfer([0.0, 0.2, -0.1], [0.0, 0.5, 1.0])
       >>> found.weak.tolist(), bool(found.strong), float(found.best_weight)
       ([False, False, True], False, 0.5)
@@ -125,6 +127,8 @@ def confidence_score_discrepancy(
       A number in ``[0, 1 − 1/classes]``, or NaN without an example.
 
     Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax.forkmerge import confidence_score_discrepancy
       >>> round(float(confidence_score_discrepancy(jnp.zeros((3, 4)))), 6)
       0.75
     """
@@ -148,6 +152,7 @@ def mixture_probability(weight: ArrayLike) -> Array:
       The share, with the shape of ``weight``.
 
     Examples:
+      >>> from mtljax.forkmerge import mixture_probability
       >>> float(mixture_probability(1.0)), float(mixture_probability(0.25))
       (0.5, 0.2)
     """
@@ -181,6 +186,8 @@ def ternary_map(
       ValueError: If there are not three models, or if the validation set is empty.
 
     Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax.forkmerge import ternary_map
       >>> found = ternary_map(jnp.array([0.0, 1.0, 2.0]), lambda w: w, levels=2)
       >>> found.scores.tolist()
       [0.0, 1.0, 2.0, 1.5, 1.0, 0.5]
@@ -237,6 +244,8 @@ def one_step_transfer(
         empty.
 
     Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax.forkmerge import one_step_transfer
       >>> losses = lambda w: jnp.stack([(w - 1) ** 2, (w - 2) ** 2])
       >>> found = one_step_transfer(losses, lambda w: -jnp.abs(w - 1), jnp.array(0.0),
       ...                           [0.0, 1.0], learning_rate=0.1)

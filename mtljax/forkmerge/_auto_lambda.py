@@ -63,6 +63,8 @@ def hypergradient(
       the optimizer and one forward-mode pass.
 
     Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> from mtljax.forkmerge import hypergradient
       >>> losses = lambda w: jnp.stack([(w - 1) ** 2, (w + 1) ** 2])
       >>> sgd = optax.sgd(0.1)
       >>> w = jnp.array(0.0)

@@ -45,6 +45,7 @@ def post_train(
         negative.
 
     Examples:
+      >>> from mtljax.forkmerge import post_train
       >>> weights = post_train(3, joint_steps=100)
       >>> weights(99).tolist(), weights(100).tolist()
       ([1.0, 1.0, 1.0], [1.0, 0.0, 0.0])
@@ -82,6 +83,7 @@ def weight_grid(
       Candidates ``[n, T]`` for :func:`grid_search`.
 
     Examples:
+      >>> from mtljax.forkmerge import weight_grid
       >>> weight_grid(2, (1.0, 2.0)).tolist()
       [[1.0, 1.0], [1.0, 2.0], [2.0, 1.0], [2.0, 2.0]]
     """
@@ -131,6 +133,8 @@ def grid_search(
         :func:`search_merge` would raise an error for the other arguments.
 
     Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax.forkmerge import grid_search, weight_grid
       >>> def step(w, weights, batch):
       ...     return w + weights.sum() * batch, {}
       >>> found = grid_search(step, jnp.float32(0), weight_grid(2, (0.0, 1.0)),

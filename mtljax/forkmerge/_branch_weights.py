@@ -49,6 +49,7 @@ def target_vs_all(
       ValueError: If ``target`` is not the index of a task, or if no other task exists.
 
     Examples:
+      >>> from mtljax.forkmerge import target_vs_all
       >>> target_vs_all(3).tolist()
       [[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]]
       >>> target_vs_all(3, target=2, share=True).tolist()
@@ -77,6 +78,7 @@ def target_plus_each(num_tasks: int, *, target: int = 0) -> BranchWeights:
       ValueError: If ``target`` is not the index of a task, or if no other task exists.
 
     Examples:
+      >>> from mtljax.forkmerge import target_plus_each
       >>> target_plus_each(3, target=1).tolist()
       [[0.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 1.0, 1.0]]
     """
@@ -106,6 +108,7 @@ def target_plus_each_and_all(
       ValueError: If ``target`` is not the index of a task, or if no other task exists.
 
     Examples:
+      >>> from mtljax.forkmerge import target_plus_each_and_all
       >>> target_plus_each_and_all(3).tolist()
       [[1.0, 0.0, 0.0], [1.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 1.0]]
     """
@@ -147,6 +150,7 @@ def nested_topk(
         ``topk`` is larger than the length of the ranking.
 
     Examples:
+      >>> from mtljax.forkmerge import nested_topk
       >>> nested_topk(4, [2, 3, 1], topk=(0, 1, 2)).tolist()
       [[1.0, 0.0, 0.0, 0.0], [1.0, 0.0, 1.0, 0.0], [1.0, 0.0, 1.0, 1.0]]
     """
@@ -182,6 +186,7 @@ def custom(weights: Numbers) -> BranchWeights:
         or consists of zeros. The message names the row.
 
     Examples:
+      >>> from mtljax.forkmerge import custom
       >>> custom([[1, 0, 0], [1, 0.5, 0.5]]).tolist()
       [[1.0, 0.0, 0.0], [1.0, 0.5, 0.5]]
     """
@@ -221,6 +226,7 @@ def rank_auxiliaries(
         unknown.
 
     Examples:
+      >>> from mtljax.forkmerge import rank_auxiliaries
       >>> rank_auxiliaries([0.5, 0.1, 0.9, 0.4], 4)
       (2, 3, 1)
     """
@@ -249,6 +255,7 @@ def target_only(branch_weights: Numbers, target: int = 0) -> int | None:
       Index of the first such branch, or None if there is no such branch.
 
     Examples:
+      >>> from mtljax.forkmerge import target_only, target_vs_all
       >>> target_only(target_vs_all(3)), target_only([[1.0, 1.0]])
       (0, None)
     """

@@ -37,6 +37,7 @@ def branch_mesh(num_branches: int, devices: Sequence[Any] | None = None) -> Mesh
       ValueError: If there are fewer devices than branches.
 
     Examples:
+      >>> from mtljax.forkmerge import branch_mesh
       >>> branch_mesh(1).shape["branch"]
       1
     """
@@ -119,6 +120,8 @@ def take_branches(branches: Any, indices: Sequence[int] | Array) -> Any:
       A tree with leaves ``[len(indices), ...]``.
 
     Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax.forkmerge import take_branches
       >>> take_branches({"w": jnp.arange(4.0)}, (0, 2))["w"].tolist()
       [0.0, 2.0]
     """

@@ -31,6 +31,7 @@ def merge_passes(
       The number of passes.
 
     Examples:
+      >>> from mtljax.forkmerge import merge_passes
       >>> [merge_passes(b) for b in (2, 3, 4)]
       [6, 13, 19]
       >>> [merge_passes(b, method="simplex") for b in (2, 3, 4, 6)]
@@ -80,6 +81,7 @@ def forkmerge_cost(
       of ordinary training.
 
     Examples:
+      >>> from mtljax.forkmerge import forkmerge_cost
       >>> forkmerge_cost(6, 50_000, 12_500, pruned_to=3).branch_steps
       187500
     """

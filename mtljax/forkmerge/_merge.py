@@ -248,6 +248,8 @@ def refork(
       The branches of the next round.
 
     Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax.forkmerge import merge, refork
       >>> branches = {"w": jnp.array([0.0, 4.0]), "momentum": jnp.array([1.0, 2.0])}
       >>> policies = {"momentum": "keep"}
       >>> merged = merge(branches, [0.5, 0.5], policies=policies)

@@ -49,6 +49,7 @@ def prune(
       ValueError: If shapes are inconsistent, or if ``keep`` is not positive.
 
     Examples:
+      >>> from mtljax.forkmerge import prune
       >>> nu = [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
       >>> prune([0.0, 0.4, 0.6], [0.1, 0.2, 0.3], nu, keep=2)
       (0, 2)
@@ -98,6 +99,7 @@ def prune_groups(
       G tuples of indices, all of the same length.
 
     Examples:
+      >>> from mtljax.forkmerge import prune_groups
       >>> nu = [[[1, 0], [1, 1]], [[0, 1], [1, 1]]]
       >>> prune_groups([[1.0, 0.0], [0.5, 0.5]], [[2, 1], [2, 1]], nu, targets=(0, 1),
       ...              keep=2)

@@ -26,6 +26,8 @@ def weighted_sum(losses: Losses, weights: Weights) -> Float[Array, ""]:
       A scalar.
 
     Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax.forkmerge import weighted_sum
       >>> weighted_sum(jnp.array([2.0, jnp.inf]), jnp.array([0.5, 0.0])).tolist()
       1.0
     """
@@ -52,6 +54,8 @@ def draw_task(
       Index of a task, int32.
 
     Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from mtljax.forkmerge import draw_task
       >>> int(draw_task(jax.random.key(0), 3, 1, jnp.array([0.0, 2.0, 0.0])))
       1
     """
@@ -81,6 +85,8 @@ def task_orders(
       Task indices, shape ``[B, n]``.
 
     Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from mtljax.forkmerge import task_orders
       >>> nu = jnp.array([[1.0, 0.0], [1.0, 1.0]])
       >>> orders = task_orders(jax.random.key(0), nu, 100)
       >>> orders.shape, int(orders[0].max())
@@ -108,6 +114,8 @@ def take_task(tree: Any, task: ArrayLike) -> Any:
       The tree without its first axis.
 
     Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax.forkmerge import take_task
       >>> take_task({"w": jnp.array([[1.0, 2.0], [3.0, 4.0]])}, 1)["w"].tolist()
       [3.0, 4.0]
     """

@@ -365,6 +365,8 @@ def split_validation(
         ``report`` is outside (0, 1).
 
     Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from mtljax.forkmerge import split_validation
       >>> parts = split_validation(jnp.arange(10), key=jax.random.key(0), report=0.3)
       >>> [len(part) for part in parts]
       [7, 3]
@@ -400,6 +402,8 @@ def subsample(validation: Any, size: int, *, key: Any) -> Any:
       ValueError: If the set is empty or has fewer than ``size`` examples.
 
     Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from mtljax.forkmerge import subsample
       >>> subsample({"x": jnp.arange(9)}, 4, key=jax.random.key(0))["x"].shape
       (4,)
     """

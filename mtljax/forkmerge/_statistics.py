@@ -31,6 +31,8 @@ def recompute_statistics(
       ValueError: If ``momentum`` is outside [0, 1), or if ``batches`` is empty.
 
     Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax.forkmerge import recompute_statistics
       >>> move = lambda s, x: {"mean": 0.9 * s["mean"] + 0.1 * x.mean()}
       >>> batches = jnp.array([[0.0, 2.0], [4.0, 6.0]])
       >>> recompute_statistics(move, {"mean": jnp.array(99.0)}, batches, momentum=0.9)

@@ -168,7 +168,7 @@ def value_and_balanced_grad(
       ...     return jnp.stack([jnp.mean((h @ v - y) ** 2) for y, v in pair])
       >>> params = {"trunk": jnp.ones((2, 3)), "heads": [jnp.ones(3), -jnp.ones(3)]}
       >>> balancer = mtljax.mgda(2)
-      >>> grad_fn = value_and_balanced_grad(
+      >>> grad_fn = mtljax.value_and_balanced_grad(
       ...     task_losses, balancer, labels={"trunk": "shared", "heads": "own"})
       >>> state = balancer.init(params)
       >>> losses, grad, state = jax.jit(grad_fn)(params, state, jnp.eye(2))

@@ -250,8 +250,9 @@ def task_gramian(
         ``engine="gramian"`` is used with an unsupported ``custom_vjp`` rule.
 
     Examples:
-      >>> import jax.numpy as jnp
-      >>> losses, gramian = task_gramian(lambda p: jnp.array([2.0, -1.0]) * p)(3.0)
+      >>> import jax.numpy as jnp, mtljax
+      >>> gramian_fn = mtljax.task_gramian(lambda p: jnp.array([2.0, -1.0]) * p)
+      >>> losses, gramian = gramian_fn(3.0)
       >>> gramian.tolist()
       [[4.0, -2.0], [-2.0, 1.0]]
     """
@@ -443,10 +444,10 @@ def cross_task_gramian(
       ValueError: If the two batches give different numbers of losses.
 
     Examples:
-      >>> import jax.numpy as jnp
+      >>> import jax.numpy as jnp, mtljax
       >>> def task_losses(p, x):
       ...     return jnp.stack([p @ x, 2 * p @ x])
-      >>> cross = cross_task_gramian(task_losses)
+      >>> cross = mtljax.cross_task_gramian(task_losses)
       >>> p, x, y = jnp.zeros(2), jnp.array([1.0, 0.0]), jnp.array([3.0, 5.0])
       >>> cross(p, (x,), (y,))[2].tolist()
       [[3.0, 6.0], [6.0, 12.0]]

@@ -42,8 +42,9 @@ def label_params(
       ValueError: If a pattern matches no parameter, or if no parameter remains shared.
 
     Examples:
+      >>> import mtljax
       >>> params = {"trunk": {"w": 1.0}, "heads": {"a": 2.0, "b": 3.0}}
-      >>> label_params(params, own="heads")
+      >>> mtljax.label_params(params, own="heads")
       {'heads': {'a': 'own', 'b': 'own'}, 'trunk': {'w': 'shared'}}
     """
     paths = _paths(params)
@@ -209,8 +210,9 @@ def shared_params(params: Params, labels: Any) -> Params:
       A tree with the structure of ``params``.
 
     Examples:
+      >>> import mtljax
       >>> params = {"trunk": 1.0, "head": 2.0}
-      >>> shared_params(params, {"trunk": "shared", "head": "own"})
+      >>> mtljax.shared_params(params, {"trunk": "shared", "head": "own"})
       {'head': MaskedNode(), 'trunk': 1.0}
     """
     flat = iter(resolve_labels(labels, params))
@@ -238,10 +240,11 @@ def check_labels(
         first such parameter.
 
     Examples:
+      >>> import jax.numpy as jnp, mtljax
       >>> params = {"trunk": jnp.ones(2), "heads": jnp.ones((2, 2))}
       >>> def task_losses(params):
       ...     return params["heads"] @ params["trunk"]
-      >>> check_labels(task_losses, {"trunk": "shared", "heads": "own"}, params)
+      >>> mtljax.check_labels(task_losses, {"trunk": "shared", "heads": "own"}, params)
       Traceback (most recent call last):
         ...
       ValueError: labels: parameter 'heads' is labelled 'own' but tasks [0, 1] ...

@@ -85,12 +85,13 @@ def value_and_task_grads(
         parameter, or if a parameter that is not frozen is not a floating-point array.
 
     Examples:
-      >>> import jax.numpy as jnp
+      >>> import jax.numpy as jnp, mtljax
       >>> def task_losses(params, x):
       ...     h = params["w"] * x
       ...     return jnp.stack([jnp.mean(h**2), jnp.mean((h - 1) ** 2)])
       >>> x = jnp.array([1.0, 3.0])
-      >>> losses, grads = value_and_task_grads(task_losses)({"w": jnp.array(1.0)}, x)
+      >>> grad_fn = mtljax.value_and_task_grads(task_losses)
+      >>> losses, grads = grad_fn({"w": jnp.array(1.0)}, x)
       >>> losses.tolist(), grads["w"].tolist()
       ([5.0, 2.0], [10.0, 6.0])
     """

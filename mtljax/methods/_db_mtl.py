@@ -104,7 +104,7 @@ def db_mtl(
 
     Examples:
       >>> import jax.numpy as jnp, mtljax
-      >>> balancer = db_mtl(2, beta=0.0)
+      >>> balancer = mtljax.db_mtl(2, beta=0.0)
       >>> grads = {"w": jnp.array([[3.0, 0.0], [0.0, 10.0]])}
       >>> state = balancer.init({"w": jnp.zeros(2)})
       >>> update, _ = balancer.update(grads, state, losses=jnp.array([1.0, 5.0]))

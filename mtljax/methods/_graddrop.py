@@ -77,7 +77,7 @@ def graddrop(
 
     Examples:
       >>> import jax, jax.numpy as jnp, mtljax
-      >>> balancer = graddrop(2, key=jax.random.key(0))
+      >>> balancer = mtljax.graddrop(2, key=jax.random.key(0))
       >>> grads = {"w": jnp.array([[1.0, 2.0], [3.0, 0.0]])}
       >>> balancer.update(grads, balancer.init(grads))[0]["w"].tolist()
       [4.0, 2.0]

@@ -103,7 +103,7 @@ def krum(
 
     Examples:
       >>> import jax.numpy as jnp, mtljax
-      >>> balancer = krum(4, num_byzantine=1)
+      >>> balancer = mtljax.krum(4, num_byzantine=1)
       >>> grads = {"w": jnp.array([[1.0, 1.0], [75.0, -66.0], [1.0, 2.0], [3.0, 0.0]])}
       >>> balancer.update(grads, balancer.init(grads))[0]["w"].tolist()
       [1.0, 1.0]

@@ -108,7 +108,7 @@ def moco(
 
     Examples:
       >>> import jax.numpy as jnp, mtljax
-      >>> balancer = moco(2, gamma=0.01)
+      >>> balancer = mtljax.moco(2, gamma=0.01)
       >>> state = balancer.init({"w": jnp.zeros(3)})
       >>> grads = {"w": jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])}
       >>> update, state = balancer.update(grads, state)

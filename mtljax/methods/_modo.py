@@ -68,7 +68,7 @@ def modo(
 
     Examples:
       >>> import jax.numpy as jnp, mtljax
-      >>> balancer = modo(2, gamma=0.01, rho=0.0)
+      >>> balancer = mtljax.modo(2, gamma=0.01, rho=0.0)
       >>> grads = {"w": jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])}
       >>> cross = mtljax.stack.cross_gramian(grads, grads)
       >>> _, state = balancer.update(grads, balancer.init(grads), cross_gramian=cross)

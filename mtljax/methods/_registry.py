@@ -157,7 +157,8 @@ def get_method(name: str) -> Method:
       ValueError: If no method has this name. The message contains similar names.
 
     Examples:
-      >>> get_method("Nash-MTL").name
+      >>> import mtljax
+      >>> mtljax.get_method("Nash-MTL").name
       'nash_mtl'
     """
     found, hint = find_row(name, METHODS)

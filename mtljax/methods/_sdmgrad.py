@@ -145,7 +145,7 @@ def sdmgrad(
 
     Examples:
       >>> import jax.numpy as jnp, mtljax
-      >>> balancer = sdmgrad(2)
+      >>> balancer = mtljax.sdmgrad(2)
       >>> grads = {"w": jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])}
       >>> update, state = balancer.update(grads, balancer.init(grads))
       >>> state.shares.tolist(), state.task_weights.tolist()

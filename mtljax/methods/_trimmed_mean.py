@@ -74,7 +74,7 @@ def trimmed_mean(num_tasks: int, *, trim: int = 1, scale: Scale = "native") -> B
 
     Examples:
       >>> import jax.numpy as jnp, mtljax
-      >>> balancer = trimmed_mean(4, trim=1)
+      >>> balancer = mtljax.trimmed_mean(4, trim=1)
       >>> rows = [[1e11, 3.0], [1.0, -1e11], [-1e10, 1e10], [2.0, 2.0]]
       >>> grads = {"w": jnp.array(rows)}
       >>> balancer.update(grads, balancer.init(grads))[0]["w"].tolist()

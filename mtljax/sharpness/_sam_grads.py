@@ -76,6 +76,7 @@ def merge_own(update: Any, own_grads: Any) -> Any:
 
     Examples:
       >>> import optax
+      >>> from mtljax.sharpness import merge_own
       >>> hole = optax.MaskedNode()
       >>> merge_own({"trunk": 1.0, "head": hole}, {"trunk": hole, "head": 2.0})
       {'head': 2.0, 'trunk': 1.0}
@@ -188,6 +189,7 @@ def sam_task_grads(
       ``ε_1 = (0.1, 0)``.
 
       >>> import jax.numpy as jnp
+      >>> from mtljax.sharpness import sam_task_grads
       >>> def task_losses(params):
       ...     return jnp.stack([params["w"][0] ** 2, params["w"] @ jnp.ones(2)])
       >>> grad_fn = sam_task_grads(task_losses, rho=0.1)

@@ -120,6 +120,7 @@ def solve_bargaining(
 
     Examples:
       >>> import jax.numpy as jnp
+      >>> from mtljax.solvers import solve_bargaining
       >>> gramian = jnp.array([[18.0, -22.0], [-22.0, 38.0]])
       >>> solve_bargaining(gramian)[0].tolist()
       [0.5914, 0.4070]

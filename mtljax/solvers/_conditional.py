@@ -28,6 +28,7 @@ def on_present(
 
     Examples:
       >>> import jax.numpy as jnp
+      >>> from mtljax.solvers import on_present
       >>> mask = jnp.array([True, False, True])
       >>> on_present(jnp.array([0.2, 0.6, 0.2]), mask, lambda w: w**2 * 2)
       (Array([0.5, 0. , 0.5], dtype=float32), Array([0.2, 0.6, 0.2], dtype=float32))

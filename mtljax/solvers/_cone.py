@@ -29,6 +29,7 @@ def project_cone(
 
     Examples:
       >>> import jax.numpy as jnp
+      >>> from mtljax.solvers import project_cone
       >>> gramian = jnp.array([[18.0, -22.0], [-22.0, 38.0]])
       >>> project_cone(gramian, jnp.array([0.5, 0.5]))[0].tolist()
       [0.6111, 0.5000]

@@ -73,6 +73,7 @@ def max_min_in_ball(
 
     Examples:
       >>> import jax.numpy as jnp
+      >>> from mtljax.solvers import max_min_in_ball
       >>> gramian, center = jnp.diag(jnp.array([1.0, 4.0])), jnp.array([0.5, 0.5])
       >>> x, status = max_min_in_ball(gramian, center, jnp.float32(0.0))
       >>> x.tolist(), bool(status.converged)

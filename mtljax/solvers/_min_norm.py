@@ -36,6 +36,7 @@ def min_norm_point(
 
     Examples:
       >>> import jax.numpy as jnp
+      >>> from mtljax.solvers import min_norm_point
       >>> gramian = jnp.array([[18.0, -22.0], [-22.0, 38.0]])
       >>> min_norm_point(gramian)[0].tolist()
       [0.6000, 0.4000]

@@ -126,6 +126,7 @@ def nonnegative_qp(
 
     Examples:
       >>> import jax.numpy as jnp
+      >>> from mtljax.solvers import nonnegative_qp
       >>> q = jnp.array([[2.0, -1.0], [-1.0, 2.0]])
       >>> nonnegative_qp(q, jnp.array([-1.0, 3.0])).x.tolist()
       [0.5, 0.0]

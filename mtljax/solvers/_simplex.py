@@ -18,6 +18,8 @@ def project_simplex(vector: Weights, mask: Mask | None = None) -> Weights:
       The nearest point of the simplex, shape ``[T]``. It is zero if the mask is empty.
 
     Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax.solvers import project_simplex
       >>> project_simplex(jnp.array([0.5, 1.5, -1.0])).tolist()
       [0.0, 1.0, 0.0]
     """

@@ -22,6 +22,7 @@ def pinv_solve(matrix: Gramian, vector: Weights) -> tuple[Weights, Scalar]:
 
     Examples:
       >>> import jax.numpy as jnp
+      >>> from mtljax.solvers import pinv_solve
       >>> x, outside = pinv_solve(jnp.ones((2, 2)), jnp.ones(2))
       >>> x.tolist()
       [0.5, 0.5]

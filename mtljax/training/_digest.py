@@ -106,6 +106,8 @@ def tree_digest(tree: PyTree) -> str:
       A string of 64 hexadecimal digits.
 
     Examples:
+      >>> import jax.numpy as jnp, numpy as np
+      >>> from mtljax.training import tree_digest
       >>> a = tree_digest({"w": jnp.zeros(3)})
       >>> a == tree_digest({"w": np.zeros(3, np.float32)})
       True

@@ -32,6 +32,7 @@ class Evaluation:
       mode: ``"min"`` or ``"max"``, the direction in which ``select`` is better.
 
     Examples:
+      >>> from mtljax.training import Evaluation
       >>> Evaluation(lambda state: {"loss": state}, every=0)
       Traceback (most recent call last):
       ...
@@ -68,6 +69,7 @@ class Checkpointing:
         addition to :data:`mtljax.training.MAY_DIFFER`.
 
     Examples:
+      >>> from mtljax.training import Checkpointing
       >>> Checkpointing("runs/a", resume=True, overwrite=True)
       Traceback (most recent call last):
       ...

@@ -40,6 +40,7 @@ class FitResult(NamedTuple):
     """Result of :func:`fit`.
 
     Examples:
+      >>> from mtljax.training import FitResult
       >>> result = FitResult(None, 3, None, [], "SIGTERM", 0.5, None)
       >>> result.interrupted, result.exit_status
       (True, 143)

@@ -100,6 +100,7 @@ def saved_steps(directory: str | pathlib.Path) -> list[int]:
     """Returns the steps of the complete checkpoints in ``directory``, ascending.
 
     Examples:
+      >>> from mtljax.training.checkpoint import saved_steps
       >>> saved_steps("/no/such/directory")
       []
     """
@@ -136,7 +137,8 @@ class Checkpointer:
       mode: ``"min"`` or ``"max"``, the direction in which ``metric`` is better.
 
     Examples:
-      >>> import jax.numpy as jnp, tempfile
+      >>> import jax, jax.numpy as jnp, tempfile
+      >>> from mtljax.training import Checkpointer
       >>> state = {"w": jnp.arange(3.0), "key": jax.random.key(1)}
       >>> with Checkpointer(tempfile.mkdtemp(), mode="max") as ckpt:
       ...     for step, score in [(1, 0.9), (2, 0.1), (3, 0.2), (4, 0.3)]:

@@ -43,6 +43,7 @@ def run_cli(
 
     Examples:
       >>> import dataclasses, sys
+      >>> from mtljax.training.cli import run_cli
       >>> @dataclasses.dataclass
       ... class Config:
       ...     steps: int = 10
@@ -87,6 +88,7 @@ def without_paths(arguments: Sequence[str]) -> list[str]:
     """Returns a command as results quote it, without paths of data and results.
 
     Examples:
+      >>> from mtljax.training.cli import without_paths
       >>> without_paths(["cpu", "--data-dir", "/my/files", "--out=x", "--seeds", "2"])
       ['cpu', '--data-dir', 'DIR', '--seeds', '2']
     """

@@ -113,6 +113,7 @@ def scalars(row: Mapping[str, Any], task_names: Sequence[str] = ()) -> dict[str,
     """Returns the numbers of a row. A vector has one entry per task.
 
     Examples:
+      >>> from mtljax.training.compare import scalars
       >>> scalars({"step": 1, "kind": "eval", "losses": [0.5, None]}, ["a", "b"])
       {'losses/a': 0.5, 'losses/b': nan}
     """
@@ -204,6 +205,7 @@ def resumptions(run: Run) -> str:
     """Describes when a run was resumed. The text is empty if it was not.
 
     Examples:
+      >>> from mtljax.training.compare import resumptions, Run
       >>> sessions = [{"from_step": 0}, {"from_step": 20}, {"from_step": 45}]
       >>> resumptions(Run("a", {"sessions": sessions}, []))
       'resumed after step 20, after step 45'

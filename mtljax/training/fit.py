@@ -31,6 +31,8 @@ def own_state(state: PyTree) -> PyTree:
     first call compiles the same program as later calls.
 
     Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax.training.fit import own_state
       >>> w = jnp.ones(3)
       >>> twice = own_state({"a": w, "b": w, "lr": 0.5})
       >>> twice["a"] is twice["b"], twice["lr"]
@@ -120,6 +122,8 @@ def fit(
       ValueError: If arguments or shapes are inconsistent.
 
     Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from mtljax.training import fit, Logging
       >>> def step(w, batch):
       ...     loss = jnp.square(w - batch["x"]).mean()
       ...     return w - 0.1 * (w - batch["x"].mean()), {"losses": loss[None]}

@@ -37,6 +37,8 @@ def num_examples(data: PyTree, batch_size: int) -> int:
       ValueError: If the lengths differ, or N is smaller than a batch.
 
     Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax.training.loop import num_examples
       >>> num_examples({"x": jnp.zeros((10, 3)), "y": jnp.zeros(10)}, 4)
       10
     """
@@ -76,6 +78,8 @@ def epoch_order(
       Indices ``[N // B, B]``. The omitted ``N % B`` examples differ between epochs.
 
     Examples:
+      >>> import jax
+      >>> from mtljax.training import epoch_order
       >>> epoch_order(jax.random.key(0), 0, 10, 4).shape
       (2, 4)
     """
@@ -117,6 +121,8 @@ def check_step(step: Step, state: PyTree, batch: PyTree) -> PyTree:
         message names the leaf.
 
     Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax.training.loop import check_step
       >>> check_step(lambda s, b: (s + b.sum(), {"s": s}), jnp.float32(0), jnp.ones(2))
       {'s': ShapeDtypeStruct(shape=(), dtype=float32)}
       >>> check_step(lambda s, b: ({"w": s["w"] > 0}, {}), {"w": jnp.ones(2)}, None)
@@ -186,6 +192,8 @@ def make_chunk(
       filled.
 
     Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from mtljax.training import make_chunk
       >>> def step(w, x):
       ...     return w - 0.1 * (w - x.mean()), {"losses": (w - x.mean())[None]}
       >>> run = make_chunk(step, batch_size=2, chunk=8)
@@ -360,6 +368,8 @@ def prefers_host_loop(step: Step, state: PyTree, batch: PyTree) -> bool:
       No timing is measured.
 
     Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax.training.loop import prefers_host_loop
       >>> prefers_host_loop(lambda s, b: (s + b.sum(), {}), jnp.float32(0), jnp.ones(2))
       False
     """
@@ -474,6 +484,8 @@ def split_run_key(
       The keys ``init_key`` and ``order_key``, each with the shape of ``key``.
 
     Examples:
+      >>> import jax
+      >>> from mtljax.training import split_run_key
       >>> init_keys, order_keys = split_run_key(jax.random.split(jax.random.key(0), 8))
       >>> order_keys.shape
       (8,)
@@ -505,6 +517,8 @@ def make_train(
       ...]``.
 
     Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from mtljax.training import make_train
       >>> def step(w, x):
       ...     return w - 0.1 * (w - x.mean()), {"losses": (w - x.mean())[None]}
       >>> init = lambda key: jnp.float32(0)

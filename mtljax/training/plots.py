@@ -72,6 +72,7 @@ def curve(rows: Sequence[Mapping[str, Any]], name: str, kind: str = "train") -> 
       ValueError: If no row has the metric.
 
     Examples:
+      >>> from mtljax.training.plots import curve
       >>> rows = [{"step": s, "kind": "train", "seed": k, "losses": [s, k]}
       ...         for s in (1, 2, 3) for k in (0, 1)]
       >>> curve(rows, "losses").values.shape
@@ -92,6 +93,7 @@ def style(method: str, methods: Sequence[str]) -> dict[str, Any]:
     """Returns colour and dash of a method, by its position in ``methods``.
 
     Examples:
+      >>> from mtljax.training.plots import style
       >>> style("b", ["a", "b"])
       {'color': '#EE6677', 'linestyle': '-'}
     """
@@ -133,6 +135,8 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     """Computes a centred running mean over the last axis, shorter at both ends.
 
     Examples:
+      >>> import numpy as np
+      >>> from mtljax.training.plots import smooth
       >>> smooth(np.array([0.0, 3.0, 6.0, 3.0]), 3)
       array([1.5, 3. , 4. , 4.5])
     """
@@ -290,6 +294,7 @@ def weight_shares(weights: Any) -> np.ndarray:
     """Divides weights ``[..., T]`` by the sum of their absolute values.
 
     Examples:
+      >>> from mtljax.training.plots import weight_shares
       >>> weight_shares([3.0, 1.0])
       array([0.75, 0.25])
     """

@@ -25,6 +25,7 @@ def describe(
       The line. For more than four tasks it contains a mean and a range.
 
     Examples:
+      >>> from mtljax.training.progress import describe
       >>> describe({"losses": [0.5, 1.25], "task_weights": [0.5, 0.5]}, ["a", "b"])
       'loss a 0.500 b 1.25  weight a 0.50 b 0.50'
       >>> describe({"losses": [0.1] * 11})
@@ -71,6 +72,7 @@ class Progress:
       enabled: Whether to show progress. Notes are always shown.
 
     Examples:
+      >>> from mtljax.training import Progress
       >>> with Progress(10, title="demo") as progress:
       ...     progress.update(10, {"losses": [0.5, 0.25]})
       demo: step 10/10 (100%)  loss 0.500 0.250

@@ -47,6 +47,7 @@ def to_json(value: Any) -> Any:  # noqa: PLR0911 one return for each kind
 
     Examples:
       >>> import jax.numpy as jnp
+      >>> from mtljax.training import to_json
       >>> to_json({"lr": jnp.float32(0.5), "sizes": (3, 4), "best": float("inf")})
       {'lr': 0.5, 'sizes': [3, 4], 'best': None}
     """
@@ -95,6 +96,7 @@ def by_task(
       ValueError: If a metric is a dict and there are no names, or its names differ.
 
     Examples:
+      >>> from mtljax.training.records import by_task
       >>> by_task({"losses": {"b": 2.0, "a": 1.0}}, ["a", "b"])["losses"]
       array([1., 2.])
     """
@@ -132,6 +134,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flattens nested dicts into one level with dotted names.
 
     Examples:
+      >>> from mtljax.training.records import flatten
       >>> flatten({"lr": 0.1, "model": {"width": 8}})
       {'lr': 0.1, 'model.width': 8}
     """
@@ -158,6 +161,7 @@ def differences(
       One string ``"name: old -> new"`` per differing field, sorted by name.
 
     Examples:
+      >>> from mtljax.training.records import differences
       >>> differences({"lr": 0.1, "num_steps": 5}, {"lr": 0.2, "num_steps": 9},
       ...             may_differ=["num_steps"])
       ['lr: 0.1 -> 0.2']
@@ -215,6 +219,7 @@ def environment() -> dict[str, Any]:
     """Returns versions, commit and device of this process as plain JSON.
 
     Examples:
+      >>> from mtljax.training import environment
       >>> sorted(environment())
       ['commit', 'device', 'versions']
       >>> sorted(environment()["versions"])

@@ -35,6 +35,7 @@ def lock_run(run_dir: str | pathlib.Path) -> Iterator[None]:
 
     Examples:
       >>> import tempfile
+      >>> from mtljax.training import lock_run
       >>> with lock_run(folder := tempfile.mkdtemp()), lock_run(folder):
       ...     pass
       Traceback (most recent call last):
@@ -79,6 +80,7 @@ def holds_run(run_dir: str | pathlib.Path) -> bool:
     """Returns whether a directory contains the files of a run.
 
     Examples:
+      >>> from mtljax.training.run_dir import holds_run
       >>> holds_run("/no/such/directory")
       False
     """

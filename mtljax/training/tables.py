@@ -21,6 +21,7 @@ def summarise(values: Any) -> Cell:
     """Computes mean and sample standard deviation of the finite values.
 
     Examples:
+      >>> from mtljax.training.tables import summarise
       >>> summarise([1.0, 3.0])
       Cell(mean=2.0, sd=1.4142135623730951, number=2)
     """
@@ -38,6 +39,8 @@ def format_cell(cell: Cell, digits: int = 3) -> str:
     The spread is omitted for a single seed. A cell without values is a dash.
 
     Examples:
+      >>> import math
+      >>> from mtljax.training.tables import Cell, format_cell
       >>> format_cell(Cell(0.5, 0.012, 3)), format_cell(Cell(2.0, math.nan, 1), 1)
       ('0.500 ± 0.012', '2.0')
     """
@@ -96,6 +99,7 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]], left: int = 1) 
       The table, with lines joined by newlines.
 
     Examples:
+      >>> from mtljax.training.tables import markdown
       >>> print(markdown(["a", "b"], [["x", 1]]))
       | a | b |
       |:--|--:|
@@ -127,6 +131,7 @@ def markdown_table(
       The table, with lines joined by newlines.
 
     Examples:
+      >>> from mtljax.training.tables import markdown_table
       >>> rows = {"sum": {"acc": [0.5, 0.7]}, "pcgrad": {"acc": [0.7, 0.9]}}
       >>> print(markdown_table(rows, {"acc": "max"}, digits=2))
       | method | acc ↑ |

@@ -45,7 +45,8 @@ def read_jsonl(path: str | pathlib.Path) -> tuple[Row, list[Row]]:
       ValueError: If a line other than the last is damaged. The message names the line.
 
     Examples:
-      >>> import tempfile
+      >>> import pathlib, tempfile
+      >>> from mtljax.training import JsonlWriter, read_jsonl
       >>> path = pathlib.Path(tempfile.mkdtemp()) / "metrics.jsonl"
       >>> writer = JsonlWriter(path)
       >>> writer.open({"config": {"lr": 0.1}}, None)
@@ -262,6 +263,7 @@ class MemoryWriter:
     """Stores the rows of this process in ``rows``, for runs without a directory.
 
     Examples:
+      >>> from mtljax.training import MemoryWriter
       >>> writer = MemoryWriter()
       >>> writer.open({}, None)
       >>> writer.write({"step": 1, "kind": "train", "losses": [0.5, 0.25]})

@@ -38,6 +38,8 @@ def task_affinity(
       ValueError: If ``lr`` is negative, or if the losses are not a vector.
 
     Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax.trajectory import task_affinity
       >>> losses = lambda w, batch: jnp.stack([w**2, 4 - w])
       >>> task_affinity(losses, jnp.array(1.0), None, lr=0.5).tolist()
       [[1.0, -0.333], [-1.25, 0.167]]

@@ -66,6 +66,8 @@ def aggregate(
         shape.
 
     Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax.trajectory import aggregate
       >>> values = jnp.array([5.0, 1.0, jnp.nan, 2.0, 3.0])
       >>> float(aggregate(values, "last", 2)), float(aggregate(values, "largest", 2))
       (2.5, 4.0)
@@ -115,6 +117,8 @@ def factor_delta(multi: Any, single: Any) -> Delta:
       deviations. If a group has one run, nothing is significant.
 
     Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax.trajectory import factor_delta
       >>> found = factor_delta(jnp.array([0.8, 0.82]), jnp.array([0.7, 0.71]))
       >>> round(float(found.delta), 3), bool(found.significant)
       (0.105, True)
@@ -142,6 +146,8 @@ def sign_agreement(factor: Delta, transfer: Delta, *, lower: bool) -> SignAgreem
       :class:`SignAgreement`: The counts.
 
     Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax.trajectory import Delta, sign_agreement
       >>> def sure(delta):
       ...     return Delta(jnp.array(delta), jnp.ones(3, bool), jnp.zeros((2, 3)))
       >>> sign_agreement(sure([-1.0, 1.0, 1.0]), sure([1.0, 1.0, -1.0]), lower=True)
@@ -167,6 +173,7 @@ def percent_change(values: Any, baseline: Any) -> Float[Array, "..."]:
       The changes in percent.
 
     Examples:
+      >>> from mtljax.trajectory import percent_change
       >>> percent_change([1.1, 0.9], 1.0).tolist()
       [10.0, -10.0]
     """
@@ -207,6 +214,7 @@ def rank_correlation(
       ValueError: If lengths differ.
 
     Examples:
+      >>> from mtljax.trajectory import rank_correlation
       >>> found = rank_correlation([1.0, 2.0, 3.0, 4.0], [1.0, 3.0, 2.0, 4.0])
       >>> float(found.spearman), float(found.kendall)
       (0.8, 0.667)
@@ -288,6 +296,7 @@ def check_comparable(left: Mapping[str, Any], right: Mapping[str, Any]) -> None:
       ValueError: If a setting differs. The message names the first one and its values.
 
     Examples:
+      >>> from mtljax.trajectory import check_comparable
       >>> check_comparable({"rho": 0.001}, {"rho": 0.01})
       Traceback (most recent call last):
         ...

@@ -60,6 +60,8 @@ def gradient_gram(task_grads: Grads, *, by: By = "total") -> Any:
       ValueError: If the leading axes of the leaves have different lengths.
 
     Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax.trajectory import gradient_gram
       >>> grads = {"a": jnp.eye(2), "b": jnp.ones((2, 1))}
       >>> gradient_gram(grads).tolist()
       [[2.0, 1.0], [1.0, 2.0]]
@@ -97,6 +99,8 @@ def conflict_matrix(gramian: Gramian, weights: Weights | None = None) -> Conflic
       :class:`ConflictMatrix`: The statistics. No pass is needed.
 
     Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax.trajectory import conflict_matrix
       >>> found = conflict_matrix(jnp.eye(4))
       >>> found.similarity.tolist(), found.null.tolist()
       ([0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5])
@@ -192,6 +196,8 @@ def gradient_similarity(
         in (0, 1).
 
     Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax.trajectory import gradient_similarity
       >>> losses = lambda w, x: jnp.stack([(x[:, 0] @ w), (x[:, 1] @ w)])
       >>> x = jnp.broadcast_to(jnp.eye(2), (4, 2, 2))  # two orthogonal gradients
       >>> found = gradient_similarity(losses, jnp.ones(2), x)

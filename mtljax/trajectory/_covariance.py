@@ -59,6 +59,8 @@ def gradient_moments(loss: Loss, params: Any, batches: Any) -> GradientMoments:
       ValueError: If there is no batch, or if lengths differ.
 
     Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax.trajectory import gradient_moments
       >>> found = gradient_moments(
       ...     lambda w, x: 0.5 * (w - x).mean() ** 2, jnp.array(0.0),
       ...     jnp.array([[1.0], [3.0]]))
@@ -124,6 +126,8 @@ def gradient_covariance_trace(
       ValueError: If n < 2, or if N is smaller than nB.
 
     Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax.trajectory import gradient_covariance_trace
       >>> x = jnp.array([[1.0, 2.0], [3.0, 6.0]])  # all four of a set of four
       >>> found = gradient_covariance_trace(
       ...     lambda w, x: (w * x).mean(), jnp.array(1.0), x, batch_size=2,
@@ -181,6 +185,8 @@ def gradient_noise_scale(
       :func:`gradient_covariance_trace`.
 
     Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax.trajectory import gradient_noise_scale
       >>> x = jnp.array([[1.0, 2.0], [3.0, 6.0]])
       >>> scale = gradient_noise_scale(
       ...     lambda w, x: (w * x).mean(), jnp.array(1.0), x, batch_size=2,
@@ -216,6 +222,8 @@ def m_coherence(loss: Loss, params: Any, examples: Any) -> PerExample:
       ValueError: If there is no example, or if lengths differ.
 
     Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax.trajectory import m_coherence
       >>> x = jnp.eye(3)
       >>> found = m_coherence(lambda w, x: (x @ w).mean(), jnp.ones(3), x)
       >>> round(float(found.m_coherence), 4), round(float(found.diversity), 4)
@@ -276,6 +284,8 @@ def stiffness_matrix(
       ValueError: If ``block`` does not divide m, or if ``num_groups`` is missing.
 
     Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax.trajectory import stiffness_matrix
       >>> x = jnp.array([[1.0, 0.0], [0.0, 2.0]])
       >>> loss = lambda w, x: (x @ w).mean()
       >>> stiffness_matrix(loss, jnp.ones(2), x, -x).cosine

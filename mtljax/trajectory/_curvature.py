@@ -41,6 +41,8 @@ def hvp(loss: Loss, params: Any, batches: Any) -> Matvec:
       ValueError: If there is no batch, or if a parameter is not floating-point.
 
     Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax.trajectory import hvp
       >>> cube = lambda w, x: (x * w**3).mean()
       >>> product = hvp(cube, jnp.array(2.0), jnp.ones((1, 1)))
       >>> float(product(jnp.array(1.0)))  # 6 w
@@ -88,6 +90,8 @@ def ggn_vp(
       ValueError: If there is no batch, or if a parameter is not floating-point.
 
     Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax.trajectory import ggn_vp
       >>> model, square = lambda w, x: x * w**2, lambda z, y: ((z - y) ** 2).mean() / 2
       >>> batches = jnp.ones((1, 1)), jnp.zeros((1, 1))
       >>> float(ggn_vp(model, square, jnp.array(3.0), batches)(jnp.array(1.0)))  # (2w)²
@@ -144,6 +148,8 @@ def hessian_trace(
       ValueError: If ``num_probes`` is not positive.
 
     Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from mtljax.trajectory import hessian_trace
       >>> found = hessian_trace(lambda v: 3 * v, jnp.zeros(5), jax.random.key(0))
       >>> float(found.trace), float(found.standard_error)  # exact for a diagonal one
       (15.0, 0.0)

@@ -77,6 +77,8 @@ def fisher_trace(
         ``"batch"``.
 
     Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax.trajectory import fisher_trace
       >>> x = jnp.array([[1.0], [2.0]])
       >>> model = lambda w, x: x * w[None]  # two logits
       >>> exact = fisher_trace(model, jnp.zeros(2), x, estimator="exact")

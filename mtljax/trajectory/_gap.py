@@ -87,6 +87,8 @@ def generalization_gap(
       ValueError: If shapes differ, or if an edge is not positive.
 
     Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax.trajectory import generalization_gap
       >>> loss = jnp.array([[1.0, 0.1, 0.01]] * 2)
       >>> st = jnp.array([[0.5, 0.6, 0.7], [0.52, 0.62, 0.72]])
       >>> found = generalization_gap(loss, st, loss, st + 0.1, bins_per_decade=1)

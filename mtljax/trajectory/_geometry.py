@@ -35,6 +35,8 @@ def parameter_distance(a: Any, b: Any, start: Any = None) -> Float[Array, ""]:
       needed.
 
     Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax.trajectory import parameter_distance
       >>> float(parameter_distance(jnp.array([3.0, 0.0]), jnp.array([0.0, 4.0])))
       5.0
     """
@@ -57,6 +59,8 @@ def displacement_cosine(a: Any, b: Any, start: Any) -> Float[Array, ""]:
       A number in ``[-1, 1]``, or NaN if a run did not move. No pass is needed.
 
     Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax.trajectory import displacement_cosine
       >>> zero = jnp.zeros(2)
       >>> found = displacement_cosine(
       ...     jnp.array([1.0, 0.0]), jnp.array([1.0, 1.0]), zero)
@@ -100,6 +104,8 @@ def linear_mode_connectivity(
       ValueError: If ``num_points`` is below 3, or if there is no batch.
 
     Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax.trajectory import linear_mode_connectivity
       >>> loss = lambda w, x: jnp.square(w**2 - x).mean()  # minima at -1 and 1
       >>> path = linear_mode_connectivity(
       ...     loss, jnp.array(-1.0), jnp.array(1.0), jnp.ones((1, 1)), num_points=3)
@@ -146,6 +152,8 @@ def filter_normalized(direction: Any, params: Any) -> Any:
       The direction, at least float32. A zero filter remains zero.
 
     Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax.trajectory import filter_normalized
       >>> w = jnp.array([[3.0, 1.0], [4.0, 0.0]])  # two filters of norms 5 and 1
       >>> filter_normalized(jnp.ones((2, 2)), w)[0].tolist()
       [3.536, 0.707]
@@ -178,6 +186,8 @@ def random_direction(key: PRNGKeyArray, params: Any) -> Any:
       A tree with the structure of ``params``, at least float32.
 
     Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from mtljax.trajectory import random_direction
       >>> w = jnp.array([[3.0], [4.0]])
       >>> direction = random_direction(jax.random.key(0), w)
       >>> round(float(jnp.linalg.norm(direction)), 4)
@@ -217,6 +227,8 @@ def loss_slice(
         even.
 
     Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax.trajectory import loss_slice
       >>> loss = lambda w, x: (x * w**2).sum()
       >>> at, values = loss_slice(
       ...     loss, jnp.array(1.0), (jnp.array(1.0),), jnp.ones((1, 1)), num_points=3)

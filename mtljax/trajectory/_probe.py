@@ -50,6 +50,7 @@ def cadence(cost: float | int, step_cost: float | int, *, share: float = 0.05) -
       ValueError: If ``cost`` is negative, or if another number is not positive.
 
     Examples:
+      >>> from mtljax.trajectory import cadence
       >>> cadence(cost=6720 * 128, step_cost=20 * 16)  # sharpness of 20 tasks
       53760
     """
@@ -87,6 +88,8 @@ class Probe:
         is not positive.
 
     Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from mtljax.trajectory import Probe, Quantity
       >>> norm = Quantity(lambda w, data, key: (w**2).sum(), config={"of": "all"})
       >>> probe = Probe({"norm": norm}, None, key=jax.random.key(0), every=10)
       >>> {k: float(v) for k, v in probe(jnp.array([3.0, 4.0]), step=20).items()}
@@ -139,6 +142,8 @@ class Probe:
           A :class:`Probe` that shares the compiled programs.
 
         Examples:
+          >>> import jax, jax.numpy as jnp
+          >>> from mtljax.trajectory import Probe, Quantity
           >>> mean = Quantity(lambda w, data, key: (w * data).mean())
           >>> probe = Probe({"m": mean}, jnp.ones(2), key=jax.random.key(0), every=1)
           >>> float(probe.on(jnp.zeros(2))(jnp.array(3.0), 0)["probe_m"])
@@ -251,6 +256,8 @@ class Probe:
           A function ``f(state) -> dict``.
 
         Examples:
+          >>> import jax, jax.numpy as jnp
+          >>> from mtljax.trajectory import Probe, Quantity
           >>> norm = Quantity(lambda w, data, key: jnp.abs(w))
           >>> probe = Probe({"norm": norm}, None, key=jax.random.key(0), every=5)
           >>> evaluate = probe.beside(

@@ -29,6 +29,8 @@ def cka(
       ValueError: If there are fewer than 2 inputs, or fewer than 4 if unbiased.
 
     Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax.trajectory import cka
       >>> x = jnp.array([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0], [1.0, 1.0]])
       >>> float(cka(x, -5 * x[:, ::-1]))
       1.0

@@ -104,6 +104,8 @@ def worst_case_sharpness(
         (0, 1], if ``num_iters`` is not positive, or if there is no batch.
 
     Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax.trajectory import worst_case_sharpness
       >>> loss = lambda w, x: (w * x).sum()
       >>> w, x = jnp.array([1.0, -2.0]), jnp.array([[1.0, 1.0]])
       >>> round(float(worst_case_sharpness(loss, w, x, rho=0.1).sharpness), 5)
@@ -239,6 +241,8 @@ def sam_sharpness(
       ValueError: If ``rho`` is negative or not finite, or if there is no batch.
 
     Examples:
+      >>> import jax.numpy as jnp
+      >>> from mtljax.trajectory import sam_sharpness
       >>> loss = lambda w, x: x.sum() * (w**2).sum()
       >>> found = sam_sharpness(loss, jnp.array([3.0, 4.0]), jnp.ones((1, 1)), rho=1.0)
       >>> float(found.sharpness)  # 6² − 5²
@@ -305,6 +309,8 @@ def average_sharpness(
         positive.
 
     Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from mtljax.trajectory import average_sharpness
       >>> loss = lambda w, x: x.sum() * w
       >>> args = (jnp.array(2.0), jnp.ones((1, 1)), jax.random.key(0))
       >>> float(average_sharpness(loss, *args, rho=0.0).sharpness)

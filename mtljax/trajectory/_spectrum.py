@@ -61,6 +61,8 @@ def lanczos(
       ValueError: If ``num_iters`` is not positive or exceeds the number of parameters.
 
     Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from mtljax.trajectory import lanczos
       >>> scale = jnp.array([5.0, 2.0, -1.0])
       >>> found = lanczos(lambda v: scale * v, scale, jax.random.key(0), num_iters=3)
       >>> found.values.round(3).tolist()
@@ -143,6 +145,8 @@ def hessian_top_eigenvalues(
         of parameters.
 
     Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from mtljax.trajectory import hessian_top_eigenvalues
       >>> scale = jnp.array([5.0, 2.0, -1.0])
       >>> found = hessian_top_eigenvalues(
       ...     lambda v: scale * v, scale, jax.random.key(0), num_iters=3)
@@ -201,6 +205,8 @@ def spectral_density(
         of parameters.
 
     Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from mtljax.trajectory import spectral_density
       >>> scale = jnp.array([5.0, 2.0, -1.0])
       >>> found = spectral_density(
       ...     lambda v: scale * v, scale, jax.random.key(0), num_iters=3)

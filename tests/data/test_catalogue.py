@@ -6,7 +6,15 @@ import sys
 import numpy as np
 import pytest
 
-from mtljax.data import MissingDataError, load, save_tfds, stream, tfds_source
+from mtljax.data import (
+    Dataset,
+    MissingDataError,
+    Task,
+    load,
+    save_tfds,
+    stream,
+    tfds_source,
+)
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +71,23 @@ def test_heavy_packages_are_imported_when_needed():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert run.stdout.strip() == "[]"
+
+
+def test_label_maps_are_written_and_read_back(tmp_path):
+    rng = np.random.default_rng(0)
+
+    def split(n):
+        return {
+            "image": rng.integers(0, 255, (n, 4, 5, 3)).astype(np.uint8),
+            "segmentation": rng.integers(0, 3, (n, 4, 5)).astype(np.int32),
+            "depth": rng.random((n, 4, 5)).astype(np.float32),
+        }
+
+    tasks = (Task("segmentation", "segmentation", 3), Task("depth", "regression", 1))
+    frames = Dataset("frames", tasks, (4, 5, 3), split(3), split(0), split(2))
+    save_tfds(frames, tmp_path)
+    rows = tfds_source("frames", "train", data_dir=tmp_path)
+    for i, row in enumerate(rows.__getitems__(range(3))):
+        for key, array in frames.train.items():
+            np.testing.assert_array_equal(row[key], array[i])
+            assert row[key].dtype == array.dtype
