@@ -353,6 +353,11 @@ class VectorLosses:
         """Returns the losses in the form that the user's function returns."""
         if self.names is None:
             return losses
+        if len(self.names) != len(losses):
+            raise ValueError(
+                f"names has {len(self.names)} entries, but task_losses returned "
+                f"{len(losses)} losses."
+            )
         return dict(zip(self.names, losses, strict=True))
 
 

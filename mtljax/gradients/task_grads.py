@@ -1,6 +1,6 @@
 """Per-task gradients: one backward pass per task, with several strategies."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mtljax.gradients.linearized import (
@@ -12,7 +12,7 @@ from mtljax.gradients.linearized import (
     own_weights,
 )
 from mtljax.gradients.micro import accumulate
-from mtljax.gradients.separate import Separate, linearize_separate
+from mtljax.gradients.separate import Separate, linearize_separate, ordered
 from mtljax.placement import Backward
 
 
@@ -27,6 +27,7 @@ def value_and_task_grads(
     axis_name: AxisName = None,
     grad_shardings: Any = None,
     backward: Backward = "auto",
+    names: Sequence[str] | None = None,
 ) -> Callable[..., Any]:
     """Returns a function that computes the losses and their stacked gradients.
 
@@ -70,6 +71,11 @@ def value_and_task_grads(
       backward: ``"jax"`` runs the backward passes of ``jax.vjp`` unchanged.
         ``"rewritten"`` rewrites them for XLA:CPU. ``"auto"`` rewrites them if the
         program runs on one CPU device.
+      names: Order of the tasks in the stacked gradients if ``task_losses`` returns a
+        dictionary, such as ``balancer.names``. By default it is the order of the
+        dictionary. In an ``optax.chain`` with a balancer that has names, the two orders
+        must be the same, because stacked gradients have no names. With ``names``, the
+        losses are a dictionary.
 
     Returns:
       A function of the same arguments and of ``mask=``. It returns ``(losses, grads)``,
@@ -81,8 +87,9 @@ def value_and_task_grads(
       finite either, because ``0 * NaN`` is NaN in the backward pass.
 
     Raises:
-      ValueError: If the losses are not a vector, if a label is unknown or matches no
-        parameter, or if a parameter that is not frozen is not a floating-point array.
+      ValueError: If the losses are not a vector, if the names of the losses are not
+        ``names``, if a label is unknown or matches no parameter, or if a parameter that
+        is not frozen is not a floating-point array.
 
     Examples:
       >>> import jax.numpy as jnp, mtljax
@@ -117,6 +124,8 @@ def value_and_task_grads(
             f"{name}: micro_batches and mtljax.separate go with a single "
             "differentiated argument. Pass an integer argnums."
         )
+    if isinstance(task_losses, Separate):
+        task_losses = ordered(task_losses, names)
     indices = (argnums,) if isinstance(argnums, int) else argnums
 
     def function(*args, mask=None, **kwargs):
@@ -131,7 +140,7 @@ def value_and_task_grads(
             return task_losses(*full, **kwargs)
 
         params = params[0] if isinstance(argnums, int) else params
-        call = VectorLosses(at, others, kwargs)
+        call = VectorLosses(at, others, kwargs, names)
         shared_options = {"mask": mask, "name": name}
         if micro_batches is not None:
             found = accumulate(

@@ -246,6 +246,38 @@ def test_names_in_the_products_of_two_batches(engine):
     np.testing.assert_allclose(found[::-1, ::-1], expected[2], rtol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("separate", "micro_batches"), [(False, None), (False, 2), (True, None)]
+)
+def test_names_order_the_stacked_gradients(separate, micro_batches):
+    """In a chain, gradients and losses have the order of the balancer's names."""
+    parts = {"b": lambda p, x: 10 * (p @ x.T).mean(), "a": lambda p, x: (p @ x.T).sum()}
+    joint = lambda p, x: {name: loss(p, x) for name, loss in parts.items()}
+    params, x = jnp.ones(3), jnp.arange(12.0).reshape(4, 3)
+    balancer = mtljax.linear(("a", "b"), weights=[1.0, 0.0])
+    task_losses = mtljax.separate(parts) if separate else joint
+    batch = dict.fromkeys(parts, x) if separate else x
+    options = {"names": balancer.names, "micro_batches": micro_batches}
+    found = mtljax.value_and_task_grads(task_losses, **options)(params, batch)
+    losses, grads = jax.jit(lambda: found)()
+    update, _ = balancer.update(grads, balancer.init(params), losses=losses)
+    step = mtljax.value_and_balanced_grad(
+        task_losses, balancer, micro_batches=micro_batches
+    )
+    _, expected, _ = step(params, balancer.init(params), batch)
+    assert list(found[0]) == ["a", "b"]
+    np.testing.assert_allclose(update, expected, rtol=1e-12)
+
+
+def test_wrong_names_are_errors():
+    losses = lambda p: {"b": p.sum(), "a": 2 * p.sum()}
+    with pytest.raises(ValueError, match=r"tasks are \['a', 'c'\]"):
+        mtljax.value_and_task_grads(losses, names=("a", "c"))(jnp.ones(2))
+    vector = lambda p: jnp.stack([p.sum(), 2 * p.sum()])
+    with pytest.raises(ValueError, match=r"names has 3 entries, but .* returned 2"):
+        mtljax.value_and_task_grads(vector, names=("a", "b", "c"))(jnp.ones(2))
+
+
 def test_names_in_update_and_errors():
     balancer = mtljax.uncertainty(("a", "b"))
     grads = {"w": jnp.ones((2, 3))}
