@@ -192,12 +192,12 @@ PRESETS = {
         ),
     ),
     "cpu": (
-        "About 100 minutes of one CPU core: 10,000 MultiMNIST canvases, a ResNet of "
+        "About 140 minutes of one CPU core: 10,000 MultiMNIST canvases, a ResNet of "
         "four narrow blocks, 5 seeds.",
         CPU,
     ),
     "conflict": (
-        "About 40 minutes of one CPU core: CAGrad, F-CAGrad and direct CAGrad at the "
+        "About 35 minutes of one CPU core: CAGrad, F-CAGrad and direct CAGrad at the "
         "rate and the radius of the paper.",
         CONFLICT,
     ),
