@@ -39,13 +39,25 @@ def legend(figure: Any, axes: Any, columns: int | None = None) -> None:
     )
 
 
-def line(axis: Any, x: Any, values: Any, look: Mapping[str, Any], **more: Any) -> None:
-    """Draws the mean over the leading axis with a band of one standard deviation."""
+def line(
+    axis: Any,
+    x: Any,
+    values: Any,
+    look: Mapping[str, Any],
+    *,
+    bounds: tuple[float, float] = (-np.inf, np.inf),
+    **more: Any,
+) -> None:
+    """Draws the mean over the leading axis with a band of one standard deviation.
+
+    The band is cut at ``bounds``, the possible values.
+    """
     values = np.asarray(values, np.float64)
     mean = values.mean(0)
     sd = values.std(0, ddof=1) if len(values) > 1 else np.zeros_like(mean)
     axis.plot(x, mean, linewidth=1.5, **look, **more)
-    axis.fill_between(x, mean - sd, mean + sd, color=look["color"], alpha=0.13, lw=0)
+    low, high = np.clip([mean - sd, mean + sd], *bounds)
+    axis.fill_between(x, low, high, color=look["color"], alpha=0.13, lw=0)
 
 
 def save(

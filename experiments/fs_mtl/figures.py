@@ -13,10 +13,9 @@ from experiments.fs_mtl.config import STL, Config, Entry
 from experiments.fs_mtl.report import Runs
 from mtljax.training import plots
 
+PLAIN = ("plain", "plain2", "plain4")
 FAMILY = {
-    "plain": ("#4477AA", ":"),
-    "plain2": ("#4477AA", "--"),
-    "plain4": ("#4477AA", "-"),
+    **dict.fromkeys(PLAIN, ("#4477AA", "-")),
     "split": ("#EE6677", "-"),
     "direct": ("#228833", "--"),
     "samo": ("#AA3377", "-."),
@@ -41,10 +40,15 @@ def _panels(count: int, columns: int = 3):
 
 
 def _by_method(runs: Runs) -> dict[str, list[Entry]]:
-    """Groups the entries into panels: one per balancer, and one without balancer."""
+    """Groups the entries into panels: one per balancer, and one without balancer.
+
+    Of a plain line, the longest run contains the shorter ones.
+    """
     found: dict[str, list[Entry]] = {}
     for entry in runs.rows:
-        if entry.method != STL:
+        at = PLAIN.index(entry.variant) if entry.variant in PLAIN else len(PLAIN)
+        longer = [entry._replace(variant=variant) for variant in PLAIN[at + 1 :]]
+        if entry.method != STL and not any(one in runs.rows for one in longer):
             loss = entry.method in ("linear", "random_loss_weighting")
             base = entry._replace(variant="plain").label
             found.setdefault("LS, RLW" if loss else base, []).append(entry)
@@ -71,7 +75,10 @@ def _curves(
             steps, values = plots.curve(runs.rows[entry], field, "eval")
             colour, dash = _look(entry)
             look = {"color": colour, "linestyle": dash}
-            line(axis, x_of(steps, entry), 100 * values, look, label=entry.label)
+            plain = entry._replace(variant="plain")
+            label = (plain if entry.variant in PLAIN else entry).label
+            x, y = x_of(steps, entry), 100 * values
+            line(axis, x, y, look, bounds=(0, 100), label=label)
         for variant, points in (reference or {}).items():
             axis.plot(
                 list(points), list(points.values()), color=FAMILY[variant][0],
