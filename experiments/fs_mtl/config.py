@@ -75,9 +75,9 @@ class Config(common.Common):
     """Examples per update."""
     epochs: int = 200
     """Passes over the training canvases."""
-    longer: Literal[1, 2, 4] = 1
-    """Plain lines run so many times as long, and are reported at each length: at equal
-    backward passes as well as at equal epochs."""
+    equal_passes: bool = False
+    """Continue plain lines to the backward passes of their F-lines: LS to four times
+    the epochs, a balancer and a single task to twice. Each length is reported."""
     cagrad_c: common.NotNegative = 0.4
     """c of CAGrad. The paper's code uses the same value for g and h."""
 
@@ -127,7 +127,7 @@ CPU = Config(
     batch_size=128,
     lr=1e-2,
     epochs=10,
-    longer=4,
+    equal_passes=True,
     rhos=(0.125, 0.5, 2.0),
     probe_every=2,
     probe_batches=8,
@@ -143,7 +143,7 @@ CONFLICT = dataclasses.replace(
     variants=("plain", "split", "direct"),
     controls=(),
     lr=1e-3,
-    longer=1,
+    equal_passes=False,
     rhos=(2.0,),
     study="conflict",
     out=pathlib.Path("results/fs_mtl-conflict"),
@@ -287,6 +287,13 @@ class Entry(NamedTuple):
             "second": f"second-aggre {base}",
             "each": f"each-aggre {base}",
         }[self.variant]
+
+    def lengths(self, config: Config) -> tuple[int, ...]:
+        """Multiples of the epochs at which the entry is reported, the longest last."""
+        if self.variant != "plain" or not config.equal_passes:
+            return (1,)
+        ratio = self._replace(variant="split").backward_passes // self.backward_passes
+        return tuple(times for times in (1, 2, 4) if times <= ratio)
 
     @property
     def backward_passes(self) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 from experiments.fs_mtl import problem, report, train
 from experiments.fs_mtl.config import PRESETS, Config, Entry, seed_groups
 
-CONFIG = dataclasses.replace(PRESETS["cpu"][1], seeds=1, longer=1)
+CONFIG = dataclasses.replace(PRESETS["cpu"][1], seeds=1, equal_passes=False)
 RESULTS, LINES = "results.jsonl", 2
 KEYS = ("entry", "seed", "column")
 DERIVED = ("late", "plain_intra_conflict")  # of all seeds

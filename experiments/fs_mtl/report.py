@@ -53,16 +53,13 @@ def choose_radius(found: Mapping[Entry, Rows]) -> tuple[Choice, Rows]:
 def at_lengths(
     config: Config, entry: Entry, rows: Rows, epoch: int
 ) -> dict[Entry, Rows]:
-    """A line, and a plain one also at twice and four times the epochs it ran."""
-    if entry.variant != "plain":
-        return {entry: rows}
-    variants = {1: "plain", 2: "plain2", 4: "plain4"}
+    """A line at each of its lengths, by the epochs it ran."""
+    longer = {2: "plain2", 4: "plain4"}
     return {
-        entry._replace(variant=variants[times]): [
+        entry._replace(variant=longer.get(times, entry.variant)): [
             row for row in rows if row["step"] <= times * config.epochs * epoch
         ]
-        for times in variants
-        if times <= config.longer
+        for times in entry.lengths(config)
     }
 
 

@@ -19,7 +19,7 @@ from mtljax import data, sharpness, training
 
 MAY_DIFFER = (
     "sets", "methods", "variants", "ablations", "controls", "epochs", "report_only",
-    "seeds", "first_seed", "longer", "checkpoint_every", "study",
+    "seeds", "first_seed", "equal_passes", "checkpoint_every", "study",
 )  # fmt: skip
 """Fields that a resumed run may change, because they do not affect its numbers."""
 
@@ -185,7 +185,7 @@ def steps_per_epoch(config: Config, problem: Problem | data.Dataset) -> int:
 
 def epochs_of(config: Config, entry: Entry) -> int:
     """Passes over the training canvases."""
-    return config.epochs * (config.longer if entry.variant == "plain" else 1)
+    return config.epochs * entry.lengths(config)[-1]
 
 
 def run_entry(

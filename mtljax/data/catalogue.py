@@ -130,6 +130,9 @@ def save_tfds(
     Returns:
       The path of the folder, ``data_dir/name/version``.
 
+    Raises:
+      ModuleNotFoundError: If tensorflow-datasets is not installed.
+
     Examples:
       >>> import tempfile
       >>> from mtljax.data import multidigits, save_tfds, tfds_source

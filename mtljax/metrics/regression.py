@@ -24,6 +24,9 @@ def rmse(
     Returns:
       A number of at least zero.
 
+    Raises:
+      ValueError: If the shapes of predictions and targets differ.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> from mtljax.metrics import rmse
@@ -47,6 +50,9 @@ def mae(
 
     Returns:
       A number of at least zero.
+
+    Raises:
+      ValueError: If the shapes of predictions and targets differ.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -74,6 +80,9 @@ def relative_error(
 
     Returns:
       A number of at least zero, or NaN if every target is zero.
+
+    Raises:
+      ValueError: If the shapes of predictions and targets differ.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -110,6 +119,9 @@ def r2(
       defined for constant targets. The result is then 1 if every prediction is exact,
       and 0 otherwise, as in scikit-learn.
 
+    Raises:
+      ValueError: If the shapes of predictions and targets differ.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> from mtljax.metrics import r2
@@ -139,6 +151,9 @@ def explained_variance(
     Returns:
       A number of at most 1. For constant targets it is 1 if the error is constant, and
       0 otherwise.
+
+    Raises:
+      ValueError: If the shapes of predictions and targets differ.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -32,6 +32,9 @@ class MLP(nn.Module):
       dropout: Share of units that are dropped after every activation in training.
       dtype: Compute dtype. Parameters stay float32.
 
+    Raises:
+      ValueError: If the activation is unknown, when the model is called.
+
     Examples:
       >>> import jax, jax.numpy as jnp
       >>> from mtljax.models import MLP

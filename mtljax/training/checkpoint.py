@@ -136,6 +136,9 @@ class Checkpointer:
         the newest step is damaged.
       mode: ``"min"`` or ``"max"``, the direction in which ``metric`` is better.
 
+    Raises:
+      ValueError: If ``keep_last`` is less than 1 or ``mode`` is unknown.
+
     Examples:
       >>> import jax, jax.numpy as jnp, tempfile
       >>> from mtljax.training import Checkpointer

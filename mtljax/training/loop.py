@@ -191,6 +191,10 @@ def make_chunk(
       ``[chunk, ...]`` (``[chunk, S, ...]`` with seeds). Its first ``n`` rows are
       filled.
 
+    Raises:
+      ValueError: If ``chunk`` is less than 1, or, when the function is called, if the
+        data cannot form a batch.
+
     Examples:
       >>> import jax, jax.numpy as jnp
       >>> from mtljax.training import make_chunk
@@ -411,6 +415,10 @@ def make_runner(
       A function ``(state, data, order_key, start_step, n) -> (state, metrics)`` with
       host integers, which donates the state. Only the first ``n`` rows of the metrics
       are valid.
+
+    Raises:
+      ValueError: If ``chunk`` is less than 1, or, when the function is called, if the
+        data cannot form a batch.
     """
     if loop_on == "auto":
         loop_on = "host" if prefers_host_loop(step, state, batch) else "device"
@@ -515,6 +523,9 @@ def make_train(
     Returns:
       A function ``train(key, data) -> (state, metrics)`` with metrics ``[num_steps,
       ...]``.
+
+    Raises:
+      ValueError: If the data cannot form a batch, when the function is called.
 
     Examples:
       >>> import jax, jax.numpy as jnp
