@@ -137,9 +137,9 @@ CPU = Config(
     ),
     camvid=Setting(
         rows=(*_ALTERNATING, "groups_2", "groups_4", *_BALANCERS),
-        steps=240,
+        steps=600,
         batch_size=4,
-        eval_every=20,
+        eval_every=30,
     ),
 )
 
@@ -153,7 +153,7 @@ LARGE = dataclasses.replace(
         steps=1500,
         eval_every=75,
     ),
-    camvid=dataclasses.replace(CPU.camvid, rows=TABLE, steps=600, eval_every=30),
+    camvid=dataclasses.replace(CPU.camvid, rows=TABLE, steps=1200, eval_every=60),
     out=pathlib.Path("results/alternating-large"),
 )
 
