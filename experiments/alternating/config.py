@@ -177,7 +177,7 @@ PRESETS = {
         ),
     ),
     "cpu": (
-        "Two to four hours of one CPU core: four sets, 5 seeds (tox21: 10).",
+        "About an hour of one CPU core: four sets, 5 seeds (tox21: 10).",
         CPU,
     ),
     "large": ("Longer runs and more groups: some hours of one CPU core.", LARGE),
