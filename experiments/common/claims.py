@@ -206,6 +206,7 @@ class Decision(NamedTuple):
 
 
 NOT_RUN = "not run with this protocol"
+NOT_CONVERGED = "row not converged"
 
 # --- reading ------------------------------------------------------------------------
 
@@ -356,9 +357,10 @@ def verdict(
         added = "an effect of the same sign, less than half as large" if low > 0 else ""
     if reproduced:
         half = kind != "equivalence" and high < exclude
-        return Verdict("reproduced", "less than half as large" if half else "")
+        notes = ["less than half as large"] * half + [NOT_CONVERGED] * (not converged)
+        return Verdict("reproduced", ", ".join(notes))
     if contradicted and not converged:
-        return Verdict("inconclusive", "row not converged")
+        return Verdict("inconclusive", NOT_CONVERGED)
     if contradicted:
         return Verdict("contradicted", added)
     return Verdict("inconclusive")

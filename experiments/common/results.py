@@ -29,7 +29,10 @@ them; a ratio where logarithms are compared; or a share of items. Intervals are 
 is reproduced if its interval excludes zero on the claimed side and the mean reaches the
 smallest effect of interest. It is contradicted if the whole interval lies below half of
 the paper's effect, or below the effect that `claims.toml` states instead. Otherwise it
-is inconclusive. A verdict holds for its scope only."""
+is inconclusive. A row is not converged if it chose an end of its grid, or if most of
+its seeds report one of their last two evaluations: it still improves. A claim about
+such a row can be reproduced at this length of training, but not contradicted. A verdict
+holds for its scope only."""
 NOT_TESTED = (
     "NYUv2, Cityscapes and other dense prediction from pretrained networks",
     "CelebA and other sets of hundreds of thousands of images",
