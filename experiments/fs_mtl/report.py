@@ -47,7 +47,8 @@ def choose_radius(found: Mapping[Entry, Rows]) -> tuple[Choice, Rows]:
     ]
     choice = select(tagged)
     best = next(rows for e, rows in found.items() if e.rho == choice.lr)
-    return choice, [{**row, "rho": choice.lr} for row in best]
+    about = {"rho": choice.lr, "edge": choice.edge}
+    return choice, [{**row, **about} for row in best]
 
 
 def at_lengths(

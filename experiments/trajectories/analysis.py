@@ -1,5 +1,6 @@
 """Computes numbers from the lines of the results. Does not train or draw."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ FACTOR_NAMES = {
 }
 ARRAYS = (
     *("step", "train_loss", "train_score", "val_score", "test_score"),
-    *("sharpness", "covariance", "fisher", "similarity"),
+    *("sharpness", "covariance", "fisher", "similarity", "null"),
 )
 
 
@@ -161,7 +162,7 @@ def claim_lines(config: Config, lines: Sequence[Mapping[str, Any]]) -> list[Line
             made = [
                 *_target_lines(config, mine),
                 *_explained_lines(config, mine),
-                *_conflict_lines(config, mine),
+                *conflict_lines(config, mine),
             ]
             found += [{**about, **line} for line in made]
     return found
@@ -211,29 +212,35 @@ def _explained_lines(config: Config, groups: Groups) -> list[Line]:
     return lines
 
 
-def _conflict_lines(config: Config, groups: Groups) -> list[Line]:
+def conflict_lines(config: Config, groups: Groups) -> list[Line]:
     """Spearman's coefficients with gradient similarity for each seed, T partialled out.
 
     A point is a task in a set. Sharpness and score are relative to those of the task
-    alone, because tasks differ in both.
+    alone, because tasks differ in both. The similarity to the sum depends on the norms
+    of the task gradients as well as on their angles. The coefficients of its value for
+    orthogonal gradients of the same norms (``null``) and of the rest (``excess``) tell
+    which of the two a coefficient is due to.
     """
-    sizes, similarity, changes = [], [], []
+    sizes, changes = [], []
+    measures: dict[str, list[np.ndarray]] = {"partial": [], "null": [], "excess": []}
     for multi, task, single in compared(groups):
         mine, alone = (aggregates(config, found, task) for found in (multi, single))
         sizes.append(len(multi.tasks))
-        similarity.append(mine["similarity"])
+        measures["partial"].append(mine["similarity"])
+        measures["null"].append(mine["null"])
+        measures["excess"].append(mine["similarity"] - mine["null"])
         ratio = np.log(mine["sharpness"]) - np.log(alone["sharpness"])
         changes.append({"sharpness": ratio, "score": mine["score"] - alone["score"]})
     if len(set(sizes)) < 2:
         return []
     lines = []
     for i, seed in enumerate(next(iter(groups.values())).seeds):
-        x = [values[i] for values in similarity]
         line: Line = {"row": "task sets", "seed": seed}
-        for name in ("sharpness", "score"):
+        for measure, name in itertools.product(measures, ("sharpness", "score")):
+            x = [values[i] for values in measures[measure]]
             y = [change[name][i] for change in changes]
             found = trajectory.rank_correlation(x, y, covariate=sizes)
-            line[f"partial_spearman_{name}"] = float(found.partial)
+            line[f"{measure}_spearman_{name}"] = float(found.partial)
         lines.append(line)
     return lines
 
@@ -266,6 +273,7 @@ def aggregates(config: Config, found: Group, task: str) -> dict[str, np.ndarray]
         "min_loss": np.nanmin(mine("train_loss"), 1),
         # The initial point is excluded, because it is equal in all runs.
         "similarity": np.nanmean(mine("similarity")[:, 1:], 1),
+        "null": np.nanmean(mine("null")[:, 1:], 1),
     }
     return {name: np.asarray(value) for name, value in values.items()}
 

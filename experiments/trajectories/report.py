@@ -5,6 +5,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from experiments.common import report as common
 from experiments.common.report import pm
 from experiments.common.statistics import comparison_table
@@ -202,9 +204,37 @@ def _correlations(config: Config, groups: Groups) -> str:
         return ""
     head = ["target", "similarity with", "sets", "Spearman", "95 %", "Kendall"]
     text = markdown([*head, "partial on T", "within T"], lines)
-    return (
-        f"{text}\n\n- is not defined: fewer than three sets, or nothing left to vary."
-    )
+    parts = [text, "- is not defined: fewer than three sets, or nothing left to vary."]
+    return "\n\n".join([*parts, *_seeds(config, groups)])
+
+
+def _seeds(config: Config, groups: Groups) -> list[str]:
+    """The coefficients of each seed over all targets, and their controls."""
+    found = analysis.conflict_lines(config, groups)
+    if len(found) < 2:
+        return []
+    names = {
+        "partial": "similarity",
+        "null": "similarity of orthogonal gradients of the same norms",
+        "excess": "difference of the two",
+    }
+    values = {
+        f"{text}, {name}": np.array([x[f"{measure}_spearman_{name}"] for x in found])
+        for measure, text in names.items()
+        for name in ("sharpness", "score")
+    }
+    return [
+        "A point is a task in a set. Sharpness and score are relative to the task "
+        "alone.",
+        comparison_table(
+            {
+                k: (np.zeros(len(x)), x)
+                for k, x in values.items()
+                if np.isfinite(x).all()
+            },
+            head="Spearman's coefficient, partial on T",
+        ),
+    ]
 
 
 def _coefficient(value: Any) -> str:

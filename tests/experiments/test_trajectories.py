@@ -418,6 +418,9 @@ def test_conflict_is_correlated_at_equal_numbers_of_tasks():
     for x in made:
         np.testing.assert_allclose(x["partial_spearman_score"], 1, atol=1e-3)
         np.testing.assert_allclose(x["partial_spearman_sharpness"], -1, atol=1e-3)
+        # Orthogonal gradients of equal norms: the similarity is T ** -0.5 for a set.
+        assert np.isnan(x["null_spearman_score"])
+        np.testing.assert_allclose(x["excess_spearman_score"], 1, atol=0.05)
     found = claims_of(lines)
     names = ("conflict-raises-factors", "conflict-not-predictive")
     assert [found[name].evidence.n for name in names] == [3, 3]
