@@ -155,7 +155,7 @@ PRESETS = {
         ),
     ),
     "large": (
-        "Hours of 2 CPU cores: all sets at three rates, optimizers, and the faces.",
+        "Hours of 2 CPU cores: FashionMTL at three rates, the faces at six.",
         Config(
             settings=("fashion_mtl", "cmu_faces"),
             methods=("mgda", "pcgrad", "gradnorm"),
