@@ -24,7 +24,7 @@ def main(config: Config, command: str) -> None:
         )
         found[name] = run_problem(config, problem, command, screen)
         if len(found) > 1 and config.seeds > 1:
-            screen.finish([report.write_summary(found, config, command)])
+            screen.finish(report.write_summary(found, config, command))
 
 
 def run_problem(config: Config, problem, command: str, screen):

@@ -11,11 +11,11 @@ from experiments.common import figures
 from experiments.common import report as common
 from experiments.common.report import Column, Report, pm
 from experiments.common.selection import Choice, edge_notes, select, select_each
-from experiments.common.statistics import comparison_table
+from experiments.common.statistics import comparison_table, paired
 from experiments.igb import train
 from experiments.igb.config import ROWS, SINGLE_TASK, Config, is_graph
 from mtljax import metrics
-from mtljax.training import plots, tables
+from mtljax.training import plots
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -256,8 +256,8 @@ def write(
 
 def write_summary(
     found: Mapping[str, Values], config: Config, command: str
-) -> pathlib.Path:
-    """``summary.md``: the differences of the mean over all data sets."""
+) -> list[pathlib.Path]:
+    """``summary.md`` and ``rows.png``: the mean over all data sets."""
     mean, rows = {}, {}
     for m in ROWS:
         if all(m in values.delta for values in found.values()):
@@ -273,18 +273,31 @@ def write_summary(
         "deviation over seeds. Differences of the mean over data sets, paired:",
         differences(mean),
     ]
-    return common.write_table(config.out / "summary.md", parts)
+    written = common.write_table(config.out / "summary.md", parts)
+    drawn = {label_of(m): value for m, value in mean.items()}
+    figure = rows_figure(drawn) if config.plots and drawn else None
+    return [written, *figures.save({"rows": figure}, config.out, config)]
 
 
 def rows_figure(values: Mapping[str, Any]) -> Any:
-    """Δm of rows: mean over seeds and ± 1 sd."""
-    figure, axes = figures.panels(1, 1, 5.6, 0.35 * len(values) + 0.4)
+    """Δm of rows minus that of EW, paired over seeds, with 95 % intervals.
+
+    The spread of Δm itself is mostly that of the splits, which all rows share.
+    """
+    reference = label_of(REFERENCE)
+    base = np.asarray(values[reference]) if reference in values else 0.0
+    shown = {k: np.asarray(v) - base for k, v in values.items() if k != reference}
+    figure, axes = figures.panels(1, 1, 5.6, 0.35 * len(shown) + 0.4)
     axis = axes[0, 0]
-    for i, (label, value) in enumerate(values.items()):
-        cell = tables.summarise(value)
-        sd = 0.0 if np.isnan(cell.sd) else cell.sd
+    axis.axvline(0.0, color="0.6", linewidth=1)
+    for i, (label, value) in enumerate(shown.items()):
+        mean, half = value.mean(), 0.0
+        if len(value) > 1:
+            found = paired(np.zeros(len(value)), value)
+            half = found.high - found.mean
         color = plots.PALETTE[0 if label.startswith("IGB") else 1]
-        axis.errorbar(cell.mean, -i, xerr=sd, marker="o", color=color, capsize=3)
-    axis.set_yticks([-i for i in range(len(values))], list(values))
-    axis.set_xlabel("Δm on test, % (better ←), mean ± sd over seeds")
+        axis.errorbar(mean, -i, xerr=half, marker="o", color=color, capsize=3)
+    axis.set_yticks([-i for i in range(len(shown))], list(shown))
+    less = f" minus that of {reference}" if reference in values else ""
+    axis.set_xlabel(f"Δm{less}, points (better ←), 95 % interval")
     return figure
