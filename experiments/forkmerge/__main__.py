@@ -37,7 +37,7 @@ def main(config: Config, command: str) -> None:
 def train_all(
     config: Config, say: Callable[[str], None]
 ) -> Iterator[tuple[list[dict[str, Any]], bool]]:
-    """The rows so far after every method, the rows of claims first; then all, and True.
+    """The rows so far after every method; then all, and True.
 
     What is on disk already is not trained again.
     """

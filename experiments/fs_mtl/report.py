@@ -340,7 +340,7 @@ def write(config: Config, runs: Runs, command: str, notes: str) -> list[pathlib.
         "## Differences, paired over seeds",
         *comparisons(runs),
         f"Conflict inside a task, mean of the first half of training: {premise(runs)}. "
-        "Below 10 % the split has nothing to separate.",
+        "Below 10 % the claim about the split is not tested.",
         "## Comparison with the paper (Tables 1 and 6)",
         beside_paper(runs),
         "Levels differ by construction (another re-creation of the data, another "
