@@ -136,8 +136,8 @@ CPU = Config(
 )
 
 # The claim about the split presumes that the loss gradient and the flat gradient of a
-# task conflict. At the tuned rate they seldom do, so the split is tested at the paper's rate
-# and radius. Five seeds detect 1.2 points only, which is more than the paper's effect.
+# task conflict. At the tuned rate they seldom do, so the split is tested at the paper's
+# rate and radius. Five seeds detect 1.2 points only, more than the paper's effect.
 CONFLICT = dataclasses.replace(
     CPU,
     variants=("plain", "split", "direct"),
