@@ -198,7 +198,7 @@ PRESETS = {
         CPU,
     ),
     "conflict": (
-        "About 70 minutes of one CPU core: CAGrad, F-CAGrad and direct CAGrad at the "
+        "About an hour of one CPU core: CAGrad, F-CAGrad and direct CAGrad at the "
         "rate and the radius of the paper.",
         CONFLICT,
     ),

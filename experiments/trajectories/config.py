@@ -145,7 +145,7 @@ PRESETS = {
         ),
     ),
     "cpu": (
-        "Four hours of one CPU core: halves of FashionMNIST, and the faces with other "
+        "Three hours of one CPU core: halves of FashionMNIST, and the faces with other "
         "optimizers; LeNet, 5 seeds.",
         Config(
             settings=("fashion_mtl", "cmu_faces"),
