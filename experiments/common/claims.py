@@ -357,8 +357,9 @@ def verdict(
         added = "an effect of the same sign, less than half as large" if low > 0 else ""
     if reproduced:
         half = kind != "equivalence" and high < exclude
-        notes = ["less than half as large"] * half + [NOT_CONVERGED] * (not converged)
-        return Verdict("reproduced", ", ".join(notes))
+        notes = ("less than half as large" if half else "",)
+        notes += ("" if converged else NOT_CONVERGED,)
+        return Verdict("reproduced", ", ".join(filter(None, notes)))
     if contradicted and not converged:
         return Verdict("inconclusive", NOT_CONVERGED)
     if contradicted:
