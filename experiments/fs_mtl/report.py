@@ -244,7 +244,7 @@ def intra_conflict(runs: Runs, entry: Entry) -> float:
 
 
 def premise(runs: Runs) -> str:
-    """Whether the split can matter: conflict inside a task, of the plain lines."""
+    """The premise of the claim on the split: conflict inside a task of plain lines."""
     shares = {
         entry.label: intra_conflict(runs, entry)
         for entry in runs.rows
@@ -366,26 +366,42 @@ def write(config: Config, runs: Runs, command: str, notes: str) -> list[pathlib.
 
 
 def result_lines(runs: Runs, study: str = "") -> list[dict[str, Any]]:
-    """Lines by entry, seed and column."""
+    """Lines by entry, seed and column; last those of all radii, as a study."""
     lines: list[dict[str, Any]] = []
     for entry, rows in runs.rows.items():
-        about: dict[str, Any] = {"set": runs.name, "entry": entry.name}
-        about |= {"study": study} if study else {}
-        about["label"] = entry.label
+        about: dict[str, Any] = {"study": study} if study else {}
         plain = entry._replace(variant="plain")
         if plain in runs.rows:
             about["plain_intra_conflict"] = intra_conflict(runs, plain)
-        about |= {"row": entry.label, "late": select(rows).late}
-        for row, end in zip(chosen(rows), last(rows), strict=True):
-            probed = [
-                r["probe_inter_loss"]
-                for r in rows
-                if r.get("seed") == row["seed"] and "probe_inter_loss" in r
-            ]
-            about["backward_passes"] = entry.backward_passes
-            about["conflict_share"] = 100 * float(np.mean(probed)) if probed else None
-            for column, at in (("chosen", row), ("last", end)):
-                ece = [v for k, v in at.items() if k.endswith("_ece")]
-                more = {"column": column, "test_accuracy": 100 * at["test_score"]}
-                lines.append(about | dict(at) | more | {"test_ece": np.mean(ece)})
+        lines += _lines_of(runs, entry, rows, about)
+    for entry, tried in runs.radii.items():
+        for rho, rows in tried.items():
+            lines += _lines_of(runs, entry, rows, {"study": "radii", "rho": rho})
+    return lines
+
+
+def _lines_of(
+    runs: Runs, entry: Entry, rows: Rows, about: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    lines = []
+    for row, end in zip(chosen(rows), last(rows), strict=True):
+        probed = [
+            r["probe_inter_loss"]
+            for r in rows
+            if r.get("seed") == row["seed"] and "probe_inter_loss" in r
+        ]
+        mine = {
+            "set": runs.name,
+            "entry": entry.name,
+            "label": entry.label,
+            "row": entry.label,
+            "late": select(rows).late,
+            "backward_passes": entry.backward_passes,
+            "conflict_share": 100 * float(np.mean(probed)) if probed else None,
+        }
+        for column, at in (("chosen", row), ("last", end)):
+            ece = [v for k, v in at.items() if k.endswith("_ece")]
+            more = {"column": column, "test_accuracy": 100 * at["test_score"]}
+            more["test_ece"] = np.mean(ece)
+            lines.append({**mine, **about, **at, **more})
     return lines

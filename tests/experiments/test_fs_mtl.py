@@ -348,7 +348,8 @@ def test_radii_and_lengths_are_chosen_and_cut():
     choice, best = report.choose_radius(tried)
     assert choice.lr == 2.0
     assert best[0]["val_score"] == 0.7
-    config = dataclasses.replace(SMOKE, epochs=2, longer=4)
+    assert best[0]["edge"] == "high"
+    config = dataclasses.replace(SMOKE, epochs=2, equal_passes=True)
     plain = Entry("linear", "plain")
     found = report.at_lengths(config, plain, rows(np.arange(16) / 16), 2)
     assert {e.label: len(r) for e, r in found.items()} == {
@@ -358,6 +359,11 @@ def test_radii_and_lengths_are_chosen_and_cut():
     }
     assert train.epochs_of(config, plain) == 8
     assert train.epochs_of(config, flat) == 2
+    # A balancer and a single task have half of the passes of their F-lines.
+    assert Entry("cagrad", "plain").lengths(config) == (1, 2)
+    assert Entry("single_task", "plain", 0).lengths(config) == (1, 2)
+    equal_epochs = dataclasses.replace(config, equal_passes=False)
+    assert plain.lengths(equal_epochs) == (1,)
     chosen = command.with_radii(config, Entry("linear", "direct"), {"linear": 2.0})
     assert [entry.rho for entry in chosen] == [2.0]
     random = Entry("random_loss_weighting", "split")
