@@ -8,7 +8,7 @@ from experiments.fs_mtl.config import PRESETS, Config, Entry, seed_groups
 
 CONFIG = dataclasses.replace(PRESETS["cpu"][1], seeds=1, equal_passes=False)
 RESULTS, LINES = "results.jsonl", 2
-KEYS = ("entry", "seed", "column")
+KEYS = ("entry", "seed", "column", "study", "rho")
 DERIVED = ("late", "plain_intra_conflict")  # of all seeds
 
 
