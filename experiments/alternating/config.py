@@ -126,7 +126,7 @@ CPU = Config(
     seeds=5,
     tox21=Setting(hidden=(32,), steps=1000, eval_every=50, seeds=10),
     faces=Setting(
-        rows=(*TABLE, *_BALANCERS), steps=1000, eval_every=50, scales=_SCALES
+        rows=(*TABLE, *_BALANCERS), steps=1500, eval_every=75, scales=_SCALES
     ),
     school=Setting(
         rows=(*_ALTERNATING, "groups_4", "groups_12", *_BALANCERS),
@@ -137,23 +137,23 @@ CPU = Config(
     ),
     camvid=Setting(
         rows=(*_ALTERNATING, "groups_2", "groups_4", *_BALANCERS),
-        steps=600,
+        steps=1000,
         batch_size=4,
-        eval_every=30,
+        eval_every=50,
     ),
 )
 
 LARGE = dataclasses.replace(
     CPU,
     tox21=dataclasses.replace(CPU.tox21, steps=2000, eval_every=100),
-    faces=dataclasses.replace(CPU.faces, steps=1500, eval_every=75),
+    faces=dataclasses.replace(CPU.faces, steps=2000, eval_every=100),
     school=dataclasses.replace(
         CPU.school,
         rows=(*_ALTERNATING, "adatask", "groups_4", "groups_12", "groups_35"),
         steps=1500,
         eval_every=75,
     ),
-    camvid=dataclasses.replace(CPU.camvid, rows=TABLE, steps=1200, eval_every=60),
+    camvid=dataclasses.replace(CPU.camvid, rows=TABLE, steps=2000, eval_every=100),
     out=pathlib.Path("results/alternating-large"),
 )
 
