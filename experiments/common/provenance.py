@@ -85,7 +85,7 @@ def header(config: Any, **about: Any) -> dict[str, Any]:
             **{name: importlib.metadata.version(name) for name in PACKAGES},
         },
         "device": found["device"],
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "x64": bool(jax.config.read("jax_enable_x64")),
         "data": {name: noted["digest"] for name, noted in loaded.items()},
@@ -96,6 +96,13 @@ def header(config: Any, **about: Any) -> dict[str, Any]:
         "started": start.isoformat(timespec="seconds"),
         "wall_s": round(time.time() - STARTED, 1),
     }
+
+
+def usable_cores() -> int:
+    """Returns the number of cores that this process may use, as with ``taskset``."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 # --- the check ----------------------------------------------------------------------

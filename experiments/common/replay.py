@@ -2,13 +2,19 @@
 
 Usage: ``python -m experiments.common.replay --data-dir DIR [--experiments NAME ...]``.
 Each ``experiments/NAME/replay.py`` names the committed file, the fields that identify a
-line and the number of lines to train. It trains lines of the same form. The exit status
-is 1 if a line is absent or a number differs by more than ``--tolerance``.
+line and the number of lines to train. It trains lines of the same form. Each experiment
+has a process of its own, with the backend, the flags of XLA and the number of cores of
+its committed file, because the last bits of a number depend on them. The exit status is
+1 if a line is absent, if a number differs by more than ``--tolerance``, or if data are
+missing.
 """
 
+import concurrent.futures
 import dataclasses
 import importlib
 import math
+import multiprocessing
+import os
 import pathlib
 import sys
 import tempfile
@@ -53,22 +59,51 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> float:
     return largest
 
 
+def committed_file(name: str) -> pathlib.Path:
+    """Returns the file of the rows of an experiment that are trained again."""
+    module = importlib.import_module(f"experiments.{name}.replay")
+    return pathlib.Path(str(module.__file__)).parent / "results" / module.RESULTS
+
+
+def prepare(head: Mapping[str, Any]) -> None:
+    """Gives this process the backend, flags and cores of committed rows.
+
+    Call it before JAX starts its backend. A platform without
+    ``os.sched_setaffinity`` keeps all its cores.
+    """
+    os.environ["XLA_FLAGS"] = head["xla_flags"]
+    os.environ["JAX_PLATFORMS"] = head["device"].rpartition("(")[2].rstrip(")")
+    if hasattr(os, "sched_setaffinity"):
+        mine = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, mine[: head["cores"]])
+
+
 def replay(name: str, data_dir: pathlib.Path | None, out: pathlib.Path) -> list[float]:
     """Returns the difference of each committed line that is trained again."""
     module = importlib.import_module(f"experiments.{name}.replay")
-    folder = pathlib.Path(str(module.__file__)).parent / "results"
     config = dataclasses.replace(module.CONFIG, data_dir=data_dir, out=out)
     label = lambda row: tuple(str(row.get(key)) for key in module.KEYS)
     derived = getattr(module, "DERIVED", ())  # numbers that depend on other rows
     committed = {
         label(row): {name: row[name] for name in row if name not in derived}
-        for row in read_rows(folder / module.RESULTS)[1]
+        for row in read_rows(committed_file(name))[1]
     }
     from mtljax import training
 
     pairs = [(committed.get(label(row)), row) for row in module.rows(config)]
     found = [difference(old, training.to_json(new)) for old, new in pairs if old]
     return found if len(found) == module.LINES else [math.inf]
+
+
+def replay_apart(
+    name: str, data_dir: pathlib.Path | None, out: pathlib.Path
+) -> list[float]:
+    """Returns the result of :func:`replay` in a process that ``prepare`` prepared."""
+    head, _ = read_rows(committed_file(name))
+    with concurrent.futures.ProcessPoolExecutor(
+        1, multiprocessing.get_context("spawn"), prepare, (head,)
+    ) as process:
+        return process.submit(replay, name, data_dir, out).result()
 
 
 def main(
@@ -80,16 +115,29 @@ def main(
 
     Args:
       data_dir: Folder of the data sets. multidigits needs none.
-      experiments: Names of the experiments.
+      experiments: Names of the experiments; default: all.
       tolerance: Largest accepted difference of a number.
     """
+    unknown = sorted(set(experiments) - set(NAMES))
+    if unknown:
+        print(
+            f"error: {', '.join(unknown)} cannot be replayed; the experiments are "
+            f"{', '.join(NAMES)}.",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     failed = False
     for name in experiments:
-        with tempfile.TemporaryDirectory() as out:
-            found = replay(name, data_dir, pathlib.Path(out))
+        try:
+            with tempfile.TemporaryDirectory() as out:
+                found = replay_apart(name, data_dir, pathlib.Path(out))
+        except (ValueError, OSError, RuntimeError) as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            failed = True
+            continue
         worst = max(found, default=math.inf)
         failed |= not worst <= tolerance
-        print(f"{name}: {len(found)} lines, largest difference {worst:.2g}")
+        print(f"{name}: {len(found)} lines, largest difference {worst:.2g}", flush=True)
     sys.exit(int(failed))
 
 

@@ -1,8 +1,10 @@
 """What experiments share: selection, statistics, reports, signals, users' data sets."""
 
+import concurrent.futures
 import dataclasses
 import importlib
 import math
+import multiprocessing
 import os
 import pathlib
 import re
@@ -14,7 +16,7 @@ import time
 import numpy as np
 import pytest
 
-from experiments.common import problem, replay, report, runs
+from experiments.common import problem, provenance, replay, report, runs
 from experiments.common.config import Common
 from experiments.common.problem import Scorer
 from experiments.common.selection import edge_notes, search, select, select_each
@@ -390,6 +392,28 @@ def test_a_replay_sees_every_number():
         assert replay.difference(old, old | {"a": other}) == math.inf
 
 
+def test_a_replay_has_the_flags_and_cores_of_the_committed_rows():
+    head = {"xla_flags": "--xla_dump_to=", "device": "1 x cpu (cpu)", "cores": 1}
+    with concurrent.futures.ProcessPoolExecutor(
+        1, multiprocessing.get_context("spawn"), replay.prepare, (head,)
+    ) as process:
+        flags = [process.submit(os.getenv, x) for x in ("XLA_FLAGS", "JAX_PLATFORMS")]
+        cores = process.submit(provenance.usable_cores)
+        assert [x.result() for x in flags] == [head["xla_flags"], "cpu"]
+        if hasattr(os, "sched_setaffinity"):
+            assert cores.result() == 1
+
+
+def test_a_replay_says_what_is_missing(capsys):
+    for names, status in ((["nothing"], 2), (["igb"], 1)):
+        with pytest.raises(SystemExit) as stopped:
+            replay.main(None, names)
+        assert stopped.value.code == status
+        assert {1: "pass --data-dir DIR", 2: "nothing"}[
+            status
+        ] in capsys.readouterr().err
+
+
 @pytest.mark.data
 @pytest.mark.deep
 @pytest.mark.parametrize("name", replay.NAMES)
@@ -397,4 +421,4 @@ def test_a_committed_row_comes_again(name, tmp_path):
     folder = pathlib.Path(os.environ.get("MTLJAX_DATA_DIR", "nowhere"))
     if not folder.is_dir():
         pytest.skip("no real data sets: set MTLJAX_DATA_DIR")
-    assert max(replay.replay(name, folder, tmp_path)) <= 1e-6
+    assert max(replay.replay_apart(name, folder, tmp_path)) <= 1e-6
