@@ -193,7 +193,7 @@ PRESETS = {
         ),
     ),
     "cpu": (
-        "About 130 minutes of one CPU core: 10,000 MultiMNIST canvases, a ResNet of "
+        "About 107 minutes of one CPU core: 10,000 MultiMNIST canvases, a ResNet of "
         "four narrow blocks, 5 seeds.",
         CPU,
     ),
