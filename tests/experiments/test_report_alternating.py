@@ -79,8 +79,7 @@ def test_numbers_of_the_answer_and_of_the_protocol_follow_from_the_rows():
             for name in ("faces", "tox21", "camvid")
             for row in (STATES, JOINT)
         ],
-        against("faces", STATES, SHARED, sign=-1),
-        *[against(name, STATES, SHARED) for name in ("school", "tox21", "camvid")],
+        *[against(s, STATES, SHARED) for s in ("school", "tox21", "faces", "camvid")],
         quoted.claimed(NAME, "state-per-task"),
         against("faces", "AdaTask", JOINT),
         quoted.claimed(NAME, "scale-invariance"),
@@ -106,16 +105,15 @@ def test_table_and_counts_follow_from_the_rows():
     word = lambda name: decided[f"better-than-average-{name}"].verdict.word
     seeds = lambda name: len(values(name, JOINT, "delta_m"))
     assert found == [(str(TASKS[s]), str(seeds(s)), word(s)) for s in SETS]
-    improving = {JOINT, STATES, "G = 2, slot", "G = 4, slot", "UW", "CAGrad"}
-    assert late("camvid") == improving
-    assert late("faces") == {"G = 4, slot", "UW", "PCGrad"}
+    assert late("camvid") == {SHARED, "G = 4, slot", "UW", "CAGrad"}
+    assert late("faces") == {JOINT, SHARED}
     assert not late("school") | late("tox21")
     assert not [x for name in SETS for x in rows(name) if x.get("edge")]
     ends = {min(CPU.camvid.lrs), max(CPU.camvid.lrs)}
     alone = [x for x in rows("camvid") if x["row"] == "single task"]
     at_end = {x["task"] for x in alone if x["lr"] in ends}
     assert f"{len(at_end)} of the {TASKS['camvid']} tasks" in text
-    assert f"{(by_task('camvid')[:, :11].max(0) <= 0.11).sum()} of 11 classes" in text
+    assert f"{(by_task('camvid')[:, :11].max(0) <= 0.15).sum()} of 11 classes" in text
     assert CPU.school.steps // TASKS["school"] == 2 < CPU.school.eval_every
 
 
