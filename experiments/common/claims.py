@@ -559,11 +559,18 @@ def premise_holds(claim: Claim, lines: Sequence[Line]) -> bool:
 
 
 def converged(claim: Claim, lines: Sequence[Line]) -> bool:
-    """Returns whether all lines chose an inner rate and were no longer improving."""
+    """Returns whether all lines chose an inner rate and were no longer improving.
+
+    A metric ``gain_over_X`` also depends on the lines of the row X.
+    """
     mine, others = sides(claim)
+    used = [*mine, *others]
+    if claim.metric.startswith("gain_over_"):
+        reference = claim.metric.removeprefix("gain_over_")
+        used += [side._replace(label=reference) for side in used]
     return not any(
         line.get("edge") or line.get("late", 0) > 0.5
-        for side in (*mine, *others)
+        for side in used
         for line in side.of(claim, lines)
     )
 

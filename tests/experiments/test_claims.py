@@ -481,6 +481,23 @@ def test_a_row_at_the_end_of_its_grid_is_marked_and_contradicts_nothing():
     assert str(found.verdict) == "inconclusive (row not converged)"
 
 
+def test_a_gain_depends_on_the_convergence_of_its_reference():
+    claim = {**BASE, "metric": "gain_over_joint"}
+    for late, mark in ((0.2, ""), (0.8, "row not converged")):
+        rows = [
+            {
+                "row": row,
+                "seed": seed,
+                "gain_over_joint": value + seed / 10,
+                "late": part,
+            }
+            for row, value, part in (("A", 3, 0.0), ("B", 1, 0.0), ("joint", 0, late))
+            for seed in range(4)
+        ]
+        (found,) = decide(paper_of(claim), rows)
+        assert found.verdict.addition == mark
+
+
 def test_a_swapped_or_missing_seed_is_seen():
     """Pairs are made by the seeds of the lines, whatever their order."""
     rows = lines("A", B) + lines("B", A)

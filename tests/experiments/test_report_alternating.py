@@ -64,7 +64,7 @@ def late(name):
 
 def test_numbers_of_the_answer_and_of_the_protocol_follow_from_the_rows():
     text = quoted.part(NAME, "**Answer.**")
-    slopes = {row: slope_of_image(row) for row in (STATES, JOINT)}
+    slopes = {row: slope_of_image(row) for row in (STATES, "AdaTask", JOINT, SHARED)}
     longest = max(CPU.faces.lrs)
     equal = [TASKS[s] * values(s, STATES, "lr")[0] for s in ("camvid", "tox21")]
     equal += [TASKS["school"] * values("school", STATES, "lr")[0]]
@@ -73,6 +73,7 @@ def test_numbers_of_the_answer_and_of_the_protocol_follow_from_the_rows():
     iou = np.sort(by_task("camvid")[:, :11].max(0))
     expected = [
         *[against(name, STATES, JOINT) for name in SETS],
+        [values("faces", JOINT, "lr")[0], 0.01],  # the second is of the former run
         quoted.claimed(NAME, "different-nature"),
         *[
             equal_passes(name, row)
@@ -84,7 +85,7 @@ def test_numbers_of_the_answer_and_of_the_protocol_follow_from_the_rows():
         against("faces", "AdaTask", JOINT),
         quoted.claimed(NAME, "scale-invariance"),
         quoted.decisions(NAME)["scale-invariance"].claim.smallest,
-        quoted.interval(slopes[JOINT]),
+        *[quoted.interval(slopes[row]) for row in ("AdaTask", JOINT, SHARED)],
         quoted.claimed(NAME, "better-than-methods"),
         quoted.claimed(NAME, "grouping-trades"),
         *[x for step in equal for x in (longest, step)],
@@ -115,6 +116,26 @@ def test_table_and_counts_follow_from_the_rows():
     assert f"{len(at_end)} of the {TASKS['camvid']} tasks" in text
     assert f"{(by_task('camvid')[:, :11].max(0) <= 0.15).sum()} of 11 classes" in text
     assert CPU.school.steps // TASKS["school"] == 2 < CPU.school.eval_every
+
+
+def test_pairs_that_are_open_follow_from_the_rows():
+    includes_zero = lambda interval: interval[1] < 0 < interval[2]
+    open_pairs = {
+        (name, other)
+        for name in ("faces", "school", "camvid")
+        for other in ("UW", "PCGrad", "CAGrad")
+        if includes_zero(against(name, STATES, other))
+    }
+    assert open_pairs == {("faces", "UW"), ("faces", "PCGrad"), ("camvid", "CAGrad")}
+    for row in ("G = 2, slot", "G = 4, slot"):
+        assert includes_zero(against("camvid", row, JOINT))
+    gain = {name: against(name, STATES, JOINT)[0] for name in SETS}
+    assert gain["camvid"] > gain["tox21"] > 0
+    assert gain["faces"] > 0
+    last = [x for x in rows("camvid") if x["row"] == STATES and x["column"] == "last"]
+    assert sum(x["test_metrics"][-1] < 0 for x in last) == 1
+    chosen = values("camvid", STATES, "test_metrics")
+    assert (np.asarray(chosen)[..., -1] > 0).all()
 
 
 def test_signs_of_exploration_and_of_learning_rates_follow_from_the_rows():
