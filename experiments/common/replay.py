@@ -98,7 +98,7 @@ def replay(name: str, data_dir: pathlib.Path | None, out: pathlib.Path) -> list[
 def replay_apart(
     name: str, data_dir: pathlib.Path | None, out: pathlib.Path
 ) -> list[float]:
-    """Returns the result of :func:`replay` in a process that ``prepare`` prepared."""
+    """Calls :func:`replay` in a process of its own, after :func:`prepare`."""
     head, _ = read_rows(committed_file(name))
     with concurrent.futures.ProcessPoolExecutor(
         1, multiprocessing.get_context("spawn"), prepare, (head,)

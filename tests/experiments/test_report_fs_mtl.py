@@ -35,8 +35,8 @@ def gain(pairs, metric="test_accuracy", **options):
     return np.mean(each, axis=0)
 
 
-def of_paper(table, label, name="multi_mnist"):
-    cell = paper.published(name, label) or pytest.fail(f"no {label} in {table}")
+def of_paper(label, name="multi_mnist"):
+    cell = paper.published(name, label) or pytest.fail(f"no {label} of {name}")
     return cell.average
 
 
@@ -57,7 +57,7 @@ def test_the_answer():
     ]  # fmt: skip
     assert all(len(found) == 1 for found in radii)
     (small,), (large,) = radii
-    logs = of_paper("logs", "F-CAGrad") - of_paper("logs", "RLW+SAM")
+    logs = of_paper("F-CAGrad") - of_paper("RLW+SAM")
     quoted.check(
         quoted.part(NAME, "**Answer**", "## Run it"),
         [
@@ -79,7 +79,7 @@ def test_the_answer():
             told("split-over-direct"), quoted.interval(first),
             minimum_detectable(5) * first.std(ddof=1),
             quoted.interval(gain(plain, **split)),
-            of_paper("table_1", "F-CAGrad") - of_paper("table_1", "CAGrad"),
+            of_paper("F-CAGrad") - of_paper("CAGrad"),
             quoted.interval(gain(plain, "test_ece", **split)),
         ],
     )  # fmt: skip
@@ -106,10 +106,8 @@ def test_the_protocol_and_the_lenet():
     )
     better = [at(0.125, split) - at(0.5, split) for split in ("val", "test")]
     lenet = {"file": "lenet/lenet"}
-    split = [
-        of_paper("", "F-CAGrad", x) - of_paper("", "direct CAGrad", x) for x in SETS
-    ]
-    logs = [of_paper("", "F-CAGrad", x) - of_paper("", "RLW+SAM", x) for x in SETS]
+    split = [of_paper("F-CAGrad", x) - of_paper("direct CAGrad", x) for x in SETS]
+    logs = [of_paper("F-CAGrad", x) - of_paper("RLW+SAM", x) for x in SETS]
     bound = 0.1
     assert max(map(abs, logs)) <= bound
     quoted.check(
